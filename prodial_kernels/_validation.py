@@ -1,0 +1,130 @@
+"""Every check of shapes, dtypes and devices that the operation makes, and its message."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "reference", "torch")
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of ``n``, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError when ``value`` is not one of ``choices``."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+
+
+def check_dropout(lora_dropout: float) -> None:
+    """Raise ValueError when the probability is outside [0, 1)."""
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+
+
+def check_operands(
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    *,
+    autocast: bool,
+) -> None:
+    """Check the operands of ``prodial_linear`` against each other.
+
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features].
+        blocks: [n_blocks, P, P] with n_blocks · P = in_features, or None.
+        scale: [out_features], or None.
+        lora_a: [r, in_features], or None.
+        lora_b: [out_features, r], or None.
+        bias: [out_features], or None.
+        autocast: Whether autocast will bring ``x`` and ``weight`` to one dtype.
+
+    Raises:
+        TypeError: A dtype that cannot be used.
+        ValueError: A shape or device that does not fit.
+    """
+    if weight.ndim != 2:
+        raise ValueError(
+            f"weight must have shape [out_features, in_features], got {list(weight.shape)}"
+        )
+    out_features, in_features = weight.shape
+    if not x.is_floating_point():
+        raise TypeError(f"x must have a floating-point dtype, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(
+            f"x must have shape [..., in_features] = [..., {in_features}], got {list(x.shape)}"
+        )
+    if x.dtype != weight.dtype and not autocast:
+        raise TypeError(
+            f"x and weight must have the same dtype, got {x.dtype} and {weight.dtype}; cast x, "
+            "convert the module with .to(dtype), or run under torch.autocast"
+        )
+    if blocks is not None and (
+        blocks.ndim != 3
+        or blocks.shape[1] != blocks.shape[2]
+        or blocks.shape[0] * blocks.shape[1] != in_features
+    ):
+        raise ValueError(
+            f"blocks must have shape [n_blocks, P, P] with n_blocks * P = in_features = "
+            f"{in_features}, got {list(blocks.shape)}; P can be one of {divisors(in_features)}"
+        )
+    if scale is not None and scale.shape != (out_features,):
+        raise ValueError(
+            f"scale must have shape [out_features] = [{out_features}], got {list(scale.shape)}"
+        )
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(
+            f"bias must have shape [out_features] = [{out_features}], got {list(bias.shape)}"
+        )
+    if (lora_a is None) != (lora_b is None):
+        given, missing = ("lora_b", "lora_a") if lora_a is None else ("lora_a", "lora_b")
+        raise ValueError(f"lora_a and lora_b belong together: got {given} but {missing} is None")
+    if lora_a is not None and lora_b is not None:
+        if lora_a.ndim != 2 or lora_a.shape[1] != in_features:
+            raise ValueError(
+                f"lora_a must have shape [r, in_features] = [r, {in_features}], "
+                f"got {list(lora_a.shape)}"
+            )
+        if lora_b.shape != (out_features, lora_a.shape[0]):
+            raise ValueError(
+                f"lora_b must have shape [out_features, r] = [{out_features}, "
+                f"{lora_a.shape[0]}], got {list(lora_b.shape)}"
+            )
+    for name, operand in (
+        ("weight", weight),
+        ("blocks", blocks),
+        ("scale", scale),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("bias", bias),
+    ):
+        if operand is None:
+            continue
+        if operand.device != x.device:
+            raise ValueError(
+                f"{name} must be on the device of x, {x.device}, got {operand.device}; "
+                "move the module or the input"
+            )
+        if not operand.is_floating_point():
+            raise TypeError(f"{name} must have a floating-point dtype, got {operand.dtype}")
+
+
+def check_frozen(weight: Tensor) -> None:
+    """Raise ValueError when ``weight`` expects a gradient that the operation will not give."""
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight is frozen in this operation and would get no gradient, but has "
+            "requires_grad=True; call weight.requires_grad_(False), or use impl='reference' to "
+            "train it too"
+        )

@@ -1,0 +1,218 @@
+"""``ProdialConfig``: what to adapt and how, its JSON form, and the paper's named presets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from prodial_kernels._validation import IMPLS, check_choice, check_dropout
+from prodial_kernels.ops.diagonal import DIAGONALS
+
+
+@dataclass(frozen=True)
+class ProdialConfig:
+    """Which linear layers get a ProDiaL adapter, and its hyperparameters.
+
+    Attributes:
+        r: Rank of the LoRA part (the paper's r_ε); 0 switches it off.
+        lora_alpha: α = lora_alpha / r. With the default, lora_alpha = r and α = 1 (Eq. 7).
+        lora_dropout: Dropout probability on the LoRA input, in [0, 1).
+        target_modules: As in PEFT: a list of names, each matching a module whose dotted path ends
+            with it, or one regular expression that must match whole dotted paths.
+        n_blocks: Number of diagonal blocks (the paper's r_b), one number or a number per target
+            name; must divide ``in_features``. Default: a pure diagonal (1×1 blocks).
+        block_size: Side P of a block instead of their number, one number or one per target name.
+        diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
+        train_scale: Whether to have the output scale s.
+        train_diagonal: Whether to have the block-diagonal factor.
+        modules_to_save: Names of other modules that stay trainable, such as a classifier head.
+        allow_partial: Whether a target may match in only some of a model's layers.
+        impl: As in :func:`prodial_kernels.prodial_linear`.
+
+    Raises:
+        ValueError: A value out of range, or a choice that does not exist.
+        TypeError: ``target_modules`` of the wrong kind.
+    """
+
+    r: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ("in_proj", "out_proj")
+    n_blocks: int | Mapping[str, int] | None = None
+    block_size: int | Mapping[str, int] | None = None
+    diagonal: str = "relu"
+    train_scale: bool = True
+    train_diagonal: bool = True
+    modules_to_save: tuple[str, ...] = ()
+    allow_partial: bool = False
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.r < 0:
+            raise ValueError(f"r must be >= 0 (0 switches the LoRA part off), got {self.r}")
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", float(self.r))
+        check_dropout(self.lora_dropout)
+        check_choice("diagonal", self.diagonal, DIAGONALS)
+        check_choice("impl", self.impl, IMPLS)
+        if self.n_blocks is not None and self.block_size is not None:
+            raise ValueError("give n_blocks or block_size, not both")
+        if self.r == 0 and not self.train_scale and not self.train_diagonal:
+            raise ValueError(
+                "nothing would be trained: set r > 0, train_scale=True or train_diagonal=True"
+            )
+        self._freeze_names("target_modules", allow_pattern=True)
+        self._freeze_names("modules_to_save", allow_pattern=False)
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"target_modules={self.target_modules!r} is not a regular expression: {error}"
+                ) from error
+        elif not self.target_modules:
+            raise ValueError("target_modules must name at least one module, got none")
+        for option in ("n_blocks", "block_size"):
+            value = getattr(self, option)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, option, dict(value))
+                unknown = sorted(set(value) - set(self.target_modules))
+                if isinstance(self.target_modules, str) or unknown:
+                    raise ValueError(
+                        f"{option} given per target must use names from target_modules="
+                        f"{self.target_modules!r}, got {sorted(value)}"
+                    )
+
+    def _freeze_names(self, option: str, *, allow_pattern: bool) -> None:
+        value = getattr(self, option)
+        if isinstance(value, str) and allow_pattern:
+            return
+        if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+            kinds = "a list of names or a regular expression" if allow_pattern else "a list"
+            raise TypeError(f"{option} must be {kinds}, got {value!r}")
+        object.__setattr__(self, option, tuple(value))
+
+    def target_of(self, module_name: str) -> str | None:
+        """Return the target that matches a module's dotted path, or None."""
+        if isinstance(self.target_modules, str):
+            matched = re.fullmatch(self.target_modules, module_name)
+            return self.target_modules if matched else None
+        for target in self.target_modules:
+            if module_name == target or module_name.endswith(f".{target}"):
+                return target
+        return None
+
+    def blocks_of(self, target: str) -> dict[str, int | None]:
+        """Return ``n_blocks`` and ``block_size`` for one target, as ``ProdialLinear`` takes them.
+
+        A target missing from a per-target mapping gets a pure diagonal.
+        """
+
+        def pick(option: int | Mapping[str, int] | None) -> int | None:
+            return option.get(target) if isinstance(option, Mapping) else option
+
+        return {"n_blocks": pick(self.n_blocks), "block_size": pick(self.block_size)}
+
+    def to_json(self) -> str:
+        """Return the configuration as indented JSON with sorted keys."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain JSON-ready values."""
+        values = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_json(cls, text: str) -> ProdialConfig:
+        """Parse :meth:`to_json`'s output.
+
+        Raises:
+            ValueError: Not JSON, not an object, or unknown keys.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the configuration is not valid JSON: {error}") from error
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ProdialConfig:
+        """Build a configuration from JSON values.
+
+        Raises:
+            ValueError: Not a mapping, or unknown keys.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"the configuration must be an object, got {type(values).__name__}")
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown configuration keys {unknown}; known are {known}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One setting of the paper: the adapter and how it was trained (Tables 9-11 and scripts).
+
+    Attributes:
+        model: The model it was used with.
+        adapter: The adapter's configuration.
+        learning_rate: Peak learning rate.
+        weight_decay: AdamW's weight decay.
+        schedule: ``"constant"`` or ``"cosine"``.
+        batch_size: Sequences (or images) per step.
+        seq_len: Tokens per sequence; None for vision.
+    """
+
+    model: str
+    adapter: ProdialConfig
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    batch_size: int
+    seq_len: int | None
+
+
+def _blocks(in_proj: int, out_proj: int) -> dict[str, int]:
+    return {"in_proj": in_proj, "out_proj": out_proj}
+
+
+def _language(adapter: ProdialConfig, learning_rate: float) -> Preset:
+    return Preset("mamba-130m", adapter, learning_rate, 0.01, "constant", 4, 512)
+
+
+def _vision(adapter: ProdialConfig) -> Preset:
+    return Preset("vim-tiny", adapter, 5e-4, 0.1, "cosine", 128, None)
+
+
+_ARC = ProdialConfig(r=8, lora_alpha=8, lora_dropout=0.1, n_blocks=_blocks(64, 64))
+_DIAGONAL_130M = _blocks(768, 1536)
+_DIAGONAL_VIM_TINY = _blocks(192, 384)
+
+PRESETS: dict[str, Preset] = {
+    "arc-easy": _language(_ARC, 5e-6),
+    "arc-challenge": _language(_ARC, 1e-5),
+    "hellaswag": _language(
+        ProdialConfig(r=16, lora_alpha=8, lora_dropout=0.1, n_blocks=_DIAGONAL_130M), 1e-4
+    ),
+    "winogrande": _language(
+        ProdialConfig(r=8, lora_alpha=8, lora_dropout=0.1, n_blocks=_DIAGONAL_130M), 5e-6
+    ),
+    "vim-caltech": _vision(ProdialConfig(r=16, lora_alpha=8, n_blocks=_DIAGONAL_VIM_TINY)),
+    "vim-cars": _vision(ProdialConfig(r=16, lora_alpha=8, n_blocks=_DIAGONAL_VIM_TINY)),
+    "vim-flowers": _vision(ProdialConfig(r=8, lora_alpha=8, n_blocks=_blocks(16, 16))),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """Return a preset of the paper by name.
+
+    Raises:
+        ValueError: Unknown name; the message lists the known ones.
+    """
+    check_choice("preset", name, tuple(PRESETS))
+    return PRESETS[name]

@@ -1,0 +1,100 @@
+"""``prodial_linear``: validate, choose an implementation, dispatch. Everything calls this."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prodial_kernels._validation import (
+    IMPLS,
+    check_choice,
+    check_dropout,
+    check_frozen,
+    check_operands,
+)
+from prodial_kernels.ops.autograd import TorchProdialLinear
+from prodial_kernels.ops.diagonal import DIAGONALS
+from prodial_kernels.ops.reference import reference_linear
+
+
+def resolve_impl(impl: str) -> str:
+    """Return the implementation that ``impl`` stands for; ``"auto"`` is ``"torch"``.
+
+    Raises:
+        ValueError: ``impl`` is not a known name.
+    """
+    check_choice("impl", impl, IMPLS)
+    return "torch" if impl == "auto" else impl
+
+
+def prodial_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None = None,
+    lora_scaling: float = 1.0,
+    lora_dropout: float = 0.0,
+    training: bool = False,
+    diagonal: str = "relu",
+    impl: str = "auto",
+) -> Tensor:
+    """Apply a frozen linear layer with a ProDiaL adapter, without forming the adapted weight.
+
+    ``Y = s ⊙ ((X D_bᵀ) Wᵀ) + α dropout(X) Aᵀ Bᵀ + bias``, that is ``X W'ᵀ + bias`` with
+    ``W' = s ⊙ (W D_b) + α B A`` (Eq. 7 of the ProDiaL paper). Any of the adapter's parts may be
+    None, which gives the paper's ablations; only ``lora_a`` and ``lora_b`` is plain LoRA.
+
+    Under autocast, ``x``, ``weight`` and ``bias`` are cast to the autocast dtype as by
+    ``F.linear``; the adapter keeps its own dtype (fp32 masters are advised).
+
+    Args:
+        x: Input, [..., in_features].
+        weight: Frozen weight W, [out_features, in_features].
+        blocks: The paper's D_a, [n_blocks, P, P] with n_blocks · P = in_features.
+        scale: Output scale s, [out_features].
+        lora_a: A, [r, in_features].
+        lora_b: B, [out_features, r].
+        bias: [out_features].
+        lora_scaling: α, PEFT's ``lora_alpha / r``.
+        lora_dropout: Dropout probability on the input of the LoRA branch only.
+        training: Whether dropout is active.
+        diagonal: ``"relu"`` for Eq. 7 (diagonal of D_b ≤ 1; subgradient 1 at 0) or ``"free"`` for
+            D_b = I + D_a.
+        impl: ``"reference"`` (plain autograd, the definition), ``"torch"`` (hand-written backward,
+            any device) or ``"auto"`` (see :func:`resolve_impl`).
+
+    Returns:
+        [..., out_features], dtype of ``x`` (of autocast where it is on).
+
+    Raises:
+        TypeError: A dtype that cannot be used.
+        ValueError: A shape, device or choice that does not fit, or a ``weight`` that requires a
+            gradient (only ``impl="reference"`` gives one).
+    """
+    chosen = resolve_impl(impl)
+    check_choice("diagonal", diagonal, DIAGONALS)
+    check_dropout(lora_dropout)
+    device_type = x.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    check_operands(x, weight, blocks, scale, lora_a, lora_b, bias, autocast=autocast)
+    if autocast:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+
+    mask = None
+    if training and lora_dropout > 0.0 and lora_a is not None:
+        mask = torch.rand(x.shape, device=x.device) >= lora_dropout
+    arguments = (
+        x, weight, blocks, scale, lora_a, lora_b, bias, mask,
+        float(lora_scaling), float(lora_dropout), diagonal,
+    )  # fmt: skip
+    with torch.autocast(device_type, enabled=False):
+        if chosen == "reference":
+            return reference_linear(*arguments)
+        check_frozen(weight)
+        return TorchProdialLinear.apply(*arguments)

@@ -1,0 +1,338 @@
+"""``ProdialLinear``: a frozen ``nn.Linear`` with a ProDiaL adapter, as a drop-in module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels._validation import IMPLS, check_choice, check_dropout, divisors
+from prodial_kernels.functional import prodial_linear, resolve_impl
+from prodial_kernels.ops.diagonal import DIAGONALS
+from prodial_kernels.ops.reference import effective_weight
+
+ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
+
+
+class ProdialLinear(nn.Module):
+    """``y = x W'ᵀ + bias`` with ``W' = s ⊙ (W D_b) + α B A`` (Eq. 7), computed without W'.
+
+    The frozen layer is ``base_layer``; the adapter's tensors are ``prodial_blocks`` (D_a,
+    [n_blocks, P, P]), ``prodial_scale`` (s, [out_features]), ``prodial_a`` ([r, in_features]) and
+    ``prodial_b`` ([out_features, r]). A part that is switched off is None. At construction
+    W' = W exactly: D_a and B are zero, s is one, A is drawn as PEFT's LoRA draws it.
+
+    The adapter is kept in ``adapter_dtype`` or wider whatever ``.to(dtype)`` asks for (fp32
+    masters by default): 16-bit steps near s = 1 are 2^-8, larger than an optimiser's updates.
+    """
+
+    prodial_blocks: nn.Parameter | None
+    prodial_scale: nn.Parameter | None
+    prodial_a: nn.Parameter | None
+    prodial_b: nn.Parameter | None
+    _merged_weight: Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        *,
+        r: int = 16,
+        n_blocks: int | None = None,
+        block_size: int | None = None,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        diagonal: str = "relu",
+        train_scale: bool = True,
+        train_diagonal: bool = True,
+        adapter_dtype: torch.dtype = torch.float32,
+        impl: str = "auto",
+    ) -> None:
+        """Wrap ``base_layer`` and freeze it. See :meth:`from_linear` for the arguments."""
+        super().__init__()
+        if not isinstance(base_layer, nn.Linear):
+            raise TypeError(f"base_layer must be an nn.Linear, got {type(base_layer).__name__}")
+        check_choice("diagonal", diagonal, DIAGONALS)
+        check_choice("impl", impl, IMPLS)
+        check_dropout(lora_dropout)
+        if r < 0:
+            raise ValueError(f"r must be >= 0 (0 switches the LoRA part off), got {r}")
+        if not adapter_dtype.is_floating_point:
+            raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype}")
+        if r == 0 and not train_scale and not train_diagonal:
+            raise ValueError(
+                "nothing would be trained: set r > 0, train_scale=True or train_diagonal=True"
+            )
+        self.in_features = base_layer.in_features
+        self.out_features = base_layer.out_features
+        self.r = r
+        self.block_size = resolve_block_size(self.in_features, n_blocks, block_size)
+        self.lora_alpha = float(lora_alpha)
+        self.lora_dropout = float(lora_dropout)
+        self.diagonal = diagonal
+        self.adapter_dtype = adapter_dtype
+        self.impl = impl
+        self.adapter_enabled = True
+        self.base_layer = base_layer.requires_grad_(False)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(
+                torch.empty(shape, dtype=adapter_dtype, device=base_layer.weight.device)
+            )
+
+        size, width = self.block_size, self.in_features
+        self.prodial_blocks = parameter(width // size, size, size) if train_diagonal else None
+        self.prodial_scale = parameter(self.out_features) if train_scale else None
+        self.prodial_a = parameter(r, width) if r else None
+        self.prodial_b = parameter(self.out_features, r) if r else None
+        self.register_buffer("_merged_weight", None, persistent=False)
+        self.reset_adapter()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 16,
+        n_blocks: int | None = None,
+        block_size: int | None = None,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        diagonal: str = "relu",
+        train_scale: bool = True,
+        train_diagonal: bool = True,
+        adapter_dtype: torch.dtype = torch.float32,
+        impl: str = "auto",
+    ) -> ProdialLinear:
+        """Wrap a linear layer. The layer itself is kept, frozen, as ``base_layer``.
+
+        Args:
+            linear: The pretrained layer.
+            r: Rank of the LoRA part; 0 switches it off.
+            n_blocks: Number of diagonal blocks (the paper's r_b); must divide ``in_features``.
+            block_size: Side P of a block; give this or ``n_blocks``. Default: 1, a pure diagonal.
+            lora_alpha: LoRA's numerator: α = lora_alpha / r.
+            lora_dropout: Dropout on the LoRA input only, active in training mode.
+            diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
+            train_scale: Whether to have the output scale s.
+            train_diagonal: Whether to have the block-diagonal factor.
+            adapter_dtype: Dtype of the trained tensors, and the narrowest they are ever cast to.
+            impl: As in :func:`prodial_kernels.prodial_linear`.
+
+        Raises:
+            TypeError: ``linear`` is not an ``nn.Linear``.
+            ValueError: An option out of range, or a block count that does not divide
+                ``in_features`` (the message lists the divisors).
+        """
+        return cls(
+            linear, r=r, n_blocks=n_blocks, block_size=block_size, lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout, diagonal=diagonal, train_scale=train_scale,
+            train_diagonal=train_diagonal, adapter_dtype=adapter_dtype, impl=impl,
+        )  # fmt: skip
+
+    @property
+    def lora_scaling(self) -> float:
+        """α = lora_alpha / r; 0 without a LoRA part."""
+        return self.lora_alpha / self.r if self.r else 0.0
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, [out_features]: the adapter leaves it as it is."""
+        return self.base_layer.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The exact effective weight W', [out_features, in_features], differentiable.
+
+        For code that reads ``.weight`` instead of calling the module: right, but it forms an
+        [out_features, in_features] temporary. Nothing in this package's own paths reads it.
+
+        Raises:
+            RuntimeError: In training mode with ``lora_dropout > 0``, which no weight can express.
+        """
+        if self.training and self._adapter_active() and self.lora_dropout > 0 and self.r:
+            raise RuntimeError(
+                f"the effective weight was read in training mode with lora_dropout="
+                f"{self.lora_dropout}, which a weight cannot express; set lora_dropout=0, or "
+                "call the module instead of reading .weight"
+            )
+        return self.effective_weight()
+
+    def effective_weight(self) -> Tensor:
+        """W' without dropout, [out_features, in_features], in the base weight's dtype."""
+        if not self._adapter_active():
+            return self.base_layer.weight if self._merged_weight is None else self._merged_weight
+        return effective_weight(
+            self.base_layer.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
+            self.prodial_b, self.lora_scaling, self.diagonal,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]; the argument is named as in ``nn.Linear``.
+
+        Raises:
+            RuntimeError: In training mode while merged, when no adapter gradient could flow.
+        """
+        base = self.base_layer
+        if not self.adapter_enabled:
+            return base(input)
+        if self._merged_weight is not None:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "this ProdialLinear is merged, so its adapter would get no gradient; call "
+                    "unmerge() before training, or eval() for inference"
+                )
+            return nn.functional.linear(input, self._merged_weight, base.bias)
+        return prodial_linear(
+            input,
+            base.weight,
+            blocks=self.prodial_blocks,
+            scale=self.prodial_scale,
+            lora_a=self.prodial_a,
+            lora_b=self.prodial_b,
+            bias=base.bias,
+            lora_scaling=self.lora_scaling,
+            lora_dropout=self.lora_dropout,
+            training=self.training,
+            diagonal=self.diagonal,
+            impl=self.impl,
+        )
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Set the adapter to its initial values, at which W' = W."""
+        if self.prodial_blocks is not None:
+            self.prodial_blocks.zero_()
+        if self.prodial_scale is not None:
+            self.prodial_scale.fill_(1.0)
+        if self.prodial_a is not None and self.prodial_b is not None:
+            nn.init.kaiming_uniform_(self.prodial_a, a=math.sqrt(5))
+            self.prodial_b.zero_()
+
+    @property
+    def merged(self) -> bool:
+        """Whether calls use the cached effective weight."""
+        return self._merged_weight is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Cache W' and use it in every call: plain-linear speed for inference.
+
+        The base weight is left untouched, so :meth:`unmerge` is exact and the state dict does not
+        change; the price is one more weight in memory. :meth:`to_linear` gives a layer without it.
+        """
+        if self._merged_weight is None:
+            self._merged_weight = effective_weight(
+                self.base_layer.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
+                self.prodial_b, self.lora_scaling, self.diagonal,
+            ).clone()  # fmt: skip
+
+    def unmerge(self) -> None:
+        """Drop the cached W'; calls use the adapter again, bit for bit as before."""
+        self._merged_weight = None
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """Return a new plain ``nn.Linear`` with weight W' and a copy of the bias."""
+        base = self.base_layer
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=base.bias is not None, device="meta"
+        )
+        merged = effective_weight(
+            base.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
+            self.prodial_b, self.lora_scaling, self.diagonal,
+        )  # fmt: skip
+        linear.weight = nn.Parameter(merged.clone())
+        if base.bias is not None:
+            linear.bias = nn.Parameter(base.bias.clone())
+        return linear.train(self.training)
+
+    def enable_adapter(self, enabled: bool = True) -> None:
+        """Switch the adapter on or off; off, the module is the pretrained layer."""
+        self.adapter_enabled = enabled
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, tensor) of every part that is present."""
+        for name in ADAPTER_PARAMETERS:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                yield name, parameter
+
+    def extra_repr(self) -> str:
+        """The shape, the adapter's parts, and the implementation that calls will use."""
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}"]
+        parts.append(f"bias={self.bias is not None}, r={self.r}, lora_alpha={self.lora_alpha:g}")
+        if self.lora_dropout:
+            parts.append(f"lora_dropout={self.lora_dropout:g}")
+        if self.prodial_blocks is not None:
+            n_blocks = self.prodial_blocks.shape[0]
+            parts.append(f"n_blocks={n_blocks}, block_size={self.block_size}")
+            parts.append(f"diagonal={self.diagonal!r}")
+        parts.append(f"scale={self.prodial_scale is not None}")
+        parts.append(f"impl={self.impl!r} ({resolve_impl(self.impl)})")
+        if self.merged:
+            parts.append("merged")
+        if not self.adapter_enabled:
+            parts.append("adapter disabled")
+        return ", ".join(parts)
+
+    def _adapter_active(self) -> bool:
+        return self.adapter_enabled and self._merged_weight is None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProdialLinear:
+        """Move or cast, keeping the adapter at least as wide as ``adapter_dtype``."""
+        merged = self.merged
+        self.unmerge()
+        if recurse:
+            self.base_layer._apply(fn)
+
+        def keep_master(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            wide = torch.promote_types(applied.dtype, self.adapter_dtype)
+            if applied.dtype == wide:
+                return applied
+            # Cast from the original, not from the narrowed copy: nothing is lost on the way.
+            return tensor.to(device=applied.device, dtype=wide)
+
+        super()._apply(keep_master, recurse=False)
+        if merged:
+            self.merge()
+        return self
+
+
+def resolve_block_size(in_features: int, n_blocks: int | None, block_size: int | None) -> int:
+    """Return the side P of a diagonal block; 1 when neither argument is given.
+
+    Raises:
+        ValueError: Both are given, or the one given does not divide ``in_features``.
+    """
+    if n_blocks is not None and block_size is not None:
+        raise ValueError(
+            f"give n_blocks or block_size, not both (got n_blocks={n_blocks}, "
+            f"block_size={block_size})"
+        )
+    name, value = ("n_blocks", n_blocks) if n_blocks is not None else ("block_size", block_size)
+    if value is None:
+        return 1
+    if value < 1 or in_features % value:
+        raise ValueError(
+            f"{name}={value} must divide in_features={in_features}; "
+            f"its divisors are {divisors(in_features)}"
+        )
+    return in_features // value if name == "n_blocks" else value
+
+
+@contextmanager
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the pretrained model: switch every adapter in ``model`` off, and back afterwards."""
+    layers = [layer for layer in model.modules() if isinstance(layer, ProdialLinear)]
+    before = [layer.adapter_enabled for layer in layers]
+    for layer in layers:
+        layer.enable_adapter(False)
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enable_adapter(enabled)

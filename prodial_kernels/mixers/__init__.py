@@ -1,0 +1,1 @@
+"""Where the projector plugs in: one file per family of Mamba blocks, plus injection."""

@@ -1,0 +1,1 @@
+"""What is computed, independent of how: definition, backward, mathematics."""

@@ -1,0 +1,86 @@
+"""The definition of the operation, in plain PyTorch autograd. Kept for ever, never optimised."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.ops.diagonal import deviation, rotate, rotate_weight
+
+
+def reference_linear(
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    dropout_mask: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    diagonal: str,
+) -> Tensor:
+    """``Y = s ⊙ ((X D_bᵀ) Wᵀ) + α dropout(X) Aᵀ Bᵀ + bias`` (Eq. 7 of the paper).
+
+    Products of matrices run in the dtype of ``x``; the scale and a pure diagonal are applied in
+    the wider of their own dtype and that of ``x``, so that fp32 masters keep their resolution.
+
+    Args:
+        x: [..., K].
+        weight: W, [N, K], frozen, dtype of ``x``.
+        blocks: D_a, [n_blocks, P, P], or None for no diagonal factor.
+        scale: s, [N], or None.
+        lora_a: A, [R, K], or None.
+        lora_b: B, [N, R], or None.
+        bias: [N], or None.
+        dropout_mask: Which elements of ``x`` the LoRA branch keeps, bool, shape of ``x``; or None.
+        lora_scaling: α.
+        lora_dropout: Probability with which ``dropout_mask`` was drawn.
+        diagonal: ``"relu"`` or ``"free"``.
+
+    Returns:
+        [..., N], dtype of ``x``.
+    """
+    u = x if blocks is None else rotate(x, deviation(blocks, diagonal))
+    y = u @ weight.T
+    if scale is not None:
+        y = (y * scale).to(x.dtype)
+    if lora_a is not None and lora_b is not None:
+        kept = x
+        if dropout_mask is not None:
+            kept = x * dropout_mask / (1 - lora_dropout)
+        low_rank = (kept @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype)
+        y = y + lora_scaling * low_rank
+    if bias is not None:
+        y = y + bias.to(x.dtype)
+    return y
+
+
+def effective_weight(
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scaling: float,
+    diagonal: str,
+) -> Tensor:
+    """``W' = s ⊙ (W D_b) + α B A``, [N, K], rounded once to the dtype of ``weight``.
+
+    Differentiable towards the adapter. Arguments as in :func:`reference_linear`.
+    """
+    masters = [part for part in (blocks, scale, lora_a, lora_b) if part is not None]
+    if not masters:
+        return weight
+    wide = weight.dtype
+    for part in masters:
+        wide = torch.promote_types(wide, part.dtype)
+    adapted = weight.to(wide)
+    if blocks is not None:
+        adapted = rotate_weight(adapted, deviation(blocks, diagonal))
+    if scale is not None:
+        adapted = scale[:, None] * adapted
+    if lora_a is not None and lora_b is not None:
+        adapted = adapted + lora_scaling * (lora_b.to(wide) @ lora_a.to(wide))
+    return adapted.to(weight.dtype)
