@@ -1,0 +1,73 @@
+"""What a training batch is, and the order of an epoch: both a pure function of seed and step."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""The label that cross-entropy leaves out."""
+
+
+class Batch(NamedTuple):
+    """One training batch, on the CPU.
+
+    Attributes:
+        input_ids: int64 ``[batch, length]``.
+        labels: int64 ``[batch, length]``: the input ids, or :data:`IGNORED` where nothing is
+            learned. They are **not** shifted: causal language models of transformers shift.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+class TrainingBatches(Protocol):
+    """Batches addressed by step, so that a resumed run continues without replaying anything."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every sequence has been used at least once."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one epoch, without padding."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of data, sizes and seed: equal fingerprints mean equal batches at every step."""
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step (from 0, without bound: epochs follow on each other)."""
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return the random generator of one epoch, independent of all other epochs' ones."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()
+    # torch.Generator takes seeds of 63 bits.
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def fingerprint(parts: tuple[object, ...], *tensors: Tensor) -> str:
+    """Hash settings and tensor contents."""
+    digest = hashlib.sha256(repr(parts).encode())
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def check_sizes(sizes: dict[str, tuple[int, int]]) -> None:
+    """Raise where a value is under its minimum.
+
+    Args:
+        sizes: Name to (value, minimum).
+
+    Raises:
+        ValueError: Names the first value that is too small.
+    """
+    for name, (value, minimum) in sizes.items():
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")

@@ -1,0 +1,63 @@
+"""Examples from a data set on the hub, through the optional ``datasets`` library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prodial_kernels.training.schemas import DataError, parse_rows
+from prodial_kernels.training.sources import Candidates, example_candidates
+
+# The order in which a data set's own splits are taken for the held-out side.
+HELD_OUT_SPLITS = ("validation", "dev", "test")
+
+
+def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
+    """Load a data set by its hub name.
+
+    Args:
+        source: ``name`` or ``name:configuration``, such as ``allenai/ai2_arc:ARC-Easy``.
+
+    Returns:
+        The ``train`` split (or the only one), and the first of :data:`HELD_OUT_SPLITS` that the
+        data set has, else ``None``.
+
+    Raises:
+        DataError: ``datasets`` is not installed, the data set cannot be loaded, or its rows follow
+            no known schema.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source!r} is no file or directory here, and loading it from the hub needs the "
+            "library 'datasets': pip install 'prodial-kernels[hub]'"
+        ) from error
+    name, _, configuration = source.partition(":")
+    try:
+        splits = datasets.load_dataset(name, configuration or None)
+    # Every release of the library raises other classes for a missing, gated or unreachable data
+    # set; all mean the same to the caller, and the cause is kept.
+    except Exception as error:
+        raise DataError(
+            f"{source!r} is no file or directory here, and the hub data set {name!r} could not be "
+            f"loaded: {type(error).__name__}: {error}\nCheck the name, the configuration "
+            "(NAME:CONFIGURATION) and the network, or download the data and give its path"
+        ) from error
+    available = list(splits)
+    if not available:
+        raise DataError(f"the hub data set {source!r} has no splits")
+    train = "train" if "train" in available else available[0]
+    held_out = next((s for s in HELD_OUT_SPLITS if s in available and s != train), None)
+    return (
+        _split(source, train, splits[train]),
+        None if held_out is None else _split(source, held_out, splits[held_out]),
+    )
+
+
+def _split(source: str, split: str, rows: Any) -> Candidates:
+    def located() -> Iterator[tuple[str, Any]]:
+        for index, row in enumerate(rows):
+            yield f"{source}[{split}] row {index}", row
+
+    return example_candidates(f"{source}[{split}]", parse_rows(located()))
