@@ -99,13 +99,14 @@ def evaluate_language_model(
     pairs: list[tuple[Tensor, Tensor]] = []
     n_bytes = n_tokens = 0
     for text, ids in zip(documents, encode(tokenizer, documents), strict=True):
-        if max_tokens is not None and n_tokens + len(ids) > max_tokens:
+        full = max_tokens is not None and n_tokens + len(ids) >= max_tokens
+        if max_tokens is not None and full:
             text, ids = _shorten(tokenizer, text, ids, max_tokens - n_tokens)
         if len(ids):
             pairs.append((prefix, ids))
             n_tokens += len(ids)
             n_bytes += len(text.encode())
-        if n_tokens == max_tokens:
+        if full:
             break
     return _metrics(model, tokenizer, pairs, n_bytes, seq_len, batch_size, device, progress)
 
@@ -143,7 +144,10 @@ def evaluate_completions(
     """
     check_sizes({"seq_len": (seq_len, 1)})
     pairs = encode_pairs(tokenizer, [(e.prompt, e.completion) for e in examples])
-    n_bytes = sum(len(example.completion.encode()) for example in examples)
+    # White space at the end of a prompt is scored with the completion (see encode_pairs).
+    n_bytes = sum(
+        len((e.prompt[len(e.prompt.rstrip()) :] + e.completion).encode()) for e in examples
+    )
     return _metrics(model, tokenizer, pairs, n_bytes, seq_len, batch_size, device, progress)
 
 
