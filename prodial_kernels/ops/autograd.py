@@ -57,7 +57,8 @@ class TorchProdialLinear(torch.autograd.Function):
         ctx.lora_dropout = lora_dropout
         ctx.diagonal = diagonal
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.reshape(*x.shape[:-1], weight.shape[0])
+        # reshape() would make the output a view, and autograd lets nobody change that in place.
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
     @once_differentiable
