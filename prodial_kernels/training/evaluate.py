@@ -66,8 +66,8 @@ def evaluate_language_model(
 
     Each document is scored by itself, as lm-evaluation-harness does for bits per byte: its first
     token is predicted from BOS (EOS where the tokenizer has no BOS), which is read but not scored;
-    no EOS is added or scored. A document longer than ``seq_len`` is scored in windows (see
-    ``scoring.windows``), whose first token is predicted from one token of context.
+    no EOS is added or scored. (The harness also scores the BOS of tokenizers that add one.) A
+    document longer than ``seq_len`` is scored in windows, see ``scoring.windows``.
 
     Args:
         model: A causal language model of transformers, or one called like it.

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from prodial_kernels.training.scoring import EvaluationError
 
 
@@ -25,7 +27,7 @@ def run_lm_eval(
         tasks: Names of tasks, such as ``["hellaswag", "arc_easy"]``.
         num_fewshot: Examples before each question; ``None`` for the task's own number.
         batch_size: Requests in a forward pass, or ``"auto"``.
-        device: Such as ``"cpu"`` or ``"cuda:0"``; ``None`` leaves it to the harness.
+        device: Such as ``"cpu"`` or ``"cuda:0"``; ``None`` for CUDA where there is any, else CPU.
         limit: Questions of each task (an integer), or their share (under 1); ``None`` for all.
 
     Returns:
@@ -62,7 +64,8 @@ def run_lm_eval(
             tasks=list(tasks),
             num_fewshot=num_fewshot,
             batch_size=batch_size,
-            device=device,
+            # The harness's own default is CUDA, whether there is any or not.
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             limit=limit,
             log_samples=False,
         )
@@ -77,7 +80,8 @@ def run_lm_eval(
         task: {
             _plain_name(name): float(value)
             for name, value in metrics.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
+            # Metrics are named "metric,filter"; everything else describes the task.
+            if "," in name and isinstance(value, (int, float))
         }
         for task, metrics in output["results"].items()
     }
@@ -85,5 +89,4 @@ def run_lm_eval(
 
 def _plain_name(name: str) -> str:
     """Drop the filter from a metric's name unless it says something: ``acc,none`` is ``acc``."""
-    metric, _, filter_name = name.partition(",")
-    return metric if filter_name in ("", "none") else name
+    return name.removesuffix(",none")

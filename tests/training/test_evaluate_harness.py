@@ -44,7 +44,7 @@ def test_arguments_and_results(monkeypatch: pytest.MonkeyPatch, model_dir: Path)
             "acc_stderr,none": "N/A",
             "acc_norm,none": 0.25,
         },
-        "gsm8k": {"exact_match,strict-match": 1, "flag": True},
+        "gsm8k": {"exact_match,strict-match": 1, "sample_len": 10},
     }
     calls = install(monkeypatch, {"results": results, "config": {}})
     metrics = run_lm_eval(
@@ -60,6 +60,14 @@ def test_arguments_and_results(monkeypatch: pytest.MonkeyPatch, model_dir: Path)
     assert call["tasks"] == ["arc_easy", "gsm8k"]
     assert (call["batch_size"], call["device"], call["limit"]) == (4, "cpu", 10)
     assert call["num_fewshot"] == 2
+
+
+def test_device_by_default(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
+    calls = install(monkeypatch, {"results": {"arc_easy": {"acc,none": 0.5}}})
+    for available, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
+        run_lm_eval(model_dir, ["arc_easy"])
+        assert calls[-1]["device"] == device
 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
