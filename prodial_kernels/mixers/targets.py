@@ -1,0 +1,171 @@
+"""Which modules of a model a configuration means, and every reason to refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.linear import resolve_block_size
+
+_WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear layer to adapt.
+
+    Attributes:
+        linear: The layer.
+        paths: Every dotted path under which the model holds it; more than one when it is shared.
+        name: The entry of ``target_modules`` that matched it.
+    """
+
+    linear: nn.Linear
+    paths: tuple[str, ...]
+    name: str
+
+
+def path_pattern(path: str) -> str:
+    """Replace the layer numbers of a dotted path by ``*``, so that equal layers look equal."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def module_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Return every module below ``model`` with every path that leads to it."""
+    paths: dict[nn.Module, tuple[str, ...]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if module is not model:
+            paths[module] = (*paths.get(module, ()), path)
+    return paths
+
+
+def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
+    """Return the layers that ``config.target_modules`` means, in the model's order.
+
+    Raises:
+        ValueError: Nothing matches, a name matches nothing, a match cannot be adapted, a target
+            matches in only some of the layers, or a block count does not divide ``in_features``.
+    """
+    paths = module_paths(model)
+    targets = []
+    for module, module_names in paths.items():
+        matches = [name for path in module_names if (name := config.target_of(path)) is not None]
+        if matches:
+            linear = _require_adaptable(module_names[0], module, matches[0])
+            targets.append(Target(linear, module_names, matches[0]))
+    linears = {m: names for m, names in paths.items() if isinstance(m, nn.Linear)}
+    _check_names_used(config, targets, linears.values())
+    if not config.allow_partial:
+        _check_every_layer(targets, linears)
+    for target in targets:
+        try:
+            resolve_block_size(target.linear.in_features, **config.blocks_of(target.name))
+        except ValueError as error:
+            raise ValueError(f"{target.paths[0]}: {error}") from error
+    return targets
+
+
+def find_saved(
+    model: nn.Module, config: ProdialConfig, targets: Iterable[Target]
+) -> list[nn.Module]:
+    """Return the modules of ``config.modules_to_save``, which stay trainable beside the adapter.
+
+    Raises:
+        ValueError: A name matches no module with floating-point parameters, or a match contains
+            or shares the weight of a layer that is to be adapted.
+    """
+    paths = module_paths(model)
+    saved = []
+    for name in config.modules_to_save:
+        matches = {
+            module: names[0]
+            for module, names in paths.items()
+            if any(path == name or path.endswith(f".{name}") for path in names)
+            and any(parameter.is_floating_point() for parameter in module.parameters())
+        }
+        if not matches:
+            owners = (names for m, names in paths.items() if any(True for _ in m.parameters(False)))
+            raise ValueError(
+                f"modules_to_save={name!r} matches no module with floating-point parameters; "
+                f"modules of this model that have parameters: {_patterns(owners)}"
+            )
+        for module, path in matches.items():
+            owned = {id(parameter) for parameter in module.parameters()}
+            for target in targets:
+                if not owned.isdisjoint(map(id, target.linear.parameters())):
+                    raise ValueError(
+                        f"modules_to_save={name!r} ({path}) contains or shares the weight of "
+                        f"{target.paths[0]}, which is also a target; a weight is either adapted "
+                        "(frozen) or trained itself: take one of the two out"
+                    )
+            saved.append(module)
+    return saved
+
+
+def _require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear:
+    """Return ``module``, or raise ValueError where an adapted layer would not do all it does."""
+    kind = f"target {name!r} matches {path!r}, a {type(module).__module__}.{type(module).__name__}"
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{kind}, not an nn.Linear; make target_modules match linear layers only")
+    weight = module.weight
+    # A Parameter subclass is some library's storage format (bitsandbytes, torchao, DTensor).
+    if type(weight) is not nn.Parameter or weight.dtype not in _WEIGHT_DTYPES:
+        raise ValueError(
+            f"{kind} with a {type(weight).__name__} weight of dtype {weight.dtype}; quantised, "
+            "sharded or parametrised weights cannot be adapted: load the model in bfloat16, "
+            "float16 or float32"
+        )
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        raise ValueError(
+            f"{kind} with a forward of its own, which an adapted layer would not run; adapt the "
+            "plain nn.Linear"
+        )
+    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+        raise ValueError(
+            f"{kind} with hooks, which an adapted layer would not run; remove them, and register "
+            "them again after apply_prodial"
+        )
+    return module
+
+
+def _check_names_used(
+    config: ProdialConfig,
+    targets: Iterable[Target],
+    linear_paths: Iterable[tuple[str, ...]],
+) -> None:
+    used = {target.name for target in targets}
+    names = config.target_modules
+    unused = [n for n in ((names,) if isinstance(names, str) else names) if n not in used]
+    if unused:
+        reason = " (or only modules that an earlier name already matches)" if used else ""
+        raise ValueError(
+            f"target_modules {unused} matches nothing in this model{reason}; "
+            f"its nn.Linear layers: {_patterns(linear_paths)}"
+        )
+
+
+def _check_every_layer(
+    targets: Iterable[Target], linears: Mapping[nn.Linear, tuple[str, ...]]
+) -> None:
+    adapted = {target.linear: target.name for target in targets}
+    names = {
+        path_pattern(path): name for module, name in adapted.items() for path in linears[module]
+    }
+    missed: dict[str, list[str]] = {}
+    for module, paths in linears.items():
+        for pattern in {path_pattern(path) for path in paths} & names.keys():
+            if module not in adapted:
+                missed.setdefault(pattern, []).append(paths[0])
+    for pattern, left_out in missed.items():
+        raise ValueError(
+            f"target {names[pattern]!r} matches only some of the layers {pattern!r}: it leaves "
+            f"out {', '.join(left_out)}; make it match them all, or set allow_partial=True"
+        )
+
+
+def _patterns(paths: Iterable[tuple[str, ...]]) -> str:
+    return ", ".join(dict.fromkeys(path_pattern(names[0]) for names in paths)) or "none"
