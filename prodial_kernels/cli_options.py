@@ -1,0 +1,241 @@
+"""The options of every command. An option that is not given leaves no trace in the namespace."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from prodial_kernels.training.config import DEFAULT_LR, DEVICES, DTYPES, METHODS, SCHEDULES
+
+LANGUAGE_PRESETS = ("arc-easy", "arc-challenge", "hellaswag", "winogrande")
+_LRS = ", ".join(f"{lr:g} for {method}" for method, lr in DEFAULT_LR.items())
+
+
+def add_finetune_options(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for every field of ``FinetuneConfig``, by the field's name."""
+    what = parser.add_argument_group("what to train, and on what")
+    _add_model(what)
+    _add_data(what)
+    what.add_argument("--held-out", metavar="DATA", help="evaluate on this instead of splitting")
+    what.add_argument(
+        "--held-out-fraction", type=float, metavar="F", help="share of the data to hold out (0.1)"
+    )
+    what.add_argument(
+        "--max-bytes",
+        type=_count,
+        metavar="N",
+        help="use so much of the data (stdlib: 4M, else all)",
+    )
+    what.add_argument(
+        "--eval-tokens", type=_count, metavar="N",
+        help="evaluate on so many held-out tokens (stdlib: 32768, else all)",
+    )  # fmt: skip
+    what.add_argument(
+        "--output",
+        metavar="DIR",
+        help="where the run is kept (prodial-output); must be empty or new",
+    )
+    what.add_argument(
+        "--resume", action="store_true",
+        help="continue the run in --output; options that are not given are the run's own",
+    )  # fmt: skip
+
+    method = parser.add_argument_group("method")
+    method.add_argument(
+        "--method", choices=METHODS,
+        help="prodial (default); lora: without --r the rank whose parameter count comes closest "
+        "to ProDiaL's; full: every parameter",
+    )  # fmt: skip
+    add_adapter_options(method)
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--lr", type=float, help=f"peak learning rate ({_LRS})")
+    training.add_argument("--steps", type=_count, metavar="N", help="optimiser steps (200)")
+    training.add_argument("--epochs", type=float, help="passes over the data, instead of --steps")
+    training.add_argument("--batch-size", type=int, metavar="N", help="sequences in a batch (8)")
+    training.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence (256)")
+    training.add_argument(
+        "--grad-accumulation", type=int, metavar="N", help="batches in an optimiser step (1)"
+    )
+    training.add_argument("--weight-decay", type=float, metavar="W", help="of AdamW (0.01)")
+    training.add_argument(
+        "--schedule", choices=SCHEDULES, help="learning rate after the warm-up (cosine)"
+    )
+    training.add_argument("--warmup", type=int, metavar="N", help="steps of linear warm-up (10)")
+    training.add_argument("--clip", type=float, help="largest gradient norm (1); 0: no clipping")
+    training.add_argument("--seed", type=int, help="of initial values, data order, dropout (0)")
+    training.add_argument(
+        "--gradient-checkpointing", action="store_true", help="less memory, more time"
+    )
+    add_device_options(training)
+
+    records = parser.add_argument_group("how often")
+    records.add_argument(
+        "--eval-every",
+        type=int,
+        metavar="N",
+        help="steps between evaluations (50); 0: before/after",
+    )
+    records.add_argument(
+        "--save-every", type=int, metavar="N", help="steps between saved states (50); 0: at the end"
+    )
+    records.add_argument(
+        "--log-every", type=int, metavar="N", help="steps between metric lines (1)"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="options in a JSON or TOML file, such as batch_size = 4; "
+        "flags win over it",
+    )  # fmt: skip
+
+
+def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prodial evaluate``."""
+    _add_model(parser)
+    _add_adapter(parser, required=False)
+    _add_data(parser)
+    parser.add_argument(
+        "--split", choices=("held-out", "all"),
+        help="evaluate on the part that 'prodial finetune' holds out (default for stdlib), or on "
+        "all of the data (default for anything else; of a hub data set its own test part)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-tokens", type=_count, metavar="N", help="stop after so many tokens of text"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=512, metavar="N", help="tokens at once (512)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at once (8)")
+    parser.add_argument(
+        "--lm-eval", nargs="+", metavar="TASK",
+        help="run these tasks of lm-evaluation-harness instead, such as hellaswag arc_easy",
+    )  # fmt: skip
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples per question")
+    parser.add_argument("--limit", type=float, metavar="N", help="questions per task")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_device_options(parser)
+
+
+def add_merge_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prodial merge``."""
+    _add_model(parser)
+    _add_adapter(parser, required=True)
+    parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    add_device_options(parser)
+
+
+def add_inspect_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prodial inspect``."""
+    parser.add_argument(
+        "path", help="an adapter's directory; or a model: directory, hub id, embedded"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_adapter_options(parser.add_argument_group("for a model: the adapter to plan"))
+
+
+def add_adapter_options(group: Any) -> None:
+    """Add the options of ``ProdialConfig``."""
+    group.add_argument(
+        "--preset", metavar="NAME",
+        help=f"a setting of the paper ({', '.join(LANGUAGE_PRESETS)}); other flags win over it",
+    )  # fmt: skip
+    group.add_argument("--r", type=int, metavar="R", help="rank of the LoRA part (16); 0: none")
+    group.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA is scaled by A / R (R)")
+    group.add_argument("--lora-dropout", type=float, metavar="P", help="on LoRA's input (0)")
+    group.add_argument(
+        "--n-blocks", type=_per_target, nargs="+", metavar="N",
+        help="diagonal blocks: one number, or in_proj=64 out_proj=32 (default: 1×1 blocks)",
+    )  # fmt: skip
+    group.add_argument(
+        "--block-size", type=_per_target, nargs="+", metavar="P", help="side of a block instead"
+    )
+    group.add_argument(
+        "--diagonal", metavar="KIND", help="relu (the paper's Eq. 7) or free (two-sided)"
+    )
+    group.add_argument(
+        "--target-modules", nargs="+", metavar="NAME",
+        help="layers to adapt (in_proj out_proj), or one regular expression for whole paths",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-scale", dest="train_scale", action="store_const", const=False,
+        help="without the output scale s",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-diagonal", dest="train_diagonal", action="store_const", const=False,
+        help="without the block-diagonal factor",
+    )  # fmt: skip
+
+
+def add_device_options(group: Any) -> None:
+    """Add ``--device`` and ``--dtype``."""
+    group.add_argument("--device", choices=DEVICES, help="auto: CUDA where there is one")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="compute dtype; auto: bfloat16 on CUDA, float32 on a CPU"
+    )
+
+
+def config_values(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a namespace that belong to ``FinetuneConfig``, in its terms."""
+    values = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("command", "debug", "config", "resume", "path", "json")
+    }
+    for name in ("n_blocks", "block_size"):
+        if name in values:
+            values[name] = _merged_blocks(name, values[name])
+    targets = values.get("target_modules")
+    if targets is not None and len(targets) == 1 and re.search(r"[\\^$*+?()|\[\]{}]", targets[0]):
+        values["target_modules"] = targets[0]
+    return values
+
+
+def _add_model(group: Any) -> None:
+    group.add_argument(
+        "--model", metavar="MODEL",
+        help="directory in transformers' format or hub id (embedded: a small one in this package)",
+    )  # fmt: skip
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument(
+        "--data", metavar="DATA",
+        help="text file, JSONL (text; prompt, completion; context, choices, label; or HellaSwag, "
+        "Winogrande, ARC rows), directory, or hub data set NAME[:CONFIGURATION] (stdlib: the "
+        "source of Python's own library)",
+    )  # fmt: skip
+
+
+def _add_adapter(group: Any, *, required: bool) -> None:
+    group.add_argument(
+        "--adapter", metavar="DIR", required=required, help="directory of an adapter for the model"
+    )
+
+
+def _count(text: str) -> int:
+    """Parse a count such as 500, 64k or 4M."""
+    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a number such as 500, 64k or 4M, got {text!r}")
+    return int(match.group(1)) * {"": 1, "k": 1_000, "m": 1_000_000}[match.group(2).lower()]
+
+
+def _per_target(text: str) -> tuple[str | None, int]:
+    """Parse ``64`` or ``in_proj=64``."""
+    name, equals, number = text.rpartition("=")
+    if not number.isdecimal() or (equals and not name):
+        raise argparse.ArgumentTypeError(f"expected a number or NAME=NUMBER, got {text!r}")
+    return name or None, int(number)
+
+
+def _merged_blocks(option: str, parts: list[tuple[str | None, int]]) -> int | dict[str, int]:
+    if len(parts) == 1 and parts[0][0] is None:
+        return parts[0][1]
+    named = {name: number for name, number in parts if name is not None}
+    if len(named) != len(parts):
+        flag = option.replace("_", "-")
+        raise argparse.ArgumentTypeError(
+            f"argument --{flag}: give one number, or a NAME=NUMBER for every target"
+        )
+    return named

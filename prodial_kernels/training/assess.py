@@ -1,0 +1,135 @@
+"""Evaluate a loaded model on data of any kind, or on tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.mixers.inject import merge_prodial
+from prodial_kernels.training.config import STDLIB_EVAL_TOKENS, STDLIB_MAX_BYTES
+from prodial_kernels.training.data import load_all, load_documents
+from prodial_kernels.training.evaluate import evaluate_examples
+from prodial_kernels.training.harness import run_lm_eval
+from prodial_kernels.training.merging import write_model
+from prodial_kernels.training.model import LoadedModel
+from prodial_kernels.training.progress import Progress
+from prodial_kernels.training.report import finite_or_none, metric_rows, two_columns
+from prodial_kernels.training.schemas import Example
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Metrics of one model on one source. ``str()`` is a table.
+
+    Attributes:
+        model: What was evaluated.
+        data: What it was evaluated on.
+        metrics: By the names of the metrics' dataclass; by task for the harness.
+    """
+
+    model: str
+    data: str
+    metrics: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """Return everything as indented JSON."""
+        content = {"model": self.model, "data": self.data, "metrics": dict(self.metrics)}
+        return json.dumps(content, indent=2)
+
+    def __str__(self) -> str:
+        rows = [("model", self.model), ("data", self.data)]
+        for name, value in self.metrics.items():
+            if isinstance(value, Mapping):
+                shown = ", ".join(f"{metric} {score:.4f}" for metric, score in value.items())
+                rows.append((name, shown))
+        return two_columns([*rows, *metric_rows(self.metrics)])
+
+
+def assess(
+    loaded: LoadedModel,
+    data: str = "stdlib",
+    *,
+    split: str | None = None,
+    max_tokens: int | None = None,
+    seq_len: int = 512,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Assessment:
+    """Evaluate a model on a source: loss and bits per byte, or multiple-choice accuracy.
+
+    Args:
+        loaded: The model, with or without an adapter.
+        data: As ``load_documents`` takes it.
+        split: ``"held-out"`` for the part that fine-tuning on the same source holds out, ``"all"``
+            for everything (of a hub data set its validation or test part); None for held-out of
+            ``"stdlib"`` and all of anything else.
+        max_tokens: Stop after so many tokens of text; None for all (of ``"stdlib"``, 32,768).
+        seq_len: The most tokens that the model reads at once.
+        batch_size: Windows in a forward pass.
+        progress: Show progress on stderr.
+
+    Raises:
+        DataError: The data cannot be used.
+        EvaluationError: A log-likelihood is not finite.
+    """
+    stdlib = data == "stdlib"
+    if split is None:
+        split = "held-out" if stdlib else "all"
+    max_bytes = STDLIB_MAX_BYTES if stdlib else None
+    examples: Sequence[Example]
+    if split == "held-out":
+        examples = load_documents(data, max_bytes=max_bytes).held_out
+    else:
+        examples = load_all(data, max_bytes=max_bytes)
+    if max_tokens is None and stdlib:
+        max_tokens = STDLIB_EVAL_TOKENS
+    with Progress(enabled=progress).evaluating() as advance:
+        metrics = evaluate_examples(
+            loaded.model, loaded.tokenizer, examples, seq_len=seq_len, batch_size=batch_size,
+            max_tokens=max_tokens, progress=advance,
+        )  # fmt: skip
+    source = "Python's standard library" if stdlib else data
+    return Assessment(loaded.name, f"{source} ({split})", finite_or_none(metrics))
+
+
+def assess_with_harness(
+    loaded: LoadedModel,
+    tasks: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    limit: float | None = None,
+) -> Assessment:
+    """Evaluate a model on tasks of lm-evaluation-harness; an adapter is merged first.
+
+    The harness reads a directory, so the (merged) model is written to a temporary one.
+
+    Args:
+        loaded: The model; its adapter, if it has one, is merged in place.
+        tasks: Names of tasks.
+        num_fewshot: Examples before each question; None for the task's own number.
+        batch_size: Requests in a forward pass.
+        limit: Questions of each task, or their share (under 1); None for all.
+
+    Raises:
+        EvaluationError: The harness is not installed, or fails.
+        OSError: The disk is full.
+    """
+    name, device = loaded.name, next(loaded.model.parameters()).device
+    if any(isinstance(module, ProdialLinear) for module in loaded.model.modules()):
+        merge_prodial(loaded.model)
+    if limit is not None and limit >= 1:
+        limit = int(limit)
+    with tempfile.TemporaryDirectory(prefix="prodial-") as folder:
+        path = Path(folder, "model")
+        write_model(loaded.model, loaded.tokenizer, path)
+        results = run_lm_eval(
+            path, tasks, num_fewshot=num_fewshot, batch_size=batch_size, device=str(device),
+            limit=limit,
+        )  # fmt: skip
+    return Assessment(name, "lm-evaluation-harness", results)

@@ -1,0 +1,336 @@
+"""``FinetuneConfig``: every option of a fine-tuning run, its defaults, presets and checks.
+
+One flat set of names serves the command line (``--batch-size``), a configuration file
+(``batch_size``) and Python (``FinetuneConfig(batch_size=8)``). An option left at None is filled in
+by :meth:`FinetuneConfig.resolved`: from the preset, else from the defaults of this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prodial_kernels.config import Preset, ProdialConfig
+
+METHODS = ("prodial", "lora", "full")
+SCHEDULES = ("constant", "cosine", "linear")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16")
+ADAPTER_OPTIONS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "n_blocks",
+    "block_size",
+    "diagonal",
+    "target_modules",
+    "train_scale",
+    "train_diagonal",
+)
+# How often a run is saved, and where it is kept, do not change what it computes.
+NOT_COMPARED_ON_RESUME = frozenset({"output", "save_every"})
+# Peak learning rates, each the best of a sweep on the embedded model with the default data and
+# steps. A full fine-tuning moves every weight, so it needs far smaller steps than an adapter.
+DEFAULT_LR = {"prodial": 5e-3, "lora": 5e-3, "full": 1e-3}
+STDLIB_MAX_BYTES = 4_000_000
+STDLIB_EVAL_TOKENS = 32_768
+
+
+class ConfigError(ValueError):
+    """An option is unknown, contradicts another, or has a value that cannot be used."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What to fine-tune, on what, how, and where to keep it.
+
+    Attributes:
+        model: ``"embedded"``, a directory in transformers' format, or a hub id.
+        data: ``"stdlib"``, a file, a directory or a hub data set, as ``load_documents`` takes it.
+        held_out: A held-out source of its own; None splits ``data``.
+        held_out_fraction: Share of ``data`` to hold out.
+        max_bytes: UTF-8 bytes of data to use; None for all (of ``"stdlib"``, 4 MB).
+        eval_tokens: Held-out tokens to evaluate on; None for all (of ``"stdlib"``, 32,768).
+            Multiple choice and completions are always evaluated whole.
+        output: Directory of the run.
+        method: ``"prodial"``, ``"lora"`` (no scale, no diagonal; without ``r`` the rank whose
+            parameter count is closest to ProDiaL's) or ``"full"`` (every parameter).
+        preset: A setting of the paper; fills in options that are None.
+        r: Adapter option as in :class:`prodial_kernels.ProdialConfig`, like the next eight.
+        lora_alpha: See ``r``.
+        lora_dropout: See ``r``.
+        n_blocks: See ``r``.
+        block_size: See ``r``.
+        diagonal: See ``r``.
+        target_modules: See ``r``.
+        train_scale: See ``r``.
+        train_diagonal: See ``r``.
+        lr: Peak learning rate; the default is the method's (:data:`DEFAULT_LR`).
+        steps: Optimiser steps; give this or ``epochs``.
+        epochs: Passes over the training data; may be a fraction.
+        batch_size: Sequences in a micro-batch.
+        seq_len: Tokens in a sequence.
+        grad_accumulation: Micro-batches in an optimiser step.
+        weight_decay: AdamW's decay; it never pulls the scale s toward 0.
+        schedule: After the warm-up: ``"constant"``, or ``"cosine"`` or ``"linear"`` decay to 0.
+        warmup: Steps of linear warm-up.
+        clip: Largest gradient norm over the trained parameters; 0 switches clipping off.
+        seed: Decides initial values, data order and dropout.
+        eval_every: Steps between evaluations; 0 for before and after only.
+        save_every: Steps between saved training states; 0 for the end only.
+        log_every: Steps between lines in ``metrics.jsonl``.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
+        dtype: Compute dtype; ``"auto"`` is bfloat16 on CUDA and float32 on a CPU. Trained
+            parameters are float32 in either case.
+
+    Raises:
+        ConfigError: An option out of range or of the wrong type, or two that exclude each other.
+    """
+
+    model: str = "embedded"
+    data: str = "stdlib"
+    held_out: str | None = None
+    held_out_fraction: float = 0.1
+    max_bytes: int | None = None
+    eval_tokens: int | None = None
+    output: str = "prodial-output"
+    method: str = "prodial"
+    preset: str | None = None
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float | None = None
+    n_blocks: int | Mapping[str, int] | None = None
+    block_size: int | Mapping[str, int] | None = None
+    diagonal: str | None = None
+    target_modules: str | tuple[str, ...] | None = None
+    train_scale: bool | None = None
+    train_diagonal: bool | None = None
+    lr: float | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int | None = None
+    seq_len: int | None = None
+    grad_accumulation: int = 1
+    weight_decay: float | None = None
+    schedule: str | None = None
+    warmup: int = 10
+    clip: float = 1.0
+    seed: int = 0
+    eval_every: int = 50
+    save_every: int = 50
+    log_every: int = 1
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(
+                self, field.name, _checked_type(field.name, getattr(self, field.name))
+            )
+        for name, choices in (
+            ("method", METHODS),
+            ("schedule", SCHEDULES),
+            ("device", DEVICES),
+            ("dtype", DTYPES),
+        ):
+            if getattr(self, name) not in (None, *choices):
+                listed = ", ".join(map(repr, choices))
+                raise ConfigError(f"{name} must be one of {listed}, got {getattr(self, name)!r}")
+        for name, minimum in _MINIMA.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ConfigError(f"{name} must be at least {minimum}, got {value}")
+        for name in ("lr", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
+        if not 0.0 < self.held_out_fraction < 1.0:
+            raise ConfigError(
+                f"held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}"
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"give steps or epochs, not both (got steps={self.steps}, epochs={self.epochs})"
+            )
+        if self.preset is not None and self._preset().seq_len is None:
+            raise ConfigError(
+                f"preset {self.preset!r} is for image classification, which this command does not "
+                "train; take its adapter with get_preset() in your own training loop"
+            )
+        given = [name for name in ADAPTER_OPTIONS if getattr(self, name) is not None]
+        if self.method == "full" and given:
+            raise ConfigError(f"method 'full' trains every weight and has no adapter: drop {given}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
+        """Build a configuration from plain values, as a JSON or TOML file holds them.
+
+        Raises:
+            ConfigError: Unknown keys (the message lists the known ones), or values out of range.
+        """
+        cls.check_names(values)
+        return cls(**values)
+
+    @classmethod
+    def check_names(cls, names: Iterable[str], *, source: str = "the configuration") -> None:
+        """Raise unless all names are options.
+
+        Raises:
+            ConfigError: Lists the unknown and the known names.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise ConfigError(f"{source}: unknown keys {unknown}; known are {known}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all options as plain JSON-ready values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def resolved(self) -> FinetuneConfig:
+        """Fill in every option that is None and has a default; paths become absolute.
+
+        Returns:
+            A configuration that resolves to itself. ``steps`` stays None where ``epochs`` is
+            given, and ``r`` where the rank of LoRA is to be matched to ProDiaL's size.
+        """
+        preset = None if self.preset is None else self._preset()
+        values: dict[str, Any] = {
+            "lr": DEFAULT_LR[self.method] if preset is None else preset.learning_rate,
+            "weight_decay": 0.01 if preset is None else preset.weight_decay,
+            "schedule": "cosine" if preset is None else preset.schedule,
+            "batch_size": 8 if preset is None else preset.batch_size,
+            "seq_len": 256 if preset is None else preset.seq_len,
+        }
+        if self.epochs is None:
+            values["steps"] = 200
+        if self.data == "stdlib":
+            values |= {"max_bytes": STDLIB_MAX_BYTES, "eval_tokens": STDLIB_EVAL_TOKENS}
+        if self.method != "full":
+            values |= self._adapter_defaults()
+        filled = {k: v for k, v in values.items() if getattr(self, k) is None}
+        for name in ("model", "data", "held_out"):
+            value = getattr(self, name)
+            if value not in (None, "embedded", "stdlib") and Path(value).expanduser().exists():
+                filled[name] = str(Path(value).expanduser().resolve())
+        return replace(self, **filled)
+
+    def adapter(self, *, r: int | None = None) -> ProdialConfig:
+        """Return the adapter's configuration.
+
+        Args:
+            r: Rank to use where ``self.r`` is None, which only ``method="lora"`` leaves open.
+
+        Raises:
+            ConfigError: ``method="full"``, or no rank.
+            ValueError: Adapter options that do not fit together.
+        """
+        from prodial_kernels.config import ProdialConfig
+
+        if self.method == "full":
+            raise ConfigError("method 'full' has no adapter")
+        resolved = self.resolved()
+        values = {name: getattr(resolved, name) for name in ADAPTER_OPTIONS}
+        if values["r"] is None:
+            values["r"] = r
+        if values["r"] is None:
+            raise ConfigError("method 'lora' without r needs the model to choose its rank")
+        if not values["train_diagonal"]:
+            values["n_blocks"] = values["block_size"] = None
+        return ProdialConfig(**values)
+
+    def reference_adapter(self) -> ProdialConfig:
+        """Return the ProDiaL adapter whose size a LoRA without ``r`` matches.
+
+        Raises:
+            ValueError: Adapter options that do not fit together.
+        """
+        values = {name: getattr(self, name) for name in ADAPTER_OPTIONS}
+        values |= {"train_scale": None, "train_diagonal": None, "preset": self.preset}
+        return FinetuneConfig.from_dict(values).adapter()
+
+    def _preset(self) -> Preset:
+        # Imported here, like the rest: the command line reads this module before PyTorch is loaded.
+        from prodial_kernels.config import get_preset
+
+        try:
+            return get_preset(self.preset or "")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _adapter_defaults(self) -> dict[str, Any]:
+        from prodial_kernels.config import ProdialConfig
+
+        base = ProdialConfig() if self.preset is None else self._preset().adapter
+        values = {name: getattr(base, name) for name in ADAPTER_OPTIONS}
+        if self.n_blocks is not None or self.block_size is not None:
+            values["n_blocks"] = values["block_size"] = None
+        if self.target_modules is not None and self.target_modules != base.target_modules:
+            # The preset's blocks are named after its own targets.
+            values["n_blocks"] = values["block_size"] = None
+        # Unless a preset says otherwise, lora_alpha follows the rank that is used: α = 1.
+        if self.preset is None or self.method == "lora":
+            values["lora_alpha"] = None
+        if self.method == "lora":
+            values |= {"train_scale": False, "train_diagonal": False, "r": None}
+        return values
+
+
+_MINIMA: dict[str, float] = {
+    "max_bytes": 2,
+    "eval_tokens": 1,
+    "r": 0,
+    "steps": 1,
+    "batch_size": 1,
+    "seq_len": 2,
+    "grad_accumulation": 1,
+    "weight_decay": 0,
+    "warmup": 0,
+    "clip": 0,
+    "eval_every": 0,
+    "save_every": 0,
+    "log_every": 1,
+}
+
+
+def differing_keys(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: Iterable[str] | None = None
+) -> list[str]:
+    """Return the names under which two resolved configurations differ, sorted."""
+    names = set(ours) | set(theirs) if keys is None else set(keys)
+    return sorted(
+        name for name in names - NOT_COMPARED_ON_RESUME if ours.get(name) != theirs.get(name)
+    )
+
+
+def _checked_type(name: str, value: Any) -> Any:
+    """Check one value against its field's annotation; integers pass as floats, lists as tuples."""
+    annotation = FinetuneConfig.__annotations__[name]
+    if value is None and "None" in annotation:
+        return None
+    if name == "target_modules":
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise ConfigError(f"{name} must be a string or a list of strings, got {value!r}")
+    if isinstance(value, Mapping) and "Mapping" in annotation:
+        return dict(value)
+    expected = annotation.split(" | ")[0]
+    fits = {
+        "str": isinstance(value, str),
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value),
+    }[expected]
+    if not fits:
+        raise ConfigError(f"{name} must be {annotation}, got {value!r}")
+    return float(value) if expected == "float" else value

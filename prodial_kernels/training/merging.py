@@ -1,0 +1,118 @@
+"""Write a plain model to a directory, and check that what was written computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.training.atomic import atomic_directory, safetensors_errors
+from prodial_kernels.training.model import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class MergeError(RuntimeError):
+    """The written model does not compute what the trained one does."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models' logits on the same tokens are apart.
+
+    Attributes:
+        max_difference: Largest absolute difference of a logit.
+        relative: Root mean square of the differences by that of the logits.
+        tolerance: The largest ``relative`` that rounding explains in the dtype.
+        n_tokens: Tokens compared.
+    """
+
+    max_difference: float
+    relative: float
+    tolerance: float
+    n_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.max_difference:.1e} "
+            f"({self.relative:.1e} relative) over {self.n_tokens:,} tokens"
+        )
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    replace: bool = False,
+) -> None:
+    """Write a plain model and its tokenizer in transformers' format, whole or not at all.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not to be replaced.
+        OSError: The disk is full, or the place cannot be written.
+    """
+    with atomic_directory(path, replace=replace) as temporary, safetensors_errors(path):
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the logits ``[batch, length, vocabulary]`` in float32 on the CPU, without dropout."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids=tokens.to(device), use_cache=False).logits
+    model.train(was_training)
+    return logits.float().cpu()
+
+
+def check_written_model(
+    path: Path, tokens: Tensor, expected: Tensor, *, device: torch.device, dtype: torch.dtype
+) -> Agreement:
+    """Load a written model and compare its logits with those of the model in memory.
+
+    Args:
+        path: Directory of the written model.
+        tokens: int64 ``[batch, length]``.
+        expected: :func:`logits_of` the model in memory, adapter and all.
+        device: Where to run it.
+        dtype: The dtype to run it in.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        MergeError: They differ by more than rounding.
+    """
+    loaded = load_model(str(path), device=device, dtype=dtype)
+    agreement = compare_logits(logits_of(loaded.model, tokens), expected, dtype=dtype)
+    # "not <=" rather than ">": a NaN must fail.
+    if not agreement.relative <= agreement.tolerance:
+        raise MergeError(
+            f"the model written to {path} does not compute what was trained: {agreement}, "
+            f"where rounding explains {agreement.tolerance:.1e}; do not use it. The adapter "
+            "beside it is not affected"
+        )
+    return agreement
+
+
+def compare_logits(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Agreement:
+    """Compare logits ``[batch, length, vocabulary]`` with the rounding of ``dtype`` in mind."""
+    difference = found.double() - expected.double()
+    scale = expected.double().square().mean().sqrt()
+    return Agreement(
+        max_difference=float(difference.abs().max()),
+        relative=float(difference.square().mean().sqrt() / scale),
+        # Merging rounds each weight once; the error of a whole model is a small multiple of it.
+        tolerance=TOLERANCE_IN_EPS * torch.finfo(dtype).eps,
+        n_tokens=expected.shape[0] * expected.shape[1],
+    )
+
+
+TOLERANCE_IN_EPS = 64

@@ -1,0 +1,75 @@
+"""What each method trains: ProDiaL, LoRA of the same size, or every parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.linear import resolve_block_size
+from prodial_kernels.mixers.inject import apply_prodial
+from prodial_kernels.mixers.report import AdapterReport, adapter_report
+from prodial_kernels.mixers.targets import find_targets
+from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.parameter_groups import adapter_parameter_groups
+
+
+@dataclass(frozen=True)
+class PreparedMethod:
+    """A model made ready for training.
+
+    Attributes:
+        adapter: The adapter's configuration; None for full fine-tuning.
+        optimizer: AdamW over the trained parameters.
+        report: What is trained.
+    """
+
+    adapter: ProdialConfig | None
+    optimizer: torch.optim.Optimizer
+    report: AdapterReport
+
+
+def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
+    """Freeze and adapt, or free, the model's parameters, in place, and make the optimiser.
+
+    Args:
+        model: The pretrained model, on its device.
+        config: A resolved configuration.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
+    """
+    adapter = None
+    if config.method == "full":
+        # Sixteen-bit weights would swallow an optimiser's small steps.
+        model.float().requires_grad_(True)
+    else:
+        rank = matched_lora_rank(model, config.reference_adapter()) if config.r is None else None
+        adapter = config.adapter(r=rank)
+        apply_prodial(model, adapter)
+    groups = adapter_parameter_groups(model, weight_decay=config.weight_decay or 0.0)
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=config.lr or 0.0, fused=on_cuda)
+    return PreparedMethod(adapter, optimizer, adapter_report(model))
+
+
+def matched_lora_rank(model: nn.Module, reference: ProdialConfig) -> int:
+    """Return the rank, at least 1, at which LoRA is closest in size to a ProDiaL adapter.
+
+    In a layer of shape [N, K] a ProDiaL adapter of rank r with blocks of side P has
+    ``K·P + N + r (K + N)`` parameters, and LoRA of rank r has ``r (K + N)``.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
+    """
+    prodial = per_rank = 0
+    for target in find_targets(model, reference):
+        k, n = target.linear.in_features, target.linear.out_features
+        per_rank += k + n
+        prodial += reference.r * (k + n)
+        prodial += n if reference.train_scale else 0
+        if reference.train_diagonal:
+            prodial += k * resolve_block_size(k, **reference.blocks_of(target.name))
+    return max(1, round(prodial / per_rank))

@@ -1,0 +1,115 @@
+"""Where a run's model comes from: the embedded one, a directory, or the hub; device and dtype."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+
+
+class ModelError(RuntimeError):
+    """A model cannot be loaded, or not on this device."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model and its tokenizer.
+
+    Attributes:
+        name: What it was loaded by.
+        model: The model, on its device, in eval mode.
+        tokenizer: Its tokenizer.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """Load a causal language model through transformers.
+
+    Args:
+        name: ``"embedded"``, a directory as ``save_pretrained`` writes it, or a hub id.
+        device: Where to put it.
+        dtype: Dtype of its weights.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be read; the message says what to do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _source(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    # Each layer below raises classes of its own for a missing, damaged or unknown model.
+    except Exception as error:
+        raise ModelError(_explain(name, source, error)) from error
+    return LoadedModel(name, model.to(device).eval(), tokenizer)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``"auto"``, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ModelError: CUDA is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ModelError("device 'cuda' was asked for, but PyTorch finds no CUDA device; use 'cpu'")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype for ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _source(name: str) -> Path | str:
+    """Return a directory that holds a model, or a hub id."""
+    if name == EMBEDDED:
+        from prodial_kernels.embedded import embedded_model_path
+
+        return embedded_model_path()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path} holds an adapter, not a model; give its base model as the model, and this "
+                "directory as the adapter"
+            )
+        raise ModelError(f"{path} holds no model: there is no config.json in it")
+    if path.exists():
+        raise ModelError(f"{path} is a file; give the directory that holds the model")
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise ModelError(f"{name}: no such directory (looked in {Path.cwd()})")
+    return name
+
+
+def _explain(name: str, source: Path | str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    if isinstance(source, Path):
+        return f"cannot load the model in {source}: {reason}"
+    return (
+        f"cannot load model {name!r}: there is no such directory here, and the hub did not give "
+        f"it ({reason}). Check the name and the network, or give a local directory; "
+        f"'{EMBEDDED}' always works offline"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
