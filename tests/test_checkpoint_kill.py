@@ -1,0 +1,292 @@
+"""Two files, one commit: whatever stops a save, and wherever, the old or the new adapter loads."""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prodial_kernels.checkpoint.error import AdapterError
+from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, read_files, write_files
+
+OLD, NEW = b"old tensors" * 1000, b"new tensors" * 1000
+
+
+class Stop(BaseException):
+    """Not an Exception: like KeyboardInterrupt, it passes every ordinary handler."""
+
+
+class Steps:
+    """Counts the system calls of a save and stops before, or half way through, the n-th."""
+
+    def __init__(self, stop_at: int | None, stop: Callable[[], None]) -> None:
+        self.stop_at = stop_at
+        self.stop = stop
+        self.count = 0
+
+    def __call__(self, half: Callable[[], object] = lambda: None) -> None:
+        self.count += 1
+        if self.count == self.stop_at:
+            half()
+            self.stop()
+
+    def install(self, patch: Callable[[Any, str, Any], None]) -> None:
+        real_open = builtins.open
+        steps = self
+
+        class File:
+            """A file whose writes are steps: nothing buffered, so that half means half."""
+
+            def __init__(self, path: Any, mode: str) -> None:
+                self._file = real_open(path, mode, buffering=0)
+
+            def __enter__(self) -> File:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                self._file.close()
+
+            def write(self, data: bytes) -> None:
+                steps(lambda: self._file.write(data[: len(data) // 2]))
+                self._file.write(data)
+
+            def flush(self) -> None:
+                steps()
+
+            def fileno(self) -> int:
+                return self._file.fileno()
+
+        def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if mode != "wb":
+                return real_open(path, mode, *args, **kwargs)
+            steps()
+            return File(path, mode)
+
+        patch(builtins, "open", opened)
+        for name in ("fsync", "replace", "unlink", "mkdir"):
+            patch(os, name, self._counted(getattr(os, name)))
+
+    def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self()
+            result = real(*args, **kwargs)
+            # Also just after: the change happened, and nobody was told.
+            self()
+            return result
+
+        return call
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def stop() -> None:
+        raise error
+
+    return stop
+
+
+def save(directory: Path, payload: bytes) -> None:
+    write_files(directory, {"config": {"name": payload[:3].decode()}}, payload)
+
+
+def check_whole(directory: Path) -> bytes:
+    """Read the adapter; its two files belong together, whichever save they are of."""
+    header, payload = read_files(directory)
+    assert payload in (OLD, NEW)
+    assert header["config"] == {"name": payload[:3].decode()}
+    return payload
+
+
+def count_steps(directory: Path) -> int:
+    steps = Steps(None, raising(Stop()))
+    with pytest.MonkeyPatch.context() as patch:
+        steps.install(lambda target, name, new: patch.setattr(target, name, new))
+        save(directory, NEW)
+    return steps.count
+
+
+@pytest.mark.parametrize(
+    "error", [Stop(), KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr
+)
+def test_an_error_at_any_step(tmp_path: Path, error: BaseException) -> None:
+    save(tmp_path / "count", OLD)
+    total = count_steps(tmp_path / "count")
+    assert total > 15
+    seen = set()
+    for step in range(1, total + 1):
+        directory = tmp_path / str(step)
+        save(directory, OLD)
+        before = {path.name: path.read_bytes() for path in directory.iterdir()}
+        with pytest.MonkeyPatch.context() as patch:
+            steps = Steps(step, raising(error))
+            steps.install(lambda target, name, new: patch.setattr(target, name, new))
+            try:
+                save(directory, NEW)
+            except type(error):
+                pass
+            else:
+                # pathlib ignores an error of mkdir where the directory exists.
+                assert isinstance(error, OSError)
+                assert check_whole(directory) == NEW
+        seen.add(check_whole(directory))
+        if check_whole(directory) == OLD:
+            # Cleaned up: nothing but the old adapter remains.
+            assert {path.name: path.read_bytes() for path in directory.iterdir()} == before, step
+        check_next_save(directory)
+    assert seen == {OLD, NEW}
+
+
+def check_next_save(directory: Path) -> None:
+    """A save after a stopped one works and leaves exactly its two files."""
+    survived = check_whole(directory)
+    for payload in (survived, NEW, OLD):
+        save(directory, payload)
+        assert check_whole(directory) == payload
+        assert sorted(path.name for path in directory.iterdir()) == [CONFIG_FILE, TENSOR_FILE]
+
+
+def test_a_kill_at_any_step_of_the_first_save(tmp_path: Path) -> None:
+    for step in range(1, count_steps(tmp_path / "count") + 1):
+        directory = tmp_path / str(step)
+        killed_at(step, directory, NEW)
+        if (directory / CONFIG_FILE).exists():
+            assert check_whole(directory) == NEW
+        else:
+            with pytest.raises(AdapterError, match=r"no such directory|is missing"):
+                read_files(directory)
+        save(directory, OLD)
+        check_next_save(directory)
+
+
+@pytest.mark.parametrize("payload", [OLD, NEW], ids=["same", "other"])
+def test_a_kill_at_any_step_and_another_in_the_save_after_it(
+    tmp_path: Path, payload: bytes
+) -> None:
+    """Also when the same tensors are saved again, so that names and hashes coincide."""
+    save(tmp_path / "count", OLD)
+    total = count_steps(tmp_path / "count")
+    left = set()
+    for step in range(1, total + 1):
+        directory = tmp_path / str(step)
+        save(directory, OLD)
+        killed_at(step, directory, payload)
+        left.add(check_whole(directory))
+        for second in range(1, total + 10, 3):
+            again = tmp_path / f"{step}-{second}"
+            shutil.copytree(directory, again)
+            survived = check_whole(again)
+            killed_at(second, again, OLD)
+            assert check_whole(again) in (survived, OLD)
+            shutil.rmtree(again)
+        check_next_save(directory)
+    assert left == {OLD, payload}
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step: int, directory: Path, payload: bytes) -> None:
+    """Save, and let nothing of the process touch the disk from the given step on."""
+    dead = False
+
+    def die() -> None:
+        nonlocal dead
+        dead = True
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        steps = Steps(step, die)
+        steps.install(lambda target, name, new: patch.setattr(target, name, new))
+        for name in ("replace", "unlink", "fsync", "mkdir"):
+            alive = getattr(os, name)
+
+            def call(*args: Any, alive: Callable[..., Any] = alive, **kwargs: Any) -> Any:
+                if dead:
+                    raise Killed
+                return alive(*args, **kwargs)
+
+            patch.setattr(os, name, call)
+        try:
+            save(directory, payload)
+        except Killed:
+            assert dead
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
+    save(tmp_path, OLD)
+    stale = tmp_path / f"adapter_model.{hashlib.sha256(b'x').hexdigest()}.pending"
+    stale.write_bytes(b"half of x")
+    (tmp_path / f".{CONFIG_FILE}.tmp").write_text("{")
+    (tmp_path / "README.md").write_text("not ours")
+    save(tmp_path, NEW)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", CONFIG_FILE, TENSOR_FILE
+    ]  # fmt: skip
+
+
+def test_a_reader_beside_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole save between the reader's two reads: it reads again."""
+    save(tmp_path, OLD)
+    real, saves = Path.read_bytes, iter([NEW])
+
+    def read_bytes(path: Path) -> bytes:
+        if path.name == TENSOR_FILE:
+            for payload in saves:
+                monkeypatch.setattr(Path, "read_bytes", real)
+                save(tmp_path, payload)
+                monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert check_whole(tmp_path) == NEW
+
+
+def test_a_committed_adapter_loads_from_a_directory_that_is_read_only(tmp_path: Path) -> None:
+    save(tmp_path, NEW)
+    digest = hashlib.sha256(NEW).hexdigest()
+    (tmp_path / TENSOR_FILE).rename(tmp_path / f"adapter_model.{digest}.pending")
+    (tmp_path / TENSOR_FILE).write_bytes(OLD)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert check_whole(tmp_path) == NEW
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+WRITER = """
+    import itertools, sys
+    from pathlib import Path
+    from prodial_kernels.checkpoint.files import write_files
+
+    OLD, NEW = b"old tensors" * 1000, b"new tensors" * 1000
+    print("ready", flush=True)
+    for payload in itertools.cycle((NEW, OLD)):
+        write_files(Path(sys.argv[1]), {"config": {"name": payload[:3].decode()}}, payload)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_sigkill(tmp_path: Path) -> None:
+    save(tmp_path, OLD)
+    for milliseconds in (1, 4, 9):
+        with subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(milliseconds / 1000)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        check_whole(tmp_path)
+    check_next_save(tmp_path)
