@@ -70,6 +70,14 @@ def test_different_layers_are_different_rows() -> None:
     ]  # fmt: skip
 
 
+def test_a_bias_trained_beside_the_adapter_is_counted_once(model: Toy) -> None:
+    apply_prodial(model, CONFIG)
+    model.blocks[0].in_proj.base_layer.bias.requires_grad_()
+    report = adapter_report(model)
+    assert report.trainable == sum(row.trainable for row in report.rows)
+    assert not any("base_layer" in row.module for row in report.rows)
+
+
 def test_without_an_adapter() -> None:
     report = adapter_report(Toy().requires_grad_(False))
     assert (report.rows, report.trainable, report.percent) == ((), 0, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import subprocess
 import sys
 from collections.abc import Callable
 
@@ -246,6 +247,16 @@ def test_dropout_trains(name: str, fused_calls: Callable[[str], list[Tensor]]) -
     assert_alive_and_equal(step, expected)
     assert len(calls) == 0
     assert not torch.equal(training_step(model, token_ids()).logits, step.logits)
+
+
+def test_recognises_mixers_without_importing_transformers() -> None:
+    code = (
+        "import sys, torch, prodial_kernels as p; net = torch.nn.Sequential(torch.nn.Linear(2, 2));"
+        "p.apply_prodial(net, p.ProdialConfig(target_modules=('0',)));"
+        "print([m for m in ('transformers', 'triton', 'peft', 'mamba_ssm') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
 
 
 def first_layer_only() -> ProdialConfig:
