@@ -22,6 +22,12 @@ def merging_tokenizer() -> Any:
     return make_tokenizer([("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "b"), ("Ġ", "a")])
 
 
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> Any:
+    """The byte-level one, but it begins every text with BOS (257)."""
+    return make_tokenizer([], bos=True)
+
+
 def make_tokenizer(merges: list[tuple[str, str]], *, bos: bool = False) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -258,10 +258,8 @@ def test_pairs_move_trailing_space_and_split_the_joint_encoding(merging_tokenize
     assert pair("a", "b") == (["a"], ["b"])
 
 
-def test_tokenizers_that_begin_with_bos() -> None:
-    from conftest import make_tokenizer
-
-    tokenizer = make_tokenizer([], bos=True)
+def test_tokenizers_that_begin_with_bos(bos_tokenizer: Any) -> None:
+    tokenizer = bos_tokenizer
     bos = tokenizer.bos_token_id
     ((context, continuation),) = encode_pairs(tokenizer, [("a", "b")])
     assert context.tolist()[0] == bos
