@@ -79,7 +79,8 @@ def prodial_linear(
     check_choice("diagonal", diagonal, DIAGONALS)
     check_dropout(lora_dropout)
     device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    # As F.linear: autocast never narrows fp64.
+    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
     check_operands(x, weight, blocks, scale, lora_a, lora_b, bias, autocast=autocast)
     if autocast:
         dtype = torch.get_autocast_dtype(device_type)
