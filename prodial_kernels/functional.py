@@ -12,6 +12,7 @@ from prodial_kernels._validation import (
     check_frozen,
     check_operands,
 )
+from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.reference import reference_linear
@@ -78,12 +79,9 @@ def prodial_linear(
     chosen = resolve_impl(impl)
     check_choice("diagonal", diagonal, DIAGONALS)
     check_dropout(lora_dropout)
-    device_type = x.device.type
-    # As F.linear: autocast never narrows fp64.
-    autocast = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
-    check_operands(x, weight, blocks, scale, lora_a, lora_b, bias, autocast=autocast)
-    if autocast:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(x)
+    check_operands(x, weight, blocks, scale, lora_a, lora_b, bias, autocast=dtype is not None)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
 
@@ -94,7 +92,7 @@ def prodial_linear(
         x, weight, blocks, scale, lora_a, lora_b, bias, mask,
         float(lora_scaling), float(lora_dropout), diagonal,
     )  # fmt: skip
-    with torch.autocast(device_type, enabled=False):
+    with autocast_off(x.device.type):
         if chosen == "reference":
             return reference_linear(*arguments)
         check_frozen(weight)

@@ -162,8 +162,10 @@ class ProdialLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W' without dropout, [out_features, in_features], in the base weight's dtype."""
-        if not self._adapter_active():
-            return self.base_layer.weight if self._merged_weight is None else self._merged_weight
+        if not self.adapter_enabled:
+            return self.base_layer.weight
+        if self._merged_weight is not None:
+            return self._merged_weight
         return effective_weight(
             self.base_layer.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
             self.prodial_b, self.lora_scaling, self.diagonal,

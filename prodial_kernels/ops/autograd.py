@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.diagonal import (
     block_outer_product,
     deviation,
@@ -67,7 +68,7 @@ class TorchProdialLinear(torch.autograd.Function):
         x, weight, blocks, scale, lora_a, lora_b, h, dropout_mask = ctx.saved_tensors
         need_x, _, need_blocks, need_scale, need_a, need_b, need_bias = ctx.needs_input_grad[:7]
         alpha = ctx.lora_scaling
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             dy = grad_output.reshape(-1, weight.shape[0])
             rows = x.reshape(-1, x.shape[-1])
             e = None if blocks is None else deviation(blocks, ctx.diagonal)
