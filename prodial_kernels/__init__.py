@@ -1,10 +1,15 @@
 """ProDiaL adapters for Mamba projectors, without materialising the adapted weight."""
 
-from prodial_kernels.checkpoint import load_adapter, save_adapter
-from prodial_kernels.config import ProdialConfig
-from prodial_kernels.functional import prodial_linear, resolve_impl
-from prodial_kernels.linear import ProdialLinear, adapter_disabled
-from prodial_kernels.mixers.inject import apply_prodial, merge_prodial, remove_prodial
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prodial_kernels.checkpoint import load_adapter, save_adapter
+    from prodial_kernels.config import ProdialConfig
+    from prodial_kernels.functional import prodial_linear, resolve_impl
+    from prodial_kernels.linear import ProdialLinear, adapter_disabled
+    from prodial_kernels.mixers.inject import apply_prodial, merge_prodial, remove_prodial
 
 __version__ = "0.1.0"
 
@@ -21,3 +26,32 @@ __all__ = [
     "resolve_impl",
     "save_adapter",
 ]
+
+_HOMES = {
+    "ProdialConfig": "config",
+    "ProdialLinear": "linear",
+    "adapter_disabled": "linear",
+    "apply_prodial": "mixers.inject",
+    "load_adapter": "checkpoint",
+    "merge_prodial": "mixers.inject",
+    "prodial_linear": "functional",
+    "remove_prodial": "mixers.inject",
+    "resolve_impl": "functional",
+    "save_adapter": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: ``prodial --help`` must not wait for PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -120,7 +120,7 @@ def _finetune(args: argparse.Namespace) -> int:
     if "resume" not in args:
         RunDirectory(output).check_startable()
 
-    from prodial_kernels.training.finetune import finetune
+    from prodial_kernels.training.finetuning import finetune
 
     _quiet_transformers()
     try:
@@ -140,7 +140,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _quiet_transformers()
     values = vars(args)
     loaded = load_adapted(
-        values.get("model", "embedded"), values.get("adapter"),
+        values.get("model"), values.get("adapter"),
         device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
     )  # fmt: skip
     if "lm_eval" in args:
@@ -165,7 +165,7 @@ def _merge(args: argparse.Namespace) -> int:
     _quiet_transformers()
     values = vars(args)
     agreement = merge_to_directory(
-        values.get("model", "embedded"), args.adapter, args.output, replace="force" in args,
+        values.get("model"), args.adapter, args.output, replace="force" in args,
         device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
     )  # fmt: skip
     print(f"wrote {args.output}; merged and unmerged {agreement}")
@@ -187,7 +187,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "finetune": _Command(
-        "fine-tune a model, evaluate it before and after, save and merge it",
+        "fine-tune a model; evaluate, save and merge it",
         _FINETUNE_EXAMPLES, cli_options.add_finetune_options, _finetune,
     ),
     "evaluate": _Command(
@@ -199,7 +199,7 @@ _COMMANDS = {
         _MERGE_EXAMPLES, cli_options.add_merge_options, _merge,
     ),
     "inspect": _Command(
-        "show what an adapter holds, or what one would train in a model",
+        "show what an adapter holds, or would train in a model",
         _INSPECT_EXAMPLES, cli_options.add_inspect_options, _inspect,
     ),
 }  # fmt: skip

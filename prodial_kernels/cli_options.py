@@ -6,7 +6,14 @@ import argparse
 import re
 from typing import Any
 
-from prodial_kernels.training.config import DEFAULT_LR, DEVICES, DTYPES, METHODS, SCHEDULES
+from prodial_kernels.training.config import (
+    DEFAULT_LR,
+    DEVICES,
+    DTYPES,
+    METHODS,
+    SCHEDULES,
+    ConfigError,
+)
 
 LANGUAGE_PRESETS = ("arc-easy", "arc-challenge", "hellaswag", "winogrande")
 _LRS = ", ".join(f"{lr:g} for {method}" for method, lr in DEFAULT_LR.items())
@@ -235,7 +242,5 @@ def _merged_blocks(option: str, parts: list[tuple[str | None, int]]) -> int | di
     named = {name: number for name, number in parts if name is not None}
     if len(named) != len(parts):
         flag = option.replace("_", "-")
-        raise argparse.ArgumentTypeError(
-            f"argument --{flag}: give one number, or a NAME=NUMBER for every target"
-        )
+        raise ConfigError(f"--{flag}: give one number, or a NAME=NUMBER for every target")
     return named

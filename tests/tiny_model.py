@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import prodial_kernels
 
 
 def tiny_mamba2(*, hidden_size: int = 32) -> Any:
@@ -60,3 +63,12 @@ def write_text(file: Path, *, documents: int = 60) -> Path:
     ]
     file.write_text("\n\n".join(texts), encoding="utf-8")
     return file
+
+
+def subprocess_environment() -> dict[str, str]:
+    """An environment in which ``python -m prodial_kernels`` is this package, on one thread.
+
+    Sums depend on the number of threads, so processes that are compared must share it.
+    """
+    root = str(Path(prodial_kernels.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,6 +55,9 @@ from prodial_kernels.training.state import (
     save_state,
     saved_states,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def finetune(
@@ -166,10 +169,17 @@ def _prepare(
     if saved is None:
         folder.write_identity(identity)
     if config.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(loaded.model)
     display.say(str(method.report))
     options = _loop_options(config, batches, dtype if full and dtype != torch.float32 else None)
     return _Run(config, loaded, split, batches, method, options, device, dtype)
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute activations; a model that cannot raises ValueError."""
+    # transformers renamed it and warns about the old name, which versions before have only.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _loop_options(

@@ -91,7 +91,10 @@ def test_equals_a_plain_loop() -> None:
     optimizer = torch.optim.AdamW(plain.head.parameters(), weight_decay=0.1)
     losses, norms = [], []
     for step in range(6):
-        ids, labels = (torch.cat(x) for x in zip(*(_Batches().batch(3 * step + i) for i in range(3)), strict=True))
+        ids, labels = (
+            torch.cat(x)
+            for x in zip(*(_Batches().batch(3 * step + i) for i in range(3)), strict=True)
+        )
         loss = functional.cross_entropy(
             plain(ids, use_cache=False).logits[:, :-1].flatten(0, 1),
             labels[:, 1:].flatten(),

@@ -1,0 +1,344 @@
+"""The command line: help without waiting, each command on a tiny model, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import subprocess_environment, write_text, write_tiny_model
+
+import prodial_kernels
+from prodial_kernels.cli import main
+from prodial_kernels.cli_options import add_finetune_options, config_values
+from prodial_kernels.training.config import FinetuneConfig
+
+_ON_TEXT = ["finetune", "--model", "MODEL", "--data", "TEXT"]
+_FAST = ["--steps", "6", "--batch-size", "4", "--seq-len", "32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_tiny_model(folder / "model")
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(place: Path) -> Path:
+    arguments = ["finetune", "--model", str(place / "model"), "--data", str(place / "text.txt")]
+    assert main([*arguments, *_FAST, "--output", str(place / "run")]) == 0
+    return place / "run"
+
+
+def _error(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int = 1) -> str:
+    """Run a command that must fail; return its message, which is one line without a traceback."""
+    capsys.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    assert status == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    messages = [line for line in lines if line.startswith("prodial: error: ")]
+    assert len(messages) == 1
+    assert not [line for line in lines if "Traceback" in line]
+    return messages[0]
+
+
+def test_help_is_quick_and_loads_nothing() -> None:
+    program = (
+        "import sys; from prodial_kernels.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as e: assert not e.code\n"
+        "loaded = {'torch', 'transformers', 'triton', 'numpy', 'tqdm'} & set(sys.modules)\n"
+        "assert not loaded, loaded"
+    )
+    for arguments in (["--help"], ["finetune", "--help"], ["evaluate", "-h"], ["--version"]):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+        )
+        assert time.perf_counter() - started < 1.5
+        assert "prodial" in done.stdout
+
+
+def test_help_shows_the_commands_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for piece in ("finetune", "evaluate", "merge", "inspect", "examples:"):
+        assert piece in text
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in prodial_kernels.__all__:
+        assert getattr(prodial_kernels, name) is not None
+    assert set(prodial_kernels.__all__) == {"__version__", *prodial_kernels._HOMES}
+    assert set(prodial_kernels.__all__) <= set(dir(prodial_kernels))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = prodial_kernels.nothing
+
+
+def _parsed(*arguments: str) -> dict[str, Any]:
+    import argparse
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    add_finetune_options(parser)
+    return config_values(parser.parse_args(arguments))
+
+
+def test_every_option_has_a_flag_of_its_name() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_finetune_options(parser)
+    flags = {action.dest for action in parser._actions}
+    options = set(FinetuneConfig.__dataclass_fields__)
+    assert flags - options == {"help", "resume", "config"}
+    assert options <= flags
+
+
+def test_flags_that_are_not_given_leave_no_trace() -> None:
+    assert _parsed() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--n-blocks", "8"], {"n_blocks": 8}),
+        (["--n-blocks", "in_proj=8", "out_proj=4"], {"n_blocks": {"in_proj": 8, "out_proj": 4}}),
+        (["--block-size", "2"], {"block_size": 2}),
+        (["--target-modules", "in_proj"], {"target_modules": ["in_proj"]}),
+        (["--target-modules", r".*\.in_proj"], {"target_modules": r".*\.in_proj"}),
+        (["--no-scale", "--no-diagonal"], {"train_scale": False, "train_diagonal": False}),
+        (["--max-bytes", "2M"], {"max_bytes": 2_000_000}),
+        (["--eval-tokens", "64k"], {"eval_tokens": 64_000}),
+        (["--gradient-checkpointing"], {"gradient_checkpointing": True}),
+    ],
+)  # fmt: skip
+def test_flags_become_options(arguments: list[str], expected: dict[str, Any]) -> None:
+    assert _parsed(*arguments) == expected
+    FinetuneConfig.from_dict(expected)
+
+
+def test_finetune_prints_the_table(
+    place: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["finetune", "--resume", "--output", str(run_folder)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "held-out bits per byte" in printed.out
+    assert "tokens/s" in printed.err or "resuming" in printed.err
+
+
+def test_flags_win_over_the_config_file(place: Path, tmp_path: Path) -> None:
+    options = {
+        "model": str(place / "model"), "data": str(place / "text.txt"), "steps": 2, "r": 3,
+        "seq_len": 32, "batch_size": 2, "lora_dropout": 0.1,
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(options))
+    arguments = ["--config", str(tmp_path / "run.json"), "--r", "5"]
+    assert main(["finetune", *arguments, "--output", str(tmp_path / "run")]) == 0
+    saved = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert (saved["r"], saved["lora_dropout"], saved["steps"]) == (5, 0.1, 2)
+
+
+def test_evaluate_base_adapter_and_merged_agree_with_the_run(
+    place: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = json.loads((run_folder / "results.json").read_text())
+    data = ["--data", str(place / "text.txt"), "--split", "held-out", "--seq-len", "32", "--json"]
+    for model, expected in (
+        (["--model", str(place / "model")], results["before"]),
+        (["--adapter", str(run_folder / "adapter")], results["after"]),
+        (["--model", str(run_folder / "merged")], results["after"]),
+    ):
+        capsys.readouterr()
+        assert main(["evaluate", *model, *data]) == 0
+        metrics = json.loads(capsys.readouterr().out)["metrics"]
+        assert metrics["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
+
+
+def test_evaluate_multiple_choice(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "questions.jsonl"
+    rows = [{"context": "1+1", "choices": ["=2", "=3"], "label": 0}] * 3
+    data.write_text("\n".join(map(json.dumps, rows)))
+    capsys.readouterr()
+    assert main(["evaluate", "--model", str(place / "model"), "--data", str(data)]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy, length-normalised" in printed
+    assert "examples" in printed
+
+
+def test_evaluate_hands_the_merged_model_to_the_harness(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prodial_kernels.training import assess
+
+    seen: dict[str, Any] = {}
+
+    def harness(path: Path, tasks: list[str], **options: Any) -> dict[str, dict[str, float]]:
+        seen.update(options, tasks=tasks, config=json.loads((path / "config.json").read_text()))
+        return {"arc_easy": {"acc": 0.25}}
+
+    monkeypatch.setattr(assess, "run_lm_eval", harness)
+    arguments = ["--adapter", str(run_folder / "adapter"), "--lm-eval", "arc_easy", "--limit", "7"]
+    assert main(["evaluate", *arguments]) == 0
+    assert "arc_easy" in capsys.readouterr().out
+    assert (seen["tasks"], seen["limit"], seen["config"]["model_type"]) == (
+        ["arc_easy"],
+        7,
+        "mamba2",
+    )
+
+
+def test_merge_writes_a_model_once(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "merged"
+    arguments = ["merge", "--adapter", str(run_folder / "adapter"), "--output", str(output)]
+    assert main(arguments) == 0
+    assert "logits differ by at most" in capsys.readouterr().out
+    from safetensors.torch import load_file
+
+    ours, runs = (load_file(p / "model.safetensors") for p in (output, run_folder / "merged"))
+    assert ours.keys() == runs.keys()
+    assert all(bool((ours[name] == runs[name]).all()) for name in ours)
+    assert "already exists (--force replaces it)" in _error(capsys, arguments)
+    assert main([*arguments, "--force"]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_inspect_an_adapter_and_a_model(
+    place: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(run_folder / "adapter")]) == 0
+    printed = capsys.readouterr().out
+    for piece in ("|D_b-I|", "|s-1|", "lora_alpha=16", "backbone.layers.1.mixer.out_proj"):
+        assert piece in printed
+    assert main(["inspect", str(place / "model"), "--r", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    # Twice: 32·152 and 64·32 with s, a 1×1 diagonal and rank 2.
+    assert plan["report"]["trainable"] == 2 * (152 + 32 + 2 * 184 + 32 + 64 + 2 * 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "required: COMMAND"),
+        (["finetun"], 2, "invalid choice: 'finetun'"),
+        (["finetune", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
+        (["finetune", "--steps", "many"], 2, "expected a number such as 500"),
+        (["finetune", "--n-blocks", "4", "5"], 1, "give one number, or a NAME=NUMBER"),
+        (["finetune", "--preset", "arc-hard"], 1, "preset must be one of 'arc-easy'"),
+        (["finetune", "--config", "none.toml"], 1, "none.toml: cannot be read: No such file"),
+        (["finetune", "--resume"], 1, "no run to resume in prodial-output"),
+        (["finetune", "--model", "./none", "--data", "TEXT"], 1, "./none: no such directory"),
+        (["finetune", "--model", "MODEL", "--data", "./none"], 1, "./none: no such file or dir"),
+        (["finetune", "--model", "MODEL", "--data", "EMPTY"], 1, "empty"),
+        (["finetune", "--model", "MODEL", "--data", "BINARY"], 1, "not UTF-8"),
+        ([*_ON_TEXT, "--n-blocks", "7"], 1, "must divide"),
+        ([*_ON_TEXT, "--target-modules", "q"], 1, "matches nothing"),
+        (["evaluate", "--adapter", "./none"], 1, "none: no such directory"),
+        (["evaluate", "--model", "ADAPTER"], 1, "holds an adapter, not a model"),
+        (["evaluate", "--model", "EMPTY"], 1, "is a file; give the directory"),
+        (["merge", "--adapter", "ADAPTER"], 2, "required: --output"),
+        (["inspect", "FOLDER"], 1, "no config.json in it"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_clear_line(
+    place: Path,
+    run_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("empty.txt", b""), ("binary.txt", b"\xff\xfe\x00\x01")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    stands_for = {
+        "MODEL": str(place / "model"),
+        "TEXT": str(place / "text.txt"),
+        "ADAPTER": str(run_folder / "adapter"),
+        "EMPTY": str(tmp_path / "empty.txt"),
+        "BINARY": str(tmp_path / "binary.txt"),
+        "FOLDER": str(tmp_path / "folder"),
+    }
+    found = _error(capsys, [stands_for.get(a, a) for a in arguments], code)
+    assert message in found
+    assert not (tmp_path / "prodial-output").exists()
+
+
+def test_without_cuda_it_says_so(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["evaluate", "--model", str(place / "model"), "--device", "cuda"]
+    assert "finds no CUDA device; use 'cpu'" in _error(capsys, arguments)
+
+
+def test_an_unknown_hub_model_offline_is_clear(capsys: pytest.CaptureFixture[str]) -> None:
+    message = _error(capsys, ["evaluate", "--model", "nobody/no-such-model"])
+    assert "the hub did not give it" in message
+    assert "'embedded' always works offline" in message
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    from prodial_kernels.training.run import RunError
+
+    with pytest.raises(RunError):
+        main(["finetune", "--resume", "--debug"])
+
+
+def test_errors_of_others_are_named_by_class(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prodial_kernels.training import adapted
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("thing")
+
+    monkeypatch.setattr(adapted, "load_model", broken)
+    message = _error(capsys, ["evaluate", "--model", "x"])
+    assert "KeyError: 'thing' ('--debug' shows where)" in message
+
+
+def test_ctrl_c_prints_how_to_continue(place: Path, tmp_path: Path) -> None:
+    import signal
+
+    arguments = [
+        "finetune", "--model", str(place / "model"), "--data", str(place / "text.txt"),
+        "--steps", "100000", "--seq-len", "32", "--eval-every", "0", "--save-every", "0",
+        "--output", "my run",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prodial_kernels", *arguments],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        env=subprocess_environment(),
+    )  # fmt: skip
+    metrics = tmp_path / "my run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and '"train"' in metrics.read_text():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "continue with: prodial finetune --resume --output 'my run'" in error
+    assert "prodial: error: interrupted by SIGTERM" in error
+    assert "Traceback" not in error
+    assert len(list((tmp_path / "my run" / "state").iterdir())) == 1

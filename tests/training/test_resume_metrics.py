@@ -1,0 +1,67 @@
+"""``metrics.jsonl`` across an interruption: no line twice, no line that is not JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from prodial_kernels.training.metrics import MetricsLog, read_metrics
+
+
+def _fill(path: Path) -> None:
+    log = MetricsLog(path, step=0)
+    log.write({"kind": "evaluation", "step": 0, "loss": 3.0})
+    for step in range(1, 6):
+        log.write({"kind": "train", "step": step, "loss": 3.0 - step / 10})
+        if step % 2 == 0:
+            log.write({"kind": "evaluation", "step": step, "loss": 2.5})
+    log.close()
+
+
+def test_resuming_removes_what_comes_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _fill(path)
+    with path.open("a") as stream:
+        stream.write('{"kind": "train", "step": 6, "lo')
+    log = MetricsLog(path, step=4)
+    log.write({"kind": "evaluation", "step": 4, "loss": 2.4})
+    log.close()
+    found = [(r["kind"], r["step"]) for r in map(json.loads, path.read_text().splitlines())]
+    assert found == [
+        ("evaluation", 0),
+        ("train", 1),
+        ("train", 2),
+        ("evaluation", 2),
+        ("train", 3),
+        ("train", 4),
+        ("evaluation", 4),
+    ]
+
+
+def test_each_line_is_there_before_the_next_step(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    log.write({"kind": "train", "step": 1, "loss": 0.1})
+    assert read_metrics(log.path) == [{"kind": "train", "step": 1, "loss": 0.1}]
+    log.close()
+
+
+def test_a_loss_survives_exactly_and_infinity_is_valid_json(tmp_path: Path) -> None:
+    loss = 0.1 + 0.2
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    log.write({"kind": "train", "step": 1, "loss": loss, "perplexity": math.inf})
+    log.close()
+    assert read_metrics(log.path) == [
+        {"kind": "train", "step": 1, "loss": loss, "perplexity": None}
+    ]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl", step=0)
+    log._stream.close()
+    with Path("/dev/full").open("a") as log._stream:
+        with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+            log.write({"kind": "train", "step": 1})
+        log.close()
