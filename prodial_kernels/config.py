@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from prodial_kernels._validation import IMPLS, check_choice, check_dropout
@@ -34,7 +35,7 @@ class ProdialConfig:
 
     Raises:
         ValueError: A value out of range, or a choice that does not exist.
-        TypeError: ``target_modules`` of the wrong kind.
+        TypeError: A value of the wrong kind, as a hand-written JSON file may hold.
     """
 
     r: int = 16
@@ -51,6 +52,7 @@ class ProdialConfig:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if self.r < 0:
             raise ValueError(f"r must be >= 0 (0 switches the LoRA part off), got {self.r}")
         if self.lora_alpha is None:
@@ -86,11 +88,31 @@ class ProdialConfig:
                         f"{self.target_modules!r}, got {sorted(value)}"
                     )
 
+    def _check_kinds(self) -> None:
+        def require(name: str, value: object, kind: type, expected: str) -> None:
+            # bool is an int to isinstance, but r=True is a mistake.
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise TypeError(f"{name} must be {expected}, got {value!r}")
+
+        require("r", self.r, int, "an integer")
+        require("lora_dropout", self.lora_dropout, Real, "a number")
+        if self.lora_alpha is not None:
+            require("lora_alpha", self.lora_alpha, Real, "a number")
+        for name in ("train_scale", "train_diagonal", "allow_partial"):
+            require(name, getattr(self, name), bool, "true or false")
+        for name in ("n_blocks", "block_size"):
+            value = getattr(self, name)
+            counts = value.values() if isinstance(value, Mapping) else [value]
+            for count in counts:
+                if value is not None:
+                    require(name, count, int, "an integer, or an integer per target")
+
     def _freeze_names(self, option: str, *, allow_pattern: bool) -> None:
         value = getattr(self, option)
         if isinstance(value, str) and allow_pattern:
             return
-        if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        iterable = isinstance(value, Iterable) and not isinstance(value, str)
+        if not iterable or not all(isinstance(name, str) for name in value):
             kinds = "a list of names or a regular expression" if allow_pattern else "a list"
             raise TypeError(f"{option} must be {kinds}, got {value!r}")
         object.__setattr__(self, option, tuple(value))
@@ -130,7 +152,8 @@ class ProdialConfig:
         """Parse :meth:`to_json`'s output.
 
         Raises:
-            ValueError: Not JSON, not an object, or unknown keys.
+            ValueError: Not JSON, not an object, unknown keys, or a value out of range.
+            TypeError: A value of the wrong kind.
         """
         try:
             values = json.loads(text)
@@ -143,7 +166,8 @@ class ProdialConfig:
         """Build a configuration from JSON values.
 
         Raises:
-            ValueError: Not a mapping, or unknown keys.
+            ValueError: Not a mapping, unknown keys, or a value out of range.
+            TypeError: A value of the wrong kind.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"the configuration must be an object, got {type(values).__name__}")
