@@ -268,21 +268,20 @@ def test_autocast_is_that_of_linear() -> None:
                 assert apply(case, impl=impl).dtype == dtype
 
 
-def test_autocast_around_backward_changes_nothing() -> None:
+@pytest.mark.parametrize("forward", [True, False], ids=["forward-in-autocast", "forward-plain"])
+def test_autocast_around_backward_changes_nothing(forward: bool) -> None:
     case = make_case(31, 42, 29, block_size=6).cast(torch.float32, torch.float32)
 
-    def gradients(*, backward_inside: bool) -> list[Tensor]:
+    def gradients(*, backward: bool) -> list[Tensor]:
         leaves = [getattr(case, name).detach().requires_grad_() for name in LinearCase.TRAINED]
         copy = replace(case, **dict(zip(LinearCase.TRAINED, leaves, strict=True)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
             loss = (apply(copy, impl="torch").float() * case.grad_output).sum()
-            if backward_inside:
-                loss.backward()
-        if not backward_inside:
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
             loss.backward()
         return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
-    inside, outside = gradients(backward_inside=True), gradients(backward_inside=False)
+    inside, outside = gradients(backward=True), gradients(backward=False)
     assert len(inside) == len(outside) == len(LinearCase.TRAINED)
     for a, b in zip(inside, outside, strict=True):
         assert torch.equal(a, b)

@@ -118,6 +118,39 @@ def test_backward_keeps_h_and_the_mask_beyond_the_operands(case: LinearCase) -> 
     ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "products"),
+    [
+        (("x", "blocks", "scale", "lora_a", "lora_b", "bias"), 2),
+        (("x",), 1),
+        (("blocks",), 1),
+        (("scale",), 1),
+        (("x", "blocks"), 1),
+        (("lora_a", "lora_b"), 0),
+        (("bias",), 0),
+    ],
+    ids=str,
+)
+def test_backward_multiplies_by_the_weight_only_where_it_must(
+    asked: tuple[str, ...], products: int
+) -> None:
+    case = make_case(TOKENS, IN, OUT, block_size=6, r=R)
+    leaves = {name: getattr(case, name).detach() for name in LinearCase.TRAINED}
+    for name in asked:
+        leaves[name].requires_grad_()
+    output = fused(replace(case, **leaves))
+    with Allocations() as allocations:
+        torch.autograd.grad(output, [leaves[name] for name in asked], case.grad_output)
+    # dU = g W is [M, K] and U Wᵀ is [M, N]; the LoRA products towards x are [M, K] as well.
+    large = [
+        list(tensor.shape)
+        for name, tensor in allocations.tensors
+        if name == "aten.mm.default" and tensor.shape[1] > R and tensor.shape[0] == TOKENS
+    ]
+    low_rank = "x" in asked
+    assert len(large) == products + low_rank, large
+
+
 @pytest.mark.parametrize("lead", [(), (17,), (2, 9)], ids=str)
 def test_the_output_may_be_overwritten_in_place(lead: tuple[int, ...]) -> None:
     case = make_case(lead, IN, OUT, block_size=6)
