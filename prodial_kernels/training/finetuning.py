@@ -36,6 +36,7 @@ from prodial_kernels.training.metrics import MetricsLog, read_metrics
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.report import (
+    METHOD_NAMES,
     FinetuneResult,
     finite_or_none,
     peak_memory,
@@ -287,7 +288,9 @@ def _finish(
     display.say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
     agreement = _write_and_check(run, folder)
     records = read_metrics(folder.metrics_file)
-    plot_loss(records, folder.plot_file, title=f"{run.config.method}: {run.split.name}")
+    plot_loss(
+        records, folder.plot_file, title=f"{METHOD_NAMES[run.config.method]}: {run.split.name}"
+    )
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     result = FinetuneResult(
         method=run.config.method,

@@ -15,6 +15,10 @@ from prodial_kernels.training.model import load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Merging rounds each weight once, and the matrix products sum in another order. Measured on eight
+# layers: 5 eps in float32, 1 eps in bfloat16; deeper models need room above that.
+_TOLERANCE_IN_EPS = {torch.float32: 64, torch.bfloat16: 8}
+
 
 class MergeError(RuntimeError):
     """The written model does not compute what the trained one does."""
@@ -109,10 +113,6 @@ def compare_logits(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Ag
     return Agreement(
         max_difference=float(difference.abs().max()),
         relative=float(difference.square().mean().sqrt() / scale),
-        # Merging rounds each weight once; the error of a whole model is a small multiple of it.
-        tolerance=TOLERANCE_IN_EPS * torch.finfo(dtype).eps,
+        tolerance=_TOLERANCE_IN_EPS[dtype] * torch.finfo(dtype).eps,
         n_tokens=expected.shape[0] * expected.shape[1],
     )
-
-
-TOLERANCE_IN_EPS = 64

@@ -45,12 +45,17 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
     Raises:
         ModelError: There is no such model, or it cannot be read; the message says what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        config = AutoConfig.from_pretrained(source)
+        # It shapes initial values only, but transformers 5.23 applies it to loaded weights too and
+        # so divides a trained out_proj by sqrt(num_hidden_layers), at every load again.
+        if getattr(config, "rescale_prenorm_residual", False):
+            config.rescale_prenorm_residual = False
+        model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
     # Each layer below raises classes of its own for a missing, damaged or unknown model.
     except Exception as error:
         raise ModelError(_explain(name, source, error)) from error

@@ -28,6 +28,9 @@ _SHOWN = {
 }
 
 
+METHOD_NAMES = {"prodial": "ProDiaL", "lora": "LoRA", "full": "full fine-tuning"}
+
+
 @dataclass(frozen=True)
 class FinetuneResult:
     """What a fine-tuning run came to.
@@ -74,7 +77,7 @@ class FinetuneResult:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def __str__(self) -> str:
-        method = {"prodial": "ProDiaL", "lora": "LoRA", "full": "full fine-tuning"}[self.method]
+        method = METHOD_NAMES[self.method]
         rank = "" if self.rank is None else f", rank {self.rank}"
         lines = comparison_rows(self.before, self.after)
         percent = 100 * self.trainable / self.total
@@ -162,6 +165,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
     # The object interface: no global state, no display, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"]]
     held_out = [r for r in records if r["kind"] == "evaluation"]
@@ -169,6 +173,7 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     if train:
         steps, losses = zip(*train, strict=True)
@@ -193,6 +198,8 @@ def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -
                 ha="left" if record is held_out[0] else "right",
                 fontsize=9,
                 color="tab:orange",
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
+                zorder=4,
             )
     accuracies = [(r["step"], r["acc"]) for r in held_out if r.get("acc") is not None]
     if accuracies:
