@@ -186,6 +186,10 @@ def test_evaluate_hands_the_merged_model_to_the_harness(
     seen: dict[str, Any] = {}
 
     def harness(path: Path, tasks: list[str], **options: Any) -> dict[str, dict[str, float]]:
+        from safetensors import safe_open
+
+        with safe_open(path / "model.safetensors", framework="pt") as file:
+            assert not [name for name in file.keys() if "prodial" in name]  # noqa: SIM118
         seen.update(options, tasks=tasks, config=json.loads((path / "config.json").read_text()))
         return {"arc_easy": {"acc": 0.25}}
 
