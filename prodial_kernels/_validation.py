@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "torch")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+IMPLS = ("auto", "reference", "torch", "triton")
 
 
 def divisors(n: int) -> list[int]:
@@ -118,6 +121,34 @@ def check_operands(
             )
         if not operand.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {operand.dtype}")
+
+
+def check_triton(x: Tensor) -> None:
+    """Check that the Triton kernels can run on ``x``.
+
+    Raises:
+        RuntimeError: Not a CUDA tensor (and not under the Triton interpreter), or a device older
+            than Ampere.
+        TypeError: A dtype other than fp32, fp16 and bf16.
+    """
+    reason = triton_obstacle(x)
+    if reason is None:
+        return
+    error = TypeError if x.dtype not in _TRITON_DTYPES else RuntimeError
+    raise error(f"impl='triton' cannot run: {reason}; use impl='auto' or impl='torch'")
+
+
+def triton_obstacle(x: Tensor) -> str | None:
+    """Say why the Triton kernels cannot run on ``x``; None where they can."""
+    if x.dtype not in _TRITON_DTYPES:
+        return f"x has dtype {x.dtype}, the kernels take float32, float16 and bfloat16"
+    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if x.device.type != "cuda":
+        return f"x is on {x.device}, the kernels need a CUDA device"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"{torch.cuda.get_device_name(x.device)} is older than Ampere (sm_80)"
+    return None
 
 
 def check_frozen(weight: Tensor) -> None:

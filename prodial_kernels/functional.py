@@ -11,21 +11,31 @@ from prodial_kernels._validation import (
     check_dropout,
     check_frozen,
     check_operands,
+    check_triton,
+    triton_obstacle,
 )
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.reference import reference_linear
+from prodial_kernels.ops.triton_autograd import TritonProdialLinear, unit_stride_rows
 
 
-def resolve_impl(impl: str) -> str:
-    """Return the implementation that ``impl`` stands for; ``"auto"`` is ``"torch"``.
+def resolve_impl(impl: str, x: Tensor | None = None) -> str:
+    """Return the implementation that ``impl`` stands for on ``x``.
+
+    ``"auto"`` is ``"triton"`` for a CUDA tensor of a dtype the kernels take on an Ampere or newer
+    device, else ``"torch"``.
 
     Raises:
         ValueError: ``impl`` is not a known name.
     """
     check_choice("impl", impl, IMPLS)
-    return "torch" if impl == "auto" else impl
+    if impl != "auto":
+        return impl
+    if x is not None and x.is_cuda and triton_obstacle(x) is None:
+        return "triton"
+    return "torch"
 
 
 def prodial_linear(
@@ -66,7 +76,7 @@ def prodial_linear(
         diagonal: ``"relu"`` for Eq. 7 (diagonal of D_b ≤ 1; subgradient 1 at 0) or ``"free"`` for
             D_b = I + D_a.
         impl: ``"reference"`` (plain autograd, the definition), ``"torch"`` (hand-written backward,
-            any device) or ``"auto"`` (see :func:`resolve_impl`).
+            any device), ``"triton"`` (fused kernels) or ``"auto"`` (see :func:`resolve_impl`).
 
     Returns:
         [..., out_features], dtype of ``x`` (of autocast where it is on).
@@ -76,7 +86,6 @@ def prodial_linear(
         ValueError: A shape, device or choice that does not fit, or a ``weight`` that requires a
             gradient (only ``impl="reference"`` gives one).
     """
-    chosen = resolve_impl(impl)
     check_choice("diagonal", diagonal, DIAGONALS)
     check_dropout(lora_dropout)
     dtype = autocast_dtype(x)
@@ -85,15 +94,51 @@ def prodial_linear(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
 
-    mask = None
-    if training and lora_dropout > 0.0 and lora_a is not None:
-        mask = torch.rand(x.shape, device=x.device) >= lora_dropout
-    arguments = (
-        x, weight, blocks, scale, lora_a, lora_b, bias, mask,
-        float(lora_scaling), float(lora_dropout), diagonal,
-    )  # fmt: skip
+    chosen = resolve_impl(impl, x)
+    drop = training and lora_dropout > 0.0 and lora_a is not None
     with autocast_off(x.device.type):
+        if chosen == "triton":
+            check_triton(x)
+            check_frozen(weight)
+            return _triton_linear(
+                x, weight, blocks, scale, lora_a, lora_b, bias,
+                _draw_seed(x) if drop else None, lora_scaling, lora_dropout, diagonal,
+            )  # fmt: skip
+        mask = torch.rand(x.shape, device=x.device) >= lora_dropout if drop else None
+        arguments = (
+            x, weight, blocks, scale, lora_a, lora_b, bias, mask,
+            float(lora_scaling), float(lora_dropout), diagonal,
+        )  # fmt: skip
         if chosen == "reference":
             return reference_linear(*arguments)
         check_frozen(weight)
         return TorchProdialLinear.apply(*arguments)
+
+
+def _draw_seed(x: Tensor) -> Tensor:
+    """Draw the dropout mask's seed on the device, so that checkpointing and graphs replay it."""
+    return torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
+
+
+def _triton_linear(
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    diagonal: str,
+) -> Tensor:
+    """Flatten the tokens, run the kernels, restore the leading shape."""
+    rows = unit_stride_rows(x.reshape(-1, x.shape[-1]))
+    adapter = (
+        None if part is None else part.contiguous() for part in (blocks, scale, lora_a, lora_b)
+    )
+    y = TritonProdialLinear.apply(
+        rows, weight, *adapter, bias, seed, float(lora_scaling), float(lora_dropout), diagonal
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])

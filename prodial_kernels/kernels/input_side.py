@@ -1,0 +1,147 @@
+"""From dU to dX, and the gradients summed over tokens on the input side: A and D_b."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prodial_kernels.kernels.launch import InputSideConfig, split_tokens
+from prodial_kernels.kernels.tiles import dropout_keep, load_deviation
+
+
+@triton.jit
+def _input_side_kernel(
+    du_ptr, x_ptr, t_ptr, a_ptr, blocks_ptr, seed_ptr,
+    partial_a_ptr, partial_e_ptr,
+    M, K,
+    stride_du, stride_x, rows_per_split, dropout,
+    P: tl.constexpr, RELU: tl.constexpr,
+    HAS_BLOCKS: tl.constexpr, HAS_LORA: tl.constexpr, DROPOUT: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dX = dU + dU E + dropout(T A);  partial sums of dropout(X)ᵀ T = dAᵀ and dE_g = dU_gᵀ X_g.
+
+    dU [M, K] is overwritten by dX. X [M, K], T = α dY B [M, R_PAD], A' [R_PAD, K],
+    E = D_b − I from D_a [K / P, P, P];
+    dA_part [splits, K, R_PAD], dE_part [splits, K / P, P, P].
+    One program owns whole blocks within WINDOW columns of one split of the tokens.
+    """
+    SPAN: tl.constexpr = (WINDOW // P) * P
+    pid_k = tl.program_id(0)
+    split = tl.program_id(1)
+    lane = tl.arange(0, WINDOW)
+    offs_k = pid_k * SPAN + lane
+    mask_k = (lane < SPAN) & (offs_k < K)
+    offs_r = tl.arange(0, R_PAD)
+    start = split * rows_per_split
+    stop = tl.minimum(start + rows_per_split, M)
+
+    if HAS_LORA:
+        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_k[None, :], other=0.0)
+        if NEED_A:
+            acc_a = tl.zeros((WINDOW, R_PAD), dtype=tl.float32)
+    if HAS_BLOCKS:
+        if P == 1:
+            d = 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)
+            acc_d = tl.zeros((BLOCK_M, WINDOW), dtype=tl.float32)
+        else:
+            e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
+            e = e.to(x_ptr.dtype.element_ty)
+            acc_e = tl.zeros((WINDOW, WINDOW), dtype=tl.float32)
+
+    for m in range(start, stop, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < stop
+        mask = mask_m[:, None] & mask_k[None, :]
+        rows = offs_m.to(tl.int64)[:, None]
+        if NEED_A or NEED_BLOCKS:
+            x = tl.load(x_ptr + rows * stride_x + offs_k[None, :], mask=mask, other=0.0)
+        if NEED_X or NEED_BLOCKS:
+            du = tl.load(du_ptr + rows * stride_du + offs_k[None, :], mask=mask, other=0.0)
+            dx = du.to(tl.float32)
+        if HAS_BLOCKS and (NEED_X or NEED_BLOCKS):
+            if P == 1:
+                if NEED_BLOCKS:
+                    acc_d += dx * x.to(tl.float32)
+                dx *= d[None, :]
+            else:
+                if NEED_BLOCKS:
+                    # [WINDOW, BLOCK_M] @ [BLOCK_M, WINDOW] -> [WINDOW, WINDOW]
+                    acc_e = tl.dot(du.T, x, acc_e, input_precision=PRECISION)
+                # [BLOCK_M, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_M, WINDOW]
+                dx += tl.dot(du, e, input_precision=PRECISION)
+        if HAS_LORA:
+            t = tl.load(t_ptr + rows * R_PAD + offs_r[None, :], mask=mask_m[:, None], other=0.0)
+            if DROPOUT:
+                keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
+            if NEED_A:
+                kept = x
+                if DROPOUT:
+                    kept = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
+                # [WINDOW, BLOCK_M] @ [BLOCK_M, R_PAD] -> [WINDOW, R_PAD]
+                acc_a = tl.dot(kept.T, t, acc_a, input_precision=PRECISION)
+            if NEED_X:
+                # [BLOCK_M, R_PAD] @ [R_PAD, WINDOW] -> [BLOCK_M, WINDOW]
+                low_rank = tl.dot(t, a, input_precision=PRECISION)
+                if DROPOUT:
+                    low_rank = tl.where(keep, low_rank / (1 - dropout), 0.0)
+                dx += low_rank
+        if NEED_X:
+            target = du_ptr + rows * stride_du + offs_k[None, :]
+            tl.store(target, dx.to(du_ptr.dtype.element_ty), mask=mask)
+
+    if HAS_LORA and NEED_A:
+        target = partial_a_ptr + (split.to(tl.int64) * K + offs_k)[:, None] * R_PAD
+        tl.store(target + offs_r[None, :], acc_a, mask=mask_k[:, None])
+    if HAS_BLOCKS and NEED_BLOCKS:
+        target = partial_e_ptr + split.to(tl.int64) * K * P
+        if P == 1:
+            tl.store(target + offs_k, tl.sum(acc_d, 0), mask=mask_k)
+        else:
+            row, column = offs_k[:, None], offs_k[None, :]
+            kept = mask_k[:, None] & mask_k[None, :] & (row // P == column // P)
+            tl.store(target + row * P + column % P, acc_e, mask=kept)
+
+
+def launch_input_side(
+    du: Tensor | None,
+    x: Tensor,
+    t: Tensor | None,
+    a: Tensor | None,
+    blocks: Tensor | None,
+    *,
+    seed: Tensor | None,
+    dropout: float,
+    relu: bool,
+    need_x: bool,
+    need_a: bool,
+    need_blocks: bool,
+    precision: str,
+    config: InputSideConfig,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Turn ``du`` into dX in place where ``need_x``; return the fp32 parts (dA, dE)."""
+    m, k = x.shape
+    p = 1 if blocks is None else blocks.shape[-1]
+    r_pad = t.shape[1] if t is not None else 16
+    window = max(config.window, triton.next_power_of_2(p))
+    columns = triton.cdiv(k, window // p * p)
+    splits, rows = split_tokens(m, columns, config.block_m, config.programs)
+
+    def partial(*shape: int) -> Tensor:
+        return torch.empty((splits, *shape), dtype=torch.float32, device=x.device)
+
+    partial_a = partial(k, r_pad) if need_a else None
+    partial_e = partial(*blocks.shape) if need_blocks and blocks is not None else None
+    _input_side_kernel[(columns, splits)](
+        du, x, t, a, blocks, seed, partial_a, partial_e,
+        m, k,
+        0 if du is None else du.stride(0), x.stride(0), rows, dropout,
+        P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_LORA=t is not None,
+        DROPOUT=seed is not None,
+        NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks,
+        BLOCK_M=config.block_m, WINDOW=window, R_PAD=r_pad, PRECISION=precision,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partial_a, partial_e

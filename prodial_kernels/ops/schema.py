@@ -1,0 +1,141 @@
+"""The operators that the dispatcher, torch.compile and autograd see. Imports no Triton.
+
+Registered here rather than beside the kernels so that they exist before a graph is captured;
+the kernels are imported when an operator first runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.kernels.launch import padded_rank
+
+_OPERANDS = (
+    "Tensor x, Tensor weight, Tensor? blocks, Tensor? scale, Tensor? lora_a, Tensor? lora_b, "
+    "Tensor? bias, Tensor? seed"
+)
+_OPTIONS = "float lora_scaling, float lora_dropout, bool relu"
+_NEEDS = "bool need_x, bool need_blocks, bool need_scale, bool need_a, bool need_b, bool need_bias"
+
+_library = torch.library.Library("prodial_kernels", "DEF")
+_library.define(f"linear_forward({_OPERANDS}, {_OPTIONS}) -> (Tensor y, Tensor h)")
+_library.define(
+    f"linear_backward(Tensor dy, {_OPERANDS}, Tensor? y, Tensor? h, {_OPTIONS}, {_NEEDS}) -> "
+    "(Tensor dx, Tensor dblocks, Tensor dscale, Tensor da, Tensor db, Tensor dbias)"
+)
+
+
+def _linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """X [M, K] -> Y [M, N] and H [M, padded r], empty without LoRA."""
+    from prodial_kernels.kernels import projector
+
+    y, h = projector.forward(
+        x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu
+    )
+    return y, x.new_empty(0) if h is None else h
+
+
+def _linear_forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if lora_a is None:
+        return y, x.new_empty(0)
+    return y, x.new_empty(x.shape[0], padded_rank(lora_a.shape[0]))
+
+
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    y: Tensor | None,
+    h: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    relu: bool,
+    need_x: bool,
+    need_blocks: bool,
+    need_scale: bool,
+    need_a: bool,
+    need_b: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    """The six gradients; an empty tensor for each that is not asked for."""
+    from prodial_kernels.kernels import projector
+
+    needs = projector.Needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
+    gradients = projector.backward(
+        dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h,
+        lora_scaling, lora_dropout, relu, needs,
+    )  # fmt: skip
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _linear_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    y: Tensor | None,
+    h: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    relu: bool,
+    need_x: bool,
+    need_blocks: bool,
+    need_scale: bool,
+    need_a: bool,
+    need_b: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    def like(part: Tensor | None, need: bool) -> Tensor:
+        if part is None or not need:
+            return dy.new_empty(0)
+        return torch.empty_like(part, memory_format=torch.contiguous_format)
+
+    return (
+        like(x, need_x), like(blocks, need_blocks), like(scale, need_scale),
+        like(lora_a, need_a), like(lora_b, need_b), like(bias, need_bias),
+    )  # fmt: skip
+
+
+# The CPU kernels run under the Triton interpreter only; functional.py refuses them otherwise.
+for _key in ("CUDA", "CPU"):
+    _library.impl("linear_forward", _linear_forward, _key)
+    _library.impl("linear_backward", _linear_backward, _key)
+torch.library.register_fake("prodial_kernels::linear_forward", _linear_forward_fake, lib=_library)
+torch.library.register_fake("prodial_kernels::linear_backward", _linear_backward_fake, lib=_library)

@@ -1,0 +1,170 @@
+"""The Triton kernels against fp64: under the interpreter on a CPU, on the device with ``-m gpu``.
+
+The interpreter computes bf16 wrongly (triton-lang/triton#11584), so it sees fp32 and fp16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from prodial_kernels import prodial_linear
+from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def run_triton(case: LinearCase) -> Tensor:
+    return prodial_linear(
+        case.x,
+        case.weight,
+        blocks=case.blocks,
+        scale=case.scale,
+        lora_a=case.lora_a,
+        lora_b=case.lora_b,
+        bias=case.bias,
+        lora_scaling=case.lora_scaling,
+        diagonal=case.diagonal,
+        impl="triton",
+    )
+
+
+SHAPES = [
+    pytest.param((37,), 48, 40, 1, 4, id="M37-K48-N40-P1-r4"),
+    pytest.param((1,), 48, 40, 6, 5, id="M1-K48-N40-P6-r5"),
+    pytest.param((63,), 36, 35, 12, 3, id="M63-K36-N35-P12-r3"),
+    pytest.param((3, 5), 96, 33, 48, 1, id="M3x5-K96-N33-P48-r1"),
+    pytest.param((0,), 24, 40, 12, 4, id="M0-K24-N40-P12-r4"),
+    pytest.param((70,), 24, 67, 24, 17, id="M70-K24-N67-P24-r17"),
+    pytest.param((20,), 96, 32, 96, 70, id="M20-K96-N32-P96-r70"),
+    pytest.param((9,), 14, 13, 2, 2, id="M9-K14-N13-P2-r2"),
+]
+
+
+@pytest.mark.parametrize("diagonal", ["relu", "free"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "k", "n", "block_size", "r"), SHAPES)
+def test_output_and_gradients_match_fp64(
+    kernel_device: str,
+    tokens: tuple[int, ...],
+    k: int,
+    n: int,
+    block_size: int,
+    r: int,
+    dtype: torch.dtype,
+    diagonal: str,
+) -> None:
+    case = make_case(
+        tokens, k, n, block_size=block_size, r=r, diagonal=diagonal, device=kernel_device
+    )
+    assert_case_accurate(case, run_triton, compute=dtype)
+
+
+PARTS = {
+    "no blocks": {"blocks": None},
+    "no scale": {"scale": None},
+    "no lora": {"lora_a": None, "lora_b": None},
+    "no bias": {"bias": None},
+    "only lora": {"blocks": None, "scale": None, "bias": None},
+    "only blocks": {"scale": None, "lora_a": None, "lora_b": None, "bias": None},
+    "only scale": {"blocks": None, "lora_a": None, "lora_b": None, "bias": None},
+    "nothing": {"blocks": None, "scale": None, "lora_a": None, "lora_b": None, "bias": None},
+}
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
+def test_every_part_is_optional(kernel_device: str, parts: dict[str, None]) -> None:
+    case = make_case(21, 24, 40, block_size=6, device=kernel_device)
+    assert_case_accurate(replace(case, **parts), run_triton, compute=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_gradient_is_exact_for_every_scale(kernel_device: str, dtype: torch.dtype) -> None:
+    case = make_case(40, 24, 70, block_size=6, device=kernel_device)
+    scale = case.scale
+    assert scale is not None
+    scale[::5], scale[1::5], scale[2::5], scale[3::5] = 0.0, -1.0, 1e-3, -1e-6
+    assert_case_accurate(case, run_triton, compute=dtype)
+
+
+@pytest.mark.parametrize("trained", LinearCase.TRAINED)
+def test_each_gradient_alone(kernel_device: str, trained: str) -> None:
+    case = make_case(21, 24, 40, block_size=6, device=kernel_device)
+    case = case.cast(torch.float32, torch.float32)
+    everything = case.run(run_triton)[f"d_{trained}"]
+    leaf = getattr(case, trained).requires_grad_()
+    output = run_triton(case)
+    (alone,) = torch.autograd.grad(output, leaf, case.grad_output)
+    torch.testing.assert_close(alone, everything, rtol=0, atol=1e-6)
+
+
+def test_rows_with_a_stride_and_an_expanded_gradient(kernel_device: str) -> None:
+    case = make_case(20, 48, 40, block_size=6, device=kernel_device)
+    case = case.cast(torch.float32, torch.float32)
+    wide = torch.randn(20, 96, device=kernel_device)
+    strided = replace(case, x=wide[:, 24:72], grad_output=case.grad_output[:1].expand(20, 40))
+    assert_case_accurate(strided, run_triton, compute=torch.float32)
+
+
+def test_two_runs_are_bit_equal(kernel_device: str) -> None:
+    case = make_case(70, 48, 40, block_size=6, device=kernel_device)
+    case = case.cast(torch.float32, torch.float32)
+    first, second = case.run(run_triton), case.run(run_triton)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_dropout_is_the_same_in_forward_and_backward(kernel_device: str) -> None:
+    case = make_case(64, 48, 40, block_size=6, device=kernel_device)
+    case = case.cast(torch.float32, torch.float32)
+    assert case.lora_a is not None
+    assert case.lora_b is not None
+    eye = torch.eye(48, device=kernel_device)
+
+    def run(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return prodial_linear(
+            x, case.weight, blocks=None, scale=None, lora_a=lora_a, lora_b=lora_b,
+            lora_dropout=0.25, training=True, impl="triton",
+        ) - x @ case.weight.T  # fmt: skip
+
+    # With A = I and B = I (padded) the LoRA branch shows dropout(x) itself.
+    shown = run(case.x, eye, torch.eye(40, 48, device=kernel_device))
+    ratio = shown / case.x[:, :40]
+    kept = ratio.abs() > 0.5
+    assert 0.65 < kept.float().mean() < 0.85
+    torch.testing.assert_close(
+        ratio[kept], torch.full_like(ratio[kept], 1 / 0.75), rtol=1e-3, atol=0
+    )
+
+    full = torch.zeros(64, 48, dtype=torch.bool, device=kernel_device)
+    for start in (0, 8):
+        selector = torch.zeros(40, 48, device=kernel_device)
+        selector[:, start : start + 40] = torch.eye(40, device=kernel_device)
+        part = run(case.x, eye, selector) / case.x[:, start : start + 40]
+        full[:, start : start + 40] = part.abs() > 0.5
+    masked = replace(
+        case, blocks=None, scale=None, bias=None, dropout_mask=full, lora_dropout=0.25,
+        lora_scaling=1.0,
+    )  # fmt: skip
+
+    def run_dropped(c: LinearCase) -> Tensor:
+        torch.manual_seed(3)
+        return prodial_linear(
+            c.x, c.weight, blocks=None, scale=None, lora_a=c.lora_a, lora_b=c.lora_b,
+            lora_dropout=0.25, training=True, impl="triton",
+        )  # fmt: skip
+
+    assert_case_accurate(masked, run_dropped, compute=torch.float32)
+
+
+def test_nan_reaches_the_output(kernel_device: str) -> None:
+    case = make_case(5, 24, 40, block_size=6, device=kernel_device).cast(
+        torch.float32, torch.float32
+    )
+    assert case.blocks is not None
+    case.blocks[1, 2, 2] = float("nan")
+    assert run_triton(case).isnan().all()
