@@ -110,7 +110,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=_count, metavar="N", help="stop after so many tokens of text"
     )
     parser.add_argument(
-        "--seq-len", type=int, default=512, metavar="N", help="tokens at once (512)"
+        "--seq-len", type=int, default=256, metavar="N", help="tokens at once (256)"
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at once (8)")
     parser.add_argument(

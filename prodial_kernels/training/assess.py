@@ -56,7 +56,7 @@ def assess(
     *,
     split: str | None = None,
     max_tokens: int | None = None,
-    seq_len: int = 512,
+    seq_len: int = 256,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Assessment:

@@ -299,14 +299,10 @@ _MINIMA: dict[str, float] = {
 }
 
 
-def differing_keys(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], keys: Iterable[str] | None = None
-) -> list[str]:
+def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Return the names under which two resolved configurations differ, sorted."""
-    names = set(ours) | set(theirs) if keys is None else set(keys)
-    return sorted(
-        name for name in names - NOT_COMPARED_ON_RESUME if ours.get(name) != theirs.get(name)
-    )
+    names = (ours.keys() | theirs.keys()) - NOT_COMPARED_ON_RESUME
+    return sorted(name for name in names if ours.get(name) != theirs.get(name))
 
 
 def _checked_type(name: str, value: Any) -> Any:

@@ -96,20 +96,10 @@ def finetune(
         display = Progress(enabled=progress)
         display.say(f"loading model {config.model!r} and data {config.data!r}")
         run = _prepare(config, folder, saved, display)
-        position = _restore(run, folder, display) if resume else Position()
-        log = MetricsLog(folder.metrics_file, step=position.step)
-        try:
-            events = _Events(run, folder, log, display)
-            with display.training(run.options.steps, position):
-                position = train(
-                    run.loaded.model, run.method.optimizer, run.batches, run.options, events,
-                    signals=signals, position=position,
-                )  # fmt: skip
-        except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"{error}; {_last_state(folder)}") from error
-        finally:
-            log.close()
-        return _finish(run, folder, position, started, display)
+        with folder.only_one_process():
+            position = _restore(run, folder, display) if resume else Position()
+            position = _train(run, folder, position, signals, display)
+            return _finish(run, folder, position, started, display)
 
 
 @dataclass(frozen=True)
@@ -215,6 +205,27 @@ def _restore(run: _Run, folder: RunDirectory, display: Progress) -> Position:
         return position
     display.say("no saved state yet: starting from step 0")
     return Position()
+
+
+def _train(
+    run: _Run,
+    folder: RunDirectory,
+    position: Position,
+    signals: StopSignals,
+    display: Progress,
+) -> Position:
+    log = MetricsLog(folder.metrics_file, step=position.step)
+    events = _Events(run, folder, log, display)
+    try:
+        with display.training(run.options.steps, position):
+            return train(
+                run.loaded.model, run.method.optimizer, run.batches, run.options, events,
+                signals=signals, position=position,
+            )  # fmt: skip
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{error}; {_last_state(folder)}") from error
+    finally:
+        log.close()
 
 
 def _last_state(folder: RunDirectory) -> str:

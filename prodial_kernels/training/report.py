@@ -86,7 +86,7 @@ class FinetuneResult:
             ("trainable parameters", f"{self.trainable:,} of {self.total:,} ({percent:.2f}%)"),
             ("training", f"{self.steps:,} steps, {self.tokens:,} tokens, "
                          f"{self.tokens / max(self.train_seconds, 1e-9):,.0f} tokens/s"),
-            ("time", f"{duration(self.seconds)} ({duration(self.train_seconds)} of it training)"),
+            ("time", _times(self.seconds, self.train_seconds)),
             ("peak memory", f"{self.peak_bytes / 2**20:,.0f} MiB "
                             f"({'process' if self.device == 'cpu' else 'GPU'})"),
             ("merged = trained", str(self.agreement)),
@@ -141,6 +141,12 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _times(seconds: float, train_seconds: float) -> str:
+    if train_seconds > seconds:
+        return f"{duration(seconds)} since it was resumed; {duration(train_seconds)} of training"
+    return f"{duration(seconds)} ({duration(train_seconds)} of it training)"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,23 @@ class RunDirectory:
             raise RunError(
                 f"{self.path} exists and is not an empty directory; choose another with --output"
             )
+
+    @contextmanager
+    def only_one_process(self) -> Iterator[None]:
+        """Keep other processes from running in this directory; the system ends it with ours.
+
+        Raises:
+            RunError: Another process is running here.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"another process is running in {self.path}; wait for it") from error
+            yield
+        finally:
+            os.close(descriptor)
 
     def read_identity(self) -> RunIdentity:
         """Read what run this is.

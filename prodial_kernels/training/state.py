@@ -80,7 +80,8 @@ def save_state(
             "torch": torch.__version__,
         }
         (temporary / _POSITION).write_text(json.dumps(described, indent=2), encoding="utf-8")
-    for old in saved_states(folder)[:-KEPT_STATES]:
+    # A killed process may have left a state half written.
+    for old in (*saved_states(folder)[:-KEPT_STATES], *folder.glob(".step-*")):
         shutil.rmtree(old, ignore_errors=True)
     return path
 

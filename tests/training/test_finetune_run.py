@@ -284,6 +284,20 @@ def test_refuses_to_start_over_a_run_or_in_a_full_directory(
         _run(place, tmp_path)
 
 
+def test_two_processes_do_not_run_in_one_directory(
+    place: Path, prodial_run: FinetuneResult
+) -> None:
+    from prodial_kernels.training.run import RunDirectory
+
+    before = (prodial_run.output / "metrics.jsonl").read_bytes()
+    with (
+        RunDirectory(prodial_run.output).only_one_process(),
+        pytest.raises(RunError, match="another process is running"),
+    ):
+        _run(place, prodial_run.output, resume=True, lora_dropout=0.1)
+    assert (prodial_run.output / "metrics.jsonl").read_bytes() == before
+
+
 def test_refuses_to_resume_nothing(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no run to resume"):
         _run(place, tmp_path / "none", resume=True)

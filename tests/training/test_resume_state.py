@@ -92,9 +92,11 @@ def test_holds_no_pickle_and_no_frozen_weight(tmp_path: Path) -> None:
 
 def test_keeps_the_newest_two(tmp_path: Path) -> None:
     model, optimizer = _trained(1)
+    (tmp_path / ".step-000004.partial").mkdir()
     for step in (5, 90, 1_000_000, 1_000_010):
         save_state(tmp_path, Position(step=step), model, optimizer)
     assert [p.name for p in saved_states(tmp_path)] == ["step-1000000", "step-1000010"]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("failing", ["write_safetensors", "flush"])
