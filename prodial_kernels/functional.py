@@ -24,8 +24,8 @@ from prodial_kernels.ops.triton_autograd import TritonProdialLinear, unit_stride
 def resolve_impl(impl: str, x: Tensor | None = None) -> str:
     """Return the implementation that ``impl`` stands for on ``x``.
 
-    ``"auto"`` is ``"triton"`` for a CUDA tensor of a dtype the kernels take on an Ampere or newer
-    device, else ``"torch"``.
+    ``"auto"`` is ``"triton"`` for a 16-bit tensor on a Hopper GPU, where the kernels are tested,
+    else ``"torch"``. ``"triton"`` can be asked for on any GPU from Ampere on.
 
     Raises:
         ValueError: ``impl`` is not a known name.
@@ -33,9 +33,9 @@ def resolve_impl(impl: str, x: Tensor | None = None) -> str:
     check_choice("impl", impl, IMPLS)
     if impl != "auto":
         return impl
-    if x is not None and x.is_cuda and triton_obstacle(x) is None:
-        return "triton"
-    return "torch"
+    if x is None or not x.is_cuda or triton_obstacle(x) is not None:
+        return "torch"
+    return "triton" if torch.cuda.get_device_capability(x.device)[0] == 9 else "torch"
 
 
 def prodial_linear(

@@ -273,7 +273,8 @@ class ProdialLinear(nn.Module):
             parts.append(f"n_blocks={n_blocks}, block_size={self.block_size}")
             parts.append(f"diagonal={self.diagonal!r}")
         parts.append(f"scale={self.prodial_scale is not None}")
-        parts.append(f"impl={self.impl!r} ({resolve_impl(self.impl)})")
+        chosen = resolve_impl(self.impl, self.base_layer.weight)
+        parts.append(f"impl={self.impl!r} ({chosen})")
         if self.merged:
             parts.append("merged")
         if not self.adapter_enabled:

@@ -51,7 +51,7 @@ def _exact_scale_kernel(
                     mask=mask_m & mask_k[None, :], other=0.0,
                 )  # fmt: skip
                 # [BLOCK_N, BLOCK_M] @ [BLOCK_M, WINDOW] -> [BLOCK_N, WINDOW]
-                acc = tl.dot(dy.T, x, acc, input_precision="ieee")
+                acc = tl.dot(dy.T, x, acc)
             w = tl.load(
                 w_ptr + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :],
                 mask=mask_n[:, None] & mask_k[None, :], other=0.0,
@@ -63,7 +63,7 @@ def _exact_scale_kernel(
                 else:
                     e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
                     # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
-                    wd += tl.dot(w, e.to(w.dtype), input_precision="ieee")
+                    wd += tl.dot(w, e.to(w.dtype))
             total += tl.sum(acc * wd, 1)
         tl.store(part, tl.where(asked, total, ds), mask=mask_n)
 

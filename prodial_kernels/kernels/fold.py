@@ -17,7 +17,6 @@ def _fold_kernel(
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_LORA: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """V = s ⊙ (W + W E);  A' = A and B' = α B, zero-padded from R to R_PAD.
 
@@ -45,7 +44,7 @@ def _fold_kernel(
             else:
                 e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
                 # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
-                v += tl.dot(w, e.to(w.dtype), input_precision=PRECISION)
+                v += tl.dot(w, e.to(w.dtype))
         if HAS_SCALE:
             v *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         tl.store(v_ptr + rows[:, None] * stride_v + offs_k[None, :], v.to(w.dtype), mask=mask)
@@ -79,7 +78,6 @@ def launch_fold(
     alpha: float,
     relu: bool,
     r_pad: int,
-    precision: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return V [N, K] (``weight`` itself where nothing is folded), A' and B' or None."""
     n, k = weight.shape
@@ -100,7 +98,7 @@ def launch_fold(
         weight.stride(0), k,
         P=p, RELU=relu,
         HAS_BLOCKS=blocks is not None, HAS_SCALE=scale is not None, HAS_LORA=lora_a is not None,
-        BLOCK_N=block_n, WINDOW=window, R_PAD=r_pad, PRECISION=precision,
+        BLOCK_N=block_n, WINDOW=window, R_PAD=r_pad,
         num_warps=4,
     )  # fmt: skip
     return v, a_out, b_out

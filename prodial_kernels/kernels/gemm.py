@@ -9,8 +9,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from prodial_kernels.kernels.launch import GemmConfig
 from prodial_kernels.kernels.tiles import load_tile, store_tile, swizzled_tile
 
-# The widest rank whose companion fits beside the main accumulator.
-MAX_COMPANION_RANK = 64
+# The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
+# and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
+MAX_FUSED_RANK = 64
 
 
 @triton.jit
@@ -72,17 +73,15 @@ def _gemm_kernel(
                     V_TRANSPOSED, BLOCK_N, BLOCK_K, TMA,
                 )  # fmt: skip
         if UPDATE:
-            if R_PAD <= 64:
-                # Unrolled, so that the tile stays one loop and FLATTEN can work.
-                for r in tl.static_range(0, R_PAD, R_BLOCK):
-                    acc = _add_low_rank(
-                        acc, low_ptr, outer, r, offs_m, column, M, N, TMA, BLOCK_N, R_PAD, R_BLOCK
-                    )
-            else:
-                for r in tl.range(0, R_PAD, R_BLOCK, num_stages=1):
-                    acc = _add_low_rank(
-                        acc, low_ptr, outer, r, offs_m, column, M, N, TMA, BLOCK_N, R_PAD, R_BLOCK
-                    )
+            # Unrolled, so that the tile stays one loop and FLATTEN can work.
+            for r in tl.static_range(0, R_PAD, R_BLOCK):
+                offs_r = r + tl.arange(0, R_BLOCK)
+                source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
+                low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
+                acc = _accumulate(
+                    acc, low_tile, outer, r, column, R_PAD, N, R_PAD,
+                    True, BLOCK_N, R_BLOCK, TMA,
+                )  # fmt: skip
         if HAS_BIAS:
             offs_n = column + tl.arange(0, BLOCK_N)
             acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
@@ -114,20 +113,6 @@ def _accumulate(
     return acc
 
 
-@triton.jit
-def _add_low_rank(
-    acc, low_ptr, outer, r, offs_m, column, M, N,
-    TMA: tl.constexpr, BLOCK_N: tl.constexpr, R_PAD: tl.constexpr, R_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """acc += L Oᵀ for R_BLOCK of the rank, from r on."""
-    offs_r = r + tl.arange(0, R_BLOCK)
-    source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
-    low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
-    return _accumulate(
-        acc, low_tile, outer, r, column, R_PAD, N, R_PAD, True, BLOCK_N, R_BLOCK, TMA
-    )
-
-
 def launch_gemm(
     x: Tensor,
     v: Tensor,
@@ -146,8 +131,8 @@ def launch_gemm(
         v: [N, K] where ``v_transposed``, else [K, N].
         v_transposed: Forward (True) or towards the input (False).
         config: Tile sizes.
-        inner: I, [K, R_PAD]: L = X I is computed. R_PAD ≤ MAX_COMPANION_RANK.
-        outer: O, [N, R_PAD]: ``low`` Oᵀ is added.
+        inner: I, [K, R_PAD]: L = X I is computed. R_PAD ≤ MAX_FUSED_RANK.
+        outer: O, [N, R_PAD]: ``low`` Oᵀ is added. R_PAD ≤ MAX_FUSED_RANK.
         low: L, [M, R_PAD]; needed with ``outer``.
         bias: [N].
     """
@@ -165,6 +150,9 @@ def launch_gemm(
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     r_block = min(r_pad, 32)
     tma = config.tma and all(_tma_ready(t) for t in (x, v, inner, outer, y) if t is not None)
+
+    # Flattening helps the copy engine run ahead; with pointers it gains nothing.
+    flatten = config.flatten and tma
 
     def tiled(tensor: Tensor | None, rows: int, columns: int) -> object:
         if tensor is None or not tma:
@@ -184,7 +172,7 @@ def launch_gemm(
         V_TRANSPOSED=v_transposed, COMPANION=inner is not None, UPDATE=outer is not None,
         HAS_BIAS=bias is not None, TMA=tma,
         BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
-        GROUP_M=config.group_m, FLATTEN=config.flatten, SUBTILE=config.subtile,
+        GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y, low

@@ -19,7 +19,6 @@ def _input_side_kernel(
     HAS_BLOCKS: tl.constexpr, HAS_LORA: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dX = dU + dU E + dropout(T A);  partial sums of dropout(X)ᵀ T = dAᵀ and dE_g = dU_gᵀ X_g.
 
@@ -69,9 +68,9 @@ def _input_side_kernel(
             else:
                 if NEED_BLOCKS:
                     # [WINDOW, BLOCK_M] @ [BLOCK_M, WINDOW] -> [WINDOW, WINDOW]
-                    acc_e = tl.dot(du.T, x, acc_e, input_precision=PRECISION)
+                    acc_e = tl.dot(du.T, x, acc_e)
                 # [BLOCK_M, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_M, WINDOW]
-                dx += tl.dot(du, e, input_precision=PRECISION)
+                dx += tl.dot(du, e)
         if HAS_LORA:
             t = tl.load(t_ptr + rows * R_PAD + offs_r[None, :], mask=mask_m[:, None], other=0.0)
             if DROPOUT:
@@ -81,10 +80,10 @@ def _input_side_kernel(
                 if DROPOUT:
                     kept = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
                 # [WINDOW, BLOCK_M] @ [BLOCK_M, R_PAD] -> [WINDOW, R_PAD]
-                acc_a = tl.dot(kept.T, t, acc_a, input_precision=PRECISION)
+                acc_a = tl.dot(kept.T, t, acc_a)
             if NEED_X:
                 # [BLOCK_M, R_PAD] @ [R_PAD, WINDOW] -> [BLOCK_M, WINDOW]
-                low_rank = tl.dot(t, a, input_precision=PRECISION)
+                low_rank = tl.dot(t, a)
                 if DROPOUT:
                     low_rank = tl.where(keep, low_rank / (1 - dropout), 0.0)
                 dx += low_rank
@@ -118,7 +117,6 @@ def launch_input_side(
     need_x: bool,
     need_a: bool,
     need_blocks: bool,
-    precision: str,
     config: InputSideConfig,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Turn ``du`` into dX in place where ``need_x``; return the fp32 parts (dA, dE)."""
@@ -141,7 +139,7 @@ def launch_input_side(
         P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_LORA=t is not None,
         DROPOUT=seed is not None,
         NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks,
-        BLOCK_M=config.block_m, WINDOW=window, R_PAD=r_pad, PRECISION=precision,
+        BLOCK_M=config.block_m, WINDOW=window, R_PAD=r_pad,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partial_a, partial_e

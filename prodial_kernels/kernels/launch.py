@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,6 @@ class GemmConfig:
     flatten: bool = False
     subtile: bool = False
     tma: bool = True
-
-    def unflattened(self) -> GemmConfig:
-        """The same tiles, walked by two nested loops."""
-        return replace(self, flatten=False)
 
 
 @dataclass(frozen=True)
@@ -43,41 +39,53 @@ class InputSideConfig:
     block_m: int = 32
     window: int = 64
     num_warps: int = 4
-    num_stages: int = 4
-    programs: int = 528
+    num_stages: int = 3
+    programs: int = 660
 
 
-def choose_gemm(m: int, n: int, capability: tuple[int, int], programs: int) -> GemmConfig:
+def choose_gemm(
+    m: int, n: int, *, companion: bool, capability: tuple[int, int], processors: int
+) -> GemmConfig:
     """Return the tile sizes for an [m, n] product of 16-bit operands.
+
+    Measured on an H100 (benchmarks/results); other devices get sizes that fit them all.
 
     Args:
         m: Rows of the result.
         n: Columns of the result.
+        companion: Whether the LoRA companion rides along, which rules flattening out.
         capability: The device's compute capability.
-        programs: Its number of multiprocessors.
+        processors: Its number of multiprocessors.
     """
     if capability[0] != 9:
         # Within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
         return GemmConfig(128, 128, 32, num_warps=8, num_stages=3, tma=False)
-    if ceil_div(m, 128) * ceil_div(n, 256) >= 2 * programs:
+    flatten = not companion
+    if ceil_div(m, 128) * ceil_div(n, 256) >= 2 * processors:
         return GemmConfig(
-            128, 256, 64, num_warps=8, num_stages=3, programs=programs, flatten=True, subtile=True
-        )
+            128, 256, 64, num_warps=8, num_stages=3, group_m=4 if companion and n <= 768 else 8,
+            programs=processors, flatten=flatten, subtile=True,
+        )  # fmt: skip
+    if companion:
+        return GemmConfig(64, 256, 64, num_warps=4, num_stages=4, programs=processors, subtile=True)
+    if ceil_div(m, 128) * ceil_div(n, 128) < processors:
+        return GemmConfig(
+            128, 128, 64, num_warps=4, num_stages=3, programs=2 * processors, flatten=True,
+            subtile=True,
+        )  # fmt: skip
     return GemmConfig(
-        128, 128, 64, num_warps=8, num_stages=4, programs=programs, flatten=True, subtile=True
+        128, 128, 64, num_warps=8, num_stages=4, programs=processors, flatten=True, subtile=True
     )
 
 
 def choose_output_side(n: int) -> OutputSideConfig:
     """Return the tile sizes for the sums over the tokens of [m, n] gradients."""
-    return OutputSideConfig()
+    return OutputSideConfig(programs=792 if n > 4096 else 528)
 
 
-def choose_input_side(k: int, r_pad: int) -> InputSideConfig:
-    """Return the tile sizes for the walk over [m, k] inputs with a LoRA of padded rank r_pad."""
-    if r_pad > 64:
-        return InputSideConfig(num_stages=2)
-    return InputSideConfig()
+def choose_input_side(r_pad: int) -> InputSideConfig:
+    """Return the tile sizes for the walk over the inputs with a LoRA of padded rank r_pad."""
+    return InputSideConfig(num_stages=3 if r_pad <= 64 else 2)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -15,7 +15,6 @@ def _low_rank_kernel(
     stride_x, dropout,
     TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, R_PAD: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """L = dropout(X) I.
 
@@ -41,13 +40,13 @@ def _low_rank_kernel(
             inner = tl.load(
                 inner_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_k[None, :], other=0.0
             )
-            acc = tl.dot(x, inner.T, acc, input_precision=PRECISION)
+            acc = tl.dot(x, inner.T, acc)
         else:
             inner = tl.load(
                 inner_ptr + offs_k[:, None] * R_PAD + offs_r[None, :],
                 mask=mask_k[:, None], other=0.0,
             )  # fmt: skip
-            acc = tl.dot(x, inner, acc, input_precision=PRECISION)
+            acc = tl.dot(x, inner, acc)
     tl.store(
         low_ptr + rows * R_PAD + offs_r[None, :], acc.to(low_ptr.dtype.element_ty), mask=mask_m
     )
@@ -60,7 +59,6 @@ def launch_low_rank(
     transposed: bool,
     seed: Tensor | None,
     dropout: float,
-    precision: str,
     block_m: int = 64,
     block_k: int = 128,
     num_warps: int = 4,
@@ -72,14 +70,14 @@ def launch_low_rank(
     low = torch.empty((m, r_pad), dtype=x.dtype, device=x.device)
     if m == 0:
         return low
-    if x.element_size() == 4 or r_pad > 64:
+    if r_pad > 64:
         block_k = 32
     _low_rank_kernel[(triton.cdiv(m, block_m),)](
         x, inner, seed, low,
         m, k,
         x.stride(0), dropout,
         TRANSPOSED=transposed, DROPOUT=seed is not None,
-        BLOCK_M=block_m, BLOCK_K=block_k, R_PAD=r_pad, PRECISION=precision,
+        BLOCK_M=block_m, BLOCK_K=block_k, R_PAD=r_pad,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return low

@@ -67,10 +67,10 @@ def _output_side_kernel(
         if HAS_LORA:
             low = tl.load(low_ptr + rows * R_PAD + offs_r[None, :], mask=mask_m[:, None], other=0.0)
             # [BLOCK_N, BLOCK_M] @ [BLOCK_M, R_PAD] -> [BLOCK_N, R_PAD]
-            acc_b = tl.dot(dy.T, low, acc_b, input_precision="ieee")
+            acc_b = tl.dot(dy.T, low, acc_b)
             if NEED_SCALE and GRAM:
                 # [R_PAD, BLOCK_M] @ [BLOCK_M, R_PAD] -> [R_PAD, R_PAD]
-                acc_gram = tl.dot(low.T, low, acc_gram, input_precision="ieee")
+                acc_gram = tl.dot(low.T, low, acc_gram)
         wide_dy = dy.to(tl.float32)
         if NEED_SCALE:
             y = tl.load(y_ptr + rows * stride_y + offs_n[None, :], mask=mask, other=0.0)
@@ -80,7 +80,7 @@ def _output_side_kernel(
                 y = tl.where(mask, y - bias[None, :], 0.0)
             if not GRAM:
                 # [BLOCK_M, R_PAD] @ [R_PAD, BLOCK_N] -> [BLOCK_M, BLOCK_N]
-                y -= tl.dot(low, b.T, input_precision="ieee")
+                y -= tl.dot(low, b.T)
             if HAS_BIAS or not GRAM:
                 rest += y * y
             dy_y += wide_dy * y

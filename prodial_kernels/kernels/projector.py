@@ -1,13 +1,15 @@
 """The order in which the kernels are launched, forward and backward."""
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from prodial_kernels.kernels.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.fold import launch_fold
-from prodial_kernels.kernels.gemm import MAX_COMPANION_RANK, launch_gemm
+from prodial_kernels.kernels.gemm import MAX_FUSED_RANK, launch_gemm
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import (
     choose_gemm,
@@ -15,7 +17,6 @@ from prodial_kernels.kernels.launch import (
     choose_output_side,
     padded_rank,
 )
-from prodial_kernels.kernels.library import library_forward, library_scale_gradient
 from prodial_kernels.kernels.low_rank import launch_low_rank
 from prodial_kernels.kernels.output_side import launch_output_side
 from prodial_kernels.kernels.reduce import launch_reduce
@@ -47,16 +48,19 @@ def forward(
     relu: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Return Y [M, N] and H [M, R_PAD] (None without LoRA) for X [M, K]."""
-    precision = dot_precision(x.dtype)
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
-    v, a, b = launch_fold(weight, blocks, scale, lora_a, lora_b, alpha, relu, r_pad, precision)
+    v, a, b = launch_fold(weight, blocks, scale, lora_a, lora_b, alpha, relu, r_pad)
     h = None
     if a is not None:
-        h = launch_low_rank(x, a, transposed=True, seed=seed, dropout=dropout, precision=precision)
-    if x.dtype == torch.float32:
-        return library_forward(x, v, b, h, bias), h
-    config = choose_gemm(x.shape[0], weight.shape[0], *device_limits(x.device))
-    y, _ = launch_gemm(x, v, v_transposed=True, config=config, outer=b, low=h, bias=bias)
+        h = launch_low_rank(x, a, transposed=True, seed=seed, dropout=dropout)
+    config = choose_gemm(x.shape[0], weight.shape[0], companion=False, **device_limits(x.device))
+    fused = r_pad <= MAX_FUSED_RANK
+    y, _ = launch_gemm(
+        x, v, v_transposed=True, config=config, outer=b if fused else None,
+        low=h if fused else None, bias=bias,
+    )  # fmt: skip
+    if h is not None and b is not None and not fused:
+        y.addmm_(h, b.T)
     return y, h
 
 
@@ -85,27 +89,20 @@ def backward(
         return tuple(
             torch.zeros_like(part) if need and part is not None else None for part, need in parts
         )
-    precision = dot_precision(dy.dtype)
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
-    sw, a, b = launch_fold(weight, None, scale, lora_a, lora_b, alpha, relu, r_pad, precision)
+    sw, a, b = launch_fold(weight, None, scale, lora_a, lora_b, alpha, relu, r_pad)
 
     du = t = None
     through_weight = needs.x or needs.blocks
     wants_t = b is not None and (needs.x or needs.lora_a)
-    library = dy.dtype == torch.float32
-    companion = wants_t and through_weight and not library and r_pad <= MAX_COMPANION_RANK
-    if through_weight and library:
-        du = torch.mm(dy, sw)
-    elif through_weight:
-        config = choose_gemm(m, weight.shape[1], *device_limits(dy.device))
-        if companion:
-            # Two loops in one tile cannot be flattened.
-            config = config.unflattened()
+    companion = wants_t and through_weight and r_pad <= MAX_FUSED_RANK
+    if through_weight:
+        config = choose_gemm(m, weight.shape[1], companion=companion, **device_limits(dy.device))
         du, t = launch_gemm(
             dy, sw, v_transposed=False, config=config, inner=b if companion else None
         )
     if wants_t and not companion and b is not None:
-        t = launch_low_rank(dy, b, transposed=False, seed=None, dropout=0.0, precision=precision)
+        t = launch_low_rank(dy, b, transposed=False, seed=None, dropout=0.0)
 
     def like(part: Tensor | None, need: bool) -> Tensor | None:
         return torch.empty_like(part) if need and part is not None else None
@@ -113,14 +110,10 @@ def backward(
     del sw
     dscale, db, dbias = like(scale, needs.scale), like(lora_b, needs.lora_b), like(bias, needs.bias)
     partial_b = partial_scale = partial_bias = None
-    if library and dscale is not None:
-        wd, _, _ = launch_fold(weight, blocks, None, None, None, alpha, relu, r_pad, precision)
-        dscale.copy_(library_scale_gradient(dy, x, wd))
-    divides = dscale is not None and not library
-    if divides or db is not None or dbias is not None:
+    if dscale is not None or db is not None or dbias is not None:
         partial_b, partial_scale, partial_bias, rows = launch_output_side(
-            dy, y, h if divides or db is not None else None, b, scale, bias,
-            need_b=db is not None, need_scale=divides, need_bias=dbias is not None,
+            dy, y, h if dscale is not None or db is not None else None, b, scale, bias,
+            need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
             config=choose_output_side(dy.shape[1]),
         )  # fmt: skip
         if partial_scale is not None:
@@ -132,8 +125,8 @@ def backward(
     if da is not None or dblocks is not None or turns:
         partial_a, partial_e = launch_input_side(
             du, x, t, a, blocks, seed=seed, dropout=dropout, relu=relu, need_x=turns,
-            need_a=da is not None, need_blocks=dblocks is not None, precision=precision,
-            config=choose_input_side(x.shape[1], r_pad),
+            need_a=da is not None, need_blocks=dblocks is not None,
+            config=choose_input_side(r_pad),
         )  # fmt: skip
     launch_reduce(
         partial_b, partial_scale, partial_bias, partial_a, partial_e,
@@ -144,15 +137,20 @@ def backward(
     return du if needs.x else None, dblocks, dscale, da, db, dbias
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """``tl.dot``'s input precision: fp32 is exact unless PyTorch allows tf32."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+class DeviceLimits(TypedDict):
+    """What the choice of tile sizes needs to know of a device."""
+
+    capability: tuple[int, int]
+    processors: int
 
 
-def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and number of multiprocessors."""
+@lru_cache
+def device_limits(device: torch.device) -> DeviceLimits:
+    """Compute capability and number of multiprocessors, of a Hopper under the interpreter."""
     if device.type != "cuda":
-        return (9, 0), 4
+        return {"capability": (9, 0), "processors": 4}
     properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor), properties.multi_processor_count
+    return {
+        "capability": (properties.major, properties.minor),
+        "processors": properties.multi_processor_count,
+    }

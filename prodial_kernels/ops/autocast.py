@@ -7,6 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Asked once: not every supported torch.compile can trace the question.
+_DEVICES = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")
+    if torch.amp.is_autocast_available(kind)
+)
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast casts ``x`` to, as for ``F.linear``; None where it does not.
@@ -14,13 +21,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     It does not where autocast is off, for fp64, and on devices without it, such as meta.
     """
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _DEVICES or not torch.is_autocast_enabled(kind):
         return None
     return None if x.dtype == torch.float64 else torch.get_autocast_dtype(kind)
 
 
 def autocast_off(device_type: str) -> AbstractContextManager[object]:
     """Switch autocast off for a block: its casts would undo the dtypes chosen by hand."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in _DEVICES:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

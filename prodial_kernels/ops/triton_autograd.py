@@ -34,8 +34,7 @@ class TritonProdialLinear(torch.autograd.Function):
         y, h = torch.ops.prodial_kernels.linear_forward(
             x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu
         )
-        # The fp32 plan recomputes what the 16-bit one reads from Y.
-        kept_y = y if ctx.needs_input_grad[3] and y.dtype != torch.float32 else None
+        kept_y = y if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(
             x, weight, blocks, scale, lora_a, lora_b, bias, seed, kept_y,
             None if lora_a is None else h,

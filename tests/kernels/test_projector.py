@@ -1,6 +1,6 @@
 """The Triton kernels against fp64: under the interpreter on a CPU, on the device with ``-m gpu``.
 
-The interpreter computes bf16 wrongly (triton-lang/triton#11584), so it sees fp32 and fp16.
+The interpreter computes bf16 wrongly (triton-lang/triton#11584), so it sees fp16.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from prodial_kernels import prodial_linear
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
-
-DTYPES = [torch.float32, torch.float16]
 
 
 def run_triton(case: LinearCase) -> Tensor:
@@ -45,7 +43,6 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("diagonal", ["relu", "free"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "k", "n", "block_size", "r"), SHAPES)
 def test_output_and_gradients_match_fp64(
     kernel_device: str,
@@ -54,13 +51,12 @@ def test_output_and_gradients_match_fp64(
     n: int,
     block_size: int,
     r: int,
-    dtype: torch.dtype,
     diagonal: str,
 ) -> None:
     case = make_case(
         tokens, k, n, block_size=block_size, r=r, diagonal=diagonal, device=kernel_device
     )
-    assert_case_accurate(case, run_triton, compute=dtype)
+    assert_case_accurate(case, run_triton, compute=torch.float16)
 
 
 PARTS = {
@@ -78,40 +74,39 @@ PARTS = {
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_every_part_is_optional(kernel_device: str, parts: dict[str, None]) -> None:
     case = make_case(21, 24, 40, block_size=6, device=kernel_device)
-    assert_case_accurate(replace(case, **parts), run_triton, compute=torch.float32)
+    assert_case_accurate(replace(case, **parts), run_triton, compute=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_gradient_is_exact_for_every_scale(kernel_device: str, dtype: torch.dtype) -> None:
+def test_scale_gradient_is_exact_for_every_scale(kernel_device: str) -> None:
     case = make_case(40, 24, 70, block_size=6, device=kernel_device)
     scale = case.scale
     assert scale is not None
     scale[::5], scale[1::5], scale[2::5], scale[3::5] = 0.0, -1.0, 1e-3, -1e-6
-    assert_case_accurate(case, run_triton, compute=dtype)
+    assert_case_accurate(case, run_triton, compute=torch.float16)
 
 
 @pytest.mark.parametrize("trained", LinearCase.TRAINED)
 def test_each_gradient_alone(kernel_device: str, trained: str) -> None:
     case = make_case(21, 24, 40, block_size=6, device=kernel_device)
-    case = case.cast(torch.float32, torch.float32)
+    case = case.cast(torch.float16, torch.float32)
     everything = case.run(run_triton)[f"d_{trained}"]
     leaf = getattr(case, trained).requires_grad_()
     output = run_triton(case)
     (alone,) = torch.autograd.grad(output, leaf, case.grad_output)
-    torch.testing.assert_close(alone, everything, rtol=0, atol=1e-6)
+    assert torch.equal(alone, everything)
 
 
 def test_rows_with_a_stride_and_an_expanded_gradient(kernel_device: str) -> None:
     case = make_case(20, 48, 40, block_size=6, device=kernel_device)
-    case = case.cast(torch.float32, torch.float32)
+    case = case.cast(torch.float16, torch.float32)
     wide = torch.randn(20, 96, device=kernel_device)
     strided = replace(case, x=wide[:, 24:72], grad_output=case.grad_output[:1].expand(20, 40))
-    assert_case_accurate(strided, run_triton, compute=torch.float32)
+    assert_case_accurate(strided, run_triton, compute=torch.float16)
 
 
 def test_two_runs_are_bit_equal(kernel_device: str) -> None:
     case = make_case(70, 48, 40, block_size=6, device=kernel_device)
-    case = case.cast(torch.float32, torch.float32)
+    case = case.cast(torch.float16, torch.float32)
     first, second = case.run(run_triton), case.run(run_triton)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -119,7 +114,7 @@ def test_two_runs_are_bit_equal(kernel_device: str) -> None:
 
 def test_dropout_is_the_same_in_forward_and_backward(kernel_device: str) -> None:
     case = make_case(64, 48, 40, block_size=6, device=kernel_device)
-    case = case.cast(torch.float32, torch.float32)
+    case = case.cast(torch.float16, torch.float32)
     assert case.lora_a is not None
     assert case.lora_b is not None
     eye = torch.eye(48, device=kernel_device)
@@ -127,17 +122,16 @@ def test_dropout_is_the_same_in_forward_and_backward(kernel_device: str) -> None
     def run(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         torch.manual_seed(3)
         return prodial_linear(
-            x, case.weight, blocks=None, scale=None, lora_a=lora_a, lora_b=lora_b,
-            lora_dropout=0.25, training=True, impl="triton",
-        ) - x @ case.weight.T  # fmt: skip
+            x, torch.zeros_like(case.weight), blocks=None, scale=None, lora_a=lora_a,
+            lora_b=lora_b, lora_dropout=0.25, training=True, impl="triton",
+        )  # fmt: skip
 
-    # With A = I and B = I (padded) the LoRA branch shows dropout(x) itself.
-    shown = run(case.x, eye, torch.eye(40, 48, device=kernel_device))
-    ratio = shown / case.x[:, :40]
-    kept = ratio.abs() > 0.5
+    # With W = 0, A = I and B = I (padded) the output is dropout(x) itself.
+    ratio = run(case.x, eye, torch.eye(40, 48, device=kernel_device)) / case.x[:, :40]
+    kept = ratio != 0
     assert 0.65 < kept.float().mean() < 0.85
     torch.testing.assert_close(
-        ratio[kept], torch.full_like(ratio[kept], 1 / 0.75), rtol=1e-3, atol=0
+        ratio[kept], torch.full_like(ratio[kept], 1 / 0.75), rtol=2e-3, atol=0
     )
 
     full = torch.zeros(64, 48, dtype=torch.bool, device=kernel_device)
@@ -145,7 +139,7 @@ def test_dropout_is_the_same_in_forward_and_backward(kernel_device: str) -> None
         selector = torch.zeros(40, 48, device=kernel_device)
         selector[:, start : start + 40] = torch.eye(40, device=kernel_device)
         part = run(case.x, eye, selector) / case.x[:, start : start + 40]
-        full[:, start : start + 40] = part.abs() > 0.5
+        full[:, start : start + 40] = part != 0
     masked = replace(
         case, blocks=None, scale=None, bias=None, dropout_mask=full, lora_dropout=0.25,
         lora_scaling=1.0,
@@ -158,12 +152,12 @@ def test_dropout_is_the_same_in_forward_and_backward(kernel_device: str) -> None
             lora_dropout=0.25, training=True, impl="triton",
         )  # fmt: skip
 
-    assert_case_accurate(masked, run_dropped, compute=torch.float32)
+    assert_case_accurate(masked, run_dropped, compute=torch.float16)
 
 
 def test_nan_reaches_the_output(kernel_device: str) -> None:
     case = make_case(5, 24, 40, block_size=6, device=kernel_device).cast(
-        torch.float32, torch.float32
+        torch.float16, torch.float32
     )
     assert case.blocks is not None
     case.blocks[1, 2, 2] = float("nan")

@@ -1,0 +1,1 @@
+"""Measurements: what ProDiaL costs here, against everything one could use instead."""

@@ -1,0 +1,75 @@
+"""Run the tests that need a GPU and record what passed: ``python -m benchmarks.gpu_tests``.
+
+CI has no GPU. It compares the record's hash with the sources, so that a change to a kernel
+without a new run on a device is noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "gpu-tests.json"
+HASHED = ("ops", "kernels", "mixers")
+
+
+def source_hash() -> str:
+    """SHA-256 over the Python files that run on the device, with their paths."""
+    digest = hashlib.sha256()
+    for folder in HASHED:
+        for path in sorted((ROOT / "prodial_kernels" / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+class _Counter:
+    """A pytest plugin that counts outcomes."""
+
+    def __init__(self) -> None:
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        outcome = getattr(report, "outcome", "")
+        if getattr(report, "when", "") == "call" or outcome != "passed":
+            self.counts[outcome] += 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``pytest -m gpu`` and write the record to ``--output``; return pytest's exit code."""
+    import pytest
+    import torch
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=RECORD)
+    options, rest = parser.parse_known_args(arguments)
+    counter = _Counter()
+    code = pytest.main(
+        ["-m", "gpu", "-q", "-p", "no:benchmark", str(ROOT / "tests"), *rest], plugins=[counter]
+    )
+    record = {
+        "status": "passed" if code == 0 and counter.counts["failed"] == 0 else "failed",
+        "sources": source_hash(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "python": sys.version.split()[0],
+        },
+        "command": "python -m benchmarks.gpu_tests",
+        "counts": counter.counts,
+    }
+    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record))
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
