@@ -58,9 +58,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=float, help=f"peak learning rate ({_LRS})")
-    training.add_argument("--steps", type=_count, metavar="N", help="optimiser steps (200)")
+    training.add_argument("--steps", type=_count, metavar="N", help="optimiser steps (150)")
     training.add_argument("--epochs", type=float, help="passes over the data, instead of --steps")
-    training.add_argument("--batch-size", type=int, metavar="N", help="sequences in a batch (8)")
+    training.add_argument("--batch-size", type=int, metavar="N", help="sequences in a batch (4)")
     training.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence (256)")
     training.add_argument(
         "--grad-accumulation", type=int, metavar="N", help="batches in an optimiser step (1)"

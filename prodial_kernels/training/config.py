@@ -35,7 +35,7 @@ ADAPTER_OPTIONS = (
 NOT_COMPARED_ON_RESUME = frozenset({"output", "save_every"})
 # Peak learning rates, each the best of a sweep on the embedded model with the default data and
 # steps. A full fine-tuning moves every weight, so it needs far smaller steps than an adapter.
-DEFAULT_LR = {"prodial": 5e-3, "lora": 5e-3, "full": 1e-3}
+DEFAULT_LR = {"prodial": 4e-3, "lora": 4e-3, "full": 5e-4}
 STDLIB_MAX_BYTES = 4_000_000
 STDLIB_EVAL_TOKENS = 32_768
 
@@ -205,11 +205,11 @@ class FinetuneConfig:
             "lr": DEFAULT_LR[self.method] if preset is None else preset.learning_rate,
             "weight_decay": 0.01 if preset is None else preset.weight_decay,
             "schedule": "cosine" if preset is None else preset.schedule,
-            "batch_size": 8 if preset is None else preset.batch_size,
+            "batch_size": 4 if preset is None else preset.batch_size,
             "seq_len": 256 if preset is None else preset.seq_len,
         }
         if self.epochs is None:
-            values["steps"] = 200
+            values["steps"] = 150
         if self.data == "stdlib":
             values |= {"max_bytes": STDLIB_MAX_BYTES, "eval_tokens": STDLIB_EVAL_TOKENS}
         if self.method != "full":

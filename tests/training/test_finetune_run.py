@@ -45,6 +45,7 @@ def _config(place: Path, output: Path, **options: Any) -> FinetuneConfig:
         "save_every": 4,
         "warmup": 2,
         "lr": 0.01,
+        "device": "cpu",
     }
     return FinetuneConfig(output=str(output), **{**defaults, **options})
 
@@ -122,6 +123,29 @@ def test_inspection_sees_the_training(prodial_run: FinetuneResult) -> None:
         assert layer.lora_norm is not None
         assert layer.lora_norm > 0
     assert "backbone.layers.0.mixer.in_proj" in str(inspection)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["prodial", "full"])
+def test_on_cuda_in_bfloat16_with_a_resume(
+    place: Path, tmp_path: Path, method: str, stop_after: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"device": "cuda", "method": method, "lr": 0.005}
+    whole = _run(place, tmp_path / "whole", **options)
+    assert whole.after["bits_per_byte"] < 0.95 * whole.before["bits_per_byte"]
+    assert (whole.device, whole.peak_bytes > 0) == ("cuda", True)
+    stop_after(6)
+    with pytest.raises(_Stop):
+        _run(place, tmp_path / "run", **options)
+    monkeypatch.undo()
+    _run(place, tmp_path / "run", resume=True, **options)
+    losses = [
+        [r["loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl") if r["kind"] == "train"]
+        for name in ("whole", "run")
+    ]
+    # Sums on the GPU are not in a fixed order.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
 def test_lora_of_the_same_size(place: Path, tmp_path: Path, prodial_run: FinetuneResult) -> None:
