@@ -91,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
     command: _Command = args.command
-    # PyTorch's OpenMP threads by default spin for about a millisecond at every barrier. When
-    # another process has their core, the spinning costs more than the work: a tenth of the speed
-    # was measured, against all of it with this setting. PyTorch is loaded after this line.
+    # PyTorch's OpenMP threads by default spin for about a millisecond at every barrier. With other
+    # processes on the same cores that made training up to six times slower than this shorter spin
+    # does, which costs nothing on a quiet machine. It is read when PyTorch is loaded, later.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
