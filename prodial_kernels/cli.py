@@ -64,6 +64,7 @@ examples:
 
 
 class _Command(NamedTuple):
+    usage: str
     summary: str
     epilog: str
     add_options: Callable[[argparse.ArgumentParser], None]
@@ -193,18 +194,22 @@ def _inspect(args: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "finetune": _Command(
+        "[options]",
         "fine-tune a model; evaluate, save and merge it",
         _FINETUNE_EXAMPLES, cli_options.add_finetune_options, _finetune,
     ),
     "evaluate": _Command(
+        "[options]",
         "evaluate a model, with or without an adapter",
         _EVALUATE_EXAMPLES, cli_options.add_evaluate_options, _evaluate,
     ),
     "merge": _Command(
+        "--adapter DIR --output DIR [options]",
         "fold an adapter into its model and write that",
         _MERGE_EXAMPLES, cli_options.add_merge_options, _merge,
     ),
     "inspect": _Command(
+        "PATH [options]",
         "show what an adapter holds, or would train in a model",
         _INSPECT_EXAMPLES, cli_options.add_inspect_options, _inspect,
     ),
@@ -224,7 +229,8 @@ def _parser() -> argparse.ArgumentParser:
         subparser = commands.add_parser(
             name,
             help=command.summary,
-            description=command.summary[0].upper() + command.summary[1:] + ".",
+            usage=f"prodial {name} {command.usage}",
+            description=f"{command.summary.capitalize()}. In parentheses: the defaults.",
             epilog=command.epilog,
             formatter_class=form,
             # An option that is not given leaves no trace, so that other sources can fill it in.

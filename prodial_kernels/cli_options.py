@@ -8,11 +8,15 @@ from typing import Any
 
 from prodial_kernels.training.config import (
     DEFAULT_LR,
+    DEFAULTS,
     DEVICES,
     DTYPES,
     METHODS,
     SCHEDULES,
+    STDLIB_EVAL_TOKENS,
+    STDLIB_MAX_BYTES,
     ConfigError,
+    FinetuneConfig,
 )
 
 LANGUAGE_PRESETS = ("arc-easy", "arc-challenge", "hellaswag", "winogrande")
@@ -22,26 +26,29 @@ _LRS = ", ".join(f"{lr:g} for {method}" for method, lr in DEFAULT_LR.items())
 def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     """Add one flag for every field of ``FinetuneConfig``, by the field's name."""
     what = parser.add_argument_group("what to train, and on what")
-    _add_model(what)
+    _add_model(what, "embedded: a small one in this package")
     _add_data(what)
     what.add_argument("--held-out", metavar="DATA", help="evaluate on this instead of splitting")
     what.add_argument(
-        "--held-out-fraction", type=float, metavar="F", help="share of the data to hold out (0.1)"
+        "--held-out-fraction",
+        type=float,
+        metavar="F",
+        help=f"share of the data to hold out ({FinetuneConfig.held_out_fraction})",
     )
     what.add_argument(
         "--max-bytes",
         type=_count,
         metavar="N",
-        help="use so much of the data (stdlib: 4M, else all)",
+        help=f"use so much of the data (stdlib: {STDLIB_MAX_BYTES:,}, else all)",
     )
     what.add_argument(
         "--eval-tokens", type=_count, metavar="N",
-        help="evaluate on so many held-out tokens (stdlib: 32768, else all)",
+        help=f"evaluate on so many held-out tokens (stdlib: {STDLIB_EVAL_TOKENS:,}, else all)",
     )  # fmt: skip
     what.add_argument(
         "--output",
         metavar="DIR",
-        help="where the run is kept (prodial-output); must be empty or new",
+        help=f"where the run is kept ({FinetuneConfig.output}); must be empty or new",
     )
     what.add_argument(
         "--resume", action="store_true",
@@ -58,20 +65,44 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
     training = parser.add_argument_group("training")
     training.add_argument("--lr", type=float, help=f"peak learning rate ({_LRS})")
-    training.add_argument("--steps", type=_count, metavar="N", help="optimiser steps (150)")
+    training.add_argument(
+        "--steps", type=_count, metavar="N", help=f"optimiser steps ({DEFAULTS['steps']})"
+    )
     training.add_argument("--epochs", type=float, help="passes over the data, instead of --steps")
-    training.add_argument("--batch-size", type=int, metavar="N", help="sequences in a batch (4)")
-    training.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence (256)")
     training.add_argument(
-        "--grad-accumulation", type=int, metavar="N", help="batches in an optimiser step (1)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help=f"sequences in a batch ({DEFAULTS['batch_size']})",
     )
-    training.add_argument("--weight-decay", type=float, metavar="W", help="of AdamW (0.01)")
     training.add_argument(
-        "--schedule", choices=SCHEDULES, help="learning rate after the warm-up (cosine)"
+        "--seq-len", type=int, metavar="N", help=f"tokens in a sequence ({DEFAULTS['seq_len']})"
     )
-    training.add_argument("--warmup", type=int, metavar="N", help="steps of linear warm-up (10)")
-    training.add_argument("--clip", type=float, help="largest gradient norm (1); 0: no clipping")
-    training.add_argument("--seed", type=int, help="of initial values, data order, dropout (0)")
+    training.add_argument(
+        "--grad-accumulation",
+        type=int,
+        metavar="N",
+        help=f"batches in an optimiser step ({FinetuneConfig.grad_accumulation})",
+    )
+    training.add_argument(
+        "--weight-decay", type=float, metavar="W", help=f"of AdamW ({DEFAULTS['weight_decay']})"
+    )
+    training.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        help=f"learning rate after the warm-up ({DEFAULTS['schedule']})",
+    )
+    training.add_argument(
+        "--warmup", type=int, metavar="N", help=f"steps of linear warm-up ({FinetuneConfig.warmup})"
+    )
+    training.add_argument(
+        "--clip",
+        type=float,
+        help=f"largest gradient norm ({FinetuneConfig.clip:g}); 0: no clipping",
+    )
+    training.add_argument(
+        "--seed", type=int, help=f"of initial values, data order, dropout ({FinetuneConfig.seed})"
+    )
     training.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
     )
@@ -82,13 +113,19 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--eval-every",
         type=int,
         metavar="N",
-        help="steps between evaluations (50); 0: before/after",
+        help=f"steps between evaluations ({FinetuneConfig.eval_every}); 0: before and after",
     )
     records.add_argument(
-        "--save-every", type=int, metavar="N", help="steps between saved states (50); 0: at the end"
+        "--save-every",
+        type=int,
+        metavar="N",
+        help=f"steps between saved states ({FinetuneConfig.save_every}); 0: at the end",
     )
     records.add_argument(
-        "--log-every", type=int, metavar="N", help="steps between metric lines (1)"
+        "--log-every",
+        type=int,
+        metavar="N",
+        help=f"steps between metric lines ({FinetuneConfig.log_every})",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="options in a JSON or TOML file, such as batch_size = 4; "
@@ -98,7 +135,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prodial evaluate``."""
-    _add_model(parser)
+    _add_model(parser, "the adapter's base model, or embedded")
     _add_adapter(parser, required=False)
     _add_data(parser)
     parser.add_argument(
@@ -107,10 +144,17 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         "all of the data (default for anything else; of a hub data set its own test part)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-tokens", type=_count, metavar="N", help="stop after so many tokens of text"
+        "--max-tokens",
+        type=_count,
+        metavar="N",
+        help=f"stop after so many tokens of text (stdlib: {STDLIB_EVAL_TOKENS:,}, else all)",
     )
     parser.add_argument(
-        "--seq-len", type=int, default=256, metavar="N", help="tokens at once (256)"
+        "--seq-len",
+        type=int,
+        default=DEFAULTS["seq_len"],
+        metavar="N",
+        help="tokens at once (%(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at once (8)")
     parser.add_argument(
@@ -125,7 +169,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def add_merge_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prodial merge``."""
-    _add_model(parser)
+    _add_model(parser, "the adapter's base model")
     _add_adapter(parser, required=True)
     parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
     parser.add_argument("--force", action="store_true", help="replace what is there")
@@ -198,11 +242,12 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _add_model(group: Any) -> None:
+def _add_model(group: Any, default: str) -> None:
     group.add_argument(
-        "--model", metavar="MODEL",
-        help="directory in transformers' format or hub id (embedded: a small one in this package)",
-    )  # fmt: skip
+        "--model",
+        metavar="MODEL",
+        help=f"directory in transformers' format or hub id ({default})",
+    )
 
 
 def _add_data(group: Any) -> None:
