@@ -7,6 +7,8 @@ import os
 # Before anything imports them: no hub look-ups, no thread fight between test workers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors: a second thread only waits, and spins while it does. Before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
