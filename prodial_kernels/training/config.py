@@ -35,7 +35,7 @@ ADAPTER_OPTIONS = (
 NOT_COMPARED_ON_RESUME = frozenset({"output", "save_every"})
 # Peak learning rates, each the best of a sweep on the embedded model with the default data and
 # steps. A full fine-tuning moves every weight, so it needs far smaller steps than an adapter.
-DEFAULT_LR = {"prodial": 4e-3, "lora": 4e-3, "full": 5e-4}
+DEFAULT_LR = {"prodial": 3e-3, "lora": 3e-3, "full": 3e-4}
 # What no preset and no method decides: with the embedded model and the default data, two and a half
 # minutes on two CPU cores.
 DEFAULTS = {
