@@ -256,6 +256,7 @@ def test_inspect_an_adapter_and_a_model(
         (["evaluate", "--model", "EMPTY"], 1, "is a file; give the directory"),
         (["merge", "--adapter", "ADAPTER"], 2, "required: --output"),
         (["inspect", "FOLDER"], 1, "no config.json in it"),
+        (["inspect", "folder/adapter"], 1, "folder/adapter: no such directory"),
     ],
 )  # fmt: skip
 def test_errors_are_one_clear_line(

@@ -49,12 +49,12 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
 
     source = _source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source)
         # It shapes initial values only, but transformers 5.23 applies it to loaded weights too and
         # so divides a trained out_proj by sqrt(num_hidden_layers), at every load again.
         if getattr(config, "rescale_prenorm_residual", False):
             config.rescale_prenorm_residual = False
+        tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
     # Each layer below raises classes of its own for a missing, damaged or unknown model.
     except Exception as error:
@@ -99,7 +99,8 @@ def _source(name: str) -> Path | str:
         raise ModelError(f"{path} holds no model: there is no config.json in it")
     if path.exists():
         raise ModelError(f"{path} is a file; give the directory that holds the model")
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+    inside_a_directory_here = path.parent != Path(".") and path.parent.is_dir()
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or inside_a_directory_here:
         raise ModelError(f"{name}: no such directory (looked in {Path.cwd()})")
     return name
 
