@@ -138,7 +138,7 @@ def inspect_adapter(path: str | Path) -> AdapterInspection:
         base_model=saved.base_model,
         package_version=saved.package_version,
         config=saved.config.to_dict(),
-        layers=[_statistics(saved, module, parts) for module, parts in layers.items()],
+        layers=[_statistics(saved, name, layers[name]) for name in sorted(layers, key=_in_order)],
         trainable=sum(tensor.numel() for tensor in saved.tensors.values()),
     )
 
@@ -161,6 +161,11 @@ def inspect_model(name: str, options: Mapping[str, Any]) -> ModelInspection:
     rank = matched_lora_rank(model, config.reference_adapter()) if config.method == "lora" else None
     adapter = config.adapter(r=rank)
     return ModelInspection(name, adapter.to_dict(), apply_prodial(model, adapter))
+
+
+def _in_order(path: str) -> list[tuple[int, str]]:
+    """Sort layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
 
 
 def _statistics(saved: SavedAdapter, module: str, parts: Mapping[str, Tensor]) -> LayerStatistics:
