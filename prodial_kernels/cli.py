@@ -29,8 +29,8 @@ examples:
 'prodial COMMAND --help' explains a command."""
 
 _FINETUNE_EXAMPLES = """\
-Without options it trains the embedded model on the standard library's source: about two and a half
-minutes on two CPU cores. Held-out text is evaluated before, during and after. The run's directory
+Without options it trains the embedded model on the standard library's source: one to two minutes
+on two CPU cores. Held-out text is evaluated before, during and after. The run's directory
 then holds the adapter, the merged model (checked against the trained one), metrics.jsonl, loss.png.
 
 examples:
