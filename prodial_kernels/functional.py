@@ -135,10 +135,13 @@ def _triton_linear(
 ) -> Tensor:
     """Flatten the tokens, run the kernels, restore the leading shape."""
     rows = unit_stride_rows(x.reshape(-1, x.shape[-1]))
-    adapter = (
-        None if part is None else part.contiguous() for part in (blocks, scale, lora_a, lora_b)
-    )
+    # The kernels take one stride per matrix and none per vector; what has others is copied here.
+    small = (
+        None if part is None else part.contiguous()
+        for part in (blocks, scale, lora_a, lora_b, bias)
+    )  # fmt: skip
     y = TritonProdialLinear.apply(
-        rows, weight, *adapter, bias, seed, float(lora_scaling), float(lora_dropout), diagonal
-    )
+        rows, unit_stride_rows(weight), *small, seed, float(lora_scaling), float(lora_dropout),
+        diagonal,
+    )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -104,6 +104,18 @@ def test_rows_with_a_stride_and_an_expanded_gradient(kernel_device: str) -> None
     assert_case_accurate(strided, run_triton, compute=torch.float16)
 
 
+def test_weight_and_bias_in_any_layout(kernel_device: str) -> None:
+    case = make_case(20, 24, 40, block_size=6, device=kernel_device)
+    case = case.cast(torch.float16, torch.float32)
+    assert case.bias is not None
+    twice = torch.stack([case.bias, torch.zeros_like(case.bias)], 1).reshape(-1)
+    transposed = replace(case, weight=case.weight.T.contiguous().T, bias=twice[::2])
+    assert transposed.weight.stride() == (1, 40)
+    assert transposed.bias is not None
+    assert transposed.bias.stride() == (2,)
+    assert_case_accurate(transposed, run_triton, compute=torch.float16)
+
+
 def test_two_runs_are_bit_equal(kernel_device: str) -> None:
     case = make_case(70, 48, 40, block_size=6, device=kernel_device)
     case = case.cast(torch.float16, torch.float32)
