@@ -33,8 +33,9 @@ ADAPTER_OPTIONS = (
 )
 # How often a run is saved, and where it is kept, do not change what it computes.
 NOT_COMPARED_ON_RESUME = frozenset({"output", "save_every"})
-# Peak learning rates, each the best of a sweep on the embedded model with the default data and
-# steps. A full fine-tuning moves every weight, so it needs far smaller steps than an adapter.
+# Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
+# the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
+# than an adapter.
 DEFAULT_LR = {"prodial": 3e-3, "lora": 3e-3, "full": 3e-4}
 # What no preset and no method decides: with the embedded model and the default data, one to two
 # minutes on two CPU cores.
