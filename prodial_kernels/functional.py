@@ -52,6 +52,7 @@ def prodial_linear(
     training: bool = False,
     diagonal: str = "relu",
     impl: str = "auto",
+    channel_first: bool = False,
 ) -> Tensor:
     """Apply a frozen linear layer with a ProDiaL adapter, without forming the adapted weight.
 
@@ -77,6 +78,8 @@ def prodial_linear(
             D_b = I + D_a.
         impl: ``"reference"`` (plain autograd, the definition), ``"torch"`` (hand-written backward,
             any device), ``"triton"`` (fused kernels) or ``"auto"`` (see :func:`resolve_impl`).
+        channel_first: Return [..., out_features, l] for x [..., l, in_features], contiguous: the
+            layout that Mamba-1's convolution and scan take.
 
     Returns:
         [..., out_features], dtype of ``x`` (of autocast where it is on).
@@ -100,19 +103,25 @@ def prodial_linear(
         if chosen == "triton":
             check_triton(x)
             check_frozen(weight)
-            return _triton_linear(
+            y = _triton_linear(
                 x, weight, blocks, scale, lora_a, lora_b, bias,
                 _draw_seed(x) if drop else None, lora_scaling, lora_dropout, diagonal,
             )  # fmt: skip
+            return lay_out(y, channel_first)
         mask = torch.rand(x.shape, device=x.device) >= lora_dropout if drop else None
         arguments = (
             x, weight, blocks, scale, lora_a, lora_b, bias, mask,
             float(lora_scaling), float(lora_dropout), diagonal,
         )  # fmt: skip
         if chosen == "reference":
-            return reference_linear(*arguments)
+            return lay_out(reference_linear(*arguments), channel_first)
         check_frozen(weight)
-        return TorchProdialLinear.apply(*arguments)
+        return lay_out(TorchProdialLinear.apply(*arguments), channel_first)
+
+
+def lay_out(y: Tensor, channel_first: bool) -> Tensor:
+    """[..., l, N] -> contiguous [..., N, l] where ``channel_first``, else ``y`` itself."""
+    return y.transpose(-1, -2).contiguous() if channel_first else y
 
 
 def _draw_seed(x: Tensor) -> Tensor:

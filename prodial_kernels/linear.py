@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels._validation import IMPLS, check_choice, check_dropout, divisors
-from prodial_kernels.functional import prodial_linear, resolve_impl
+from prodial_kernels.functional import lay_out, prodial_linear, resolve_impl
 from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.reference import effective_weight
 
@@ -171,22 +171,25 @@ class ProdialLinear(nn.Module):
             self.prodial_b, self.lora_scaling, self.diagonal,
         )  # fmt: skip
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, channel_first: bool = False) -> Tensor:
         """[..., in_features] -> [..., out_features]; the argument is named as in ``nn.Linear``.
+
+        With ``channel_first``, [..., l, in_features] -> contiguous [..., out_features, l].
 
         Raises:
             RuntimeError: In training mode while merged, when no adapter gradient could flow.
         """
         base = self.base_layer
         if not self.adapter_enabled:
-            return base(input)
+            return lay_out(base(input), channel_first)
         if self._merged_weight is not None:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
                     "this ProdialLinear is merged, so its adapter would get no gradient; call "
                     "unmerge() before training, or eval() for inference"
                 )
-            return nn.functional.linear(input, self._merged_weight, base.bias)
+            merged = nn.functional.linear(input, self._merged_weight, base.bias)
+            return lay_out(merged, channel_first)
         return prodial_linear(
             input,
             base.weight,
@@ -200,6 +203,7 @@ class ProdialLinear(nn.Module):
             training=self.training,
             diagonal=self.diagonal,
             impl=self.impl,
+            channel_first=channel_first,
         )
 
     @torch.no_grad()

@@ -285,3 +285,25 @@ def test_autocast_around_backward_changes_nothing(forward: bool) -> None:
     assert len(inside) == len(outside) == len(LinearCase.TRAINED)
     for a, b in zip(inside, outside, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_channel_first_is_the_transposed_contiguous_output(impl: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
+    adapter = {
+        "blocks": torch.randn(4, 2, 2, dtype=torch.float64) * 0.1,
+        "scale": torch.rand(6, dtype=torch.float64),
+        "lora_a": torch.randn(3, 8, dtype=torch.float64),
+        "lora_b": torch.randn(6, 3, dtype=torch.float64),
+    }
+    weight = torch.randn(6, 8, dtype=torch.float64)
+    rows = prodial_linear(x, weight, **adapter, impl=impl)
+    first = prodial_linear(x, weight, **adapter, impl=impl, channel_first=True)
+    assert first.shape == (2, 6, 5)
+    assert first.is_contiguous()
+    torch.testing.assert_close(first, rows.transpose(1, 2), rtol=0, atol=0)
+    grad = torch.randn_like(first)
+    (expected,) = torch.autograd.grad(rows, x, grad.transpose(1, 2))
+    (got,) = torch.autograd.grad(first, x, grad)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
