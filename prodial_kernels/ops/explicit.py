@@ -1,0 +1,206 @@
+"""A projector's forward and backward as plain functions, for use inside another autograd.Function.
+
+A block that recomputes a projector's input in its own backward cannot leave the projector to
+autograd, which would keep that input. Here nothing is kept: the caller says what it has.
+Tokens are [b, l, features]; a channel-first tensor [b, features, l] is passed as its ``mT`` view.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prodial_kernels.ops.autograd import torch_backward, torch_forward
+from prodial_kernels.ops.triton_autograd import unit_stride_rows
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What of a projector is not a tensor.
+
+    Attributes:
+        impl: ``"torch"``, ``"triton"``, or ``"plain"`` for a linear layer without an adapter,
+            whose weight may ask for a gradient.
+        lora_scaling: α.
+        lora_dropout: Probability behind ``Operands.noise``; without noise there is no dropout.
+        diagonal: ``"relu"`` or ``"free"``.
+    """
+
+    impl: str
+    lora_scaling: float = 0.0
+    lora_dropout: float = 0.0
+    diagonal: str = "relu"
+
+
+class Operands(NamedTuple):
+    """A projector's tensors: shapes as in :func:`prodial_kernels.prodial_linear`.
+
+    ``noise`` is what dropout is drawn from: the mask [b, l, K] of ``impl="torch"``, the seed [1]
+    of ``impl="triton"``, None without dropout.
+    """
+
+    weight: Tensor
+    blocks: Tensor | None = None
+    scale: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    bias: Tensor | None = None
+    noise: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for, in the order of ``Operands``, the input's first."""
+
+    x: bool
+    weight: bool
+    blocks: bool
+    scale: bool
+    lora_a: bool
+    lora_b: bool
+    bias: bool
+
+    @property
+    def input(self) -> bool:
+        """Whether anything but the gradient towards ``x`` is asked for, which needs ``x``."""
+        return any(self[1:-1])
+
+
+class Gradients(NamedTuple):
+    """Towards ``x`` and each of ``Operands``; None where not asked for."""
+
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    blocks: Tensor | None = None
+    scale: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def project(
+    x: Tensor, operands: Operands, rule: Rule, *, channel_first: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return Y and H = dropout(X) Aᵀ, which :func:`project_backward` takes back.
+
+    Args:
+        x: [b, l, K], any strides.
+        operands: In the dtype of ``x`` where :func:`prodial_kernels.prodial_linear` asks for it.
+        rule: The same in forward and backward.
+        channel_first: Return Y as contiguous [b, N, l] instead of contiguous [b, l, N].
+    """
+    weight = operands.weight
+    if rule.impl == "plain":
+        return _plain(x, weight, operands.bias, channel_first), None
+    options = (rule.lora_scaling, rule.lora_dropout)
+    if rule.impl == "triton":
+        rows = unit_stride_rows(x.reshape(-1, x.shape[-1]))
+        y, h = torch.ops.prodial_kernels.linear_forward(
+            rows, *operands, *options, rule.diagonal == "relu"
+        )
+    else:
+        y, h = torch_forward(x, *operands, *options, rule.diagonal)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return (y.mT.contiguous() if channel_first else y), h
+
+
+def project_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    y: Tensor | None,
+    h: Tensor | None,
+    operands: Operands,
+    rule: Rule,
+    needs: Needs,
+    *,
+    channel_first: bool = False,
+    into: Tensor | None = None,
+) -> Gradients:
+    """Return the gradients that are asked for.
+
+    Args:
+        dy: Gradient towards Y, [b, l, N], any strides.
+        x: [b, l, K], any strides; None is enough where ``needs.input`` is False.
+        y: [b, l, N], any strides, or None: recomputed where the gradient towards s needs it.
+        h: What :func:`project` returned, or None: recomputed together with ``y``.
+        operands: As in the forward.
+        rule: As in the forward.
+        needs: Which gradients to compute.
+        channel_first: Return dX as contiguous [b, K, l] instead of contiguous [b, l, K].
+        into: Add dX to this tensor, in the layout asked for, and return it as dX.
+    """
+    if rule.impl == "plain":
+        return _plain_backward(dy, x, operands.weight, needs, channel_first, into)
+    options = (rule.lora_scaling, rule.lora_dropout)
+    shape = (*dy.shape[:-1], operands.weight.shape[1])
+    if x is None:
+        x = dy.new_empty(shape)
+    parts: tuple[Tensor | None, ...]
+    lora = operands.lora_a is not None
+    if rule.impl == "triton":
+        rows = unit_stride_rows(x.reshape(-1, x.shape[-1]))
+        relu = rule.diagonal == "relu"
+        if (needs.scale and y is None) or (lora and (needs.scale or needs.lora_b) and h is None):
+            fresh_y, h = torch.ops.prodial_kernels.linear_forward(rows, *operands, *options, relu)
+            y = fresh_y if y is None else y
+        kept_y = (
+            unit_stride_rows(y.reshape(-1, y.shape[-1])) if needs.scale and y is not None else None
+        )
+        parts = torch.ops.prodial_kernels.linear_backward(
+            unit_stride_rows(dy.reshape(-1, dy.shape[-1])), rows, *operands, kept_y,
+            h if lora else None, *options, relu, needs.x, *needs[2:],
+        )  # fmt: skip
+    else:
+        if needs.lora_b and h is None:
+            h = torch_forward(x, *operands, *options, rule.diagonal)[1]
+        bias_dtype = None if operands.bias is None else operands.bias.dtype
+        parts = torch_backward(
+            dy, x, *operands[:5], h, operands.noise, *options, rule.diagonal, bias_dtype,
+            (needs.x, *needs[2:]),
+        )  # fmt: skip
+    dx, *adapter = (
+        part if needed else None for part, needed in zip(parts, (needs.x, *needs[2:]), strict=True)
+    )
+    if dx is not None:
+        dx = dx.view(shape)
+        dx = dx.mT if channel_first else dx
+        dx = dx.contiguous() if into is None else into.add_(dx)
+    return Gradients(dx, None, *adapter)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, channel_first: bool) -> Tensor:
+    """``X Wᵀ + b``; batched rather than flattened where that spares a transposed copy."""
+    if not channel_first and x.is_contiguous():
+        return F.linear(x, weight, bias)
+    weights = weight.expand(x.shape[0], -1, -1)
+    y = torch.bmm(weights, x.mT) if channel_first else torch.bmm(x, weights.mT)
+    if bias is not None:
+        y.add_(bias[:, None] if channel_first else bias)
+    return y
+
+
+def _plain_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    needs: Needs,
+    channel_first: bool,
+    into: Tensor | None,
+) -> Gradients:
+    dx = dweight = None
+    if needs.x:
+        weights = weight.expand(dy.shape[0], -1, -1)
+        first, second = (weights.mT, dy.mT) if channel_first else (dy, weights)
+        if into is not None:
+            dx = into.baddbmm_(first, second)
+        elif dy.is_contiguous() and not channel_first:
+            dx = dy @ weight
+        else:
+            dx = torch.bmm(first, second)
+    if needs.weight and x is not None:
+        dweight = torch.einsum("bln,blk->nk", dy, x)
+    dbias = dy.sum((0, 1)) if needs.bias else None
+    return Gradients(x=dx, weight=dweight, bias=dbias)
