@@ -7,11 +7,12 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.mixers.families import adapt_mixers, check_mixers
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
+from prodial_kernels.mixers.seam import Undo
 from prodial_kernels.mixers.targets import Target, find_saved, find_targets, module_paths
 from prodial_kernels.mixers.transformers import bypass_fused_training
 
@@ -26,7 +27,7 @@ class _State:
 
     config: ProdialConfig
     requires_grad: dict[str, bool]
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[Undo] = field(default_factory=list)
 
 
 def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
@@ -49,7 +50,8 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
         ValueError: The configuration does not fit the model: nothing matches, a name matches
             nothing, a match is not a plain ``nn.Linear``, a target matches in only some of the
             layers (see ``allow_partial``), a block count does not divide ``in_features``,
-            ``modules_to_save`` matches nothing, or the model is already adapted.
+            ``modules_to_save`` matches nothing, a mixer would bypass its adapter, or the model is
+            already adapted.
     """
     if not isinstance(config, ProdialConfig):
         raise TypeError(f"config must be a ProdialConfig, got {type(config).__name__}")
@@ -64,6 +66,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
         )
     targets = find_targets(model, config)
     saved = find_saved(model, config, targets)
+    check_mixers(model, targets)
 
     named = list(model.named_parameters(remove_duplicate=False))
     state = _State(config, {name: parameter.requires_grad for name, parameter in named})
@@ -78,7 +81,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
             parameter.requires_grad_(parameter.is_floating_point())
     for target, layer in zip(targets, layers, strict=True):
         _place(model, target.paths, layer)
-    state.handles = bypass_fused_training(model)
+    state.handles = [*bypass_fused_training(model), *adapt_mixers(model)]
     setattr(model, _STATE, state)
     return adapter_report(model)
 

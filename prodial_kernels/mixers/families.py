@@ -1,0 +1,106 @@
+"""The families of mixers that are known, and the refusal of mixers that would bypass an adapter."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+
+from torch import nn
+
+from prodial_kernels.mixers import mamba_ssm
+from prodial_kernels.mixers.seam import Undo
+from prodial_kernels.mixers.targets import Target
+
+_METADATA = frozenset(
+    ("device", "dtype", "shape", "ndim", "size", "is_cuda", "requires_grad", "numel")
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What injection asks of a family of mixers; one file of this folder each.
+
+    Attributes:
+        recognises: Whether a module is a mixer whose adapters the family makes take effect.
+        check: Called with a recognised mixer and the names of its children that are to be
+            adapted, before anything changes; raises ValueError to refuse.
+        adapt: Called with the model once its layers are adapted; returns what undoes it.
+    """
+
+    recognises: Callable[[nn.Module], bool]
+    check: Callable[[nn.Module, frozenset[str]], None]
+    adapt: Callable[[nn.Module], Iterable[Undo]]
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(mamba_ssm.recognises, mamba_ssm.check, mamba_ssm.adapt_mixers),
+)
+
+
+def check_mixers(model: nn.Module, targets: Iterable[Target]) -> None:
+    """Refuse, before anything changes, what would leave an adapter without effect or speed.
+
+    Raises:
+        ValueError: A known mixer that cannot be adapted as asked, or an unknown module that
+            multiplies by a target's ``weight`` instead of calling it.
+    """
+    names: dict[str, set[str]] = {}
+    for target in targets:
+        for path in target.paths:
+            parent, _, name = path.rpartition(".")
+            names.setdefault(parent, set()).add(name)
+    for path, children in names.items():
+        parent_module = model.get_submodule(path)
+        known = [family for family in FAMILIES if family.recognises(parent_module)]
+        for family in known:
+            family.check(parent_module, frozenset(children))
+        # transformers' mixers are recognised by their own module names.
+        if known or type(parent_module).__module__.startswith("transformers."):
+            continue
+        for method, name in weight_reads(type(parent_module), children):
+            raise ValueError(
+                f"{path or 'the model'}, a {type(parent_module).__module__}."
+                f"{type(parent_module).__qualname__}, reads {name}.weight in {method}() instead "
+                f"of calling {name}: an adapter would act through an adapted weight formed at "
+                "every read, or not at all. Take it out of target_modules, or call the module "
+                f"in a subclass: self.{name}(x)"
+            )
+
+
+def adapt_mixers(model: nn.Module) -> list[Undo]:
+    """Let every known mixer call its adapted projectors; return what undoes it."""
+    return [undo for family in FAMILIES for undo in family.adapt(model)]
+
+
+def weight_reads(cls: type[nn.Module], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (method, name) wherever the class reads ``self.<name>.weight`` for its values.
+
+    Reads of its device, dtype or shape do not count, nor what happens in ``__init__``.
+    """
+    wanted = set(names)
+    for base in cls.__mro__:
+        if base is nn.Module or base.__module__.startswith("torch."):
+            continue
+        for method, member in vars(base).items():
+            # What a subclass overrides does not run.
+            if method == "__init__" or getattr(cls, method, None) is not member:
+                continue
+            if isinstance(member, FunctionType):
+                for name in _reads(member.__code__):
+                    if name in wanted:
+                        yield method, name
+
+
+def _reads(code: CodeType) -> Iterator[str]:
+    attributes = [
+        instruction.argval if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
+        for instruction in dis.get_instructions(code)
+    ]
+    for name, then, after in zip(attributes, attributes[1:], [*attributes[2:], None], strict=False):
+        if name is not None and then == "weight" and after not in _METADATA:
+            yield name
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _reads(constant)

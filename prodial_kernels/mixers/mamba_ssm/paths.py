@@ -1,0 +1,143 @@
+"""Which path an adapted mixer of mamba_ssm takes.
+
+* ``Mamba`` multiplies by ``in_proj.weight`` in every path and by ``out_proj.weight`` in the fused
+  one. Its fused path is :mod:`prodial_kernels.mixers.mamba_ssm.block`; any other (generation,
+  ``use_fast_path=False``) is upstream's own, on a view whose projectors are called.
+* ``Mamba2`` and ``Mamba2Simple`` bypass ``out_proj`` in the fused path only. There upstream's
+  forward sees an ``out_proj`` without a weight, so that its fused function stops before the
+  projection, and the projector is called on what it returns.
+* ``Mamba3`` calls its projectors.
+
+mamba_ssm is recognised by structure and never imported here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
+from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit
+from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View
+
+Method = Callable[..., Any]
+
+# Of a family: the fused function in forward's code, and attributes that its paths rely on.
+_MAMBA = ("mamba_inner_fn", ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "A_log", "D"))
+_MAMBA2 = ("mamba_split_conv1d_scan_combined", ("in_proj", "out_proj", "use_mem_eff_path"))
+
+
+def recognises(mixer: nn.Module) -> bool:
+    """Whether ``mixer`` is one of mamba_ssm's, by class name and by what its forward does."""
+    return _kind(mixer) is not None
+
+
+def check(mixer: nn.Module, targets: frozenset[str]) -> None:
+    """Refuse what cannot be adapted.
+
+    Raises:
+        ValueError: A mixer sharded over a process group: its fused path reduces what the
+            projector would have to be called on before.
+    """
+    if _kind(mixer) == "Mamba2" and getattr(mixer, "process_group", None) is not None:
+        raise ValueError(
+            f"{sorted(targets)} of a {type(mixer).__name__} with process_group: tensor-parallel "
+            "projectors cannot be adapted; build the model without process_group"
+        )
+
+
+def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
+    """Give every mamba_ssm mixer of ``model`` that holds an adapted projector its path."""
+    return [
+        AdaptedMixer(mixer, _POLICIES[kind])
+        for mixer in model.modules()
+        if (kind := _kind(mixer)) is not None and _adapted(mixer)
+    ]
+
+
+def mamba_forward(
+    mixer: Any, upstream: Method, hidden_states: Tensor, inference_params: Any = None
+) -> Tensor:
+    """``Mamba.forward``: [b, l, d] -> [b, l, d]."""
+    projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    if (
+        inference_params is None
+        and mixer.use_fast_path
+        and kernels_available()
+        and all(map(is_explicit, projections))
+    ):
+        return fused_mamba(mixer, hidden_states)
+    # Without this, upstream would put W' of out_proj into its own fused function.
+    return upstream(
+        _view(mixer, use_fast_path=False), hidden_states, inference_params=inference_params
+    )
+
+
+def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
+    """``Mamba2.forward`` and ``Mamba2Simple.forward``, fused where upstream is."""
+    arguments = inspect.signature(upstream).bind(mixer, *args, **kwargs).arguments
+    if not mixer.use_mem_eff_path or arguments.get("inference_params") is not None:
+        return upstream(_view(mixer), *args, **kwargs)
+    if getattr(mixer, "d_ssm", mixer.d_inner) < mixer.d_inner:
+        # The fused function without out_proj fails in its backward here (UnboundLocalError).
+        return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
+    return mixer.out_proj(upstream(View(mixer, out_proj=_NoProjection()), *args, **kwargs))
+
+
+def viewed(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Any:
+    """Any method that needs nothing but its projectors called instead of read."""
+    return upstream(_view(mixer), *args, **kwargs)
+
+
+_CACHE: dict[str, Policy] = {"allocate_inference_cache": viewed, "_get_states_from_cache": viewed}
+_POLICIES: dict[str, dict[str, Policy]] = {
+    "Mamba": {"forward": mamba_forward, "step": viewed, **_CACHE},
+    "Mamba2": {"forward": mamba2_forward, **_CACHE},
+    "Mamba2Simple": {"forward": mamba2_forward},
+    "Mamba3": _CACHE,
+}
+
+
+class _NoProjection:
+    """An ``out_proj`` that upstream's fused function leaves to the caller."""
+
+    weight = None
+    bias = None
+
+
+def _kind(mixer: nn.Module) -> str | None:
+    """Name of the mixer's class in mamba_ssm, whose forward it must not have overridden."""
+    for cls in type(mixer).__mro__:
+        if "forward" not in vars(cls):
+            continue
+        function, attributes = _MAMBA if cls.__name__ == "Mamba" else _MAMBA2
+        if cls.__name__ == "Mamba3":
+            calls = cls.__module__.startswith("mamba_ssm.")
+        else:
+            code = getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
+            calls = code is not None and function in code.co_names
+        if (
+            calls
+            and cls.__name__ in _POLICIES
+            # Vim's fork of Mamba scans both ways.
+            and not hasattr(mixer, "bimamba_type")
+            and (cls.__name__ == "Mamba3" or all(hasattr(mixer, name) for name in attributes))
+        ):
+            return cls.__name__
+        return None
+    return None
+
+
+def _adapted(mixer: nn.Module) -> dict[str, ProdialLinear]:
+    return {
+        name: child for name, child in mixer.named_children() if isinstance(child, ProdialLinear)
+    }
+
+
+def _view(mixer: nn.Module, **given: Any) -> View:
+    projectors = {name: ProjectorOfView(layer) for name, layer in _adapted(mixer).items()}
+    return View(mixer, **projectors, **given)

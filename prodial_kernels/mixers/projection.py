@@ -1,0 +1,140 @@
+"""A mixer's projection, adapted or not, as what :mod:`prodial_kernels.ops.explicit` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prodial_kernels._validation import check_frozen, check_operands, check_triton
+from prodial_kernels.functional import prodial_linear, resolve_impl
+from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.ops.autocast import autocast_dtype
+from prodial_kernels.ops.explicit import Operands, Rule
+from prodial_kernels.ops.triton_autograd import unit_stride_rows
+
+
+def operands_of(layer: nn.Linear | ProdialLinear, x: Tensor) -> tuple[Operands, Rule]:
+    """Return what a call of ``layer`` on ``x`` would compute with, and draw its dropout.
+
+    Args:
+        layer: A projection. One without an active adapter gives its weight, which may be trained.
+        x: [b, l, in_features]; only shape, dtype, device are looked at, so that a call can be
+            prepared before its input exists (see :func:`placeholder`).
+
+    Raises:
+        RuntimeError: A merged layer in training mode, when no adapter gradient could flow.
+        TypeError: A dtype that cannot be used.
+        ValueError: A shape or device that does not fit, or ``impl="reference"``, which is
+            autograd's own.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    if not isinstance(layer, ProdialLinear):
+        return Operands(layer.weight.to(dtype), bias=bias), Rule("plain")
+    if not layer.adapter_enabled or layer.merged:
+        if layer.adapter_enabled and layer.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "this ProdialLinear is merged, so its adapter would get no gradient; call "
+                "unmerge() before training, or eval() for inference"
+            )
+        return Operands(layer.effective_weight().to(dtype), bias=bias), Rule("plain")
+    adapter = (layer.prodial_blocks, layer.prodial_scale, layer.prodial_a, layer.prodial_b)
+    weight = layer.base_layer.weight
+    check_operands(x, weight, *adapter, layer.bias, autocast=dtype is not x.dtype)
+    check_frozen(weight)
+    x = x.to(dtype)
+    weight = weight.to(dtype)
+    impl = resolve_impl(layer.impl, x)
+    if impl == "reference":
+        raise ValueError('impl="reference" is plain autograd and has no explicit backward')
+    noise = None
+    dropped = layer.training and layer.lora_dropout > 0 and layer.prodial_a is not None
+    if impl == "triton":
+        check_triton(x)
+        weight = unit_stride_rows(weight)
+        if dropped:
+            # On the device, so that checkpointing and CUDA graphs replay it.
+            noise = torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
+    elif dropped:
+        noise = torch.rand(x.shape, device=x.device) >= layer.lora_dropout
+    rule = Rule(impl, layer.lora_scaling, layer.lora_dropout, layer.diagonal)
+    return Operands(weight, *adapter, bias, noise), rule
+
+
+def placeholder(x: Tensor, features: int) -> Tensor:
+    """Stand for a tensor like ``x`` [b, l, …] with other features, at the cost of one element."""
+    return x.new_empty(1).expand(*x.shape[:-1], features)
+
+
+def is_explicit(layer: nn.Module) -> bool:
+    """Whether :func:`operands_of` can prepare a call of ``layer``."""
+    return not (isinstance(layer, ProdialLinear) and layer.impl == "reference")
+
+
+def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:
+    """``x W'ᵀ``, [..., in_features] -> [..., out_features]."""
+    if not layer.adapter_enabled or layer.merged:
+        return F.linear(x, layer.effective_weight())
+    return prodial_linear(
+        x,
+        layer.base_layer.weight,
+        blocks=layer.prodial_blocks,
+        scale=layer.prodial_scale,
+        lora_a=layer.prodial_a,
+        lora_b=layer.prodial_b,
+        lora_scaling=layer.lora_scaling,
+        lora_dropout=layer.lora_dropout,
+        training=layer.training,
+        diagonal=layer.diagonal,
+        impl=layer.impl,
+    )
+
+
+class ProjectorOfView:
+    """A projector as upstream's code should see it: multiplying by its ``weight`` calls it.
+
+    ``weight`` supports what mamba_ssm does with one: ``weight @ columns``, ``F.linear(x, weight)``
+    and reading its device, dtype and shape. Everything else of the projector is as it is.
+    """
+
+    def __init__(self, layer: ProdialLinear) -> None:
+        """Stand for ``layer``."""
+        self.layer = layer
+        self.weight = _CalledWeight(layer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``layer(x)``."""
+        return self.layer(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+
+class _CalledWeight:
+    def __init__(self, layer: ProdialLinear) -> None:
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("device", "dtype", "shape"):
+            raise AttributeError(
+                f"a mixer asked the weight of an adapted projector for {name!r}, which would need "
+                "the adapted weight to be formed; this version of the mixer is not supported"
+            )
+        return getattr(self.layer.base_layer.weight, name)
+
+    def __matmul__(self, columns: Tensor) -> Tensor:
+        """``W' X`` for X [K, M], contiguous [N, M]."""
+        return project_without_bias(self.layer, columns.t()).t().contiguous()
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.linear and not kwargs:
+            x, weight, *bias = args
+            y = project_without_bias(weight.layer, x)
+            return y if not bias or bias[0] is None else y + bias[0]
+        return NotImplemented

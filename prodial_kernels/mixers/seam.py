@@ -1,0 +1,89 @@
+"""How a mixer is given another path and gets its own back: what every family here builds on.
+
+An adapted mixer keeps its parameters, children and attributes; only its class becomes a subclass
+whose chosen methods go through a *policy*. Most policies run upstream's own method on a
+:class:`View` of the mixer, which answers differently in a few points and lives for one call: no
+copy of upstream's code, and nothing shared between threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, Protocol
+
+from torch import nn
+
+Policy = Callable[..., Any]
+"""``(mixer, upstream_method, *args, **kwargs)`` -> what the method returns.
+
+A module-level function, so that models pickle.
+"""
+
+
+class Undo(Protocol):
+    """A change to a model that can be taken back; copied and pickled together with the model."""
+
+    def remove(self) -> None:
+        """Give the model back what was changed."""
+
+
+class AdaptedMixer:
+    """A mixer whose methods go through policies, until :meth:`remove`."""
+
+    def __init__(self, mixer: nn.Module, policies: Mapping[str, Policy]) -> None:
+        """Let the methods named in ``policies`` go through them."""
+        self.mixer = mixer
+        self.original = type(mixer)
+        mixer.__class__ = _adapted_class(self.original, tuple(policies.items()))
+
+    def remove(self) -> None:
+        """Give the mixer its own class back."""
+        self.mixer.__class__ = self.original
+
+
+class View:
+    """What upstream's method gets for ``self``: the mixer, except for the attributes given."""
+
+    def __init__(self, mixer: nn.Module, **given: Any) -> None:
+        """Answer with ``given`` where it has the name, else with the mixer's attribute."""
+        vars(self).update(given, _mixer=mixer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_mixer"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} would be set on a view of the mixer, and lost")
+
+
+@cache
+def _adapted_class(original: type[Any], policies: tuple[tuple[str, Policy], ...]) -> type[Any]:
+    """Return a subclass of the mixer's class whose methods go through ``policies``.
+
+    A class rather than attributes of the instance, so that replicas of the module
+    (``nn.DataParallel``), copies and pickles run on their own parameters.
+    """
+
+    def method(name: str, policy: Policy) -> Callable[..., Any]:
+        upstream = getattr(original, name)
+
+        def through_policy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return policy(self, upstream, *args, **kwargs)
+
+        return through_policy
+
+    def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # Pickle finds classes by name, and this one has none.
+        reduced: Any = original.__reduce_ex__(self, protocol)
+        _, _, *state = reduced
+        return (_new_adapted, (original, policies), *state)
+
+    members: dict[str, Any] = {name: method(name, policy) for name, policy in policies}
+    members |= {"__reduce_ex__": reduce, "__module__": original.__module__}
+    return type(original.__name__, (original,), members)
+
+
+def _new_adapted(original: type[Any], policies: tuple[tuple[str, Policy], ...]) -> nn.Module:
+    adapted = _adapted_class(original, policies)
+    mixer: nn.Module = adapted.__new__(adapted)
+    return mixer
