@@ -9,7 +9,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from prodial_kernels.mixers import mamba_ssm
+from prodial_kernels.mixers import mamba_ssm, transformers
 from prodial_kernels.mixers.seam import Undo
 from prodial_kernels.mixers.targets import Target
 
@@ -36,6 +36,7 @@ class Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family(mamba_ssm.recognises, mamba_ssm.check, mamba_ssm.adapt_mixers),
+    Family(transformers.recognises, transformers.check, transformers.adapt_mixers),
 )
 
 
@@ -56,8 +57,7 @@ def check_mixers(model: nn.Module, targets: Iterable[Target]) -> None:
         known = [family for family in FAMILIES if family.recognises(parent_module)]
         for family in known:
             family.check(parent_module, frozenset(children))
-        # transformers' mixers are recognised by their own module names.
-        if known or type(parent_module).__module__.startswith("transformers."):
+        if known:
             continue
         for method, name in weight_reads(type(parent_module), children):
             raise ValueError(

@@ -14,7 +14,6 @@ from prodial_kernels.mixers.families import adapt_mixers, check_mixers
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.seam import Undo
 from prodial_kernels.mixers.targets import Target, find_saved, find_targets, module_paths
-from prodial_kernels.mixers.transformers import bypass_fused_training
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -81,7 +80,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
             parameter.requires_grad_(parameter.is_floating_point())
     for target, layer in zip(targets, layers, strict=True):
         _place(model, target.paths, layer)
-    state.handles = [*bypass_fused_training(model), *adapt_mixers(model)]
+    state.handles = adapt_mixers(model)
     setattr(model, _STATE, state)
     return adapter_report(model)
 

@@ -1,72 +1,152 @@
-"""Mamba mixers of transformers (5.17 and later): keep adapted ones off the fused shortcut.
+"""Mamba mixers of transformers (5.17 and later): adapters take effect, the fast path stays.
 
-In training without a cache, eight of the ten mixer classes pass ``self.out_proj.weight`` to one
-fused function and return its result, so ``out_proj`` is never called. ``ProdialLinear.weight`` is
-the exact W', so that would be right, but it forms W' in every forward and cannot express dropout.
-All eight decide by ``self.training``, which their ``forward`` uses for nothing else. So the mixer
-alone, not its children, is told that it is not training while its ``forward`` runs: it then takes
-the path that evaluation takes (separate convolution and scan kernels, projectors called as
-modules). transformers is recognised by module names and never imported here.
+In training without a cache, eight of the ten mixer classes hand ``self.out_proj.weight`` to one
+fused function and return its result, so ``out_proj`` is never called. An adapted mixer takes
+one of these paths:
+
+* Mamba-2 and its relatives run upstream's own ``forward`` on a view whose ``out_proj`` has no
+  weight: the fused function then stops before the projection, and the projector is called on what
+  it returns. Without mamba-ssm, the same forward calls the projector itself.
+* ``mamba`` runs the block of :mod:`prodial_kernels.mixers.mamba_ssm.block`.
+* Where the fused function is unusable (``falcon_mamba``: its backward leaves out the Jacobian of
+  the B, C and dt norms) or computes something else than evaluation (``falcon_h1`` with a norm
+  before the gate), upstream's ``forward`` runs on a view that is not training, which ``forward``
+  uses for nothing but the choice of the path: separate convolution and scan kernels.
+
+transformers is recognised by module names and never imported here.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
+from prodial_kernels.mixers.projection import is_explicit
+from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View
 
-FUSED_FUNCTIONS = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
+FUSED_S6 = "mamba_inner_fn"
+FUSED_SSD = "mamba2_split_conv1d_scan_combined"
 """Names of the fused training functions, globals of transformers' modeling modules."""
 
+Forward = Callable[..., Any]
 
-def bypass_fused_training(model: nn.Module) -> list[RemovableHandle]:
-    """Keep the mixers of ``model`` that hold an adapted projector off the fused function.
 
-    FalconMamba's mixers are kept off it even where they hold no adapter themselves: the fused
-    backward leaves out the Jacobian of their B, C and dt norms, so any adapter below such a mixer
-    would get a wrong gradient.
+def recognises(module: nn.Module) -> bool:
+    """Whether ``module`` runs a forward of transformers'.
+
+    Those that call no fused function call their projectors, and are left alone. Code that a
+    checkpoint brings along is not transformers'.
+    """
+    owner = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), nn.Module)
+    return owner.__module__.startswith("transformers.")
+
+
+def check(mixer: nn.Module, targets: frozenset[str]) -> None:
+    """Refuse nothing: whatever is adapted in these modules takes effect."""
+
+
+def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
+    """Give every mixer of ``model`` that holds an adapted projector its path.
+
+    FalconMamba's mixers are kept off the fused function even where they hold no adapter
+    themselves: any adapter below such a mixer would get a wrong gradient.
 
     Returns:
-        The handles that undo it. They survive deepcopy and pickle together with the model.
+        What undoes it, one per changed mixer.
     """
-    handles = []
-    for mixer in model.modules():
-        adapted = any(isinstance(child, ProdialLinear) for child in mixer.children())
-        if calls_fused_function(mixer) and (adapted or hasattr(mixer, "b_layernorm")):
-            pause = _TrainingPause()
-            handles.append(mixer.register_forward_pre_hook(pause.begin))
-            handles.append(
-                mixer.register_forward_hook(pause.end, prepend=True, always_call=True),
-            )
-    return handles
+    chosen = [(mixer, _policy_of(mixer)) for mixer in model.modules()]
+    return [AdaptedMixer(mixer, {"forward": policy}) for mixer, policy in chosen if policy]
 
 
-def calls_fused_function(mixer: nn.Module) -> bool:
-    """Whether a transformers ``forward`` of the mixer's class refers to a fused function."""
+def fused_function(mixer: nn.Module) -> str | None:
+    """Name of the fused function that the mixer's transformers ``forward`` calls, if any."""
     for cls in type(mixer).__mro__:
         if cls.__module__.startswith("transformers.models.") and "forward" in vars(cls):
             code = getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
-            if code is not None and not set(FUSED_FUNCTIONS).isdisjoint(code.co_names):
-                return True
-    return False
+            names = set() if code is None else set(code.co_names)
+            # The other two are what the views answer for.
+            if {"out_proj", "training"} <= names:
+                return next((name for name in (FUSED_S6, FUSED_SSD) if name in names), None)
+    return None
 
 
-class _TrainingPause:
-    """The two hooks of one mixer; ``interrupted`` says that the second has to resume training."""
+def unfused_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run the path that evaluation takes: separate kernels, projectors called as modules."""
+    return upstream(View(mixer, training=False), *args, **kwargs)
 
-    def __init__(self) -> None:
-        self.interrupted = False
 
-    def begin(self, mixer: nn.Module, args: Any) -> None:
-        if mixer.training:
-            mixer.training = False
-            self.interrupted = True
+def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Run upstream's choice of path, with ``out_proj`` taken out of the fused function."""
+    projector = _DeferredProjector(mixer.get_submodule("out_proj"))
+    output = upstream(View(mixer, out_proj=projector), *args, **kwargs)
+    return output if projector.called else projector(output)
 
-    def end(self, mixer: nn.Module, args: Any, output: Any) -> None:
-        if self.interrupted:
-            mixer.training = True
-            self.interrupted = False
+
+def mamba_forward(
+    mixer: nn.Module,
+    upstream: Forward,
+    hidden_states: Tensor,
+    cache_params: Any = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """``MambaMixer.forward``: fused where upstream is, that is in training without a cache."""
+    projections = map(mixer.get_submodule, ("in_proj", "x_proj", "dt_proj", "out_proj"))
+    if (
+        mixer.training
+        and cache_params is None
+        and mixer.activation in ("silu", "swish")
+        and kernels_available()
+        and all(map(is_explicit, projections))
+    ):
+        modeling = sys.modules[upstream.__module__]
+        return fused_mamba(
+            mixer, modeling.apply_mask_to_padding_states(hidden_states, attention_mask)
+        )
+    return unfused_forward(mixer, upstream, hidden_states, cache_params, attention_mask, **kwargs)
+
+
+def _policy_of(mixer: nn.Module) -> Policy | None:
+    fused = fused_function(mixer)
+    if fused is None:
+        return None
+    if hasattr(mixer, "b_layernorm"):
+        return unfused_forward
+    adapted = {name for name, child in mixer.named_children() if isinstance(child, ProdialLinear)}
+    if not adapted:
+        return None
+    if fused == FUSED_S6:
+        return mamba_forward
+    if not _paths_agree(mixer):
+        return unfused_forward
+    return ssd_forward if "out_proj" in adapted else None
+
+
+def _paths_agree(mixer: nn.Module) -> bool:
+    """Whether the fused function applies the mixer's gated norm as its module does.
+
+    Upstream hard-codes "gate, then norm" in the fused call; FalconH1's module obeys its
+    configuration, whose default is "norm, then gate".
+    """
+    return not getattr(getattr(mixer, "norm", None), "norm_before_gate", False)
+
+
+class _DeferredProjector:
+    """An ``out_proj`` without a weight, which the fused function therefore leaves to the caller."""
+
+    weight = None
+    bias = None
+
+    def __init__(self, projector: nn.Module) -> None:
+        self.projector = projector
+        self.called = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.called = True
+        return self.projector(x)

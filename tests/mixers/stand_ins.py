@@ -67,7 +67,7 @@ def mamba2_split_conv1d_scan_combined(
     activation: str,
     rmsnorm_weight: Tensor | None,
     rmsnorm_eps: float | None,
-    outproj_weight: Tensor,
+    outproj_weight: Tensor | None,
     outproj_bias: Tensor | None,
     headdim: int,
     ngroups: int,
@@ -75,7 +75,10 @@ def mamba2_split_conv1d_scan_combined(
     return_final_states: bool,
     **kwargs: Any,
 ) -> Tensor:
-    """Mamba-2's block after ``in_proj``: zxbcdt [b, l, 2E + 2N + H] -> [b, l, d], one group."""
+    """Mamba-2's block after ``in_proj``: zxbcdt [b, l, 2E + 2N + H] -> [b, l, d], one group.
+
+    Without an ``out_proj`` weight: [b, l, E].
+    """
     assert ngroups == 1
     assert activation == "silu"
     assert not norm_before_gate
@@ -98,6 +101,9 @@ def mamba2_split_conv1d_scan_combined(
     y = y.flatten(-2) * F.silu(z)
     if rmsnorm_weight is not None:
         y = F.rms_norm(y, y.shape[-1:], rmsnorm_weight, rmsnorm_eps)
+    if outproj_weight is None:
+        assert outproj_bias is None
+        return y
     return F.linear(y, outproj_weight, outproj_bias)
 
 

@@ -1,0 +1,272 @@
+"""transformers' fused training functions: kept where they are right, with the projector called."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from adapted_families import (
+    adapt,
+    assert_alive_and_equal,
+    count_projectors,
+    forbid_reading_the_weight,
+    fused_mixers,
+    install_stand_in,
+    oracle_step,
+)
+from models import FAMILIES, FUSED_FAMILIES, Step, build, token_ids, training_step
+from torch import Tensor, nn
+
+from prodial_kernels import ProdialConfig, ProdialLinear, merge_prodial, remove_prodial
+from prodial_kernels.mixers import inject
+from prodial_kernels.mixers.transformers import FUSED_SSD
+
+SSD_FAMILIES = [name for name, family in FAMILIES.items() if family.fused == FUSED_SSD]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_functions_are_where_they_are_expected(name: str) -> None:
+    mixers = fused_mixers(build(name))
+    assert bool(mixers) == (FAMILIES[name].fused is not None)
+    for mixer in mixers:
+        source = inspect.getsource(inspect.unwrap(type(mixer).forward))
+        # What stands in for ``self`` answers for these, and for nothing that is used twice.
+        assert source.count(".training") == 1
+        assert source.count(f"{FAMILIES[name].fused}(") == 1
+        assert source.count("self.out_proj.weight") == 1
+        assert source.count("self.out_proj(") == 1
+
+
+@pytest.mark.parametrize("name", SSD_FAMILIES)
+def test_fast_path_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt(name)
+    expected = oracle_step(name, model, token_ids())
+    calls = install_stand_in(monkeypatch, name)
+    mixers = fused_mixers(model)
+    with monkeypatch.context() as patch:
+        forbid_reading_the_weight(patch)
+        step = training_step(model, token_ids())
+        assert calls == [m.out_proj.in_features for m in mixers], "the function stops in time"
+        evaluated = model.eval()(input_ids=token_ids(), use_cache=False).logits
+    assert_alive_and_equal(step, expected)
+    torch.testing.assert_close(step.logits, evaluated, rtol=1e-4, atol=1e-5)
+    assert len(calls) == len(mixers)
+    merged = merge_prodial(copy.deepcopy(model))
+    torch.testing.assert_close(training_step(merged, token_ids()).logits, evaluated)
+    assert len(calls) == 2 * len(mixers), "a merged model gets upstream's fast path back"
+    training_step(remove_prodial(model), token_ids())
+    assert len(calls) == 3 * len(mixers), "so does one whose adapters were removed"
+
+
+def test_cached_decoding_continues_what_was_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_stand_in(monkeypatch, "mamba2")
+    model = adapt("mamba2")
+    logits = training_step(model, token_ids()).logits
+    cache, decoded = None, []
+    for ids in token_ids().split(1, dim=1):
+        output = model.eval()(input_ids=ids, cache_params=cache, use_cache=True)
+        cache = output.cache_params
+        decoded.append(output.logits)
+    torch.testing.assert_close(torch.cat(decoded, dim=1), logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({"mamba_rms_norm": True, "mamba_norm_before_gate": True}, False),
+        ({"mamba_rms_norm": True, "mamba_norm_before_gate": False}, True),
+        ({"mamba_rms_norm": False, "mamba_norm_before_gate": True}, True),
+    ],
+)
+def test_falcon_h1_is_fused_where_both_paths_agree(
+    options: dict[str, bool], fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapt("falcon_h1", **options)
+    expected = oracle_step("falcon_h1", model, token_ids(), **options)
+    calls = install_stand_in(monkeypatch, "falcon_h1")
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+    assert len(calls) == (len(fused_mixers(model)) if fused else 0)
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+def test_others_stay_off_the_fused_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = training_step(adapt(name), token_ids())
+    calls = install_stand_in(monkeypatch, name)
+    model, plain = adapt(name), build(name)
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+    assert len(calls) == 0
+    assert all(mixer.training for mixer in fused_mixers(model))
+    training_step(plain, token_ids())
+    assert len(calls) == len(fused_mixers(model)), "a model without adapters is left alone"
+
+
+@pytest.mark.parametrize("name", FUSED_FAMILIES)
+def test_code_that_reads_the_weight_trains_every_adapter(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = training_step(adapt(name), token_ids())
+    monkeypatch.setattr(inject, "adapt_mixers", lambda model: [])
+    calls = install_stand_in(monkeypatch, name)
+    model = adapt(name)
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+    assert len(calls) == len(fused_mixers(model))
+
+
+@pytest.mark.parametrize("name", FUSED_FAMILIES)
+def test_a_dead_adapter_would_be_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the base weight in place of W', as other adapters do it, the checks above fail."""
+    expected = training_step(adapt(name), token_ids())
+    monkeypatch.setattr(inject, "adapt_mixers", lambda model: [])
+    monkeypatch.setattr(ProdialLinear, "weight", property(lambda layer: layer.base_layer.weight))
+    install_stand_in(monkeypatch, name)
+    step = training_step(adapt(name), token_ids())
+    with pytest.raises(AssertionError, match=r"out_proj\S* has no gradient|in_proj\S*: relative"):
+        assert_alive_and_equal(step, expected)
+    dead = [n for n, gradient in step.gradients.items() if gradient is None]
+    assert len(dead) == 4 * len(fused_mixers(build(name)))
+    assert all("out_proj" in path for path in dead)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dropout_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ProdialConfig(r=3, lora_dropout=0.5)
+    torch.manual_seed(5)
+    expected = training_step(adapt(name, config), token_ids())
+    if FAMILIES[name].fused:
+        install_stand_in(monkeypatch, name)
+    model = adapt(name, config)
+    step = training_step(model, token_ids())
+    assert_alive_and_equal(step, expected)
+    assert not torch.equal(training_step(model, token_ids()).logits, step.logits)
+
+
+def first_layer_only(projector: str) -> ProdialConfig:
+    return ProdialConfig(
+        r=2, target_modules=rf".*layers\.0\.mixer\.{projector}", allow_partial=True
+    )
+
+
+@pytest.mark.parametrize("projector", ["in_proj", "out_proj"])
+def test_partly_adapted_models(projector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt("mamba2", first_layer_only(projector))
+    expected = oracle_step("mamba2", model, token_ids())
+    calls = install_stand_in(monkeypatch, "mamba2")
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+    first, second = fused_mixers(model)
+    assert calls == [
+        first.out_proj.in_features if projector == "out_proj" else first.out_proj.out_features,
+        second.out_proj.out_features,
+    ]
+
+
+def test_falcon_mamba_never_uses_the_fused_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its upstream gradient is wrong, also for an adapter in a layer below."""
+    calls = install_stand_in(monkeypatch, "falcon_mamba")
+    step = training_step(adapt("falcon_mamba", first_layer_only("in_proj")), token_ids())
+    assert len(calls) == 0
+    assert all(gradient.count_nonzero() for gradient in step.gradients.values())
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_gradient_checkpointing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = training_step(adapt(name), token_ids())
+    calls = install_stand_in(monkeypatch, name)
+    model = adapt(name)
+    if hasattr(model, "activation_checkpointing_enable"):  # since transformers 5.2x
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+    assert len(calls) == (0 if name == "mamba" else 2 * len(fused_mixers(model)))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_independent(
+    duplicate: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = install_stand_in(monkeypatch, "mamba2")
+    model = adapt("mamba2")
+    expected = training_step(model, token_ids())
+    twin = duplicate(model)
+    assert_alive_and_equal(training_step(twin, token_ids()), expected)
+    remove_prodial(twin)
+    calls.clear()
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+    assert calls == [32, 32], "still without the projection"
+    calls.clear()
+    training_step(twin, token_ids())
+    assert calls == [16, 16], "the copy's are as upstream's"
+    assert count_projectors(model) == 4
+
+
+def test_a_replica_runs_on_its_own_parameters() -> None:
+    """``nn.DataParallel`` copies a module's attributes and then puts other tensors into them."""
+    mixer = fused_mixers(adapt("mamba2"))[0]
+    x = torch.randn(2, 7, 16)
+    expected = mixer(x)
+    replica = mixer._replicate_for_data_parallel()
+    vars(replica).update(mixer.named_parameters(recurse=False))
+    replica.out_proj = copy.deepcopy(mixer.out_proj)
+    replica.out_proj.enable_adapter(False)
+    assert not torch.allclose(replica(x), expected)
+    assert torch.equal(mixer(x), expected)
+    assert type(replica).__name__ == type(mixer).__name__ == "Mamba2Mixer"
+
+
+def test_threads_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread trains while another evaluates; each is inside a mixer when the other is."""
+    install_stand_in(monkeypatch, "mamba2")
+    model, other = adapt("mamba2"), adapt("mamba2").eval()
+    other.backbone.layers[0].mixer.out_proj = model.backbone.layers[0].mixer.out_proj
+    expected = training_step(model, token_ids()).logits
+    barrier = threading.Barrier(2, timeout=60)
+    original = ProdialLinear.forward
+
+    def meet(layer: ProdialLinear, *args: object, **kwargs: object) -> Tensor:
+        barrier.wait()
+        return original(layer, *args, **kwargs)
+
+    monkeypatch.setattr(ProdialLinear, "forward", meet)
+    results: dict[str, Tensor] = {}
+
+    def run(name: str, module: nn.Module) -> None:
+        results[name] = module(input_ids=token_ids(), use_cache=False).logits
+
+    threads = [threading.Thread(target=run, args=pair) for pair in (("a", model), ("b", other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(results["a"], expected)
+    torch.testing.assert_close(results["b"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_inside_leaves_the_model_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt("mamba2")
+    expected = training_step(model, token_ids())
+
+    def fail(layer: ProdialLinear, input: Tensor) -> Tensor:
+        raise KeyError("inside the mixer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProdialLinear, "forward", fail)
+        with pytest.raises(KeyError, match="inside the mixer"):
+            training_step(model, token_ids())
+    assert all(module.training for module in model.modules())
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+
+
+def test_fused_training_compiles_without_graph_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_stand_in(monkeypatch, "mamba2")
+    model = adapt("mamba2")
+    expected = training_step(model, token_ids())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    step = training_step(compiled, token_ids())
+    renamed = {n.removeprefix("_orig_mod."): g for n, g in step.gradients.items()}
+    assert_alive_and_equal(Step(step.logits, renamed), expected)
