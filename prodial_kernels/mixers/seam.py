@@ -35,7 +35,8 @@ class AdaptedMixer:
         """Let the methods named in ``policies`` go through them."""
         self.mixer = mixer
         self.original = type(mixer)
-        mixer.__class__ = _adapted_class(self.original, tuple(policies.items()))
+        original: Any = self.original  # mypy holds that classes of modules cannot be hashed
+        mixer.__class__ = _adapted_class(original, tuple(policies.items()))
 
     def remove(self) -> None:
         """Give the mixer its own class back."""
@@ -57,7 +58,7 @@ class View:
 
 
 @cache
-def _adapted_class(original: type[Any], policies: tuple[tuple[str, Policy], ...]) -> type[Any]:
+def _adapted_class(original: Any, policies: tuple[tuple[str, Policy], ...]) -> type[nn.Module]:
     """Return a subclass of the mixer's class whose methods go through ``policies``.
 
     A class rather than attributes of the instance, so that replicas of the module
@@ -74,8 +75,7 @@ def _adapted_class(original: type[Any], policies: tuple[tuple[str, Policy], ...]
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # Pickle finds classes by name, and this one has none.
-        reduced: Any = original.__reduce_ex__(self, protocol)
-        _, _, *state = reduced
+        _, _, *state = original.__reduce_ex__(self, protocol)
         return (_new_adapted, (original, policies), *state)
 
     members: dict[str, Any] = {name: method(name, policy) for name, policy in policies}
@@ -83,7 +83,6 @@ def _adapted_class(original: type[Any], policies: tuple[tuple[str, Policy], ...]
     return type(original.__name__, (original,), members)
 
 
-def _new_adapted(original: type[Any], policies: tuple[tuple[str, Policy], ...]) -> nn.Module:
+def _new_adapted(original: Any, policies: tuple[tuple[str, Policy], ...]) -> nn.Module:
     adapted = _adapted_class(original, policies)
-    mixer: nn.Module = adapted.__new__(adapted)
-    return mixer
+    return adapted.__new__(adapted)

@@ -52,11 +52,15 @@ def check(mixer: nn.Module, targets: frozenset[str]) -> None:
 
 def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
     """Give every mamba_ssm mixer of ``model`` that holds an adapted projector its path."""
-    return [
-        AdaptedMixer(mixer, _POLICIES[kind])
-        for mixer in model.modules()
-        if (kind := _kind(mixer)) is not None and _adapted(mixer)
-    ]
+    adapted = []
+    for mixer in model.modules():
+        kind = _kind(mixer)
+        if kind is not None and _adapted(mixer):
+            policies = _POLICIES[kind].items()
+            adapted.append(
+                AdaptedMixer(mixer, {n: policy for n, policy in policies if hasattr(mixer, n)})
+            )
+    return adapted
 
 
 def mamba_forward(
