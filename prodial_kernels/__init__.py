@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from prodial_kernels.functional import prodial_linear, resolve_impl
     from prodial_kernels.linear import ProdialLinear, adapter_disabled
     from prodial_kernels.mixers.inject import apply_prodial, merge_prodial, remove_prodial
+    from prodial_kernels.vision import VisionMamba
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ProdialConfig",
     "ProdialLinear",
+    "VisionMamba",
     "__version__",
     "adapter_disabled",
     "apply_prodial",
@@ -30,6 +32,7 @@ __all__ = [
 _HOMES = {
     "ProdialConfig": "config",
     "ProdialLinear": "linear",
+    "VisionMamba": "vision",
     "adapter_disabled": "linear",
     "apply_prodial": "mixers.inject",
     "load_adapter": "checkpoint",

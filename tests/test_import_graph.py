@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each part may import itself and the parts before it. A new part goes where it belongs.
 ORDER = (
     "_validation", "kernels", "ops", "config", "functional", "testing", "linear", "mixers",
-    "checkpoint", "embedded", "training", "cli_options", "cli", "__main__",
+    "vision", "checkpoint", "embedded", "training", "cli_options", "cli", "__main__",
 )  # fmt: skip
 
 

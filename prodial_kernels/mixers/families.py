@@ -9,7 +9,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from prodial_kernels.mixers import mamba_ssm, transformers
+from prodial_kernels.mixers import mamba_ssm, transformers, vision
 from prodial_kernels.mixers.seam import Undo
 from prodial_kernels.mixers.targets import Target
 
@@ -37,6 +37,7 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(mamba_ssm.recognises, mamba_ssm.check, mamba_ssm.adapt_mixers),
     Family(transformers.recognises, transformers.check, transformers.adapt_mixers),
+    Family(vision.recognises, vision.check, vision.adapt_mixers),
 )
 
 
