@@ -155,10 +155,7 @@ class Mamba2Simple(nn.Module):
             return mamba_split_conv1d_scan_combined(
                 zxbcdt, self, seq_idx, self.out_proj.weight, self.out_proj.bias
             )
-        return self.out_proj(self._unfused(zxbcdt, seq_idx)[0])
-
-    def _unfused(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _ssd(zxbcdt, self, seq_idx)
+        return self.out_proj(_ssd(zxbcdt, self, seq_idx)[0])
 
 
 class Mamba2(Mamba2Simple):
@@ -182,7 +179,7 @@ class Mamba2(Mamba2Simple):
                 zxbcdt, self, seq_idx, self.out_proj.weight, self.out_proj.bias
             )
             return out if seqlen is None else out.flatten(0, 1)
-        y, state = self._unfused(zxbcdt, seq_idx)
+        y, state = _ssd(zxbcdt, self, seq_idx)
         if inference_params is not None:
             assert self.in_proj.weight.dtype == u.dtype
             inference_params.key_value_memory_dict[self.layer_idx] = state
