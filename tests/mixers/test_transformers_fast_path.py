@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 
+import cuda_stand_ins
 import pytest
 import torch
 from adapted_families import (
@@ -93,13 +94,67 @@ def test_falcon_h1_is_fused_where_both_paths_agree(
     assert len(calls) == (len(fused_mixers(model)) if fused else 0)
 
 
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
-def test_others_stay_off_the_fused_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = training_step(adapt(name), token_ids())
-    calls = install_stand_in(monkeypatch, name)
-    model, plain = adapt(name), build(name)
+def left_padding() -> Tensor:
+    """[2, 7]: two tokens of the first row are padding."""
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :2] = 0
+    return mask
+
+
+def masked_step(model: nn.Module) -> Step:
+    model.train().zero_grad(set_to_none=True)
+    output = model(input_ids=token_ids(), attention_mask=left_padding(), labels=token_ids())
+    output.loss.backward()
+    return Step(output.logits.detach(), {n: p.grad for n, p in model.named_parameters()})
+
+
+MAMBA_TARGETS = [("in_proj", "out_proj"), ("in_proj",), ("in_proj", "x_proj", "dt_proj")]
+
+
+@pytest.mark.parametrize("targets", MAMBA_TARGETS, ids=str)
+def test_mamba_runs_our_block(targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ProdialConfig(r=3, lora_alpha=6, target_modules=targets)
+    model = adapt("mamba", config, time_step_rank=3)
+    expected = oracle_step("mamba", model, token_ids(), time_step_rank=3)
+    upstream = install_stand_in(monkeypatch, "mamba")
+    cuda_stand_ins.install(monkeypatch)
+    forbid_reading_the_weight(monkeypatch)
     assert_alive_and_equal(training_step(model, token_ids()), expected)
-    assert len(calls) == 0
+    assert cuda_stand_ins.calls["scan_fwd"] == cuda_stand_ins.calls["scan_bwd"] == 2
+    assert len(upstream) == 0
+    monkeypatch.undo()
+    evaluated = model.eval()(input_ids=token_ids(), use_cache=False).logits
+    torch.testing.assert_close(expected.logits, evaluated, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_padding_is_masked_as_upstream_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In front of ``in_proj``; behind the convolution only its unfused path masks again."""
+    install_stand_in(monkeypatch, name)
+    model = adapt(name)
+    merged = merge_prodial(copy.deepcopy(model))
+    expected = masked_step(merged).logits
+    assert not torch.allclose(training_step(merged, token_ids()).logits, expected, atol=1e-3)
+    cuda_stand_ins.install(monkeypatch)
+    torch.testing.assert_close(masked_step(model).logits, expected, rtol=1e-4, atol=1e-5)
+    assert cuda_stand_ins.calls["scan_fwd"] == (2 if name == "mamba" else 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mamba", {}), ("mamba", {"hidden_act": "gelu"}), ("falcon_mamba", {})],
+    ids=["mamba without kernels", "mamba with gelu", "falcon_mamba"],
+)
+def test_others_stay_off_the_fused_function(
+    name: str, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = training_step(adapt(name, **options), token_ids())
+    calls = install_stand_in(monkeypatch, name)
+    if name == "falcon_mamba" or options:
+        cuda_stand_ins.install(monkeypatch)
+    model, plain = adapt(name, **options), build(name, **options)
+    assert_alive_and_equal(training_step(model, token_ids()), expected)
+    assert len(calls) == cuda_stand_ins.calls["scan_fwd"] == 0
     assert all(mixer.training for mixer in fused_mixers(model))
     training_step(plain, token_ids())
     assert len(calls) == len(fused_mixers(model)), "a model without adapters is left alone"
