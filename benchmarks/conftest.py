@@ -1,0 +1,7 @@
+"""``pytest benchmarks --benchmark-only``: real shapes on a GPU, tiny ones on a CPU."""
+
+from __future__ import annotations
+
+from benchmarks.warm import prepare_process
+
+prepare_process()

@@ -1,0 +1,65 @@
+"""How much: the allocator's peak over one step, and what is kept between forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """MiB; the allocator's figures are None where there is no CUDA allocator.
+
+    Attributes:
+        peak: Highest allocation during one step above what was allocated before it.
+        held: Allocated between forward and backward above what was allocated before, the output
+            included. It sees what a function keeps without telling autograd.
+        kept: Storages that autograd saved for backward, each counted once, the frozen weight and
+            the trained leaves left out, x and the output counted where they are saved.
+    """
+
+    peak: float | None
+    held: float | None
+    kept: float
+
+
+def measure(
+    forward: Callable[[], Tensor], both: Callable[[], None], own: Iterable[Tensor], cuda: bool
+) -> Memory:
+    """Measure one step. ``own`` are the weight and the leaves; the step has run before."""
+    peak = held = None
+    if cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / MIB
+        output = forward()
+        held = (torch.cuda.memory_allocated() - before) / MIB
+        del output
+    return Memory(peak, held, kept_bytes(forward, own) / MIB)
+
+
+def kept_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
+    """Return the bytes of the distinct storages saved for backward, without those of ``own``."""
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in own}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    total = sum(sizes.values())
+    del output
+    return total

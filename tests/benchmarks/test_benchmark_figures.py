@@ -1,0 +1,191 @@
+"""What turns samples into figures: summaries, memory, operation counts, exponents, tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import charts, memory, store, views
+from benchmarks.breakdown import short_name
+from benchmarks.cases import TABLE_SHAPES, Case, with_variants
+from benchmarks.rivals import RIVALS, select
+from benchmarks.roofline import Ceilings, work
+from benchmarks.scaling import SWEEPS, exponent, fits, fits_view
+from benchmarks.shapes import MODELS
+from benchmarks.timing import Replay, Summary, interleave
+
+
+def row(case: Case, rival: str, us: float, floor_us: float, **more: Any) -> dict[str, Any]:
+    return {
+        **asdict(case), "rival": rival, "method": "ProDiaL", "status": "ok", "both_us": us,
+        "ratio": us / floor_us, "spread": 0.01, "peak_mib": 100.0, "memory_ratio": 1.0,
+        "kept_mib": 1.0, "tflops": 1.0, "gbps": 1.0, "roofline_fraction": 0.5,
+        "output_error": 1e-3, "gradient_error": 2e-3, "host_us": 100.0,
+        "kernels_us": {"gemm_kernel": us}, **more,
+    }  # fmt: skip
+
+
+def test_summary() -> None:
+    summary = Summary.of([5.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (summary.median, summary.low, summary.high, summary.count) == (3.5, 2.0, 5.0, 6)
+    assert summary.spread == pytest.approx(3 / 3.5)
+
+
+def test_replay_runs_every_step_and_averages_over_them() -> None:
+    ran: list[int] = []
+    replay = Replay([lambda: ran.append(0), lambda: ran.append(1)], "cpu")
+    ran.clear()
+    replay.run()
+    assert ran == [0, 1] * 5
+    assert replay.sample() > 0
+
+
+def test_interleaving_samples_every_variant_each_round() -> None:
+    replays = {name: Replay([lambda: None], "cpu") for name in "abc"}
+    samples = interleave(replays, rounds=4, warm_s=0)
+    assert {name: len(taken) for name, taken in samples.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_kept_bytes_count_each_storage_once_and_leave_out_the_weight() -> None:
+    x = torch.randn(8, 4, requires_grad=True)
+    weight = torch.randn(4, 4, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        hidden = x @ weight
+        return (hidden * hidden).sin()  # keeps x, hidden and its square
+
+    assert memory.kept_bytes(forward, [weight]) == 3 * 8 * 4 * 4
+    used = memory.measure(forward, lambda: None, [weight], cuda=False)
+    assert used.peak is None
+    assert used.kept == 3 * 8 * 4 * 4 / 2**20
+
+
+def test_work_counts() -> None:
+    case = Case(64, 24, 40, p=2, r=4)
+    m, k, n = case.shape
+    floor = work(case, "frozen")
+    assert floor.flops == 4 * m * n * k
+    assert floor.bytes == 2 * 2 * (m * k + n * k + m * n)
+    ours = work(case, "ProDiaL")
+    assert ours.flops == floor.flops + 3 * m * n + 6 * m * 4 * (n + k) + 6 * m * k * 2
+    assert ours.bytes == floor.bytes + 2 * (m * k + m * n)
+    assert floor.floor_us(Ceilings(1e12, 1e30)) == pytest.approx(floor.flops / 1e6)
+    assert floor.floor_us(Ceilings(1e30, 1e12)) == pytest.approx(floor.bytes / 1e6)
+
+
+def test_kernel_names() -> None:
+    assert short_name("void at::native::vectorized_kernel<4, at::Add>(int)") == "vectorized_kernel"
+    assert short_name("gemm_kernel") == "gemm_kernel"
+
+
+def test_exponent() -> None:
+    assert exponent([(2, 8), (4, 32), (8, 128)]) == pytest.approx(2)
+    with pytest.raises(ValueError, match="at least two sizes"):
+        exponent([(2, 8)])
+
+
+@pytest.mark.parametrize(("power", "faster"), [(1.0, False), (1.2, True)])
+def test_growing_faster_than_the_floor_is_said(power: float, faster: bool) -> None:
+    rows = []
+    for case in SWEEPS["m"]:
+        floor = 10 * case.m / 512
+        rows.append(row(case, "frozen", floor, floor))
+        rows.append(row(case, "prodial", 14 * (case.m / 512) ** power, floor))
+    found = {fit.figure: fit for fit in fits(rows, {"m": SWEEPS["m"]})}
+    assert found["time"].ours == pytest.approx(power)
+    assert found["time"].floor == pytest.approx(1)
+    assert found["time"].grows_faster is faster
+    assert ("grows faster" in fits_view(list(found.values()))) is faster
+
+
+def test_targets_view_marks_what_misses() -> None:
+    good, bad = TABLE_SHAPES[:2]
+    rows = [
+        row(good, "frozen", 35, 35), row(good, "prodial", 1.7 * 35, 35),
+        row(good, "concat", 2.0 * 35, 35), row(good, "lora", 3.0 * 35, 35),
+        row(replace(good, p=12), "prodial", 1.7 * 1.2 * 35, 35),
+        row(replace(good, r=64), "prodial", 1.7 * 1.1 * 35, 35),
+        row(bad, "frozen", 21, 21), row(bad, "prodial", 2.9 * 21, 21, host_us=400.0),
+        row(bad, "concat", 2.5 * 21, 21),
+    ]  # fmt: skip
+    head, _, first, second, *_ = views.targets_view(rows).splitlines()
+    assert [cell.strip() for cell in head.split("|")][1:6] == [
+        "M,K,N", "frozen µs", "must", "aim", "ProDiaL",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in first.split("|")][1:-1] == [
+        "2048,768,3072", "35.0", "2.10", "1.60", "1.70", "must", "concat 2.00", "", "1.20!", "–",
+        "–", "1.10", "1.00", "100",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in second.split("|")][5:9] == ["2.90", "!", "concat 2.50", "!"]
+    assert "400!" in second
+
+
+def test_targets_cover_the_table() -> None:
+    assert set(views.TARGETS) == {case.shape for case in TABLE_SHAPES}
+
+
+def test_variants_divide() -> None:
+    cases = with_variants(TABLE_SHAPES)
+    assert len(cases.variants) == 4 * len(cases.cases)
+    assert all(case.k % case.p == 0 for case in cases.variants)
+    assert {case.p for case in cases.variants if case.k == 768} == {1, 12, 24, 48}
+    assert {case.p for case in cases.variants if case.k == 2048} == {1, 16, 32, 64}
+
+
+def test_shapes_of_models() -> None:
+    assert MODELS["mamba-130m"].in_proj == (768, 3072)
+    assert MODELS["mamba2-130m"].in_proj == (768, 3352)
+    assert MODELS["mamba2-2.7b"].in_proj == (2560, 10576)
+    assert MODELS["falcon-mamba-7b"].out_proj == (8192, 4096)
+    assert MODELS["vim-tiny"].in_proj == (192, 768)
+
+
+def test_selecting_rivals() -> None:
+    assert [rival.name for rival in select(["concat"])] == ["frozen", "concat"]
+    assert [rival.name for rival in select(strong=True)] == [
+        "frozen", "prodial", "concat", "materialised-compiled",
+    ]  # fmt: skip
+    assert len(select()) == len(RIVALS) == len({rival.name for rival in RIVALS})
+    with pytest.raises(ValueError, match="got nonsense"):
+        select(["nonsense"])
+
+
+def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    versions = {"torch": "2", "triton": "3"}
+    environment = {"device": "A GPU (80 GB)", "versions": versions, "date": "2026-01-02"}
+    return {"name": "projector", "environment": environment, "rows": rows, "sweeps": {}}
+
+
+def test_results_are_written_and_read(tmp_path: Path) -> None:
+    record = record_of([row(TABLE_SHAPES[0], "frozen", 35, 35)])
+    assert store.folder_of(record).name == "a-gpu-80-gb"
+    as_json, as_csv = store.write(record, tmp_path)
+    assert as_json.name == "2026-01-02-projector.json"
+    assert store.read(as_json) == record
+    head, line = as_csv.read_text().splitlines()
+    assert head.split(",")[:3] == ["m", "k", "n"]
+    assert "kernels_us" not in head
+    assert line.startswith("2048,768,3072,1,16,bfloat16")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a result"):
+        store.read(tmp_path / "other.json")
+
+
+def test_pictures(tmp_path: Path) -> None:
+    rows = [
+        row(case, name, us, 35)
+        for case in TABLE_SHAPES
+        for name, us in (("frozen", 35), ("prodial", 50), ("concat", 60), ("peft-oft", 400))
+    ]
+    made = charts.draw_all(record_of(rows), {}, tmp_path)
+    assert [path.stem.removeprefix("2026-01-02-projector-") for path in made] == [
+        "cost", "time-memory", "kernels",
+    ]  # fmt: skip
+    sweep = {"m": SWEEPS["m"]}
+    rows = [row(case, name, case.m, 35) for case in SWEEPS["m"] for name in ("frozen", "prodial")]
+    assert "scaling" in charts.draw_all(record_of(rows), sweep, tmp_path)[0].stem
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
