@@ -1,0 +1,142 @@
+"""The projectors whose launches are compiled: every way that a constant of a kernel comes out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from launch_recorder import Launch, Recorder
+from torch import Tensor
+
+from prodial_kernels.kernels import projector
+
+# Gradients: x, blocks, scale, lora_a, lora_b, bias.
+ALL_NEEDS = (True,) * 6
+
+# K, N of Mamba-130M, 370M and 1.4B, of Mamba-2 and of sizes that nothing divides.
+ALIGNED = [(768, 3072), (1536, 768), (2048, 8192), (4096, 2048), (768, 3352), (1024, 4384)]
+BLOCK_SIZES = (None, 1, 12, 48, 96, 128)
+RANKS = (None, 4, 16, 64, 100, 256)
+
+
+@dataclass(frozen=True)
+class Projector:
+    """Sizes and options of one projector, as in :func:`prodial_kernels.prodial_linear`."""
+
+    m: int = 2048
+    k: int = 768
+    n: int = 3072
+    block_size: int | None = 1
+    r: int | None = 16
+    scale: bool = True
+    bias: bool = True
+    dropout: bool = False
+    relu: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    needs: tuple[bool, ...] = ALL_NEEDS
+    columns_before_x: int = 0
+
+    def __str__(self) -> str:
+        """What differs from the defaults."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "needs")
+        changed = [f"{k}={v}" for k, v in named if v != getattr(type(self), k)]
+        absent = "" if all(self.needs) else " needs=" + "".join("01"[need] for need in self.needs)
+        return " ".join(changed) + absent
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, for :meth:`from_json`."""
+        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Projector:
+        """The projector that :meth:`as_json` wrote."""
+        changes = {"dtype": getattr(torch, values["dtype"]), "needs": tuple(values["needs"])}
+        return cls(**{**values, **changes})
+
+    def fits(self) -> Projector:
+        """The same with K brought to a multiple of the block size."""
+        p = self.block_size or 1
+        return replace(self, k=max(1, self.k // p) * p)
+
+    def launch(self) -> None:
+        """Run forward and backward; under a recorder nothing is computed."""
+
+        def wide(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device="cuda")
+
+        def narrow(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.dtype, device="cuda")
+
+        m, k, n, p, r = self.m, self.k, self.n, self.block_size, self.r
+        before = self.columns_before_x
+        operands = {
+            "x": narrow(m, k + before).narrow(1, before, k),
+            "weight": narrow(n, k),
+            "blocks": None if p is None else wide(k // p, p, p),
+            "scale": wide(n) if self.scale else None,
+            "lora_a": None if r is None else wide(r, k),
+            "lora_b": None if r is None else wide(n, r),
+            "bias": narrow(n) if self.bias else None,
+            "seed": torch.empty(1, dtype=torch.int64, device="cuda") if self.dropout else None,
+        }
+        options = {
+            "alpha": 0.5, "dropout": 0.1 if self.dropout else 0.0, "relu": self.relu,
+        }  # fmt: skip
+        y, h = projector.forward(**operands, **options)
+        given = ("x", "blocks", "scale", "lora_a", "lora_b", "bias")
+        needs = projector.Needs(
+            *(need and operands[name] is not None
+              for need, name in zip(self.needs, given, strict=True))
+        )  # fmt: skip
+        kept_y = y if needs.scale else None
+        projector.backward(narrow(m, n), **operands, y=kept_y, h=h, **options, needs=needs)
+
+
+def matrix(quick: bool = False) -> Iterator[Projector]:
+    """Every projector of the check; the launches they share are compiled once.
+
+    Args:
+        quick: Fewer block sizes and ranks: those that put the least and the most on the chip.
+    """
+    plain = Projector()
+    block_sizes = (None, 1, 48, 128) if quick else BLOCK_SIZES
+    ranks = (None, 4, 64, 256) if quick else RANKS
+    dtypes = (torch.bfloat16, torch.float16)
+    # Constants that come from the adapter.
+    for dtype, p, r, dropout, relu in itertools.product(
+        dtypes, block_sizes, ranks, (False, True), (True, False)
+    ):
+        if (dropout and r is None) or (not relu and (p is None or dropout)):
+            continue
+        yield replace(plain, dtype=dtype, block_size=p, r=r, dropout=dropout, relu=relu)
+    # Tile sizes that come from the shape, small ones first.
+    for m, dtype, r, bias, (k, n) in itertools.product(
+        (1, 129, 512, 2048, 16384), dtypes, ranks, (False, True), ALIGNED
+    ):
+        yield replace(plain, dtype=dtype, m=m, k=k, n=n, r=r, bias=bias)
+    # Rows that the copy engine cannot address.
+    for p, r, (k, n), before in itertools.product(
+        block_sizes, ranks, ((333, 257), (1340, 3355), (768, 3072)), (0, 3)
+    ):
+        yield replace(plain, m=777, k=k, n=n, block_size=p, r=r, columns_before_x=before).fits()
+    # What is trained, and what is there at all.
+    for p, r, scale, bias in itertools.product(
+        (None, 1, 48), (None, 16, 256), (False, True), (False, True)
+    ):
+        there = (True, p is not None, scale, r is not None, r is not None, bias)
+        for needs in itertools.product(*((False, True) if part else (False,) for part in there)):
+            yield replace(plain, block_size=p, r=r, scale=scale, bias=bias, needs=needs)
+
+
+def record(recorder: Recorder, projectors: Iterator[Projector]) -> list[Launch]:
+    """Launch each projector under the recorder's device; return what is new."""
+    # What a device was like is remembered, and there is a new one.
+    projector.device_limits.cache_clear()
+    before = len(recorder.launches)
+    for each in projectors:
+        recorder.origin = each
+        each.launch()
+    return recorder.launches[before:]
