@@ -25,11 +25,15 @@ class EffectiveWeight(nn.Module):
         for name, parameter in layer.adapter_parameters():
             setattr(self, name, nn.Parameter(parameter.detach().clone()))
         self.lora_scaling = layer.lora_alpha / layer.r
+        self.diagonal = layer.diagonal
 
     def forward(self, weight: Tensor) -> Tensor:
         d_a = torch.block_diag(*self.prodial_blocks)
         identity = torch.eye(d_a.shape[0])
-        d_b = (identity - torch.relu(identity * d_a)) + (1 - identity) * d_a
+        if self.diagonal == "free":
+            d_b = identity + d_a
+        else:
+            d_b = (identity - torch.relu(identity * d_a)) + (1 - identity) * d_a
         low_rank = self.lora_scaling * (self.prodial_b @ self.prodial_a)
         return self.prodial_scale[:, None] * (weight @ d_b) + low_rank
 

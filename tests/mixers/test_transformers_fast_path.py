@@ -113,7 +113,8 @@ MAMBA_TARGETS = [("in_proj", "out_proj"), ("in_proj",), ("in_proj", "x_proj", "d
 
 @pytest.mark.parametrize("targets", MAMBA_TARGETS, ids=str)
 def test_mamba_runs_our_block(targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ProdialConfig(r=3, lora_alpha=6, target_modules=targets)
+    # With Eq. 7, the diagonal of an unlucky draw has no gradient.
+    config = ProdialConfig(r=3, lora_alpha=6, target_modules=targets, diagonal="free")
     model = adapt("mamba", config, time_step_rank=3)
     expected = oracle_step("mamba", model, token_ids(), time_step_rank=3)
     upstream = install_stand_in(monkeypatch, "mamba")
