@@ -55,9 +55,8 @@ class TorchProdialLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients towards x, blocks, scale, lora_a, lora_b and bias; only those asked for."""
         need_x, _, *need_adapter = ctx.needs_input_grad[:7]
-        dx, *adapter = torch_backward(
-            grad_output, *ctx.saved_tensors, *ctx.options, (need_x, *need_adapter)
-        )
+        needs = (need_x, *need_adapter)
+        dx, *adapter = torch_backward(needs, grad_output, *ctx.saved_tensors, *ctx.options)
         return dx, None, *adapter, None, None, None, None
 
 
@@ -91,6 +90,7 @@ def torch_forward(
 
 
 def torch_backward(
+    needs: tuple[bool, ...],
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -104,7 +104,6 @@ def torch_backward(
     lora_dropout: float,
     diagonal: str,
     bias_dtype: torch.dtype | None,
-    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients towards x, blocks, scale, lora_a, lora_b and bias, as ``needs`` says."""
     need_x, need_blocks, need_scale, need_a, need_b, need_bias = needs

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prodial_kernels.ops.autograd import torch_backward, torch_forward
-from prodial_kernels.ops.triton_autograd import unit_stride_rows
+from prodial_kernels.ops.layout import token_rows, transposed
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ def project(
         return _plain(x, weight, operands.bias, channel_first), None
     options = (rule.lora_scaling, rule.lora_dropout)
     if rule.impl == "triton":
-        rows = unit_stride_rows(x.reshape(-1, x.shape[-1]))
+        rows = token_rows(x)
         y, h = torch.ops.prodial_kernels.linear_forward(
             rows, *operands, *options, rule.diagonal == "relu"
         )
     else:
         y, h = torch_forward(x, *operands, *options, rule.diagonal)
     y = y.view(*x.shape[:-1], weight.shape[0])
-    return (y.mT.contiguous() if channel_first else y), h
+    return (transposed(y) if channel_first else y), h
 
 
 def project_backward(
@@ -141,16 +141,14 @@ def project_backward(
     parts: tuple[Tensor | None, ...]
     lora = operands.lora_a is not None
     if rule.impl == "triton":
-        rows = unit_stride_rows(x.reshape(-1, x.shape[-1]))
+        rows = token_rows(x)
         relu = rule.diagonal == "relu"
         if (needs.scale and y is None) or (lora and (needs.scale or needs.lora_b) and h is None):
             fresh_y, h = torch.ops.prodial_kernels.linear_forward(rows, *operands, *options, relu)
             y = fresh_y if y is None else y
-        kept_y = (
-            unit_stride_rows(y.reshape(-1, y.shape[-1])) if needs.scale and y is not None else None
-        )
+        kept_y = token_rows(y) if needs.scale and y is not None else None
         parts = torch.ops.prodial_kernels.linear_backward(
-            unit_stride_rows(dy.reshape(-1, dy.shape[-1])), rows, *operands, kept_y,
+            token_rows(dy), rows, *operands, kept_y,
             h if lora else None, *options, relu, needs.x, *needs[2:],
         )  # fmt: skip
     else:
@@ -158,16 +156,18 @@ def project_backward(
             h = torch_forward(x, *operands, *options, rule.diagonal)[1]
         bias_dtype = None if operands.bias is None else operands.bias.dtype
         parts = torch_backward(
-            dy, x, *operands[:5], h, operands.noise, *options, rule.diagonal, bias_dtype,
-            (needs.x, *needs[2:]),
+            (needs.x, *needs[2:]), dy, x, *operands[:5], h, operands.noise, *options,
+            rule.diagonal, bias_dtype,
         )  # fmt: skip
     dx, *adapter = (
         part if needed else None for part, needed in zip(parts, (needs.x, *needs[2:]), strict=True)
     )
     if dx is not None:
         dx = dx.view(shape)
-        dx = dx.mT if channel_first else dx
-        dx = dx.contiguous() if into is None else into.add_(dx)
+        if into is not None:
+            dx = into.add_(dx.mT if channel_first else dx)
+        elif channel_first:
+            dx = transposed(dx)
     return Gradients(dx, None, *adapter)
 
 

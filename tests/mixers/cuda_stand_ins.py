@@ -36,17 +36,18 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scan_fwd(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
     delta_bias: Tensor, delta_softplus: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """``selective_scan_cuda.fwd``: [out, states, out ⊙ silu(z)]."""
+    """``selective_scan_cuda.fwd``: [out, states], and out ⊙ silu(z) where z is given."""
     calls["scan_fwd"] += 1
-    _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    _check_scan(u, delta, A, B, C, D, u if z is None else z, delta_bias)
     assert delta_softplus
     y, last = scan(*(t.detach() for t in (u, delta, A, B, C, D, delta_bias)))
     states = torch.zeros(*y.shape[:2], -(-y.shape[2] // 2048), 2 * A.shape[1])
     states[:, :, -1, 1::2] = last
-    return [y.to(u.dtype), states, (y * F.silu(z)).to(u.dtype)]
+    gated = [] if z is None else [(y * F.silu(z)).to(u.dtype)]
+    return [y.to(u.dtype), states, *gated]
 
 
 def scan_bwd(

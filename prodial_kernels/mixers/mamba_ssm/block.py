@@ -20,7 +20,6 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +32,7 @@ from prodial_kernels.ops.explicit import (
     project,
     project_backward,
 )
+from prodial_kernels.ops.layout import gated_tokens
 
 
 class Rules(NamedTuple):
@@ -110,8 +110,10 @@ class MambaBlock(torch.autograd.Function):
             dbc, x_h = project(u.mT, x_proj, rules.x_proj, channel_first=True)
             dt, B, C = _parts(dbc, dt_proj, A)
             delta, dt_h = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
-            out, states, gated = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, dt_bias, True)
-            y, _ = project(gated.mT, out_proj, rules.out_proj)
+            # Ungated: the gate is applied while the tokens are turned to what out_proj takes.
+            out, states = selective_scan_cuda.fwd(u, delta, A, B, C, D, None, dt_bias, True)
+            del u, delta
+            y, _ = project(gated_tokens(out, z), out_proj, rules.out_proj)
         ctx.save_for_backward(
             hidden, None if recompute_xz else xz, dbc, out, states, in_h, x_h, dt_h, conv_weight,
             conv_bias, A, D, dt_bias, *projections,
@@ -136,7 +138,7 @@ class MambaBlock(torch.autograd.Function):
                 xz, in_h = project(hidden, in_proj, rules.in_proj, channel_first=True)
             x, z = xz.chunk(2, dim=1)
 
-            gated = _gate(out, z).mT if asked.out_proj.input else None
+            gated = gated_tokens(out, z) if asked.out_proj.input else None
             dgated, *d_out_proj = project_backward(
                 dy, gated, None, None, out_proj, rules.out_proj, asked.out_proj,
                 channel_first=True,
@@ -235,8 +237,3 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
 
     return causal_conv1d_fwd_function(x, weight, bias, None, None, None, True)
-
-
-def _gate(out: Tensor, z: Tensor) -> Tensor:
-    """``out ⊙ silu(z)``, [b, E, l]: the input of out_proj."""
-    return F.silu(z).mul_(out)
