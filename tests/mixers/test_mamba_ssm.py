@@ -227,9 +227,12 @@ def test_bf16_model_with_fp32_masters(mixer: type[nn.Module]) -> None:
     assert_right(model, token_ids(2, 33))
 
 
-def test_triton_projectors() -> None:
-    """The kernels inside the block, under the interpreter or on a GPU's CPU-side twin."""
-    config = ProdialConfig(r=3, lora_alpha=6, block_size=BLOCKS, impl="triton")
+@pytest.mark.parametrize("targets", [CONFIG.target_modules, EVERY.target_modules], ids=len)
+def test_triton_projectors(targets: tuple[str, ...]) -> None:
+    """The kernels inside the block, on the CPU under the interpreter."""
+    config = ProdialConfig(
+        r=3, lora_alpha=6, target_modules=targets, diagonal="free", impl="triton"
+    )
     model = adapted(Mamba, config, depth=1, width=32).half()
     for parameter in (model.layers[0].mixer.A_log, model.layers[0].mixer.D):
         parameter.data = parameter.data.float()
