@@ -4,14 +4,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prodial_kernels.kernels.launch import GemmConfig
-from prodial_kernels.kernels.tiles import load_tile, store_tile, swizzled_tile
-
-# The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
-# and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
-MAX_FUSED_RANK = 64
+from prodial_kernels.kernels.tiles import (
+    load_tile,
+    store_tile,
+    swizzled_tile,
+    tiled,
+    tma_ready,
+)
 
 
 @triton.jit
@@ -42,6 +43,10 @@ def _gemm_kernel(
         column = tile_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if UPDATE and R_PAD == R_BLOCK:
+            # Asked for before the walk over K, so that the epilogue need not wait for it.
+            source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + tl.arange(0, R_PAD)[None, :]
+            low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
         if COMPANION:
             if tile_n == 0:
                 acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
@@ -75,9 +80,10 @@ def _gemm_kernel(
         if UPDATE:
             # Unrolled, so that the tile stays one loop and FLATTEN can work.
             for r in tl.static_range(0, R_PAD, R_BLOCK):
-                offs_r = r + tl.arange(0, R_BLOCK)
-                source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
-                low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
+                if R_PAD != R_BLOCK:
+                    offs_r = r + tl.arange(0, R_BLOCK)
+                    source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
+                    low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
                 acc = _accumulate(
                     acc, low_tile, outer, r, column, R_PAD, N, R_PAD,
                     True, BLOCK_N, R_BLOCK, TMA,
@@ -149,24 +155,19 @@ def launch_gemm(
         return y, low
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     r_block = min(r_pad, 32)
-    tma = config.tma and all(_tma_ready(t) for t in (x, v, inner, outer, y) if t is not None)
+    tma = config.tma and all(tma_ready(t) for t in (x, v, inner, outer, y) if t is not None)
 
     # Flattening helps the copy engine run ahead; with pointers it gains nothing.
     flatten = config.flatten and tma
 
-    def tiled(tensor: Tensor | None, rows: int, columns: int) -> object:
-        if tensor is None or not tma:
-            return tensor
-        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [rows, columns])
-
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
     _gemm_kernel[(min(tiles, config.programs) if config.programs else tiles,)](
-        tiled(x, bm, bk),
-        tiled(v, bn, bk) if v_transposed else tiled(v, bk, bn),
-        tiled(inner, bk, r_pad),
-        tiled(outer, bn, r_block),
+        tiled(x, [bm, bk], tma),
+        tiled(v, [bn, bk] if v_transposed else [bk, bn], tma),
+        tiled(inner, [bk, r_pad], tma),
+        tiled(outer, [bn, r_block], tma),
         low, bias,
-        tiled(y, bm, bn // 2 if config.subtile else bn),
+        tiled(y, [bm, bn // 2 if config.subtile else bn], tma),
         m, n, k,
         x.stride(0), v.stride(0), y.stride(0),
         V_TRANSPOSED=v_transposed, COMPANION=inner is not None, UPDATE=outer is not None,
@@ -176,9 +177,3 @@ def launch_gemm(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return y, low
-
-
-def _tma_ready(tensor: Tensor) -> bool:
-    """Whether the copy engine can address the matrix: 16-byte base and row stride."""
-    size = tensor.element_size()
-    return tensor.stride(0) * size % 16 == 0 and tensor.data_ptr() % 16 == 0

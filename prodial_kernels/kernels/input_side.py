@@ -13,18 +13,19 @@ from prodial_kernels.kernels.tiles import dropout_keep, load_deviation
 def _input_side_kernel(
     du_ptr, x_ptr, t_ptr, a_ptr, blocks_ptr, seed_ptr,
     partial_a_ptr, partial_e_ptr,
-    M, K,
+    M, K, R,
     stride_du, stride_x, rows_per_split, dropout,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_LORA: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dX = dU + dU E + dropout(T A);  partial sums of dropout(X)ᵀ T = dAᵀ and dE_g = dU_gᵀ X_g.
+    """dX = dU + dU E + dropout(T A);  partial sums of Tᵀ dropout(X) = dA and dE_g = dU_gᵀ X_g.
 
-    dU [M, K] is overwritten by dX. X [M, K], T = α dY B [M, R_PAD], A' [R_PAD, K],
+    dU [M, K] is overwritten by dX. X [M, K], T = α dY B [M, R_PAD], A [R, K],
     E = D_b − I from D_a [K / P, P, P];
-    dA_part [splits, K, R_PAD], dE_part [splits, K / P, P, P].
+    dA_part [splits, R_PAD, K], dE_part [splits, K / P, P, P].
     One program owns whole blocks within WINDOW columns of one split of the tokens.
     """
     SPAN: tl.constexpr = (WINDOW // P) * P
@@ -38,9 +39,11 @@ def _input_side_kernel(
     stop = tl.minimum(start + rows_per_split, M)
 
     if HAS_LORA:
-        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_k[None, :], other=0.0)
+        mask_a = (offs_r < R)[:, None] & mask_k[None, :]
+        a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_a, other=0.0)
+        a = a.to(x_ptr.dtype.element_ty)
         if NEED_A:
-            acc_a = tl.zeros((WINDOW, R_PAD), dtype=tl.float32)
+            acc_a = tl.zeros((R_PAD, WINDOW), dtype=tl.float32)
     if HAS_BLOCKS:
         if P == 1:
             d = 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)
@@ -50,7 +53,7 @@ def _input_side_kernel(
             e = e.to(x_ptr.dtype.element_ty)
             acc_e = tl.zeros((WINDOW, WINDOW), dtype=tl.float32)
 
-    for m in range(start, stop, BLOCK_M):
+    for m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < stop
         mask = mask_m[:, None] & mask_k[None, :]
@@ -79,8 +82,9 @@ def _input_side_kernel(
                 kept = x
                 if DROPOUT:
                     kept = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
-                # [WINDOW, BLOCK_M] @ [BLOCK_M, R_PAD] -> [WINDOW, R_PAD]
-                acc_a = tl.dot(kept.T, t, acc_a)
+                # [R_PAD, BLOCK_M] @ [BLOCK_M, WINDOW] -> [R_PAD, WINDOW]; this way round the
+                # masked X is the right operand, which wgmma never takes from registers.
+                acc_a = tl.dot(t.T, kept, acc_a)
             if NEED_X:
                 # [BLOCK_M, R_PAD] @ [R_PAD, WINDOW] -> [BLOCK_M, WINDOW]
                 low_rank = tl.dot(t, a)
@@ -92,8 +96,8 @@ def _input_side_kernel(
             tl.store(target, dx.to(du_ptr.dtype.element_ty), mask=mask)
 
     if HAS_LORA and NEED_A:
-        target = partial_a_ptr + (split.to(tl.int64) * K + offs_k)[:, None] * R_PAD
-        tl.store(target + offs_r[None, :], acc_a, mask=mask_k[:, None])
+        target = partial_a_ptr + (split.to(tl.int64) * R_PAD + offs_r)[:, None] * K
+        tl.store(target + offs_k[None, :], acc_a, mask=mask_k[None, :])
     if HAS_BLOCKS and NEED_BLOCKS:
         target = partial_e_ptr + split.to(tl.int64) * K * P
         if P == 1:
@@ -108,7 +112,7 @@ def launch_input_side(
     du: Tensor | None,
     x: Tensor,
     t: Tensor | None,
-    a: Tensor | None,
+    lora_a: Tensor | None,
     blocks: Tensor | None,
     *,
     seed: Tensor | None,
@@ -130,16 +134,16 @@ def launch_input_side(
     def partial(*shape: int) -> Tensor:
         return torch.empty((splits, *shape), dtype=torch.float32, device=x.device)
 
-    partial_a = partial(k, r_pad) if need_a else None
+    partial_a = partial(r_pad, k) if need_a else None
     partial_e = partial(*blocks.shape) if need_blocks and blocks is not None else None
     _input_side_kernel[(columns, splits)](
-        du, x, t, a, blocks, seed, partial_a, partial_e,
-        m, k,
+        du, x, t, lora_a, blocks, seed, partial_a, partial_e,
+        m, k, 0 if lora_a is None else lora_a.shape[0],
         0 if du is None else du.stride(0), x.stride(0), rows, dropout,
         P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_LORA=t is not None,
         DROPOUT=seed is not None,
         NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks,
         BLOCK_M=config.block_m, WINDOW=window, R_PAD=r_pad,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        STAGES=config.num_stages, num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip
     return partial_a, partial_e

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+# The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
+# and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
+MAX_FUSED_RANK = 64
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,18 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class OutputSideConfig:
-    """Tile sizes of ``_output_side_kernel``; ``programs`` sets the number of splits."""
+    """Tile sizes of ``_output_side_kernel``.
 
-    block_m: int = 32
+    ``items`` sets the number of splits; ``programs`` share them.
+    """
+
+    block_m: int = 64
     block_n: int = 64
-    num_warps: int = 4
-    num_stages: int = 4
-    programs: int = 528
+    num_warps: int = 8
+    num_stages: int = 3
+    items: int = 264
+    programs: int = 264
+    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,121 @@ def choose_gemm(
     )
 
 
-def choose_output_side(n: int) -> OutputSideConfig:
-    """Return the tile sizes for the sums over the tokens of [m, n] gradients."""
-    return OutputSideConfig(programs=792 if n > 4096 else 528)
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How backward divides the device.
+
+    Attributes:
+        gemm: Tile sizes of the product towards the input.
+        output_side: Tile sizes of the sums over the tokens of dY.
+        companion: T = α dY B rides along with the product; otherwise it is a product of its own.
+        side_processors: Multiprocessors that the output side (and T, where it is a product of its
+            own) gets beside the product; 0 where they run one after the other on all of them.
+    """
+
+    gemm: GemmConfig
+    output_side: OutputSideConfig
+    companion: bool
+    side_processors: int
 
 
-def choose_input_side(r_pad: int) -> InputSideConfig:
-    """Return the tile sizes for the walk over the inputs with a LoRA of padded rank r_pad."""
-    return InputSideConfig(num_stages=3 if r_pad <= 64 else 2)
+def choose_backward(
+    m: int,
+    n: int,
+    k: int,
+    r_pad: int,
+    *,
+    wants_t: bool,
+    output_side: bool,
+    through_weight: bool,
+    capability: tuple[int, int],
+    processors: int,
+) -> BackwardPlan:
+    """Return the plan of backward for dY [m, n] and X [m, k].
+
+    The product is bound by arithmetic, the output side and T by memory, so side by side they can
+    cost less than in turn; but a product that runs in rounds of whole tiles loses a round or none.
+    Compares the plans by rates measured on an H100.
+
+    Args:
+        m: Tokens.
+        n: Columns of dY.
+        k: Columns of dX.
+        r_pad: Padded rank.
+        wants_t: Whether T is needed.
+        output_side: Whether a sum over the tokens of dY is needed.
+        through_weight: Whether the product is needed.
+        capability: The device's compute capability.
+        processors: Its number of multiprocessors.
+    """
+    plans = []
+    for companion in (True, False) if wants_t and through_weight else (False,):
+        if companion and r_pad > MAX_FUSED_RANK:
+            continue
+        gemm = choose_gemm(m, k, companion=companion, capability=capability, processors=processors)
+        tiles = ceil_div(m, gemm.block_m) * ceil_div(k, gemm.block_n)
+        # Per µs: operations of one multiprocessor, bytes of one, bytes of the memory.
+        tile = 2 * gemm.block_m * gemm.block_n * n / (4.7e6 if companion else 5.4e6)
+        side = 4 * m * n * output_side + 2 * m * n * (wants_t and not companion)
+        rounds = ceil_div(tiles, processors)
+        # T as a product of its own is one more launch.
+        launch = 0 if companion else 4
+        plans.append((rounds * tile + side / 2.6e6 + launch, companion, gemm, 0))
+        if through_weight and gemm.programs and side:
+            for more in range(rounds, rounds + 3):
+                shared = processors - ceil_div(tiles, more)
+                if shared > 0:
+                    time = max(more * tile, side / (shared * 40e3))
+                    plans.append((time + launch, companion, gemm, shared))
+    _, companion, gemm, shared = min(plans, key=lambda plan: plan[0])
+    if shared:
+        gemm = replace(gemm, programs=processors - shared)
+    return BackwardPlan(
+        gemm,
+        choose_output_side(n, r_pad, capability=capability, programs=shared or processors),
+        companion,
+        shared,
+    )
+
+
+def choose_output_side(
+    n: int, r_pad: int, *, capability: tuple[int, int], programs: int
+) -> OutputSideConfig:
+    """Return the tile sizes for the sums over the tokens of [m, n] gradients.
+
+    Args:
+        n: Columns.
+        r_pad: Padded rank of the LoRA term.
+        capability: The device's compute capability.
+        programs: Multiprocessors it may fill, one program each.
+    """
+    if capability[0] != 9:
+        return OutputSideConfig()
+    block_n = 128 if r_pad <= 64 else 64
+    columns = ceil_div(n, block_n)
+
+    def busy(splits: int) -> float:
+        # The share of the programs' time that the last round leaves used; few splits are cheaper.
+        items = columns * splits
+        return items / (ceil_div(items, programs) * programs) - 0.005 * splits
+
+    items = columns * max(range(1, 17), key=busy)
+    return OutputSideConfig(
+        64, block_n, num_warps=8, num_stages=3, items=items, programs=programs, tma=True
+    )
+
+
+def choose_input_side(r_pad: int, block_size: int) -> InputSideConfig:
+    """Return the tile sizes for the walk over the inputs.
+
+    Args:
+        r_pad: Padded rank.
+        block_size: P.
+    """
+    if block_size > 64 or r_pad > 64:
+        # What a program sums is large; fewer rows and more warps keep it in registers.
+        return InputSideConfig(16, num_warps=8, num_stages=3 if r_pad <= 64 else 2)
+    return InputSideConfig()
 
 
 def ceil_div(a: int, b: int) -> int:

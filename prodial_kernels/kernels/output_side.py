@@ -5,135 +5,136 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import OutputSideConfig, split_tokens
-
-# Above this rank Lᵀ L does not fit into registers beside the sums.
-MAX_GRAM_RANK = 64
+from prodial_kernels.kernels.exact_scale import exact_scale
+from prodial_kernels.kernels.launch import OutputSideConfig, ceil_div, split_tokens
+from prodial_kernels.kernels.tiles import load_tile, tiled, tma_ready
 
 
 @triton.jit
 def _output_side_kernel(
-    dy_ptr, y_ptr, low_ptr, bias_ptr, b_ptr, scale_ptr,
+    dy, y, dy_ptr, low_ptr, bias_ptr, b_ptr, scale_ptr,
+    x_ptr, w_ptr, blocks_ptr,
     partial_b_ptr, partial_scale_ptr, partial_bias_ptr,
-    M, N,
-    stride_dy, stride_y, rows_per_split,
+    M, N, K, R, alpha,
+    stride_dy, stride_y, stride_x, stride_w, splits, rows_per_split,
     NEED_B: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_BIAS: tl.constexpr,
-    HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, GRAM: tl.constexpr,
+    HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R_PAD: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one split of the tokens, to be added up by reduce.py.
+    """Sums over each split of the tokens, to be added up by reduce.py.
 
     dB_part [splits, N, R_PAD] = dYᵀ L;  dbias_part [splits, N] = Σ dY;
-    ds_part [splits, N] = [Σ dY ⊙ (Y − bias) − Σ_r dB_part ⊙ B'] / s,
-    from dY, Y [M, N], L [M, R_PAD], B' = α B [N, R_PAD], s, bias [N].
-    The division loses digits where s ⊙ (U Wᵀ) is small beside the rest of Y; there, and where
-    s = 0, ds_part is NaN, which asks exact_scale.py for it.
-    GRAM: |L B'ᵀ|² comes from Lᵀ L and the LoRA term leaves the sum at the end; otherwise, where
-    Lᵀ L is too large to hold, L B'ᵀ is taken off each tile of Y.
-    One program owns BLOCK_N columns of one split.
+    ds_part [splits, N] = Σ dY ⊙ Z / s with Z = Y − L B'ᵀ − bias = s ⊙ (U Wᵀ),
+    from dY, Y [M, N], L [M, R_PAD], B [N, R], B' = α B, s, bias [N].
+    Where Z is small beside Y, as where s = 0, the rounding of Y has spoiled it; there
+    exact_scale.py computes ds_part from dY, X [M, K], W [N, K] and D_a [K / P, P, P].
+    A program owns BLOCK_N columns of one split, one after another, split by split, so that it
+    walks the tokens together with a product that runs beside it.
     """
-    split = tl.program_id(1)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
+    columns = tl.cdiv(N, BLOCK_N)
     offs_r = tl.arange(0, R_PAD)
-    start = split * rows_per_split
-    stop = tl.minimum(start + rows_per_split, M)
+    for item in range(tl.program_id(0), columns * splits, tl.num_programs(0)):
+        split = item // columns
+        column = (item % columns) * BLOCK_N
+        offs_n = column + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        start = split * rows_per_split
+        stop = tl.minimum(start + rows_per_split, M)
 
-    if HAS_LORA:
-        acc_b = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
-        if NEED_SCALE:
-            if GRAM:
-                acc_gram = tl.zeros((R_PAD, R_PAD), dtype=tl.float32)
-            b = tl.load(
-                b_ptr + offs_n.to(tl.int64)[:, None] * R_PAD + offs_r[None, :],
-                mask=mask_n[:, None], other=0.0,
-            )  # fmt: skip
-    if NEED_SCALE:
-        dy_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        y_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if HAS_BIAS or not GRAM:
-            rest = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    if NEED_BIAS:
-        dy_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-
-    for m in range(start, stop, BLOCK_M):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < stop
-        mask = mask_m[:, None] & mask_n[None, :]
-        rows = offs_m.to(tl.int64)[:, None]
-        dy = tl.load(dy_ptr + rows * stride_dy + offs_n[None, :], mask=mask, other=0.0)
         if HAS_LORA:
-            low = tl.load(low_ptr + rows * R_PAD + offs_r[None, :], mask=mask_m[:, None], other=0.0)
-            # [BLOCK_N, BLOCK_M] @ [BLOCK_M, R_PAD] -> [BLOCK_N, R_PAD]
-            acc_b = tl.dot(dy.T, low, acc_b)
-            if NEED_SCALE and GRAM:
-                # [R_PAD, BLOCK_M] @ [BLOCK_M, R_PAD] -> [R_PAD, R_PAD]
-                acc_gram = tl.dot(low.T, low, acc_gram)
-        wide_dy = dy.to(tl.float32)
+            acc_b = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
+            if NEED_SCALE:
+                b = tl.load(
+                    b_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
+                    mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
+                )  # fmt: skip
+                b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty)
         if NEED_SCALE:
-            y = tl.load(y_ptr + rows * stride_y + offs_n[None, :], mask=mask, other=0.0)
-            y = y.to(tl.float32)
-            y_y += y * y
+            dy_z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            y_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            z_z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             if HAS_BIAS:
-                y = tl.where(mask, y - bias[None, :], 0.0)
-            if not GRAM:
-                # [BLOCK_M, R_PAD] @ [R_PAD, BLOCK_N] -> [BLOCK_M, BLOCK_N]
-                y -= tl.dot(low, b.T)
-            if HAS_BIAS or not GRAM:
-                rest += y * y
-            dy_y += wide_dy * y
+                bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if NEED_BIAS:
-            dy_sum += wide_dy
+            dy_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-    part = split.to(tl.int64) * N + offs_n
-    if HAS_LORA and NEED_B:
-        target = partial_b_ptr + part[:, None] * R_PAD + offs_r[None, :]
-        tl.store(target, acc_b, mask=mask_n[:, None])
-    if NEED_BIAS:
-        tl.store(partial_bias_ptr + part, tl.sum(dy_sum, 0), mask=mask_n)
-    if NEED_SCALE:
-        scaled = tl.sum(dy_y, 0)
-        norm_y = tl.sqrt(tl.sum(y_y, 0))
-        norm_rest = norm_y
-        if HAS_BIAS or not GRAM:
-            norm_rest = tl.sqrt(tl.sum(rest, 0))
-        if HAS_LORA and GRAM:
-            wide_b = b.to(tl.float32)
-            scaled -= tl.sum(acc_b * wide_b, 1)
-            # [BLOCK_N, R_PAD] @ [R_PAD, R_PAD] -> [BLOCK_N, R_PAD]
-            squares = tl.sum(tl.dot(wide_b, acc_gram, input_precision="ieee") * wide_b, 1)
-            norm_rest -= tl.sqrt(tl.maximum(squares, 0.0))
-        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
-        # |s U Wᵀ| must be at least |Y| / 2: rounding Y then costs at most twice what rounding U Wᵀ
-        # would. Below 2^-60 the quotient can leave fp32's range.
-        sound = (norm_rest >= 0.5 * norm_y) & (tl.abs(scale) > 8.7e-19)
-        ds = tl.where(sound, scaled / tl.where(sound, scale, 1.0), float("nan"))
-        tl.store(partial_scale_ptr + part, ds, mask=mask_n)
+        # Only an explicit number of stages makes the compiler run ahead with Y, which no dot reads.
+        for m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
+            dy_tile = load_tile(dy, m, column, M, N, stride_dy, BLOCK_M, BLOCK_N, TMA)
+            if HAS_LORA:
+                offs_m = m + tl.arange(0, BLOCK_M)
+                source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
+                low = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
+                # [BLOCK_N, BLOCK_M] @ [BLOCK_M, R_PAD] -> [BLOCK_N, R_PAD]
+                acc_b = tl.dot(dy_tile.T, low, acc_b)
+            wide_dy = dy_tile.to(tl.float32)
+            if NEED_SCALE:
+                z = load_tile(y, m, column, M, N, stride_y, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+                y_y += z * z
+                if HAS_BIAS:
+                    # A row past the last is 0 in Y; it has to be in Z as well.
+                    inside = (m + tl.arange(0, BLOCK_M) < M)[:, None]
+                    z = tl.where(inside, z - bias[None, :], 0.0)
+                if HAS_LORA:
+                    # [BLOCK_M, R_PAD] @ [R_PAD, BLOCK_N] -> [BLOCK_M, BLOCK_N]
+                    z -= tl.dot(low, b.T)
+                z_z += z * z
+                dy_z += wide_dy * z
+            if NEED_BIAS:
+                dy_sum += wide_dy
+
+        part = split.to(tl.int64) * N + offs_n
+        if HAS_LORA and NEED_B:
+            target = partial_b_ptr + part[:, None] * R_PAD + offs_r[None, :]
+            tl.store(target, acc_b, mask=mask_n[:, None])
+        if NEED_BIAS:
+            tl.store(partial_bias_ptr + part, tl.sum(dy_sum, 0), mask=mask_n)
+        if NEED_SCALE:
+            scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
+            # |Z| must be at least |Y| / 2: rounding Y then costs at most twice what rounding U Wᵀ
+            # would. Below 2^-60 the quotient can leave fp32's range.
+            sound = (4.0 * tl.sum(z_z, 0) >= tl.sum(y_y, 0)) & (tl.abs(scale) > 8.7e-19)
+            ds = tl.sum(dy_z, 0) / tl.where(sound, scale, 1.0)
+            if tl.sum(tl.where(sound | (offs_n >= N), 0, 1), 0) > 0:
+                exact = exact_scale(
+                    dy_ptr, x_ptr, w_ptr, blocks_ptr, offs_n, start, stop,
+                    N, K, stride_dy, stride_x, stride_w,
+                    P, RELU, HAS_BLOCKS, 32, BLOCK_N, WINDOW,
+                )  # fmt: skip
+                ds = tl.where(sound, ds, exact)
+            tl.store(partial_scale_ptr + part, ds, mask=mask_n)
 
 
 def launch_output_side(
     dy: Tensor,
     y: Tensor | None,
     low: Tensor | None,
-    b: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
     scale: Tensor | None,
+    lora_b: Tensor | None,
     bias: Tensor | None,
     *,
+    alpha: float,
+    relu: bool,
     need_b: bool,
     need_scale: bool,
     need_bias: bool,
     config: OutputSideConfig,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
-    """Return the parts in fp32 (dB [S, N, R_PAD], ds [S, N], dbias [S, N]) and tokens per split.
+    stream: torch.cuda.Stream | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the parts in fp32: dB [S, N, R_PAD], ds [S, N], dbias [S, N].
 
     A part that is not needed is None.
     """
     m, n = dy.shape
     r_pad = 16 if low is None else low.shape[1]
-    columns = triton.cdiv(n, config.block_n)
-    splits, rows = split_tokens(m, columns, config.block_m, config.programs)
+    p = 1 if blocks is None else blocks.shape[-1]
+    columns = ceil_div(n, config.block_n)
+    splits, rows = split_tokens(m, columns, config.block_m, config.items)
 
     def partial(*shape: int) -> Tensor:
         return torch.empty((splits, *shape), dtype=torch.float32, device=dy.device)
@@ -141,15 +142,24 @@ def launch_output_side(
     partial_b = partial(n, r_pad) if need_b else None
     partial_scale = partial(n) if need_scale else None
     partial_bias = partial(n) if need_bias else None
-    _output_side_kernel[(columns, splits)](
-        dy, y, low, bias, b, scale,
-        partial_b, partial_scale, partial_bias,
-        m, n,
-        dy.stride(0), 0 if y is None else y.stride(0), rows,
-        NEED_B=need_b, NEED_SCALE=need_scale, NEED_BIAS=need_bias,
-        HAS_LORA=low is not None, HAS_BIAS=bias is not None,
-        GRAM=low is None or r_pad <= MAX_GRAM_RANK,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, R_PAD=r_pad,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    return partial_b, partial_scale, partial_bias, rows
+    items = columns * splits
+    tma = config.tma and tma_ready(dy) and (y is None or tma_ready(y))
+    tile = [config.block_m, config.block_n]
+    # Only the launch moves to the stream; the memory belongs to the caller's.
+    with torch.cuda.stream(stream):
+        _output_side_kernel[(min(items, config.programs or items),)](
+            tiled(dy, tile, tma), tiled(y, tile, tma), dy, low, bias, lora_b, scale,
+            x, weight, blocks,
+            partial_b, partial_scale, partial_bias,
+            m, n, x.shape[1], 0 if lora_b is None else lora_b.shape[1], alpha,
+            dy.stride(0), 0 if y is None else y.stride(0), x.stride(0), weight.stride(0),
+            splits, rows,
+            NEED_B=need_b, NEED_SCALE=need_scale, NEED_BIAS=need_bias,
+            HAS_LORA=low is not None, HAS_BIAS=bias is not None,
+            P=p, RELU=relu, HAS_BLOCKS=blocks is not None,
+            WINDOW=max(64, triton.next_power_of_2(p)),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, R_PAD=r_pad,
+            STAGES=config.num_stages, TMA=tma,
+            num_warps=config.num_warps, num_stages=2,
+        )  # fmt: skip
+    return partial_b, partial_scale, partial_bias

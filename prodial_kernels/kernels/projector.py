@@ -7,19 +7,19 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from prodial_kernels.kernels.exact_scale import launch_exact_scale
-from prodial_kernels.kernels.fold import launch_fold
-from prodial_kernels.kernels.gemm import MAX_FUSED_RANK, launch_gemm
+from prodial_kernels.kernels.gemm import launch_gemm
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import (
+    MAX_FUSED_RANK,
+    choose_backward,
     choose_gemm,
     choose_input_side,
-    choose_output_side,
     padded_rank,
 )
-from prodial_kernels.kernels.low_rank import launch_low_rank
 from prodial_kernels.kernels.output_side import launch_output_side
+from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.reduce import launch_reduce
+from prodial_kernels.kernels.side_stream import fork
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return Y [M, N] and H [M, R_PAD] (None without LoRA) for X [M, K]."""
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
-    v, a, b = launch_fold(weight, blocks, scale, lora_a, lora_b, alpha, relu, r_pad)
-    h = None
-    if a is not None:
-        h = launch_low_rank(x, a, transposed=True, seed=seed, dropout=dropout)
-    config = choose_gemm(x.shape[0], weight.shape[0], companion=False, **device_limits(x.device))
+    limits = device_limits(x.device)
+    v, b, h = launch_prepare(
+        weight, blocks, scale, lora_b, alpha=alpha, relu=relu, r_pad=r_pad,
+        x=None if lora_a is None else x, lora_a=lora_a, seed=seed, dropout=dropout,
+    )  # fmt: skip
+    config = choose_gemm(x.shape[0], weight.shape[0], companion=False, **limits)
     fused = r_pad <= MAX_FUSED_RANK
     y, _ = launch_gemm(
         x, v, v_transposed=True, config=config, outer=b if fused else None,
@@ -90,43 +91,50 @@ def backward(
             torch.zeros_like(part) if need and part is not None else None for part, need in parts
         )
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
-    sw, a, b = launch_fold(weight, None, scale, lora_a, lora_b, alpha, relu, r_pad)
-
-    du = t = None
-    through_weight = needs.x or needs.blocks
-    wants_t = b is not None and (needs.x or needs.lora_a)
-    companion = wants_t and through_weight and r_pad <= MAX_FUSED_RANK
-    if through_weight:
-        config = choose_gemm(m, weight.shape[1], companion=companion, **device_limits(dy.device))
-        du, t = launch_gemm(
-            dy, sw, v_transposed=False, config=config, inner=b if companion else None
-        )
-    if wants_t and not companion and b is not None:
-        t = launch_low_rank(dy, b, transposed=False, seed=None, dropout=0.0)
+    limits = device_limits(dy.device)
 
     def like(part: Tensor | None, need: bool) -> Tensor | None:
         return torch.empty_like(part) if need and part is not None else None
 
-    del sw
     dscale, db, dbias = like(scale, needs.scale), like(lora_b, needs.lora_b), like(bias, needs.bias)
-    partial_b = partial_scale = partial_bias = None
-    if dscale is not None or db is not None or dbias is not None:
-        partial_b, partial_scale, partial_bias, rows = launch_output_side(
-            dy, y, h if dscale is not None or db is not None else None, b, scale, bias,
-            need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
-            config=choose_output_side(dy.shape[1]),
-        )  # fmt: skip
-        if partial_scale is not None:
-            launch_exact_scale(dy, x, weight, blocks, partial_scale, rows, relu)
-
     da, dblocks = like(lora_a, needs.lora_a), like(blocks, needs.blocks)
+    through_weight = needs.x or needs.blocks
+    output_side = dscale is not None or db is not None or dbias is not None
+    wants_t = lora_b is not None and (needs.x or needs.lora_a)
+    plan = choose_backward(
+        m, dy.shape[1], x.shape[1], r_pad, wants_t=wants_t, output_side=output_side,
+        through_weight=through_weight, **limits,
+    )  # fmt: skip
+    side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
+
+    partial_b = partial_scale = partial_bias = t = du = None
+    if output_side:
+        partial_b, partial_scale, partial_bias = launch_output_side(
+            dy, y, h if dscale is not None or db is not None else None, x, weight, blocks, scale,
+            lora_b, bias, alpha=alpha, relu=relu,
+            need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
+            config=plan.output_side, stream=side,
+        )  # fmt: skip
+    if wants_t and not plan.companion and lora_b is not None:
+        t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
+    if through_weight:
+        sw, b, _ = launch_prepare(
+            weight, None, scale, lora_b if plan.companion else None, alpha=alpha, relu=relu,
+            r_pad=r_pad,
+        )  # fmt: skip
+        du, companion = launch_gemm(dy, sw, v_transposed=False, config=plan.gemm, inner=b)
+        t = companion if plan.companion else t
+        del sw
+    if side is not None:
+        torch.cuda.current_stream(dy.device).wait_stream(side)
+
     partial_a = partial_e = None
     turns = needs.x and (blocks is not None or t is not None)
     if da is not None or dblocks is not None or turns:
         partial_a, partial_e = launch_input_side(
-            du, x, t, a, blocks, seed=seed, dropout=dropout, relu=relu, need_x=turns,
+            du, x, t, lora_a, blocks, seed=seed, dropout=dropout, relu=relu, need_x=turns,
             need_a=da is not None, need_blocks=dblocks is not None,
-            config=choose_input_side(r_pad),
+            config=choose_input_side(r_pad, 1 if blocks is None else blocks.shape[-1]),
         )  # fmt: skip
     launch_reduce(
         partial_b, partial_scale, partial_bias, partial_a, partial_e,

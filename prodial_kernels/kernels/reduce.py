@@ -21,7 +21,7 @@ def _reduce_kernel(
     NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
     R_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dB = α Σ dB_part, ds = Σ ds_part, dbias = Σ dbias_part, dA = Σ dA_partᵀ, dD_a = ± Σ dE_part.
+    """dB = α Σ dB_part, ds = Σ ds_part, dbias = Σ dbias_part, dA = Σ dA_part, dD_a = ± Σ dE_part.
 
     dB [N, R], ds, dbias [N] over splits_n parts; dA [R, K], dD_a [K / P, P, P] over splits_k parts,
     negated on the diagonal where RELU keeps it; parts as the first stage leaves them.
@@ -48,10 +48,8 @@ def _reduce_kernel(
     elif pid < end_a:
         if NEED_A:
             offs_a = (pid - end_n) * BLOCK + lane
-            k, rank = offs_a // R_PAD, offs_a % R_PAD
             da = _sum_parts(partial_a_ptr, offs_a, splits_k, K * R_PAD, BLOCK, PARTS)
-            kept = (k < K) & (rank < R)
-            tl.store(da_ptr + rank * K + k, da.to(da_ptr.dtype.element_ty), mask=kept)
+            tl.store(da_ptr + offs_a, da.to(da_ptr.dtype.element_ty), mask=offs_a < R * K)
     else:
         if NEED_BLOCKS:
             offs_e = (pid - end_a) * BLOCK + lane
@@ -105,7 +103,7 @@ def launch_reduce(
     end_b = ceil_div(n * r_pad, BLOCK) if partial_b is not None else 0
     has_columns = partial_scale is not None or partial_bias is not None
     end_n = end_b + (ceil_div(n, BLOCK) if has_columns else 0)
-    end_a = end_n + (ceil_div(k * r_pad, BLOCK) if partial_a is not None else 0)
+    end_a = end_n + (ceil_div(k * r, BLOCK) if partial_a is not None else 0)
     end = end_a + (ceil_div(k * p, BLOCK) if partial_e is not None else 0)
     if end == 0:
         return

@@ -2,6 +2,20 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def tma_ready(matrix: Tensor) -> bool:
+    """Whether the copy engine can address the matrix: 16-byte base and row stride."""
+    return matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def tiled(matrix: Tensor | None, tile: list[int], tma: bool) -> object:
+    """Return what ``load_tile`` takes as its source: a tensor descriptor where ``tma`` is set."""
+    if matrix is None or not tma:
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), tile)
 
 
 @triton.jit

@@ -1,0 +1,258 @@
+"""What the large products need first: V = s ⊙ (W D_b), B' = α B, and the skinny product L."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prodial_kernels.kernels.launch import ceil_div
+from prodial_kernels.kernels.tiles import dropout_keep, load_deviation
+
+# Rows of W that a program folds.
+FOLD_N = 32
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr, inner_ptr, seed_ptr, low_ptr,
+    w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
+    M, N, K, DEPTH, R, alpha,
+    stride_x, stride_w, stride_v, dropout, programs_low, columns,
+    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr,
+    P: tl.constexpr, RELU: tl.constexpr,
+    HAS_LOW: tl.constexpr, HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+    R_PAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W + W E), B' = α B.
+
+    X [M, DEPTH], L [M, R_PAD]; W, V [N, K]; the other shapes as in the two functions below.
+    The first ``programs_low`` programs own BLOCK_M rows of L each, the others one tile of V.
+    """
+    pid = tl.program_id(0)
+    if pid < programs_low:
+        if HAS_LOW:
+            _low_rank(
+                x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, DEPTH, R, alpha, stride_x, dropout,
+                TRANSPOSED, DROPOUT, BLOCK_M, BLOCK_K, R_PAD, STAGES,
+            )  # fmt: skip
+    else:
+        tile = pid - programs_low
+        _fold(
+            w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
+            tile // columns, tile % columns, N, K, R, alpha, stride_w, stride_v,
+            P, RELU, HAS_FOLD, HAS_BLOCKS, HAS_SCALE, HAS_B, BLOCK_N, WINDOW, R_PAD,
+        )  # fmt: skip
+
+
+@triton.jit
+def _low_rank(
+    x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, K, R, alpha, stride_x, dropout,
+    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, R_PAD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """L = dropout(X) I for BLOCK_M rows, in one walk over K.
+
+    X [M, K], L [M, R_PAD]; I = Aᵀ with A [R, K] where TRANSPOSED, else I = α B with B [K, R].
+    """
+    offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, R_PAD)
+    rows = offs_m.to(tl.int64)[:, None]
+    mask_m = (offs_m < M)[:, None]
+    acc = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
+    # An explicit number of stages also runs ahead with the factor, which is cast on its way.
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < K
+        x = tl.load(
+            x_ptr + rows * stride_x + offs_k[None, :], mask=mask_m & mask_k[None, :], other=0.0
+        )
+        if DROPOUT:
+            keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
+            x = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
+        # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R_PAD] -> [BLOCK_M, R_PAD]
+        if TRANSPOSED:
+            inner = tl.load(
+                inner_ptr + offs_r[:, None] * K + offs_k[None, :],
+                mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(x, inner.to(x.dtype).T, acc)
+        else:
+            inner = tl.load(
+                inner_ptr + offs_k[:, None] * R + offs_r[None, :],
+                mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(x, (inner.to(tl.float32) * alpha).to(x.dtype), acc)
+    tl.store(
+        low_ptr + rows * R_PAD + offs_r[None, :], acc.to(low_ptr.dtype.element_ty), mask=mask_m
+    )
+
+
+@triton.jit
+def _fold(
+    w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
+    pid_n, pid_k, N, K, R, alpha, stride_w, stride_v,
+    P: tl.constexpr, RELU: tl.constexpr,
+    HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """V = s ⊙ (W + W E) for BLOCK_N rows by as many whole blocks as fit into WINDOW columns.
+
+    W, V [N, K], E = D_b − I from D_a [K / P, P, P], s [N]. The first column of tiles also writes
+    B' = α B, zero-padded: B [N, R] -> B' [N, R_PAD].
+    """
+    SPAN: tl.constexpr = (WINDOW // P) * P
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    rows = offs_n.to(tl.int64)
+
+    if HAS_FOLD:
+        lane = tl.arange(0, WINDOW)
+        offs_k = pid_k * SPAN + lane
+        mask_k = (lane < SPAN) & (offs_k < K)
+        mask = mask_n[:, None] & mask_k[None, :]
+        w = tl.load(w_ptr + rows[:, None] * stride_w + offs_k[None, :], mask=mask, other=0.0)
+        v = w.to(tl.float32)
+        if HAS_BLOCKS:
+            if P == 1:
+                v *= 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)[None, :]
+            else:
+                e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
+                # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
+                v += tl.dot(w, e.to(w.dtype))
+        if HAS_SCALE:
+            v *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+        tl.store(v_ptr + rows[:, None] * stride_v + offs_k[None, :], v.to(w.dtype), mask=mask)
+
+    # Nested: HAS_B is known to the compiler, pid_k only to the program.
+    if HAS_B:  # noqa: SIM102
+        if pid_k == 0:
+            offs_r = tl.arange(0, R_PAD)
+            b = tl.load(
+                b_ptr + rows[:, None] * R + offs_r[None, :],
+                mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
+            )  # fmt: skip
+            b = (b.to(tl.float32) * alpha).to(b_out_ptr.dtype.element_ty)
+            tl.store(b_out_ptr + rows[:, None] * R_PAD + offs_r[None, :], b, mask=mask_n[:, None])
+
+
+def launch_prepare(
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_b: Tensor | None,
+    *,
+    alpha: float,
+    relu: bool,
+    r_pad: int,
+    x: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return V [N, K] (``weight`` itself where nothing is folded), B' and, given ``x``, L.
+
+    Args:
+        weight: W, [N, K].
+        blocks: D_a, [K / P, P, P].
+        scale: s, [N].
+        lora_b: B, [N, R].
+        alpha: α.
+        relu: Whether D_a's diagonal passes through Eq. 7's relu.
+        r_pad: Columns of B' and L.
+        x: X, [M, K], for L = dropout(X) Aᵀ.
+        lora_a: A, [R, K]; needed with ``x``.
+        seed: [1] int64, switches dropout on.
+        dropout: Probability.
+    """
+    n, k = weight.shape
+    fold = blocks is not None or scale is not None
+    v = torch.empty((n, k), dtype=weight.dtype, device=weight.device) if fold else weight
+    b_out = low = None
+    r = 0
+    if lora_b is not None:
+        r = lora_b.shape[1]
+        b_out = torch.empty((n, r_pad), dtype=weight.dtype, device=weight.device)
+    if x is not None:
+        low = torch.empty((x.shape[0], r_pad), dtype=x.dtype, device=x.device)
+    p = 1 if blocks is None else blocks.shape[-1]
+    window = _fold_window(p)
+    columns = ceil_div(k, window // p * p) if fold else 1
+    _launch(
+        x, lora_a, seed, low, weight, blocks, scale, lora_b, v, b_out, k, r, alpha, dropout,
+        columns, ceil_div(n, FOLD_N) if fold or b_out is not None else 0,
+        transposed=True, p=p, relu=relu, fold=fold, window=window, r_pad=r_pad,
+    )  # fmt: skip
+    return v, b_out, low
+
+
+def launch_low_rank(
+    dy: Tensor, lora_b: Tensor, alpha: float, r_pad: int, stream: torch.cuda.Stream | None
+) -> Tensor:
+    """Return T = α dY B, [M, R_PAD], for dY [M, N] and B [N, R], computed on ``stream``."""
+    low = torch.empty((dy.shape[0], r_pad), dtype=dy.dtype, device=dy.device)
+    with torch.cuda.stream(stream):
+        _launch(
+            dy, lora_b, None, low, dy, None, None, None, None, None, lora_b.shape[0],
+            lora_b.shape[1], alpha, 0.0, 1, 0,
+            transposed=False, p=1, relu=True, fold=False, window=64, r_pad=r_pad,
+        )  # fmt: skip
+    return low
+
+
+def _launch(
+    x: Tensor | None,
+    inner: Tensor | None,
+    seed: Tensor | None,
+    low: Tensor | None,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_b: Tensor | None,
+    v: Tensor | None,
+    b_out: Tensor | None,
+    depth: int,
+    r: int,
+    alpha: float,
+    dropout: float,
+    columns: int,
+    rows: int,
+    *,
+    transposed: bool,
+    p: int,
+    relu: bool,
+    fold: bool,
+    window: int,
+    r_pad: int,
+) -> None:
+    n, k = weight.shape
+    m = 0 if x is None else x.shape[0]
+    # Few tokens are shared out finely, so that every multiprocessor gets some.
+    block_m, block_k = (64, 128) if m >= 8192 else (16, 256)
+    if r_pad > 32:
+        block_k = 64 if r_pad == 64 else 32
+    programs_low = ceil_div(m, block_m)
+    if programs_low + rows * columns == 0:
+        return
+    _prepare_kernel[(programs_low + rows * columns,)](
+        x, inner, seed, low,
+        weight, blocks, scale, lora_b, v, b_out,
+        m, n, k, depth, r, alpha,
+        0 if x is None else x.stride(0), weight.stride(0), k, dropout, programs_low, columns,
+        TRANSPOSED=transposed, DROPOUT=seed is not None,
+        P=p, RELU=relu,
+        HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
+        HAS_SCALE=scale is not None, HAS_B=b_out is not None,
+        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_N,
+        WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+
+
+def _fold_window(block_size: int) -> int:
+    """Columns one program folds: a power of two that holds at least one block."""
+    if block_size == 1:
+        return 256
+    return max(64, triton.next_power_of_2(block_size))
