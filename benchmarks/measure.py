@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,17 +73,17 @@ def measure_case(
     rows = {rival.name: _row(case, rival) for rival in rivals}
     passed: list[tuple[Rival, Errors]] = []
     for rival in rivals:
-        if reason := rival.missing():
-            rows[rival.name]["status"] = f"unavailable: {reason}"
-            continue
-        try:
+        with reported(rows[rival.name]):
+            if reason := rival.missing():
+                raise Unavailable(reason)
             passed.append((rival, gate.check(rival)))
-        except Refusal as refusal:
-            rows[rival.name]["status"] = f"refused: {refusal}"
     # Its fp64 results are larger than all that follows.
     del gate
     sets = [draw(case, device, seed) for seed in range(rotating_sets(case, cache_bytes(device)))]
-    contenders = [prepare(sets, rival, errors, device, pool, settings) for rival, errors in passed]
+    contenders: list[Contender] = []
+    for rival, errors in passed:
+        with reported(rows[rival.name]):
+            contenders.append(prepare(sets, rival, errors, device, pool, settings))
     timed = {c.rival.name: c.both for c in contenders}
     timed |= {f"{c.rival.name} forward": c.forward for c in contenders if c.forward is not None}
     samples = interleave(timed, settings.rounds, settings.warm_s)
@@ -93,6 +94,23 @@ def measure_case(
         rows[name] |= figures(case, contender, samples[name], forward, ceilings)
     _add_ratios(rows)
     return list(rows.values())
+
+
+class Unavailable(Exception):
+    """The rival cannot run here."""
+
+
+@contextmanager
+def reported(row: Row) -> Iterator[None]:
+    """Put what went wrong with one rival into its row; the others are measured all the same."""
+    try:
+        yield
+    except Unavailable as reason:
+        row["status"] = f"unavailable: {reason}"
+    except Refusal as refusal:
+        row["status"] = f"refused: {refusal}"
+    except Exception as error:
+        row["status"] = f"failed: {type(error).__name__}: {str(error)[:300]}"
 
 
 def prepare(

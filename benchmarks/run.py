@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--table", action="store_true", help="print only the view against the targets")
     option("--scaling", action="store_true", help="sweeps over M, K and N, P and r instead")
     option("--model", help=f"shapes of one model: {', '.join(MODELS)}")
+    option("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     option("--only", default="", help="rivals by name, separated by commas; the floor is added")
     option("--base", help="git reference, or folder with a prodial_kernels, to compare with")
     option("--tiny", action="store_true", help="tiny shapes on a CPU: tries the suite out")
@@ -84,7 +85,12 @@ def plan_of(options: argparse.Namespace) -> tuple[Plan, Mapping[str, tuple[Case,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the options say; 1 where a rival was refused or a comparison found a slowdown."""
+    """Run what the options say.
+
+    Returns:
+        1 where a rival was refused or failed, or ProDiaL became slower than the base; 2 for options
+        that cannot be followed.
+    """
     options = build_parser().parse_args(arguments)
     try:
         return _run(options, list(sys.argv[1:] if arguments is None else arguments))
@@ -124,7 +130,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         folder = store.folder_of(record, options.output)
         _draw(record, record["sweeps"], folder)
         print(*store.write(record, folder), sep="\n")
-    if any(row["status"].startswith("refused") for row in record["rows"]):
+    if any(row["status"].startswith(("refused", "failed")) for row in record["rows"]):
         return 1
     return int(any(verdict["word"] == "slower" for verdict in record.get("comparison", ())))
 
@@ -187,9 +193,8 @@ def _measure_modules(options: argparse.Namespace, device: str, record: dict[str,
 def _case_set(options: argparse.Namespace) -> CaseSet:
     if options.tiny:
         return CaseSet(cases.TINY, (replace(cases.TINY[0], p=12),))
-    if options.model:
-        return cases.with_variants(cases.model_cases(options.model))
-    return cases.with_variants(cases.TABLE_SHAPES)
+    shapes = cases.model_cases(options.model) if options.model else cases.TABLE_SHAPES
+    return cases.with_variants([replace(case, dtype=options.dtype) for case in shapes])
 
 
 def _print_record(record: Mapping[str, Any], table_only: bool) -> None:
@@ -223,6 +228,8 @@ def _name(options: argparse.Namespace) -> str:
     parts += [name for name in ("scaling", "quick") if getattr(options, name)]
     if options.only:
         parts.append("only")
+    if options.dtype != "bfloat16":
+        parts.append(options.dtype)
     return "-".join(part for part in parts if part)
 
 

@@ -127,7 +127,7 @@ def best_rival(rows: Rows, at: Mapping[str, Any]) -> Mapping[str, Any] | None:
     others = [
         row
         for row in rows
-        if row["status"] == "ok" and row["rival"] not in (FLOOR, OURS)
+        if "ratio" in row and row["rival"] not in (FLOOR, OURS)
         and all(row[name] == value for name, value in at.items())
     ]  # fmt: skip
     return min(others, key=lambda row: row["both_us"], default=None)

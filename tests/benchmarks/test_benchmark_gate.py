@@ -81,6 +81,18 @@ def test_a_rival_that_trains_less_is_refused() -> None:
         Gate(CASE, "cpu").check(Rival("wrong", "ProDiaL", prepare))
 
 
+def test_a_rival_that_fails_does_not_end_the_run() -> None:
+    def prepare(case: LinearCase) -> Layer:
+        raise RuntimeError("out of everything")
+
+    failed, floor = measure_case(
+        CASE, (Rival("broken", "ProDiaL", prepare), *select(["frozen"])), "cpu", CEILINGS,
+        TINY_SETTINGS,
+    )  # fmt: skip
+    assert failed["status"] == "failed: RuntimeError: out of everything"
+    assert floor["ratio"] == 1
+
+
 def test_a_missing_package_is_said() -> None:
     row = measure_case(
         CASE,

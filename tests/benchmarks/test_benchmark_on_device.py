@@ -1,0 +1,60 @@
+"""What of the suite only a GPU can try: graphs, the allocator's figures, compiling beforehand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.measure import Settings, measure_case
+from benchmarks.rivals import RIVALS
+from benchmarks.roofline import measure_ceilings
+from benchmarks.timing import Replay
+from benchmarks.warm import compile_all
+
+pytestmark = pytest.mark.gpu
+
+CASE = Case(512, 768, 1536, p=12)
+
+
+def test_every_rival_is_measured() -> None:
+    ceilings = measure_ceilings("cuda", torch.bfloat16)
+    assert 1e14 < ceilings.flops < 1e16
+    assert 1e11 < ceilings.bandwidth < 2e13
+    rows = {
+        row["rival"]: row
+        for row in measure_case(CASE, RIVALS, "cuda", ceilings, Settings(rounds=5))
+    }
+    assert {name: row["status"] for name, row in rows.items() if row["status"] != "ok"} == {}
+    for row in rows.values():
+        assert row["both_us"] > row["forward_us"] > 0
+        assert row["peak_mib"] >= row["held_mib"] > 0
+        assert row["eager_us"] > 0
+        assert 0 < row["roofline_fraction"] < 1.05
+    assert rows["frozen"]["ratio"] == 1
+    assert rows["frozen"]["kept_mib"] == 0
+    assert sum(rows["prodial"]["kernels_us"].values()) > 0
+
+
+def test_a_replay_costs_what_its_steps_cost() -> None:
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(a)
+
+    def once() -> None:
+        torch.mm(a, a, out=out)
+
+    def thrice() -> None:
+        for _ in range(3):
+            torch.mm(a, a, out=out)
+
+    for step in (once, thrice):
+        step()
+    single, triple = (Replay([step], "cuda") for step in (once, thrice))
+    single.sample()
+    assert triple.sample() / single.sample() == pytest.approx(3, rel=0.25)
+
+
+def test_compiling_beforehand() -> None:
+    seconds, failures = compile_all([(CASE, "prodial"), (CASE, "materialised-compiled")])
+    assert failures == []
+    assert seconds > 0
