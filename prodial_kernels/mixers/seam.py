@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import FunctionType
 from typing import Any, Protocol
 
 from torch import nn
@@ -55,6 +56,16 @@ class View:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{name} would be set on a view of the mixer, and lost")
+
+
+def rebound(function: Any, **names: Any) -> Any:
+    """Return ``function`` with global names of its module replaced; the module stays as it is."""
+    twin = FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__,
+        function.__defaults__, function.__closure__,
+    )  # fmt: skip
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
 
 
 @cache

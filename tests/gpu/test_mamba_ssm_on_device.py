@@ -110,7 +110,7 @@ def exact_step(parent: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
         norm = stand_ins._GatedNorm(mixer.norm.weight.numel(), torch.float64)
         norm.weight = mixer.norm.weight
         mixer.norm = norm
-        mixer.d_ssm = getattr(mixer, "d_ssm", mixer.d_inner)
+        mixer.rmsnorm = True
     forward = getattr(stand_ins, name).forward
     return run(twin, lambda value: forward(mixer, value), x.double(), grad.double())
 

@@ -121,7 +121,20 @@ class _GatedNorm(nn.Module):
         self.eps = 1e-5
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return F.rms_norm(y * F.silu(z), y.shape[-1:], self.weight, self.eps)
+        return _layer_norm_fwd(y, self.weight, None, self.eps, z)[0]
+
+
+def _layer_norm_fwd(
+    y: Tensor, weight: Tensor, bias: None, eps: float, z: Tensor, out: None = None,
+    group_size: int | None = None, norm_before_gate: bool = False, is_rms_norm: bool = True,
+) -> tuple[Tensor, None, Tensor]:  # fmt: skip
+    assert bias is out is None
+    assert not norm_before_gate
+    assert is_rms_norm
+    assert group_size in (None, y.shape[-1])
+    gated = y * F.silu(z)
+    rstd = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return (gated * rstd * weight).to(y.dtype), None, rstd
 
 
 class Mamba2Simple(nn.Module):
@@ -153,9 +166,14 @@ class Mamba2Simple(nn.Module):
         zxbcdt = self.in_proj(u)
         if self.use_mem_eff_path:
             return mamba_split_conv1d_scan_combined(
-                zxbcdt, self, seq_idx, self.out_proj.weight, self.out_proj.bias
-            )
-        return self.out_proj(_ssd(zxbcdt, self, seq_idx)[0])
+                zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
+                -torch.exp(self.A_log), D=self.D, chunk_size=4, seq_idx=seq_idx,
+                rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
+                rmsnorm_eps=1e-5, outproj_weight=self.out_proj.weight,
+                outproj_bias=self.out_proj.bias, headdim=self.headdim,
+                ngroups=self.ngroups, norm_before_gate=False,
+            )  # fmt: skip
+        return self.out_proj(_unfused(self, zxbcdt, seq_idx)[0])
 
 
 class Mamba2(Mamba2Simple):
@@ -176,10 +194,15 @@ class Mamba2(Mamba2Simple):
             zxbcdt = zxbcdt.unflatten(0, (-1, seqlen))
         if self.use_mem_eff_path and inference_params is None:
             out = mamba_split_conv1d_scan_combined(
-                zxbcdt, self, seq_idx, self.out_proj.weight, self.out_proj.bias
-            )
+                zxbcdt, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias,
+                -torch.exp(self.A_log), D=self.D, chunk_size=4, seq_idx=seq_idx,
+                rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
+                rmsnorm_eps=1e-5, outproj_weight=self.out_proj.weight,
+                outproj_bias=self.out_proj.bias, headdim=self.headdim,
+                ngroups=self.ngroups, norm_before_gate=False,
+            )  # fmt: skip
             return out if seqlen is None else out.flatten(0, 1)
-        y, state = _ssd(zxbcdt, self, seq_idx)
+        y, state = _unfused(self, zxbcdt, seq_idx)
         if inference_params is not None:
             assert self.in_proj.weight.dtype == u.dtype
             inference_params.key_value_memory_dict[self.layer_idx] = state
@@ -187,39 +210,102 @@ class Mamba2(Mamba2Simple):
 
 
 def mamba_split_conv1d_scan_combined(
-    zxbcdt: Tensor, mixer: Any, seq_idx: Tensor | None, outproj_weight: Tensor | None,
-    outproj_bias: Tensor | None,
+    zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor, dt_bias: Tensor, A: Tensor,
+    D: Tensor, chunk_size: int, initial_states: None = None, seq_idx: Tensor | None = None,
+    dt_limit: Any = (0.0, float("inf")), return_final_states: bool = False,
+    activation: str = "silu", rmsnorm_weight: Tensor | None = None, rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None, outproj_bias: Tensor | None = None,
+    headdim: int | None = None, ngroups: int = 1, norm_before_gate: bool = True,
 ) -> Tensor:  # fmt: skip
     """Mamba-2's block after ``in_proj``; without ``outproj_weight`` it stops before it."""
-    fused_calls.append("mamba_split_conv1d_scan_combined")
-    y, _ = _ssd(zxbcdt, mixer, seq_idx)
-    if outproj_weight is None:
-        assert outproj_bias is None
-        return _FailsInBackward.apply(y) if mixer.d_ssm < mixer.d_inner else y
-    return F.linear(y, outproj_weight, outproj_bias)
+    return MambaSplitConv1dScanCombinedFn.apply(
+        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states, seq_idx,
+        dt_limit, return_final_states, activation, rmsnorm_weight, rmsnorm_eps, outproj_weight,
+        outproj_bias, headdim, ngroups, norm_before_gate,
+    )  # fmt: skip
 
 
-class _FailsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.clone()
+class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
+    """Keeps what upstream's keeps, in its order, and computes every gradient, as upstream does."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        raise UnboundLocalError("out0_recompute")
+    def forward(ctx: Any, zxbcdt: Tensor, *arguments: Any) -> Tensor:
+        fused_calls.append("mamba_split_conv1d_scan_combined")
+        (weight, bias, dt_bias, A, D, _, initial_states, seq_idx, _, final, activation, norm,
+         eps, outproj_weight, outproj_bias, headdim, ngroups, before) = arguments  # fmt: skip
+        assert initial_states is None
+        assert not final
+        assert activation in ("silu", "swish")
+        assert ngroups == 1
+        mlp, out, z, _ = _ssd(zxbcdt, weight, bias, dt_bias, A, D, headdim, seq_idx)
+        rstd = None
+        if norm is None:
+            y = (out.flatten(2) * F.silu(z)).to(zxbcdt.dtype)
+        else:
+            y, _, rstd = _layer_norm_fwd(out.flatten(2), norm, None, eps, z)
+        y = torch.cat([mlp, y], dim=-1)
+        if outproj_weight is not None:
+            y = F.linear(y, outproj_weight, outproj_bias)
+        else:
+            assert outproj_bias is None
+        ctx.save_for_backward(
+            zxbcdt, weight, bias, out, A, D, dt_bias, initial_states, seq_idx, norm, rstd,
+            outproj_weight, outproj_bias,
+        )  # fmt: skip
+        ctx.rmsnorm_eps, ctx.ngroups, ctx.norm_before_gate = eps, ngroups, before
+        ctx.headdim = headdim
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (zxbcdt, weight, bias, _, A, D, dt_bias, _, seq_idx, norm, _, outproj_weight,
+         outproj_bias) = ctx.saved_tensors  # fmt: skip
+        named = {
+            0: zxbcdt, 1: weight, 2: bias, 3: dt_bias, 4: A, 5: D, 12: norm, 14: outproj_weight,
+            15: outproj_bias,
+        }  # fmt: skip
+        leaves = {i: t.detach().clone().requires_grad_() for i, t in named.items() if t is not None}
+        with torch.enable_grad():
+            mlp, out, z, _ = _ssd(*(leaves[i] for i in range(6)), ctx.headdim, seq_idx)
+            if mlp.shape[-1] and outproj_weight is None:
+                raise UnboundLocalError("out0_recompute")
+            if norm is None:
+                y = (out.flatten(2) * F.silu(z)).to(zxbcdt.dtype)
+            else:
+                y = _layer_norm_fwd(out.flatten(2), leaves[12], None, ctx.rmsnorm_eps, z)[0]
+            y = torch.cat([mlp, y], dim=-1)
+            if outproj_weight is not None:
+                y = F.linear(y, leaves[14], leaves.get(15))
+            gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+        found = dict(zip(leaves, gradients, strict=True))
+        return tuple(found.get(i) for i in range(19))
 
 
-def _ssd(zxbcdt: Tensor, mixer: Any, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-    heads, inner, state_size = mixer.nheads, mixer.d_ssm, mixer.d_state
-    mlp = mixer.d_inner - inner
+def _unfused(mixer: Any, zxbcdt: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    mlp, y, z, state = _ssd(
+        zxbcdt, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, mixer.dt_bias,
+        -torch.exp(mixer.A_log), mixer.D, mixer.headdim, seq_idx,
+    )  # fmt: skip
+    y = y.flatten(2)
+    y = mixer.norm(y, z) if mixer.rmsnorm else (y * F.silu(z)).to(y.dtype)
+    return torch.cat([mlp, y], dim=-1), state
+
+
+def _ssd(
+    zxbcdt: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
+    headdim: int, seq_idx: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gated MLP's output, the scan's [b, l, heads, headdim], its gate z, the last state."""
+    heads = A.shape[0]
+    inner = heads * headdim
+    state_size = (weight.shape[0] - inner) // 2
+    mlp = (zxbcdt.shape[-1] - 2 * inner - 2 * state_size - heads) // 2
     z0, x0, z, xbc, dt = zxbcdt.split([mlp, mlp, inner, inner + 2 * state_size, heads], dim=-1)
-    weight = mixer.conv1d.weight.squeeze(1)
-    xbc = cuda_stand_ins.conv(xbc.mT, weight, mixer.conv1d.bias, seq_idx).mT
+    xbc = cuda_stand_ins.conv(xbc.mT, weight, bias, seq_idx).mT
     x, B, C = xbc.split([inner, state_size, state_size], dim=-1)
-    x = x.unflatten(-1, (heads, mixer.headdim))
-    dt = F.softplus(dt + mixer.dt_bias)
-    A = -torch.exp(mixer.A_log)
-    state = x.new_zeros(x.shape[0], heads, mixer.headdim, state_size)
+    x = x.unflatten(-1, (heads, headdim))
+    dt = F.softplus(dt + dt_bias)
+    state = x.new_zeros(x.shape[0], heads, headdim, state_size)
     outputs = []
     for t in range(x.shape[1]):
         if seq_idx is not None and t > 0:
@@ -227,9 +313,8 @@ def _ssd(zxbcdt: Tensor, mixer: Any, seq_idx: Tensor | None) -> tuple[Tensor, Te
         decay = torch.exp(dt[:, t] * A)[..., None, None]
         state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
         outputs.append((state * C[:, t, None, None]).sum(-1))
-    y = torch.stack(outputs, dim=1) + x * mixer.D[:, None]
-    y = mixer.norm(y.flatten(-2).to(zxbcdt.dtype), z)
-    return (torch.cat([F.silu(z0) * x0, y], dim=-1) if mlp else y), state
+    y = (torch.stack(outputs, dim=1) + x * D[:, None]).to(zxbcdt.dtype)
+    return F.silu(z0) * x0, y, z, state
 
 
 class Model(nn.Module):

@@ -250,30 +250,29 @@ def test_recomputing_xz_changes_nothing() -> None:
         assert torch.equal(value, expected[name]), name
 
 
-def kept_elements(model: nn.Module, ids: Tensor) -> int:
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that the first mixer keeps for backward besides its parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 8
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    x = torch.randn(*ids.shape, 64, dtype=torch.float64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = model.layers[0].mixer(x)
     assert y.requires_grad
     return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
-def test_what_is_kept_for_backward() -> None:
+def test_what_mamba_keeps_for_backward() -> None:
     model = adapted(Mamba, depth=1, width=64, d_state=2)
-    tokens = 2 * 50
-    # X, xz, the scan's output; x_proj's output, H of in_proj, the scan's states, A and others.
-    large, small = 64 + 256 + 128, 7 + 3
-    constant = 2 * 128 * 4 + 128 * 2 + 8 * 128
-    assert kept_elements(model, token_ids(2, 50)) <= tokens * (large + small) + constant
+    x = torch.randn(2, 50, 64, dtype=torch.float64, requires_grad=True)
+    # X, xz, the scan's output; x_proj's output and H of in_proj; states, A and the like.
+    tokens, constant = 2 * 50 * 8, 8 * (2 * 128 * 4 + 128 * 2 + 8 * 128)
+    assert kept_bytes(model, x) <= tokens * (64 + 256 + 128 + 7 + 3) + constant
     model.layers[0].mixer.prodial_recompute_xz = True
-    assert kept_elements(model, token_ids(2, 50)) <= tokens * (large - 256 + small) + constant
+    assert kept_bytes(model, x) <= tokens * (64 + 128 + 7 + 3) + constant
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -367,6 +366,39 @@ def test_mamba2_prefill_and_eval() -> None:
     torch.testing.assert_close(model.eval()(token_ids()), expected)
     assert len(stand_ins.fused_calls) == 2
     torch.testing.assert_close(merge_prodial(model)(token_ids()), expected)
+
+
+def test_mamba2_without_a_norm() -> None:
+    assert_right(adapted(Mamba2, rmsnorm=False), token_ids())
+    assert len(stand_ins.fused_calls) == 2
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_mamba2_keeps_what_the_frozen_path_keeps_and_the_inputs_of_in_proj(impl: str) -> None:
+    config = ProdialConfig(r=2, impl=impl)
+    model = adapted(Mamba2, config, depth=1, width=64).half()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("A_log", "mixer.D", "dt_bias")):
+            parameter.data = parameter.data.float()
+    x = torch.randn(2, 50, 64, dtype=torch.float16, requires_grad=True)
+    ours = kept_bytes(model, x)
+    frozen = kept_bytes(remove_prodial(model).requires_grad_(False), x)
+    # X, and H padded to 16 columns at most; what is left is the adapter's small operands.
+    assert ours - frozen <= 2 * 50 * (64 + 16) * 2 + 2000
+
+
+def test_mamba2_of_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = stand_ins.MambaSplitConv1dScanCombinedFn
+    forward = rule.forward
+
+    def keeps_one_more(ctx: Any, *arguments: Any) -> Tensor:
+        y = forward(ctx, *arguments)
+        ctx.save_for_backward(*ctx.saved_tensors, None)
+        return y
+
+    monkeypatch.setattr(rule, "forward", staticmethod(keeps_one_more))
+    with pytest.raises(RuntimeError, match=r"keeps other tensors than that of mamba_ssm 2\.3"):
+        adapted(Mamba2)(token_ids())
 
 
 def test_mamba2_with_a_gated_mlp_inside_takes_the_unfused_kernels() -> None:

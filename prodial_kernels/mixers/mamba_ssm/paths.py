@@ -4,8 +4,8 @@
   one. Its fused path is :mod:`prodial_kernels.mixers.mamba_ssm.block`; any other (generation,
   ``use_fast_path=False``) is upstream's own, on a view whose projectors are called.
 * ``Mamba2`` and ``Mamba2Simple`` bypass ``out_proj`` in the fused path only. There upstream's
-  forward sees an ``out_proj`` without a weight, so that its fused function stops before the
-  projection, and the projector is called on what it returns.
+  forward runs with its fused function replaced, for this call, by
+  :mod:`prodial_kernels.mixers.mamba_ssm.split_scan`.
 * ``Mamba3`` calls its projectors.
 
 mamba_ssm is recognised by structure and never imported here.
@@ -14,17 +14,18 @@ mamba_ssm is recognised by structure and never imported here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
+from prodial_kernels.mixers.mamba_ssm.split_scan import scan_and_project
 from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit
-from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View
+from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View, rebound
 
-Method = Callable[..., Any]
+Method = Any
 
 # Of a family: the fused function in forward's code, and attributes that its paths rely on.
 _MAMBA = ("mamba_inner_fn", ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "A_log", "D"))
@@ -89,7 +90,11 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
     if getattr(mixer, "d_ssm", mixer.d_inner) < mixer.d_inner:
         # The fused function without out_proj fails in its backward here (UnboundLocalError).
         return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
-    return mixer.out_proj(upstream(View(mixer, out_proj=_NoProjection()), *args, **kwargs))
+    view = View(mixer, out_proj=_NoProjection())
+    if not is_explicit(mixer.out_proj):
+        return mixer.out_proj(upstream(view, *args, **kwargs))
+    fused = partial(scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj)
+    return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
 
 
 def viewed(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Any:
