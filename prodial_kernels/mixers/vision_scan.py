@@ -258,9 +258,9 @@ def _split(projections: tuple[Any, ...] | list[Any]) -> tuple[Operands, Operands
 
 def _oriented(tensor: Tensor, reverse: bool) -> Tensor:
     """The tensor in the direction of the scan, contiguous along it."""
-    if reverse:
-        return tensor.flip(-1)
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    # flip keeps the order of the strides.
+    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    return tensor.flip(-1) if reverse else tensor
 
 
 def _parts(dbc: Tensor, dt_proj: Operands, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:

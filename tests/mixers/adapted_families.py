@@ -29,13 +29,14 @@ class EffectiveWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         d_a = torch.block_diag(*self.prodial_blocks)
-        identity = torch.eye(d_a.shape[0])
+        identity = torch.eye(d_a.shape[0], device=d_a.device)
         if self.diagonal == "free":
             d_b = identity + d_a
         else:
             d_b = (identity - torch.relu(identity * d_a)) + (1 - identity) * d_a
         low_rank = self.lora_scaling * (self.prodial_b @ self.prodial_a)
-        return self.prodial_scale[:, None] * (weight @ d_b) + low_rank
+        effective = self.prodial_scale[:, None] * (weight.to(d_b.dtype) @ d_b) + low_rank
+        return effective.to(weight.dtype)
 
 
 def adapt(name: str, config: ProdialConfig = CONFIG, **overrides: object) -> nn.Module:

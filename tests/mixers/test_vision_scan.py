@@ -68,7 +68,8 @@ def run(
     """Output, and the gradients of xz and of every trained parameter of the direction."""
     module, x = module.to(dtype), packed(dtype).requires_grad_(xz)
     y = directed_scan(module, x, direction, scan)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
+    # As it comes from out_proj: transposed.
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y.mT).mT)
     gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     return {"y": y.detach(), **({"xz": x.grad} if xz else {}), **gradients}
 

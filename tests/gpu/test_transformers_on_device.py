@@ -1,0 +1,208 @@
+"""transformers' Mamba models, adapted, on the real kernels of mamba-ssm and causal-conv1d.
+
+The exact values are those of transformers' own PyTorch functions in fp32, on plain linear layers
+with weight W'; the same-dtype ones come from its unfused kernels, also on plain linear layers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from models import Step, build, randomise_adapters, token_ids, training_step
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
+from prodial_kernels.mixers.seam import AdaptedMixer
+from prodial_kernels.mixers.transformers import fused_function, unfused_forward
+
+pytestmark = pytest.mark.gpu
+
+sys.path.append(str(Path(__file__).parent.parent / "mixers"))
+
+if torch.cuda.is_available():
+    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning. Read at import.
+    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mamba_ssm  # noqa: F401
+
+DEVICE = "cuda"
+CONFIG = ProdialConfig(r=8, lora_alpha=1, block_size={"in_proj": 16, "out_proj": 32})
+_MIXER = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_chunk_size": 64}
+_GATE_FIRST = {"mamba_rms_norm": True, "mamba_norm_before_gate": False}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 64, "state_size": 32, "chunk_size": 64},
+    "bamba": _MIXER,
+    "falcon_h1": {**_MIXER, **_GATE_FIRST, "mamba_d_ssm": 512},
+}
+
+
+def plain(name: str, dtype: torch.dtype) -> nn.Module:
+    # Rounded to 16 bits in every dtype, so that all start from the same weights.
+    model = build(name, hidden_size=256, **OPTIONS[name]).bfloat16()
+    return model.to(DEVICE, dtype)
+
+
+def adapted(name: str, config: ProdialConfig = CONFIG) -> nn.Module:
+    model = plain(name, torch.bfloat16).cpu()
+    apply_prodial(model, config)
+    randomise_adapters(model)
+    return model.to(DEVICE)
+
+
+def ids() -> Tensor:
+    return token_ids(2, 96).to(DEVICE)
+
+
+def oracle(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    from adapted_families import EffectiveWeight
+
+    reference = plain(name, dtype).requires_grad_(False)
+    for path, layer in model.named_modules():
+        if isinstance(layer, ProdialLinear):
+            effective = EffectiveWeight(layer).to(DEVICE)
+            parametrize.register_parametrization(reference.get_submodule(path), "weight", effective)
+    return reference
+
+
+def modeling_of(model: nn.Module) -> ModuleType:
+    return sys.modules[type(model).__module__]
+
+
+@contextmanager
+def pytorch_functions(modeling: ModuleType) -> Iterator[None]:
+    """Run the functions that transformers falls back to, without TF32."""
+    originals = {n: f for n, f in vars(modeling).items() if hasattr(f, "__wrapped__")}
+    vars(modeling).update({n: f.__wrapped__ for n, f in originals.items()})
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        vars(modeling).update(originals)
+
+
+def tensors(step: Step) -> dict[str, Tensor]:
+    renamed = {n.replace("parametrizations.weight.0.", ""): g for n, g in step.gradients.items()}
+    return {"logits": step.logits, **renamed}
+
+
+def forbid_reading_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(layer: ProdialLinear) -> Tensor:
+        raise AssertionError("ProdialLinear.weight was read")
+
+    monkeypatch.setattr(ProdialLinear, "weight", property(read))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(name)
+    modeling = modeling_of(model)
+    mixers = [module for module in model.modules() if fused_function(module)]
+    fused = fused_function(mixers[0])
+    original, widths = getattr(modeling, fused), []
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        output = original(*args, **kwargs)
+        widths.append(output.shape[-1])
+        return output
+
+    with monkeypatch.context() as patch:
+        forbid_reading_the_weight(patch)
+        patch.setattr(modeling, fused, recorded)
+        result = tensors(training_step(model, ids()))
+    # Mamba-2's function stops before the projection; Mamba-1's is not called at all.
+    assert widths == ([] if name == "mamba" else [m.out_proj.in_features for m in mixers])
+
+    with pytorch_functions(modeling):
+        exact = tensors(training_step(oracle(name, model, torch.float32), ids()))
+    unfused = oracle(name, model, torch.bfloat16)
+    for module in list(unfused.modules()):
+        if fused_function(module):
+            AdaptedMixer(module, {"forward": unfused_forward})
+    eager = tensors(training_step(unfused, ids()))
+
+    assert result.keys() == exact.keys() == eager.keys()
+    for key, tensor in result.items():
+        assert tensor.count_nonzero() > 0, f"{key} is dead"
+        # The accuracy rule in the mean: one element's error is the path of two whole models.
+        error = (tensor.float() - exact[key].float()).norm()
+        allowed = 2 * (eager[key].float() - exact[key].float()).norm()
+        allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
+        assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_training_evaluation_and_decoding_agree(name: str) -> None:
+    model = adapted(name)
+    trained = training_step(model, ids()).logits
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(input_ids=ids(), use_cache=False).logits
+        cache, decoded = None, []
+        for token in ids()[:, :24].split(1, dim=1):
+            output = model(input_ids=token, cache_params=cache, use_cache=True)
+            cache = output.cache_params
+            decoded.append(output.logits)
+    for other in (evaluated[:, :24], torch.cat(decoded, dim=1)):
+        difference = (other.float() - trained[:, :24].float()).norm()
+        assert difference < 0.05 * trained[:, :24].float().norm()
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_fused_training_needs_less_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeping the fast path is for."""
+
+    def peak(model: nn.Module) -> int:
+        mixer = next(module for module in model.modules() if fused_function(module))
+        x = torch.randn(4, 2048, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            mixer(x).float().square().mean().backward()
+            used = torch.cuda.max_memory_allocated() - before
+            model.zero_grad(set_to_none=True)
+            x.grad = None
+        return used
+
+    fused = peak(adapted(name))
+    policy = "mamba_forward" if name == "mamba" else "ssd_forward"
+    monkeypatch.setattr(f"prodial_kernels.mixers.transformers.{policy}", unfused_forward)
+    unfused = peak(adapted(name))
+    print(f"{name}: fused {fused / 2**20:.0f} MiB, unfused {unfused / 2**20:.0f} MiB")
+    assert fused < 0.85 * unfused
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_cuda_graph_replays_a_mixer(name: str) -> None:
+    model = adapted(name)
+    mixer = next(module for module in model.modules() if fused_function(module))
+    trained = [p for p in mixer.parameters() if p.requires_grad]
+    x = torch.randn(2, 96, 256, device=DEVICE, dtype=torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        output = mixer(x)
+        return [output, *torch.autograd.grad(output.float().square().mean(), trained)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)
