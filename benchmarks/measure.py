@@ -35,6 +35,7 @@ class Settings:
         eager: Measure eager wall time and host time.
         kernels: Break ProDiaL's and the floor's step down by kernel.
         warm_s: Seconds of work before the first sample of a case.
+        budget_s: Seconds to spend on each of eager and host time.
     """
 
     rounds: int = 20
@@ -42,10 +43,11 @@ class Settings:
     eager: bool = True
     kernels: bool = True
     warm_s: float = 0.2
+    budget_s: float = 0.3
 
 
-QUICK = Settings(rounds=12, forward=False, eager=True, kernels=False, warm_s=0.1)
-TINY = Settings(rounds=3, warm_s=0.0)
+QUICK = Settings(rounds=12, forward=False, kernels=False, warm_s=0.1, budget_s=0.05)
+TINY = Settings(rounds=3, warm_s=0.0, budget_s=0.01)
 
 
 @dataclass
@@ -132,9 +134,8 @@ def prepare(
     used = memory.measure(first.forward, first.both, own, cuda)
     figures |= {f"{name}_mib": value for name, value in asdict(used).items()}
     if settings.eager:
-        budget = 0.3 if cuda else 0.01
-        figures["eager_us"] = eager_time(first.both, device, budget)
-        figures["host_us"] = host_time(first.both, device, budget)
+        figures["eager_us"] = eager_time(first.both, device, settings.budget_s)
+        figures["host_us"] = host_time(first.both, device, settings.budget_s)
     if settings.kernels and rival.name in (OURS, FLOOR):
         figures["kernels_us"] = breakdown.kernel_times(first.both, device)
     forward = None

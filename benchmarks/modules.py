@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.breakdown import kernel_times
+from benchmarks.scaling import exponent
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Summary, synchronise
+from benchmarks.views import number, text_table
 from prodial_kernels import ProdialConfig, apply_prodial
 
 LEVELS = ("mixer", "step")
@@ -41,21 +43,55 @@ class ModuleCase:
         return f"{self.level} {self.model} {self.batch}×{self.length} {self.dtype}"
 
 
-CASES = (("mamba-130m", 4, 512), ("mamba-130m", 8, 2048), ("mamba2-130m", 4, 512))
+CASES: Sequence[tuple[str, int, int]] = (
+    ("mamba-130m", 4, 512),
+    ("mamba-130m", 8, 2048),
+    ("mamba2-130m", 4, 512),
+)
 
 
-def module_cases(level: str, model: str | None, quick: bool) -> list[ModuleCase]:
-    """Return the cases of a level.
+LAYERS = (6, 12, 24, 48)
+
+
+def module_cases(
+    level: str, model: str | None, *, quick: bool = False, scaling: bool = False
+) -> list[ModuleCase]:
+    """Return the cases of a level, or with ``scaling`` one model at growing numbers of layers.
 
     Raises:
-        ValueError: A model that is not a plain Mamba or Mamba-2.
+        ValueError: A model that is not a plain Mamba or Mamba-2, or layers of a single mixer.
     """
     if model is not None and not model.startswith(FAMILIES):
         raise ValueError(f"model: --level {level} takes a mamba-… or mamba2-… model; got {model!r}")
     if model is not None and model not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {model!r}")
+    if scaling and level == "mixer":
+        raise ValueError("scaling: a mixer has no layers to add; expected --level step")
+    if scaling:
+        return [ModuleCase(level, model or "mamba-130m", 4, 512, layers=n) for n in LAYERS]
     chosen = [(model, 4, 512), (model, 4, 2048)] if model else list(CASES)
-    return [ModuleCase(level, *case) for case in (chosen[:1] if quick else chosen) if case[0]]
+    return [ModuleCase(level, *case) for case in (chosen[:1] if quick else chosen)]
+
+
+def layers_view(rows: Sequence[dict[str, Any]]) -> str:
+    """The exponents of device time and memory in the number of layers, by method."""
+    methods = dict.fromkeys(row["rival"] for row in rows)
+    lines = []
+    for label, figure in (
+        ("busy time", "busy_us"),
+        ("wall time", "both_us"),
+        ("memory", "peak_mib"),
+    ):
+        cells = []
+        for method in methods:
+            points = [
+                (float(row["layers"]), float(row[figure]))
+                for row in rows
+                if row["rival"] == method and row[figure] is not None
+            ]
+            cells.append(number(exponent(points)) if len(points) > 1 else "–")
+        lines.append([f"{label} in layers", *cells])
+    return text_table(["exponent of", *methods], lines)
 
 
 def build(case: ModuleCase, device: str) -> nn.Module:
@@ -174,8 +210,6 @@ def measure_modules(
 
 def modules_view(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of one case as a table."""
-    from benchmarks.views import number, text_table
-
     lines = [
         [
             row["rival"], number(row["both_us"] / 1e3, 2), number(100 * row["spread"] / 2, 1),
@@ -196,6 +230,7 @@ def modules_view(rows: Sequence[dict[str, Any]]) -> str:
     ]
     head = rows[0]
     title = f"{head['level']} {head['model']} {head['batch']}×{head['length']} {head['dtype']}"
+    title += f", {head['layers']} layers" if head["layers"] else ""
     return f"{title}\n{text_table(headers, lines)}"
 
 

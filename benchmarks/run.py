@@ -55,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     option("--level", choices=("projector", *modules.LEVELS), default="projector")
     option("--quick", action="store_true", help="the strongest rivals, fewer samples")
     option("--table", action="store_true", help="print only the view against the targets")
-    option("--scaling", action="store_true", help="sweeps over M, K and N, P and r instead")
+    option(
+        "--scaling",
+        action="store_true",
+        help="sweeps over M, K and N, P, r instead; of a step, over layers",
+    )
     option("--model", help=f"shapes of one model: {', '.join(MODELS)}")
     option("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     option("--only", default="", help="rivals by name, separated by commas; the floor is added")
@@ -174,9 +178,13 @@ def _compare(options: argparse.Namespace, base: Path, device: str, record: dict[
 
 
 def _measure_modules(options: argparse.Namespace, device: str, record: dict[str, Any]) -> None:
-    chosen = modules.module_cases(options.level, options.model, options.quick)
+    chosen = modules.module_cases(
+        options.level, options.model, quick=options.quick, scaling=options.scaling
+    )
     if options.tiny:
-        chosen = [replace(chosen[0], batch=1, length=8, dtype="float32", layers=1)]
+        layers = (1, 2) if options.scaling else (1,)
+        tiny = replace(chosen[0], batch=1, length=8, dtype="float32")
+        chosen = [replace(tiny, layers=count) for count in layers]
     methods = _names(options.only) or modules.METHODS
     unknown = [name for name in methods if name not in modules.METHODS]
     if unknown:
@@ -187,6 +195,8 @@ def _measure_modules(options: argparse.Namespace, device: str, record: dict[str,
         rows = modules.measure_modules(case, methods, device, rounds)
         record["rows"] += rows
         print("\n" + modules.modules_view(rows), flush=True)
+    if options.scaling:
+        print("\n" + modules.layers_view(record["rows"]))
     record["seconds"]["measure"] = time.perf_counter() - start
 
 

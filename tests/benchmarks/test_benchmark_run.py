@@ -46,14 +46,23 @@ def test_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "time in M" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("level", ["mixer", "step"])
-def test_levels_above_the_projector(
-    level: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--tiny", "--level", level, "--only", "prodial", "--output", str(tmp_path)]
-    assert run.main(options) == 0
+def test_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tiny", "--level", "step", "--scaling", "--only", "prodial"]
+    assert run.main([*options, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert f"{level} mamba-130m 1×8 float32" in printed
+    assert "1×8 float32, 2 layers" in printed
+    assert "busy time in layers" in printed
+
+
+@pytest.mark.parametrize(("level", "model"), [("mixer", "mamba2-130m"), ("step", "mamba-130m")])
+def test_levels_above_the_projector(
+    level: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tiny", "--level", level, "--model", model, "--only", "prodial"]
+    assert run.main([*options, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "busy time in layers" not in printed
+    assert f"{level} {model} 1×8 float32" in printed
     assert "| prodial" in printed
 
 
@@ -65,6 +74,7 @@ def test_levels_above_the_projector(
         (["--tiny", "--output", "x", "--base", "no-such-reference"], "expected a git reference"),
         (["--tiny", "--output", "x", "--level", "step", "--model", "vim-tiny"], "takes a mamba-"),
         (["--tiny", "--output", "x", "--level", "step", "--only", "peft-lora"], "got peft-lora"),
+        (["--tiny", "--output", "x", "--level", "mixer", "--scaling"], "no layers to add"),
         (["--load", "/nonexistent.json"], "/nonexistent.json"),
     ],
 )
