@@ -29,7 +29,12 @@ from prodial_kernels import (
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.testing import assert_all_accurate
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # Of mamba_ssm's own use of torch and Triton.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 sys.path.append(str(Path(__file__).parent.parent / "mixers"))
 

@@ -430,6 +430,19 @@ def test_undoing_restores_class_and_attributes(
     torch.testing.assert_close(model(token_ids()), logits)
 
 
+@pytest.mark.parametrize("undo", [merge_prodial, remove_prodial])
+def test_decoding_graphs_captured_with_other_weights_are_dropped(
+    undo: Callable[[Model], Model],
+) -> None:
+    model = Model(Mamba)
+    model._decoding_cache = "a graph"
+    apply_prodial(model, CONFIG)
+    assert model._decoding_cache is None
+    model._decoding_cache = "a graph"
+    undo(model)
+    assert model._decoding_cache is None
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_copies_are_independent(

@@ -23,7 +23,7 @@ from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
 from prodial_kernels.mixers.mamba_ssm.split_scan import scan_and_project
 from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit
-from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View, rebound
+from prodial_kernels.mixers.seam import AdaptedMixer, Policy, Undo, View, rebound
 
 Method = Any
 
@@ -51,17 +51,35 @@ def check(mixer: nn.Module, targets: frozenset[str]) -> None:
         )
 
 
-def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
+def adapt_mixers(model: nn.Module) -> list[Undo]:
     """Give every mamba_ssm mixer of ``model`` that holds an adapted projector its path."""
-    adapted = []
+    changes: list[Undo] = []
     for mixer in model.modules():
         kind = _kind(mixer)
         if kind is not None and _adapted(mixer):
             policies = _POLICIES[kind].items()
-            adapted.append(
+            changes.append(
                 AdaptedMixer(mixer, {n: policy for n, policy in policies if hasattr(mixer, n)})
             )
-    return adapted
+    return [*changes, ForgottenGraphs(model)] if changes else []
+
+
+class ForgottenGraphs:
+    """Drops the CUDA graphs that ``generate(cg=True)`` left, now and when adapters go.
+
+    They would go on decoding with the weights that were there when they were captured.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Drop them."""
+        self.model = model
+        self.remove()
+
+    def remove(self) -> None:
+        """Drop them again."""
+        for module in self.model.modules():
+            if "_decoding_cache" in vars(module):
+                vars(module)["_decoding_cache"] = None
 
 
 def mamba_forward(
