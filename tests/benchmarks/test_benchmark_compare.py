@@ -44,6 +44,12 @@ def test_what_the_control_shows_too_is_noise() -> None:
     assert verdict.word == "same"
 
 
+def test_a_change_larger_than_twice_what_the_control_shows_counts() -> None:
+    verdict = judge("case", rounds(100, 50, 0.0), rounds(110, 51, 0.0))
+    assert verdict.noise == pytest.approx(0.04)
+    assert verdict.word == "slower"
+
+
 def test_a_deliberately_slowed_version_is_flagged(tmp_path: Path) -> None:
     slow = tmp_path / "prodial_kernels"
     shutil.copytree(

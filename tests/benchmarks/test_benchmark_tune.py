@@ -50,7 +50,8 @@ def test_descent_finds_the_best_of_each_field_and_skips_what_fails() -> None:
 
 def test_descent_returns_nothing_for_nothing() -> None:
     values = {"block": (32, 64)}
-    assert tune.descend(values, lambda c: [0.995] * len(c), {"block": 64}) == {}
+    assert tune.descend(values, lambda c: [0.995] * len(c), {"block": 64}, passes=1) == {}
+    assert tune.descend(values, lambda c: [0.98] * len(c), {"block": 64}, passes=1) == {"block": 32}
 
 
 def test_every_sweep_names_a_chooser_and_its_fields() -> None:
