@@ -5,8 +5,10 @@ fused function and return its result, so ``out_proj`` is never called. An adapte
 one of these paths:
 
 * Mamba-2 and its relatives run upstream's own ``forward`` on a view whose ``out_proj`` has no
-  weight: the fused function then stops before the projection, and the projector is called on what
-  it returns. Without mamba-ssm, the same forward calls the projector itself.
+  weight: the fused function then stops before the projection. Where it is mamba-ssm's, it is
+  replaced, for this call, by :mod:`prodial_kernels.mixers.mamba_ssm.split_scan`, so that the
+  projector's input is not kept; any other (a hub kernel) is followed by a call of the projector.
+  Without mamba-ssm, the same forward calls the projector itself.
 * ``mamba`` runs the block of :mod:`prodial_kernels.mixers.mamba_ssm.block`.
 * Where the fused function is unusable (``falcon_mamba``: its backward leaves out the Jacobian of
   the B, C and dt norms) or computes something else than evaluation (``falcon_h1`` with a norm
@@ -21,14 +23,17 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
+from prodial_kernels.mixers.mamba_ssm.split_scan import scan_and_project
 from prodial_kernels.mixers.projection import is_explicit
-from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View
+from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View, rebound
 
 FUSED_S6 = "mamba_inner_fn"
 FUSED_SSD = "mamba2_split_conv1d_scan_combined"
@@ -84,7 +89,12 @@ def unfused_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: A
 def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) -> Any:
     """Run upstream's choice of path, with ``out_proj`` taken out of the fused function."""
     projector = _DeferredProjector(mixer.get_submodule("out_proj"))
-    output = upstream(View(mixer, out_proj=projector), *args, **kwargs)
+    view = View(mixer, out_proj=projector)
+    fused = _of_mamba_ssm(upstream)
+    if fused is not None and is_explicit(projector.projector) and not _offloaded(mixer):
+        replaced = partial(_scan_and_project, fused, projector.projector)
+        return rebound(inspect.unwrap(upstream), **{FUSED_SSD: replaced})(view, *args, **kwargs)
+    output = upstream(view, *args, **kwargs)
     return output if projector.called else projector(output)
 
 
@@ -135,6 +145,33 @@ def _paths_agree(mixer: nn.Module) -> bool:
     configuration, whose default is "norm, then gate".
     """
     return not getattr(getattr(mixer, "norm", None), "norm_before_gate", False)
+
+
+def _of_mamba_ssm(upstream: Forward) -> Callable[..., Tensor] | None:
+    """mamba-ssm's fused function, if that is what transformers calls now; looked up every time."""
+    if torch.compiler.is_compiling():
+        return None
+    found = sys.modules[upstream.__module__].__dict__.get(FUSED_SSD)
+    for cell in getattr(found, "__closure__", None) or ():
+        names = getattr(cell.cell_contents, "__globals__", {})
+        # The rule that split_scan runs by hand stands beside the function.
+        if "MambaSplitConv1dScanCombinedFn" in names:
+            return cell.cell_contents
+    return None
+
+
+def _offloaded(mixer: nn.Module) -> bool:
+    """Whether accelerate moves weights in and out, which a decorator of ``forward`` sees to."""
+    return any(hasattr(child, "_hf_hook") for child in mixer.children())
+
+
+def _scan_and_project(
+    fused: Callable[..., Tensor], projector: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    # As transformers does, leave out what this version of the function does not know.
+    known = inspect.signature(fused).parameters
+    kwargs = {name: value for name, value in kwargs.items() if name in known}
+    return scan_and_project(fused, projector, *args, **kwargs)
 
 
 class _DeferredProjector:

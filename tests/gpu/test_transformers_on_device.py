@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
+from prodial_kernels.mixers import transformers
 from prodial_kernels.mixers.seam import AdaptedMixer
 from prodial_kernels.mixers.transformers import fused_function, unfused_forward
 
@@ -109,20 +110,18 @@ def test_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(name)
     modeling = modeling_of(model)
     mixers = [module for module in model.modules() if fused_function(module)]
-    fused = fused_function(mixers[0])
-    original, widths = getattr(modeling, fused), []
+    ours = "fused_mamba" if name == "mamba" else "scan_and_project"
+    original, calls = getattr(transformers, ours), []
 
     def recorded(*args: Any, **kwargs: Any) -> Tensor:
-        output = original(*args, **kwargs)
-        widths.append(output.shape[-1])
-        return output
+        calls.append(ours)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         forbid_reading_the_weight(patch)
-        patch.setattr(modeling, fused, recorded)
+        patch.setattr(transformers, ours, recorded)
         result = tensors(training_step(model, ids()))
-    # Mamba-2's function stops before the projection; Mamba-1's is not called at all.
-    assert widths == ([] if name == "mamba" else [m.out_proj.in_features for m in mixers])
+    assert len(calls) == len(mixers)
 
     with pytorch_functions(modeling):
         exact = tensors(training_step(oracle(name, model, torch.float32), ids()))
@@ -140,6 +139,26 @@ def test_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         allowed = 2 * (eager[key].float() - exact[key].float()).norm()
         allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
         assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_another_fused_function_is_followed_by_the_projector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a hub kernel would be: one that does not bring mamba-ssm's rule along."""
+    model = adapted("mamba2")
+    expected = tensors(training_step(model, ids()))
+    modeling = modeling_of(model)
+    original, widths = modeling.mamba2_split_conv1d_scan_combined, []
+
+    def foreign(*args: Any, **kwargs: Any) -> Tensor:
+        output = original(*args, **kwargs)
+        widths.append(output.shape[-1])
+        return output
+
+    monkeypatch.setattr(modeling, "mamba2_split_conv1d_scan_combined", foreign)
+    for name, tensor in tensors(training_step(model, ids())).items():
+        assert (tensor - expected[name]).norm() <= 0.03 * expected[name].norm(), name
+    assert widths == [512, 512], "it stopped before the projection"
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
+import mamba_ssm_stand_ins
 import pytest
 import stand_ins
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
-from prodial_kernels.mixers.transformers import fused_function
+from prodial_kernels.mixers.transformers import FUSED_SSD, fused_function
 
 CONFIG = ProdialConfig(r=3, lora_alpha=6, block_size={"in_proj": 4, "out_proj": 2})
 
@@ -95,6 +97,25 @@ def install_stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     assert hasattr(modeling, family.fused)
     monkeypatch.setattr(modeling, family.fused, recorded)
     return widths
+
+
+def install_mamba_ssm(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Let a family's modeling module call a stand-in for mamba-ssm; return its calls to be."""
+    from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+
+    modeling = sys.modules[type(build(name)).__module__]
+    package = ModuleType("mamba_ssm")
+    package.mamba_split_conv1d_scan_combined = mamba_ssm_stand_ins.mamba_split_conv1d_scan_combined
+    original = getattr(modeling, FUSED_SSD).__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mamba_ssm", package)
+        decorate = use_kernel_func_from_hub_with_fallback(
+            "mamba_split_conv1d_scan_combined", "mamba_ssm"
+        )
+        decorated = decorate(original)
+    monkeypatch.setattr(modeling, FUSED_SSD, decorated)
+    mamba_ssm_stand_ins.fused_calls.clear()
+    return mamba_ssm_stand_ins.fused_calls
 
 
 def forbid_reading_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
