@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import GemmConfig
+from prodial_kernels.kernels.launch import MAX_FUSED_RANK, GemmConfig
 from prodial_kernels.kernels.tiles import (
     load_tile,
     store_tile,
@@ -43,10 +43,6 @@ def _gemm_kernel(
         column = tile_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if UPDATE and R_PAD == R_BLOCK:
-            # Asked for before the walk over K, so that the epilogue need not wait for it.
-            source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + tl.arange(0, R_PAD)[None, :]
-            low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
         if COMPANION:
             if tile_n == 0:
                 acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
@@ -80,10 +76,9 @@ def _gemm_kernel(
         if UPDATE:
             # Unrolled, so that the tile stays one loop and FLATTEN can work.
             for r in tl.static_range(0, R_PAD, R_BLOCK):
-                if R_PAD != R_BLOCK:
-                    offs_r = r + tl.arange(0, R_BLOCK)
-                    source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
-                    low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
+                offs_r = r + tl.arange(0, R_BLOCK)
+                source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
+                low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
                 acc = _accumulate(
                     acc, low_tile, outer, r, column, R_PAD, N, R_PAD,
                     True, BLOCK_N, R_BLOCK, TMA,
@@ -138,7 +133,8 @@ def launch_gemm(
         v_transposed: Forward (True) or towards the input (False).
         config: Tile sizes.
         inner: I, [K, R_PAD]: L = X I is computed. R_PAD ≤ MAX_FUSED_RANK.
-        outer: O, [N, R_PAD]: ``low`` Oᵀ is added. R_PAD ≤ MAX_FUSED_RANK.
+        outer: O, [N, R_PAD]: ``low`` Oᵀ is added, where R_PAD is too wide for the kernel's
+            epilogue by a library product.
         low: L, [M, R_PAD]; needed with ``outer``.
         bias: [N].
     """
@@ -156,6 +152,10 @@ def launch_gemm(
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     r_block = min(r_pad, 32)
     tma = config.tma and all(tma_ready(t) for t in (x, v, inner, outer, y) if t is not None)
+    # With pointers a second slice of L in the epilogue came out wrong (triton 3.6.0, H100).
+    wide = None
+    if outer is not None and r_pad > (MAX_FUSED_RANK if tma else r_block):
+        wide, outer, r_pad, r_block = outer, None, 16, 16
 
     # Flattening helps the copy engine run ahead; with pointers it gains nothing.
     flatten = config.flatten and tma
@@ -166,7 +166,7 @@ def launch_gemm(
         tiled(v, [bn, bk] if v_transposed else [bk, bn], tma),
         tiled(inner, [bk, r_pad], tma),
         tiled(outer, [bn, r_block], tma),
-        low, bias,
+        None if wide is not None else low, bias,
         tiled(y, [bm, bn // 2 if config.subtile else bn], tma),
         m, n, k,
         x.stride(0), v.stride(0), y.stride(0),
@@ -176,4 +176,6 @@ def launch_gemm(
         GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    if wide is not None and low is not None:
+        y.addmm_(low, wide.T)
     return y, low

@@ -10,7 +10,6 @@ from torch import Tensor
 from prodial_kernels.kernels.gemm import launch_gemm
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import (
-    MAX_FUSED_RANK,
     choose_backward,
     choose_gemm,
     choose_input_side,
@@ -55,13 +54,7 @@ def forward(
         x=None if lora_a is None else x, lora_a=lora_a, seed=seed, dropout=dropout,
     )  # fmt: skip
     config = choose_gemm(x.shape[0], weight.shape[0], companion=False, **limits)
-    fused = r_pad <= MAX_FUSED_RANK
-    y, _ = launch_gemm(
-        x, v, v_transposed=True, config=config, outer=b if fused else None,
-        low=h if fused else None, bias=bias,
-    )  # fmt: skip
-    if h is not None and b is not None and not fused:
-        y.addmm_(h, b.T)
+    y, _ = launch_gemm(x, v, v_transposed=True, config=config, outer=b, low=h, bias=bias)
     return y, h
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import padded_rank
+from prodial_kernels.ops.dense_blocks import dense_blocks_gradient, is_dense, turned_weight
 
 _OPERANDS = (
     "Tensor x, Tensor weight, Tensor? blocks, Tensor? scale, Tensor? lora_a, Tensor? lora_b, "
@@ -42,6 +43,8 @@ def _linear_forward(
     """X [M, K] -> Y [M, N] and H [M, padded r], empty without LoRA."""
     from prodial_kernels.kernels import projector
 
+    if blocks is not None and is_dense(blocks):
+        weight, blocks = turned_weight(weight, blocks, relu), None
     y, h = projector.forward(
         x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu
     )
@@ -92,11 +95,17 @@ def _linear_backward(
     """The six gradients; an empty tensor for each that is not asked for."""
     from prodial_kernels.kernels import projector
 
+    dblocks = None
+    if blocks is not None and is_dense(blocks):
+        if need_blocks:
+            dblocks = dense_blocks_gradient(dy, x, weight, blocks, scale, relu)
+        weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
     needs = projector.Needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
-    gradients = projector.backward(
+    dx, tiled_dblocks, *rest = projector.backward(
         dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h,
         lora_scaling, lora_dropout, relu, needs,
     )  # fmt: skip
+    gradients = (dx, tiled_dblocks if dblocks is None else dblocks, *rest)
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

@@ -36,8 +36,8 @@ def run(case: LinearCase, **changes: Any) -> Tensor:
 SIZES = [
     # M, K, N, P, r: Mamba-2's in_proj widths, every first-class block size, ranks beside 2^n.
     (2, 768, 3352, 48, 1),
-    (63, 1024, 4384, 12, 2),
-    (129, 2048, 10576, 24, 8),
+    (63, 1152, 4384, 12, 2),
+    (129, 2048, 10576, 16, 8),
     (129, 3352, 768, 1, 17),
     (63, 4384, 96, 1, 65),
     (2, 10576, 40, 16, 128),
@@ -208,6 +208,8 @@ def test_cuda_graph_draws_a_new_mask_at_each_replay() -> None:
         assert torch.equal(replayed, eager)
 
 
+# torch's advice on where the graph's parameters first meet autograd, not on what is computed.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_graphed_callable_trains() -> None:
     module, twin = layer(), layer()
     twin.load_state_dict(module.state_dict())

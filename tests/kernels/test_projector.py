@@ -39,6 +39,7 @@ SHAPES = [
     pytest.param((70,), 24, 67, 24, 17, id="M70-K24-N67-P24-r17"),
     pytest.param((20,), 96, 32, 96, 70, id="M20-K96-N32-P96-r70"),
     pytest.param((9,), 14, 13, 2, 2, id="M9-K14-N13-P2-r2"),
+    pytest.param((20,), 384, 32, 192, 3, id="M20-K384-N32-P192-r3"),
 ]
 
 
