@@ -56,7 +56,8 @@ def kept_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Detached: a saved output would otherwise hold its own graph, in a cycle.
+        return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()

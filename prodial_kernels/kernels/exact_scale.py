@@ -1,44 +1,48 @@
 """The scale's gradient where the division form is not sound, computed anew."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from prodial_kernels.kernels.tiles import load_deviation
+from prodial_kernels.kernels.launch import ExactScaleConfig, ceil_div
+from prodial_kernels.kernels.tiles import load_deviation, load_tile, tiled, tma_ready
 
 
 @triton.jit
-def exact_scale(
-    dy_ptr, x_ptr, w_ptr, blocks_ptr, offs_n, start, stop,
-    N, K, stride_dy, stride_x, stride_w,
-    P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+def _exact_scale_kernel(
+    dy, x, w_ptr, blocks_ptr, partial_scale_ptr, exact_ptr,
+    M, N, K, splits,
+    stride_dy, stride_x, stride_w,
+    P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """ds = rowsum((dYᵀ X) ⊙ (W D_b)) = Σ_m dY ⊙ (X (W D_b)ᵀ) over the tokens start ≤ m < stop.
+    """ds = Σ over the spans of rowsum((dYᵀ X) ⊙ (W D_b)), for columns whose ds_part holds a NaN.
 
-    dY [M, N], X [M, K], W [N, K], D_a [K / P, P, P]; offs_n [BLOCK_N] -> ds [BLOCK_N].
+    dY [M, N], X [M, K], W [N, K], D_a [K / P, P, P], ds_part [splits, N] -> exact [spans, N].
+    One program owns BLOCK_N columns of dY and as many whole blocks as fit into WINDOW columns of
+    X, a span. It leaves at once where nothing is asked for, which is nearly always.
     """
     SPAN: tl.constexpr = (WINDOW // P) * P
+    column = tl.program_id(0) * BLOCK_N
+    first = tl.program_id(1) * SPAN
+    offs_n = column + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    lane = tl.arange(0, WINDOW)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for k in range(0, K, SPAN):
-        offs_k = k + lane
+    split = tl.arange(0, SPLITS)
+    part = tl.load(
+        partial_scale_ptr + split.to(tl.int64)[:, None] * N + offs_n[None, :],
+        mask=(split < splits)[:, None] & mask_n[None, :], other=0.0,
+    )  # fmt: skip
+    if tl.max(tl.max(tl.where(part != part, 1, 0), 0), 0) > 0:
+        lane = tl.arange(0, WINDOW)
+        offs_k = first + lane
         mask_k = (lane < SPAN) & (offs_k < K)
         acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
-        for m in range(start, stop, BLOCK_M):
-            offs_m = m + tl.arange(0, BLOCK_M)
-            mask_m = (offs_m < stop)[:, None]
-            rows = offs_m.to(tl.int64)[:, None]
-            dy = tl.load(
-                dy_ptr + rows * stride_dy + offs_n[None, :],
-                mask=mask_m & mask_n[None, :], other=0.0,
-            )  # fmt: skip
-            x = tl.load(
-                x_ptr + rows * stride_x + offs_k[None, :],
-                mask=mask_m & mask_k[None, :], other=0.0,
-            )  # fmt: skip
+        for m in range(0, M, BLOCK_M):
+            dy_tile = load_tile(dy, m, column, M, N, stride_dy, BLOCK_M, BLOCK_N, TMA)
+            x_tile = load_tile(x, m, first, M, K, stride_x, BLOCK_M, WINDOW, TMA)
             # [BLOCK_N, BLOCK_M] @ [BLOCK_M, WINDOW] -> [BLOCK_N, WINDOW]
-            acc = tl.dot(dy.T, x, acc)
+            acc = tl.dot(dy_tile.T, x_tile, acc)
         w = tl.load(
             w_ptr + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :],
             mask=mask_n[:, None] & mask_k[None, :], other=0.0,
@@ -51,5 +55,50 @@ def exact_scale(
                 e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
                 # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
                 wd += tl.dot(w, e.to(w.dtype))
-        total += tl.sum(acc * wd, 1)
-    return total
+        # A span's last lanes may reach into the next span's columns of X.
+        ds = tl.sum(tl.where(mask_k[None, :], acc * wd, 0.0), 1)
+        tl.store(exact_ptr + tl.program_id(1).to(tl.int64) * N + offs_n, ds, mask=mask_n)
+
+
+def launch_exact_scale(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    partial_scale: Tensor,
+    *,
+    relu: bool,
+    config: ExactScaleConfig,
+    stream: torch.cuda.Stream | None = None,
+) -> Tensor:
+    """Return exact [spans, N] in fp32, written only for columns with a NaN in ``partial_scale``.
+
+    Args:
+        dy: dY, [M, N].
+        x: X, [M, K].
+        weight: W, [N, K].
+        blocks: D_a, [K / P, P, P].
+        partial_scale: ds_part, [splits, N].
+        relu: Whether D_a's diagonal passes through Eq. 7's relu.
+        config: Tile sizes.
+        stream: Where to launch.
+    """
+    n, k = weight.shape
+    p = 1 if blocks is None else blocks.shape[-1]
+    span = config.window // p * p
+    exact = torch.empty((ceil_div(k, span), n), dtype=torch.float32, device=dy.device)
+    tma = config.tma and tma_ready(dy) and tma_ready(x)
+    splits = partial_scale.shape[0]
+    with torch.cuda.stream(stream):
+        _exact_scale_kernel[(ceil_div(n, config.block_n), exact.shape[0])](
+            tiled(dy, [config.block_m, config.block_n], tma),
+            tiled(x, [config.block_m, config.window], tma),
+            weight, blocks, partial_scale, exact,
+            dy.shape[0], n, k, splits,
+            dy.stride(0), x.stride(0), weight.stride(0),
+            P=p, RELU=relu, HAS_BLOCKS=blocks is not None, TMA=tma,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, WINDOW=config.window,
+            SPLITS=triton.next_power_of_2(splits),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return exact

@@ -42,6 +42,18 @@ class OutputSideConfig:
 
 
 @dataclass(frozen=True)
+class ExactScaleConfig:
+    """Tile sizes of ``_exact_scale_kernel``; ``window`` is at least the block size."""
+
+    block_m: int = 32
+    block_n: int = 64
+    window: int = 128
+    num_warps: int = 8
+    num_stages: int = 2
+    tma: bool = False
+
+
+@dataclass(frozen=True)
 class InputSideConfig:
     """Tile sizes of ``_input_side_kernel``; ``programs`` sets the number of splits."""
 
@@ -114,6 +126,7 @@ def choose_backward(
     wants_t: bool,
     output_side: bool,
     through_weight: bool,
+    bias: bool,
     capability: tuple[int, int],
     processors: int,
 ) -> BackwardPlan:
@@ -131,6 +144,7 @@ def choose_backward(
         wants_t: Whether T is needed.
         output_side: Whether a sum over the tokens of dY is needed.
         through_weight: Whether the product is needed.
+        bias: Whether the layer has one.
         capability: The device's compute capability.
         processors: Its number of multiprocessors.
     """
@@ -158,26 +172,30 @@ def choose_backward(
         gemm = replace(gemm, programs=processors - shared)
     return BackwardPlan(
         gemm,
-        choose_output_side(n, r_pad, capability=capability, programs=shared or processors),
+        choose_output_side(
+            n, r_pad, bias=bias, capability=capability, programs=shared or processors
+        ),
         companion,
         shared,
     )
 
 
 def choose_output_side(
-    n: int, r_pad: int, *, capability: tuple[int, int], programs: int
+    n: int, r_pad: int, *, bias: bool, capability: tuple[int, int], programs: int
 ) -> OutputSideConfig:
     """Return the tile sizes for the sums over the tokens of [m, n] gradients.
 
     Args:
         n: Columns.
         r_pad: Padded rank of the LoRA term.
+        bias: Whether there is one, for which a wide tile leaves no registers.
         capability: The device's compute capability.
         programs: Multiprocessors it may fill, one program each.
     """
     if capability[0] != 9:
-        return OutputSideConfig()
-    block_n = 128 if r_pad <= 64 else 64
+        return OutputSideConfig() if r_pad <= 64 else OutputSideConfig(block_m=16, num_stages=2)
+    block_m = 64 if r_pad <= 128 else 16
+    block_n = 128 if r_pad <= 64 and not bias else 64
     columns = ceil_div(n, block_n)
 
     def busy(splits: int) -> float:
@@ -187,8 +205,15 @@ def choose_output_side(
 
     items = columns * max(range(1, 17), key=busy)
     return OutputSideConfig(
-        64, block_n, num_warps=8, num_stages=3, items=items, programs=programs, tma=True
+        block_m, block_n, num_warps=8, num_stages=3, items=items, programs=programs, tma=True
     )
+
+
+def choose_exact_scale(capability: tuple[int, int]) -> ExactScaleConfig:
+    """Return the tile sizes for the scale's gradient computed anew."""
+    if capability[0] != 9:
+        return ExactScaleConfig()
+    return ExactScaleConfig(64, 128, 128, num_warps=8, num_stages=3, tma=True)
 
 
 def choose_input_side(r_pad: int, block_size: int) -> InputSideConfig:

@@ -5,21 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.exact_scale import exact_scale
 from prodial_kernels.kernels.launch import OutputSideConfig, ceil_div, split_tokens
 from prodial_kernels.kernels.tiles import load_tile, tiled, tma_ready
 
 
 @triton.jit
 def _output_side_kernel(
-    dy, y, dy_ptr, low_ptr, bias_ptr, b_ptr, scale_ptr,
-    x_ptr, w_ptr, blocks_ptr,
+    dy, y, low_ptr, bias_ptr, b_ptr, scale_ptr,
     partial_b_ptr, partial_scale_ptr, partial_bias_ptr,
-    M, N, K, R, alpha,
-    stride_dy, stride_y, stride_x, stride_w, splits, rows_per_split,
+    M, N, R, alpha,
+    stride_dy, stride_y, splits, rows_per_split,
     NEED_B: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_BIAS: tl.constexpr,
     HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
-    P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R_PAD: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -28,8 +25,8 @@ def _output_side_kernel(
     dB_part [splits, N, R_PAD] = dYᵀ L;  dbias_part [splits, N] = Σ dY;
     ds_part [splits, N] = Σ dY ⊙ Z / s with Z = Y − L B'ᵀ − bias = s ⊙ (U Wᵀ),
     from dY, Y [M, N], L [M, R_PAD], B [N, R], B' = α B, s, bias [N].
-    Where Z is small beside Y, as where s = 0, the rounding of Y has spoiled it; there
-    exact_scale.py computes ds_part from dY, X [M, K], W [N, K] and D_a [K / P, P, P].
+    Where Z is small beside Y, as where s = 0, the rounding of Y has spoiled it; there ds_part is
+    NaN, which asks exact_scale.py for the column.
     A program owns BLOCK_N columns of one split, one after another, split by split, so that it
     walks the tokens together with a product that runs beside it.
     """
@@ -95,15 +92,9 @@ def _output_side_kernel(
             scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
             # |Z| must be at least |Y| / 2: rounding Y then costs at most twice what rounding U Wᵀ
             # would. Below 2^-60 the quotient can leave fp32's range.
-            sound = (4.0 * tl.sum(z_z, 0) >= tl.sum(y_y, 0)) & (tl.abs(scale) > 8.7e-19)
-            ds = tl.sum(dy_z, 0) / tl.where(sound, scale, 1.0)
-            if tl.sum(tl.where(sound | (offs_n >= N), 0, 1), 0) > 0:
-                exact = exact_scale(
-                    dy_ptr, x_ptr, w_ptr, blocks_ptr, offs_n, start, stop,
-                    N, K, stride_dy, stride_x, stride_w,
-                    P, RELU, HAS_BLOCKS, 32, BLOCK_N, WINDOW,
-                )  # fmt: skip
-                ds = tl.where(sound, ds, exact)
+            spoiled = (4.0 * tl.sum(z_z, 0) < tl.sum(y_y, 0)) | (tl.abs(scale) <= 8.7e-19)
+            ds = tl.sum(dy_z, 0) / tl.where(spoiled, 1.0, scale)
+            ds = tl.where(spoiled, float("nan"), ds)
             tl.store(partial_scale_ptr + part, ds, mask=mask_n)
 
 
@@ -111,15 +102,11 @@ def launch_output_side(
     dy: Tensor,
     y: Tensor | None,
     low: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
     scale: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
     *,
     alpha: float,
-    relu: bool,
     need_b: bool,
     need_scale: bool,
     need_bias: bool,
@@ -132,7 +119,6 @@ def launch_output_side(
     """
     m, n = dy.shape
     r_pad = 16 if low is None else low.shape[1]
-    p = 1 if blocks is None else blocks.shape[-1]
     columns = ceil_div(n, config.block_n)
     splits, rows = split_tokens(m, columns, config.block_m, config.items)
 
@@ -148,16 +134,12 @@ def launch_output_side(
     # Only the launch moves to the stream; the memory belongs to the caller's.
     with torch.cuda.stream(stream):
         _output_side_kernel[(min(items, config.programs or items),)](
-            tiled(dy, tile, tma), tiled(y, tile, tma), dy, low, bias, lora_b, scale,
-            x, weight, blocks,
+            tiled(dy, tile, tma), tiled(y, tile, tma), low, bias, lora_b, scale,
             partial_b, partial_scale, partial_bias,
-            m, n, x.shape[1], 0 if lora_b is None else lora_b.shape[1], alpha,
-            dy.stride(0), 0 if y is None else y.stride(0), x.stride(0), weight.stride(0),
-            splits, rows,
+            m, n, 0 if lora_b is None else lora_b.shape[1], alpha,
+            dy.stride(0), 0 if y is None else y.stride(0), splits, rows,
             NEED_B=need_b, NEED_SCALE=need_scale, NEED_BIAS=need_bias,
             HAS_LORA=low is not None, HAS_BIAS=bias is not None,
-            P=p, RELU=relu, HAS_BLOCKS=blocks is not None,
-            WINDOW=max(64, triton.next_power_of_2(p)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, R_PAD=r_pad,
             STAGES=config.num_stages, TMA=tma,
             num_warps=config.num_warps, num_stages=2,

@@ -7,10 +7,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from prodial_kernels.kernels.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.gemm import launch_gemm
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import (
     choose_backward,
+    choose_exact_scale,
     choose_gemm,
     choose_input_side,
     padded_rank,
@@ -96,18 +98,23 @@ def backward(
     wants_t = lora_b is not None and (needs.x or needs.lora_a)
     plan = choose_backward(
         m, dy.shape[1], x.shape[1], r_pad, wants_t=wants_t, output_side=output_side,
-        through_weight=through_weight, **limits,
+        through_weight=through_weight, bias=bias is not None, **limits,
     )  # fmt: skip
     side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
 
-    partial_b = partial_scale = partial_bias = t = du = None
+    partial_b = partial_scale = exact = partial_bias = t = du = None
     if output_side:
         partial_b, partial_scale, partial_bias = launch_output_side(
-            dy, y, h if dscale is not None or db is not None else None, x, weight, blocks, scale,
-            lora_b, bias, alpha=alpha, relu=relu,
+            dy, y, h if dscale is not None or db is not None else None, scale, lora_b, bias,
+            alpha=alpha,
             need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
             config=plan.output_side, stream=side,
         )  # fmt: skip
+        if partial_scale is not None:
+            exact = launch_exact_scale(
+                dy, x, weight, blocks, partial_scale, relu=relu,
+                config=choose_exact_scale(limits["capability"]), stream=side,
+            )  # fmt: skip
     if wants_t and not plan.companion and lora_b is not None:
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
     if through_weight:
@@ -130,7 +137,7 @@ def backward(
             config=choose_input_side(r_pad, 1 if blocks is None else blocks.shape[-1]),
         )  # fmt: skip
     launch_reduce(
-        partial_b, partial_scale, partial_bias, partial_a, partial_e,
+        partial_b, partial_scale, exact, partial_bias, partial_a, partial_e,
         blocks=blocks, db=db, dscale=dscale, dbias=dbias, da=da, dblocks=dblocks,
         n=dy.shape[1], k=x.shape[1], r=0 if lora_a is None else lora_a.shape[0], r_pad=r_pad,
         alpha=alpha, relu=relu,

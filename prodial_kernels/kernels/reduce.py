@@ -12,10 +12,10 @@ BLOCK, PARTS = 256, 16
 
 @triton.jit
 def _reduce_kernel(
-    partial_b_ptr, partial_scale_ptr, partial_bias_ptr, partial_a_ptr, partial_e_ptr,
+    partial_b_ptr, partial_scale_ptr, exact_ptr, partial_bias_ptr, partial_a_ptr, partial_e_ptr,
     blocks_ptr,
     db_ptr, dscale_ptr, dbias_ptr, da_ptr, dblocks_ptr,
-    N, K, R, splits_n, splits_k, end_b, end_n, end_a, alpha,
+    N, K, R, splits_n, splits_k, spans, end_b, end_n, end_a, alpha,
     P: tl.constexpr, RELU: tl.constexpr,
     NEED_B: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_BIAS: tl.constexpr,
     NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
@@ -24,7 +24,8 @@ def _reduce_kernel(
     """dB = α Σ dB_part, ds = Σ ds_part, dbias = Σ dbias_part, dA = Σ dA_part, dD_a = ± Σ dE_part.
 
     dB [N, R], ds, dbias [N] over splits_n parts; dA [R, K], dD_a [K / P, P, P] over splits_k parts,
-    negated on the diagonal where RELU keeps it; parts as the first stage leaves them.
+    negated on the diagonal where RELU keeps it; parts as the first stage leaves them. Where
+    Σ ds_part is NaN, ds is Σ exact, [spans, N].
     A program owns BLOCK elements: of dB below end_b, of ds and dbias below end_n, of dA below
     end_a, of dD_a from there on.
     """
@@ -41,6 +42,10 @@ def _reduce_kernel(
         offs_n = (pid - end_b) * BLOCK + lane
         if NEED_SCALE:
             ds = _sum_parts(partial_scale_ptr, offs_n, splits_n, N, BLOCK, PARTS)
+            asked = ds != ds
+            if tl.max(tl.where(asked, 1, 0), 0) > 0:
+                exact = _sum_parts(exact_ptr, offs_n, spans, N, BLOCK, PARTS)
+                ds = tl.where(asked, exact, ds)
             tl.store(dscale_ptr + offs_n, ds.to(dscale_ptr.dtype.element_ty), mask=offs_n < N)
         if NEED_BIAS:
             dbias = _sum_parts(partial_bias_ptr, offs_n, splits_n, N, BLOCK, PARTS)
@@ -79,6 +84,7 @@ def _sum_parts(
 def launch_reduce(
     partial_b: Tensor | None,
     partial_scale: Tensor | None,
+    exact: Tensor | None,
     partial_bias: Tensor | None,
     partial_a: Tensor | None,
     partial_e: Tensor | None,
@@ -108,12 +114,12 @@ def launch_reduce(
     if end == 0:
         return
     _reduce_kernel[(end,)](
-        partial_b, partial_scale, partial_bias, partial_a, partial_e,
+        partial_b, partial_scale, exact, partial_bias, partial_a, partial_e,
         blocks,
         db, dscale, dbias, da, dblocks,
         n, k, r,
         outputs[0].shape[0] if outputs else 0, inputs[0].shape[0] if inputs else 0,
-        end_b, end_n, end_a, alpha,
+        0 if exact is None else exact.shape[0], end_b, end_n, end_a, alpha,
         P=p, RELU=relu,
         NEED_B=partial_b is not None, NEED_SCALE=partial_scale is not None,
         NEED_BIAS=partial_bias is not None, NEED_A=partial_a is not None,

@@ -12,11 +12,7 @@ from benchmarks.roofline import measure_ceilings
 from benchmarks.timing import Replay
 from benchmarks.warm import compile_all
 
-pytestmark = [
-    pytest.mark.gpu,
-    # torch's advice on where a recorded step's leaves first met autograd.
-    pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 CASE = Case(512, 768, 1536, p=12)
 

@@ -208,8 +208,6 @@ def test_cuda_graph_draws_a_new_mask_at_each_replay() -> None:
         assert torch.equal(replayed, eager)
 
 
-# torch's advice on where the graph's parameters first meet autograd, not on what is computed.
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_graphed_callable_trains() -> None:
     module, twin = layer(), layer()
     twin.load_state_dict(module.state_dict())

@@ -199,7 +199,7 @@ def test_fused_training_needs_less_memory(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(f"prodial_kernels.mixers.transformers.{policy}", unfused_forward)
     unfused = peak(adapted(name))
     print(f"{name}: fused {fused / 2**20:.0f} MiB, unfused {unfused / 2**20:.0f} MiB")
-    assert fused < 0.85 * unfused
+    assert fused < 0.9 * unfused
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
