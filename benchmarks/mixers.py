@@ -133,14 +133,16 @@ def adapted(model: nn.Module, variant: str) -> Iterator[None]:
     else:
         options: dict[str, Any] = {}
         if variant == "lora":
-            # Plain PyTorch, on upstream's unfused path.
+            # LoRA alone in plain PyTorch: in the same block for Mamba-1, unfused for Mamba-2.
             options = {"train_scale": False, "train_diagonal": False, "impl": "reference"}
             for mixer in mixers:
                 mixer.use_mem_eff_path = False
         apply_prodial(model, ProdialConfig(r=RANK, **options))
         for name, parameter in model.named_parameters():
             if "prodial_" in name:
-                parameter.data.add_(0.02 * torch.randn_like(parameter))
+                # So that α B A is a tenth of W or less, as in fine-tuning.
+                spread = 0.002 if name.endswith("prodial_b") else 0.02
+                parameter.data.add_(spread * torch.randn_like(parameter))
         for mixer in mixers:
             mixer.prodial_recompute_xz = variant == "recompute"
         yield
@@ -213,8 +215,12 @@ def measure(step: Callable[[], None], rounds: int = 5) -> tuple[float, float]:
 
 
 def release() -> None:
-    """Return what nothing refers to any more to the device."""
+    """Return what nothing refers to any more to the device, cuBLAS's workspaces among it.
+
+    cuBLAS keeps one of 32 MiB for every stream it has seen; what ran before would count otherwise.
+    """
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 
 
