@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,13 @@ from prodial_kernels._validation import IMPLS, check_choice, check_dropout, divi
 from prodial_kernels.functional import lay_out, prodial_linear, resolve_impl
 from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.reference import effective_weight
+from prodial_kernels.quantization import (
+    QuantizationError,
+    QuantizedLinear,
+    quantization_error,
+    quantize_linear,
+)
+from prodial_kernels.quantization.project import quantized_prodial_linear
 
 ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
 
@@ -37,7 +45,7 @@ class ProdialLinear(nn.Module):
 
     def __init__(
         self,
-        base_layer: nn.Linear,
+        base_layer: nn.Linear | QuantizedLinear,
         *,
         r: int = 16,
         n_blocks: int | None = None,
@@ -52,8 +60,11 @@ class ProdialLinear(nn.Module):
     ) -> None:
         """Wrap ``base_layer`` and freeze it. See :meth:`from_linear` for the arguments."""
         super().__init__()
-        if not isinstance(base_layer, nn.Linear):
-            raise TypeError(f"base_layer must be an nn.Linear, got {type(base_layer).__name__}")
+        if not isinstance(base_layer, nn.Linear | QuantizedLinear):
+            raise TypeError(
+                f"base_layer must be an nn.Linear, got {type(base_layer).__name__}; a quantised "
+                "layer comes from prodial_kernels.quantization"
+            )
         check_choice("diagonal", diagonal, DIAGONALS)
         check_choice("impl", impl, IMPLS)
         check_dropout(lora_dropout)
@@ -79,7 +90,7 @@ class ProdialLinear(nn.Module):
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(
-                torch.empty(shape, dtype=adapter_dtype, device=base_layer.weight.device)
+                torch.empty(shape, dtype=adapter_dtype, device=weight_like(base_layer).device)
             )
 
         size, width = self.block_size, self.in_features
@@ -93,7 +104,7 @@ class ProdialLinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Linear | QuantizedLinear,
         *,
         r: int = 16,
         n_blocks: int | None = None,
@@ -109,7 +120,7 @@ class ProdialLinear(nn.Module):
         """Wrap a linear layer. The layer itself is kept, frozen, as ``base_layer``.
 
         Args:
-            linear: The pretrained layer.
+            linear: The pretrained layer, dense or quantised.
             r: Rank of the LoRA part; 0 switches it off.
             n_blocks: Number of diagonal blocks (the paper's r_b); must divide ``in_features``.
             block_size: Side P of a block; give this or ``n_blocks``. Default: 1, a pure diagonal.
@@ -122,7 +133,7 @@ class ProdialLinear(nn.Module):
             impl: As in :func:`prodial_kernels.prodial_linear`.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear``.
+            TypeError: ``linear`` is neither an ``nn.Linear`` nor a ``QuantizedLinear``.
             ValueError: An option out of range, or a block count that does not divide
                 ``in_features`` (the message lists the divisors).
         """
@@ -179,32 +190,38 @@ class ProdialLinear(nn.Module):
         Raises:
             RuntimeError: In training mode while merged, when no adapter gradient could flow.
         """
-        base = self.base_layer
+        bias = self.base_layer.bias
         if not self.adapter_enabled:
-            return lay_out(base(input), channel_first)
+            return lay_out(self.base_layer(input), channel_first)
         if self._merged_weight is not None:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
                     "this ProdialLinear is merged, so its adapter would get no gradient; call "
                     "unmerge() before training, or eval() for inference"
                 )
-            merged = nn.functional.linear(input, self._merged_weight, base.bias)
+            merged = nn.functional.linear(input, self._merged_weight, bias)
             return lay_out(merged, channel_first)
-        return prodial_linear(
-            input,
-            base.weight,
-            blocks=self.prodial_blocks,
-            scale=self.prodial_scale,
-            lora_a=self.prodial_a,
-            lora_b=self.prodial_b,
-            bias=base.bias,
-            lora_scaling=self.lora_scaling,
-            lora_dropout=self.lora_dropout,
-            training=self.training,
-            diagonal=self.diagonal,
-            impl=self.impl,
-            channel_first=channel_first,
-        )
+        return self.adapted(input, bias, channel_first)
+
+    def adapted(self, x: Tensor, bias: Tensor | None, channel_first: bool = False) -> Tensor:
+        """``x W'ᵀ + bias`` with the adapter as it is, merged or not; shapes as in ``forward``."""
+        base = self.base_layer
+        options: dict[str, Any] = {
+            "blocks": self.prodial_blocks,
+            "scale": self.prodial_scale,
+            "lora_a": self.prodial_a,
+            "lora_b": self.prodial_b,
+            "bias": bias,
+            "lora_scaling": self.lora_scaling,
+            "lora_dropout": self.lora_dropout,
+            "training": self.training,
+            "diagonal": self.diagonal,
+            "impl": self.impl,
+            "channel_first": channel_first,
+        }
+        if isinstance(base, QuantizedLinear):
+            return quantized_prodial_linear(x, base, **options)
+        return prodial_linear(x, base.weight, **options)
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
@@ -255,6 +272,16 @@ class ProdialLinear(nn.Module):
             linear.bias = nn.Parameter(base.bias.clone())
         return linear.train(self.training)
 
+    def to_quantized(self, format: str) -> tuple[QuantizedLinear, QuantizationError]:
+        """Return :meth:`to_linear` in a storage format, and what quantising W' lost.
+
+        A merge into a quantised layer is never exact: W' falls between the format's values even
+        where W was one of them.
+        """
+        merged = self.to_linear()
+        quantized = quantize_linear(merged, format)
+        return quantized, quantization_error(merged.weight, quantized)
+
     def enable_adapter(self, enabled: bool = True) -> None:
         """Switch the adapter on or off; off, the module is the pretrained layer."""
         self.adapter_enabled = enabled
@@ -277,7 +304,7 @@ class ProdialLinear(nn.Module):
             parts.append(f"n_blocks={n_blocks}, block_size={self.block_size}")
             parts.append(f"diagonal={self.diagonal!r}")
         parts.append(f"scale={self.prodial_scale is not None}")
-        chosen = resolve_impl(self.impl, self.base_layer.weight)
+        chosen = resolve_impl(self.impl, weight_like(self.base_layer))
         parts.append(f"impl={self.impl!r} ({chosen})")
         if self.merged:
             parts.append("merged")
@@ -307,6 +334,13 @@ class ProdialLinear(nn.Module):
         if merged:
             self.merge()
         return self
+
+
+def weight_like(layer: nn.Linear | QuantizedLinear) -> Tensor:
+    """Return a tensor with the dtype and device that ``layer.weight`` has; nothing is unpacked."""
+    if isinstance(layer, QuantizedLinear):
+        return torch.empty(0, dtype=layer.dtype, device=layer.device)
+    return layer.weight
 
 
 def resolve_block_size(in_features: int, n_blocks: int | None, block_size: int | None) -> int:

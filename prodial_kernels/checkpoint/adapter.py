@@ -23,6 +23,7 @@ from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear
 from prodial_kernels.mixers.inject import apply_prodial, get_prodial_config, remove_prodial
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.targets import find_saved, find_targets, module_paths
+from prodial_kernels.quantization import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _check_same_config(current: ProdialConfig, saved: ProdialConfig, origin: str
         )
 
 
-def _base_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def _base_layers(model: nn.Module) -> dict[str, nn.Linear | QuantizedLinear]:
     return {
         paths[0]: module.base_layer
         for module, paths in module_paths(model).items()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.checkpoint.error import AdapterError
+from prodial_kernels.quantization import QuantizedLinear
 
 _SAMPLES = 16
 # Knuth's multiplicative hash: spreads the samples over rows and columns whatever the shape.
@@ -34,7 +35,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def describe_base(linears: Mapping[str, nn.Linear]) -> dict[str, Any]:
+def describe_base(linears: Mapping[str, nn.Linear | QuantizedLinear]) -> dict[str, Any]:
     """Return the fingerprint of the frozen layers an adapter sits on, as JSON values.
 
     Args:
@@ -55,7 +56,9 @@ def describe_base(linears: Mapping[str, nn.Linear]) -> dict[str, Any]:
     return {"structure": _structure(layers), "layers": layers}
 
 
-def check_base(saved: Mapping[str, Any], linears: Mapping[str, nn.Linear], origin: str) -> None:
+def check_base(
+    saved: Mapping[str, Any], linears: Mapping[str, nn.Linear | QuantizedLinear], origin: str
+) -> None:
     """Raise AdapterError unless ``linears`` are the layers that ``saved`` describes.
 
     Rounding to another dtype is the only difference that is accepted: both sides are rounded to

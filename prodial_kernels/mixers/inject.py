@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.linear import ProdialLinear, weight_like
 from prodial_kernels.mixers.families import adapt_mixers, check_mixers
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.seam import Undo
@@ -88,8 +88,9 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
 def merge_prodial(model: ModelT) -> ModelT:
     """Turn an adapted model into a plain one with the adapted weights, in place.
 
-    Each adapted layer becomes an ``nn.Linear`` with weight W'; layers are replaced one at a time,
-    so memory grows by one layer only. ``requires_grad`` is as it was before ``apply_prodial``. A
+    Each adapted layer becomes an ``nn.Linear`` with weight W', dense on a quantised base too;
+    layers are replaced one at a time, so memory grows by one layer only (on a quantised base, by
+    what the dense weights take more). ``requires_grad`` is as it was before ``apply_prodial``. A
     weight that was tied to another one is no longer tied.
 
     Returns:
@@ -152,7 +153,7 @@ def _adapted_layer(target: Target, config: ProdialConfig) -> ProdialLinear:
         diagonal=config.diagonal,
         train_scale=config.train_scale,
         train_diagonal=config.train_diagonal,
-        adapter_dtype=torch.promote_types(torch.float32, linear.weight.dtype),
+        adapter_dtype=torch.promote_types(torch.float32, weight_like(linear).dtype),
         impl=config.impl,
         **config.blocks_of(target.name),
     )

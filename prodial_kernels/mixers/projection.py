@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prodial_kernels._validation import check_frozen, check_operands, check_triton
-from prodial_kernels.functional import prodial_linear, resolve_impl
-from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.functional import resolve_impl
+from prodial_kernels.linear import ProdialLinear, weight_like
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.explicit import Operands, Rule
 from prodial_kernels.ops.triton_autograd import unit_stride_rows
+from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.project import quantized_linear
 
 
 def operands_of(layer: nn.Linear | ProdialLinear, x: Tensor) -> tuple[Operands, Rule]:
@@ -27,9 +29,13 @@ def operands_of(layer: nn.Linear | ProdialLinear, x: Tensor) -> tuple[Operands, 
     Raises:
         RuntimeError: A merged layer in training mode, when no adapter gradient could flow.
         TypeError: A dtype that cannot be used.
-        ValueError: A shape or device that does not fit, or ``impl="reference"``, which is
-            autograd's own.
+        ValueError: A shape or device that does not fit, or a layer that :func:`is_explicit`
+            answers False for.
     """
+    if not is_explicit(layer):
+        raise ValueError(
+            "a layer with a quantised weight or impl='reference' has no explicit backward; call it"
+        )
     dtype = autocast_dtype(x) or x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if not isinstance(layer, ProdialLinear):
@@ -48,8 +54,6 @@ def operands_of(layer: nn.Linear | ProdialLinear, x: Tensor) -> tuple[Operands, 
     x = x.to(dtype)
     weight = weight.to(dtype)
     impl = resolve_impl(layer.impl, x)
-    if impl == "reference":
-        raise ValueError('impl="reference" is plain autograd and has no explicit backward')
     noise = None
     dropped = layer.training and layer.lora_dropout > 0 and layer.prodial_a is not None
     if impl == "triton":
@@ -70,27 +74,23 @@ def placeholder(x: Tensor, features: int) -> Tensor:
 
 
 def is_explicit(layer: nn.Module) -> bool:
-    """Whether :func:`operands_of` can prepare a call of ``layer``."""
-    return not (isinstance(layer, ProdialLinear) and layer.impl == "reference")
+    """Whether :func:`operands_of` can prepare a call of ``layer``.
+
+    Not on a quantised weight: a mixer's function would keep the dense one until backward.
+    """
+    if isinstance(layer, ProdialLinear):
+        return layer.impl != "reference" and not isinstance(layer.base_layer, QuantizedLinear)
+    return not isinstance(layer, QuantizedLinear)
 
 
 def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:
     """``x W'ᵀ``, [..., in_features] -> [..., out_features]."""
+    base = layer.base_layer
+    if not layer.adapter_enabled and isinstance(base, QuantizedLinear):
+        return quantized_linear(x, base, bias=None)
     if not layer.adapter_enabled or layer.merged:
         return F.linear(x, layer.effective_weight())
-    return prodial_linear(
-        x,
-        layer.base_layer.weight,
-        blocks=layer.prodial_blocks,
-        scale=layer.prodial_scale,
-        lora_a=layer.prodial_a,
-        lora_b=layer.prodial_b,
-        lora_scaling=layer.lora_scaling,
-        lora_dropout=layer.lora_dropout,
-        training=layer.training,
-        diagonal=layer.diagonal,
-        impl=layer.impl,
-    )
+    return layer.adapted(x, None)
 
 
 class ProjectorOfView:
@@ -123,7 +123,9 @@ class _CalledWeight:
                 f"a mixer asked the weight of an adapted projector for {name!r}, which would need "
                 "the adapted weight to be formed; this version of the mixer is not supported"
             )
-        return getattr(self.layer.base_layer.weight, name)
+        if name == "shape":
+            return torch.Size((self.layer.out_features, self.layer.in_features))
+        return getattr(weight_like(self.layer.base_layer), name)
 
     def __matmul__(self, columns: Tensor) -> Tensor:
         """``W' X`` for X [K, M], contiguous [N, M]."""

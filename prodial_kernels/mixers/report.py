@@ -8,6 +8,7 @@ from torch import nn
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.targets import module_paths, path_pattern
+from prodial_kernels.quantization import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def adapter_report(model: nn.Module) -> AdapterReport:
     return AdapterReport(
         rows=tuple(_row(members) for members in groups.values()),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(p.numel() for p in parameters) + _packed(model),
     )
 
 
@@ -126,7 +127,17 @@ def _row(members: list[tuple[str, nn.Module]]) -> ReportRow:
         block_size=block_size,
         r=r,
         trainable=sum(p.numel() for ps in owned for p in ps if p.requires_grad),
-        total=sum(p.numel() for ps in owned for p in ps),
+        total=sum(p.numel() for ps in owned for p in ps)
+        + sum(_packed(m) for _, m in members if isinstance(m, ProdialLinear)),
+    )
+
+
+def _packed(module: nn.Module) -> int:
+    """Weights that are no parameters because a storage format holds them, shared ones once."""
+    return sum(
+        layer.in_features * layer.out_features
+        for layer in module.modules()
+        if isinstance(layer, QuantizedLinear)
     )
 
 

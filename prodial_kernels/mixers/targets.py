@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import resolve_block_size
+from prodial_kernels.quantization import QuantizedLinear
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,12 +20,12 @@ class Target:
     """One linear layer to adapt.
 
     Attributes:
-        linear: The layer.
+        linear: The layer, dense or quantised.
         paths: Every dotted path under which the model holds it; more than one when it is shared.
         name: The entry of ``target_modules`` that matched it.
     """
 
-    linear: nn.Linear
+    linear: nn.Linear | QuantizedLinear
     paths: tuple[str, ...]
     name: str
 
@@ -57,7 +58,9 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
         if matches:
             linear = _require_adaptable(module_names[0], module, matches[0])
             targets.append(Target(linear, module_names, matches[0]))
-    linears = {m: names for m, names in paths.items() if isinstance(m, nn.Linear)}
+    linears: dict[nn.Module, tuple[str, ...]] = {
+        m: names for m, names in paths.items() if isinstance(m, nn.Linear | QuantizedLinear)
+    }
     _check_names_used(config, targets, linears.values())
     if not config.allow_partial:
         _check_every_layer(targets, linears)
@@ -106,20 +109,23 @@ def find_saved(
     return saved
 
 
-def _require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear:
+def _require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | QuantizedLinear:
     """Return ``module``, or raise ValueError where an adapted layer would not do all it does."""
     kind = f"target {name!r} matches {path!r}, a {type(module).__module__}.{type(module).__name__}"
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear | QuantizedLinear):
         raise ValueError(f"{kind}, not an nn.Linear; make target_modules match linear layers only")
-    weight = module.weight
-    # A Parameter subclass is some library's storage format (bitsandbytes, torchao, DTensor).
-    if type(weight) is not nn.Parameter or weight.dtype not in _WEIGHT_DTYPES:
-        raise ValueError(
-            f"{kind} with a {type(weight).__name__} weight of dtype {weight.dtype}; quantised, "
-            "sharded or parametrised weights cannot be adapted: load the model in bfloat16, "
-            "float16 or float32"
-        )
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    own: Callable[..., Tensor] = QuantizedLinear.forward
+    if isinstance(module, nn.Linear):
+        own = nn.Linear.forward
+        weight = module.weight
+        # A Parameter subclass is some library's storage format (bitsandbytes, torchao, DTensor).
+        if type(weight) is not nn.Parameter or weight.dtype not in _WEIGHT_DTYPES:
+            raise ValueError(
+                f"{kind} with a {type(weight).__name__} weight of dtype {weight.dtype}; quantised "
+                "(by another library), sharded or parametrised weights cannot be adapted: load the "
+                "model in bfloat16, float16 or float32; prodial_kernels.quantization quantises it"
+            )
+    if type(module).forward is not own or "forward" in vars(module):
         raise ValueError(
             f"{kind} with a forward of its own, which an adapted layer would not run; adapt the "
             "plain nn.Linear"
@@ -149,9 +155,9 @@ def _check_names_used(
 
 
 def _check_every_layer(
-    targets: Iterable[Target], linears: Mapping[nn.Linear, tuple[str, ...]]
+    targets: Iterable[Target], linears: Mapping[nn.Module, tuple[str, ...]]
 ) -> None:
-    adapted = {target.linear: target.name for target in targets}
+    adapted: dict[nn.Module, str] = {target.linear: target.name for target in targets}
     names = {
         path_pattern(path): name for module, name in adapted.items() for path in linears[module]
     }

@@ -1,0 +1,95 @@
+"""fp8 e4m3 with one fp32 scale for every 128×128 tile, as DeepSeek-V3's checkpoints store it.
+
+``weight`` is [N, K] float8_e4m3fn, ``weight_scale_inv`` [⌈N / 128⌉, ⌈K / 128⌉] fp32 what a tile is
+multiplied by. transformers' ``FP8Linear`` and vLLM read the same tensors; tiles at the edges may
+be smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prodial_kernels.quantization.int8 import NEGLIGIBLE, row_chunks
+from prodial_kernels.quantization.layer import QuantizedLinear, unpacked
+
+TILE = 128
+_LARGEST = 448.0
+
+
+class FP8Linear(QuantizedLinear):
+    """Buffers: ``codes`` [N, K] float8_e4m3fn and ``weight_scale_inv`` fp32."""
+
+    FORMAT: ClassVar[str] = "fp8"
+    codes: Tensor
+    weight_scale_inv: Tensor
+
+    def __init__(
+        self, codes: Tensor, scale_inv: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        """Hold the stored tensors."""
+        super().__init__(codes.shape[1], codes.shape[0], bias, dtype)
+        self.register_buffer("codes", codes)
+        self.register_buffer("weight_scale_inv", scale_inv)
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(cls, weight: Tensor, bias: Tensor | None) -> FP8Linear:
+        """Scale each tile's largest magnitude to 448, e4m3's; see the base class."""
+        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+        scales = []
+        for rows in row_chunks(weight, TILE):
+            part = weight[rows].float()
+            largest = _tile_maximum(part)
+            scale = torch.where(largest > NEGLIGIBLE, _LARGEST / largest, 1.0)
+            scaled = (part * _spread(scale, part)).clamp_(-_LARGEST, _LARGEST)
+            codes[rows] = scaled.to(torch.float8_e4m3fn)
+            scales.append(1.0 / scale)
+        return cls(codes, torch.cat(scales), bias, weight.dtype)
+
+    @classmethod
+    def from_entries(
+        cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
+    ) -> FP8Linear:
+        """See the base class; ``dtype`` defaults to bfloat16, as in DeepSeek's code."""
+        codes, scale_inv = entries["weight"], entries["weight_scale_inv"].float()
+        tiles = [-(-size // TILE) for size in codes.shape]
+        if codes.dtype != torch.float8_e4m3fn or codes.ndim != 2 or list(scale_inv.shape) != tiles:
+            raise ValueError(
+                "expected weight [out_features, in_features] float8_e4m3fn and weight_scale_inv "
+                f"{tiles}, a scale per {TILE}×{TILE} tile; got weight {list(codes.shape)} "
+                f"{codes.dtype} and weight_scale_inv {list(scale_inv.shape)}"
+            )
+        return cls(codes, scale_inv, bias, torch.bfloat16 if dtype is None else dtype)
+
+    def entries(self) -> dict[str, Tensor]:
+        """The entries of DeepSeek's checkpoints but for the bias."""
+        return {"weight": self.codes, "weight_scale_inv": self.weight_scale_inv}
+
+    @torch.no_grad()
+    def unpack(
+        self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """See the base class."""
+        codes, scale_inv = packed
+        dense = unpacked(self, codes, dtype) if out is None else out
+        for rows in row_chunks(codes, TILE):
+            part = codes[rows].float()
+            tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
+            torch.mul(part, _spread(scale_inv[tiles], part), out=dense[rows])
+        return dense
+
+
+def _tile_maximum(part: Tensor) -> Tensor:
+    """[rows, K] -> the largest magnitude of every tile."""
+    return F.max_pool2d(part.abs()[None], TILE, ceil_mode=True)[0]
+
+
+def _spread(scale: Tensor, like: Tensor) -> Tensor:
+    """A value per tile -> a value per element of ``like`` [rows, K]."""
+    wide = scale.repeat_interleave(TILE, 1)[:, : like.shape[1]]
+    return wide.repeat_interleave(TILE, 0)[: like.shape[0]]

@@ -1,0 +1,87 @@
+"""int8, symmetric per output channel, in the layout of LLM.int8 (bitsandbytes' ``Linear8bitLt``).
+
+``weight`` is CB [N, K] int8, ``SCB`` [N] fp32 the rows' largest magnitudes: W = CB · SCB / 127.
+Chosen over torchao's int8 because its state dict is plain tensors, which safetensors stores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, unpacked
+
+# The fp32 number that bitsandbytes multiplies by.
+_STEP = 7.874015718698502e-3
+
+NEGLIGIBLE = 1e-30
+"""A row or tile without a larger magnitude is stored as zeros: its scale would overflow fp32."""
+
+
+class Int8Linear(QuantizedLinear):
+    """Buffers: ``codes`` [N, K] int8 and ``SCB`` [N] fp32."""
+
+    FORMAT: ClassVar[str] = "int8"
+    codes: Tensor
+    SCB: Tensor
+
+    def __init__(self, codes: Tensor, scb: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """Hold the stored tensors."""
+        super().__init__(codes.shape[1], codes.shape[0], bias, dtype)
+        self.register_buffer("codes", codes)
+        self.register_buffer("SCB", scb)
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(cls, weight: Tensor, bias: Tensor | None) -> Int8Linear:
+        """Quantise as bitsandbytes' ``int8_vectorwise_quant`` does; see the base class."""
+        scb = weight.abs().amax(1).float()
+        factor = torch.where(scb > NEGLIGIBLE, 127.0 / scb, 0.0)
+        codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for rows in row_chunks(weight):
+            codes[rows] = (weight[rows] * factor[rows, None]).round_().to(torch.int8)
+        return cls(codes, scb, bias, weight.dtype)
+
+    @classmethod
+    def from_entries(
+        cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
+    ) -> Int8Linear:
+        """See the base class; ``dtype`` defaults to float16, which LLM.int8 is made for."""
+        codes, scb = entries["weight"], entries["SCB"].float()
+        if codes.dtype != torch.int8 or codes.ndim != 2 or scb.shape != codes.shape[:1]:
+            raise ValueError(
+                "expected weight [out_features, in_features] int8 and SCB [out_features], got "
+                f"weight {list(codes.shape)} {codes.dtype} and SCB {list(scb.shape)}"
+            )
+        layout = entries.get("weight_format")
+        if layout is not None and int(layout) != 0:
+            raise ValueError(
+                f"weight_format must be 0 (rows), got {int(layout)}, a layout of bitsandbytes' "
+                "older GPU kernels; save the checkpoint again with bitsandbytes 0.45 or later"
+            )
+        return cls(codes, scb, bias, torch.float16 if dtype is None else dtype)
+
+    def entries(self) -> dict[str, Tensor]:
+        """The entries of ``Linear8bitLt`` but for the bias."""
+        rows = torch.tensor(0, dtype=torch.uint8)
+        return {"weight": self.codes, "SCB": self.SCB, "weight_format": rows}
+
+    @torch.no_grad()
+    def unpack(
+        self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """See the base class."""
+        codes, scb = packed
+        dense = unpacked(self, codes, dtype) if out is None else out
+        for rows in row_chunks(codes):
+            torch.mul(codes[rows] * scb[rows, None], _STEP, out=dense[rows])
+        return dense
+
+
+def row_chunks(matrix: Tensor, multiple: int = 1) -> list[slice]:
+    """Slices of rows with at most ``CHUNK`` elements where a ``multiple`` of rows allows it."""
+    rows = max(1, CHUNK // max(1, matrix.shape[1]) // multiple) * multiple
+    return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]

@@ -1,0 +1,211 @@
+"""``QuantizedLinear``: a frozen linear layer whose weight is stored in another format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.quantization.project import quantized_linear
+
+CHUNK = 2**22
+"""Elements dequantised at a time, which bounds the fp32 temporaries to a few 16 MiB."""
+
+
+class QuantizedLinear(nn.Module, ABC):
+    """``y = x Wᵀ + bias`` with W [out_features, in_features] frozen in a storage format.
+
+    ``dtype`` is what W is dequantised to and what inputs must be in; ``.to(dtype)`` changes it and
+    never the stored tensors. ``state_dict()`` holds the entries of the format, see
+    :mod:`prodial_kernels.quantization`. The weight gets no gradient; the bias can be trained.
+    """
+
+    FORMAT: ClassVar[str]
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """Hold what every format has. Made by ``quantize_linear`` and ``from_state_dict``."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dtype = dtype
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    @abstractmethod
+    def quantize(cls, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
+        """Quantise a finite weight [out_features, in_features] of 16 or 32 bits."""
+
+    @classmethod
+    @abstractmethod
+    def from_entries(
+        cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
+    ) -> QuantizedLinear:
+        """Build a layer from the format's entries, named as after the layer's prefix.
+
+        Raises:
+            KeyError: An entry is missing.
+            ValueError: An entry that does not fit the format.
+        """
+
+    @abstractmethod
+    def entries(self) -> dict[str, Tensor]:
+        """Return what :meth:`from_entries` takes back."""
+
+    @abstractmethod
+    def unpack(
+        self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Dequantise ``packed``, the tensors that :meth:`packed` gives, in fp32; round once."""
+
+    def packed(self) -> tuple[Tensor, ...]:
+        """The tensors that the weight is stored in."""
+        return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored weight is."""
+        return self.packed()[0].device
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the stored weight, scales included, bias not."""
+        return sum(buffer.nbytes for buffer in self.packed())
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weight, made anew at every read: for code that does not call the layer.
+
+        Autograd keeps a weight that is multiplied by this way; calling the layer keeps none.
+        """
+        return self.dequantize()
+
+    @torch.no_grad()
+    def dequantize(self, out: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W [out_features, in_features] in ``dtype`` (default: the layer's).
+
+        Args:
+            out: Contiguous tensor to write to; its dtype counts.
+            dtype: Floating-point dtype of a new tensor.
+
+        Raises:
+            ValueError: ``out`` has another shape or device, or is not contiguous.
+        """
+        if out is None:
+            return self.unpack(self.packed(), self.dtype if dtype is None else dtype)
+        shape = (self.out_features, self.in_features)
+        if tuple(out.shape) != shape or out.device != self.device or not out.is_contiguous():
+            raise ValueError(
+                f"out must be contiguous with shape {list(shape)} on {self.device}, got shape "
+                f"{list(out.shape)}, strides {list(out.stride())} on {out.device}"
+            )
+        return self.unpack(self.packed(), out.dtype, out)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """Return a plain ``nn.Linear`` with the dequantised weight and a copy of the bias."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
+        linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]; the argument is named as in ``nn.Linear``."""
+        return quantized_linear(input, self, bias=self.bias)
+
+    def extra_repr(self) -> str:
+        """The shape, the dtype computed in, and what a weight costs."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.FORMAT!r}, dtype={self.dtype}, "
+            f"bytes_per_weight={self.packed_bytes / (self.in_features * self.out_features):.4g}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Move everything; a cast changes the bias and ``dtype``, never the stored tensors."""
+        stored = {id(buffer) for buffer in self.packed()}
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+
+        def keep_format(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if id(tensor) not in stored or applied.dtype == tensor.dtype:
+                return applied
+            return tensor.to(applied.device)
+
+        super()._apply(keep_format, recurse)
+        self.dtype = dtype
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name, tensor in self.entries().items():
+            destination[prefix + name] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Replace the stored tensors by the format's entries under ``prefix``."""
+        given = {
+            name.removeprefix(prefix): value
+            for name, value in state_dict.items()
+            if name.startswith(prefix)
+        }
+        bias = given.pop("bias", None)
+        if self.bias is None and bias is not None:
+            unexpected_keys.append(prefix + "bias")
+        if self.bias is not None and bias is None:
+            missing_keys.append(prefix + "bias")
+        try:
+            loaded = type(self).from_entries(given, None, self.dtype)
+        except KeyError as error:
+            missing_keys.append(prefix + str(error.args[0]))
+            return
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+            return
+        ours, theirs = ([layer.out_features, layer.in_features] for layer in (self, loaded))
+        if ours != theirs or (bias is not None and tuple(bias.shape) != (self.out_features,)):
+            error_msgs.append(
+                f"{prefix.rstrip('.')}: expected a weight of shape [out_features, in_features] = "
+                f"{ours} and a bias to match, got {theirs}"
+            )
+            return
+        known = set(loaded.entries())
+        unexpected_keys.extend(prefix + name for name in given if name not in known)
+        self._take(loaded)
+        if self.bias is not None and bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+    def _take(self, other: QuantizedLinear) -> None:
+        """Store what ``other``, of the same class and shape, stores."""
+        device = self.device
+        for name, buffer in other._buffers.items():
+            self._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def unpacked(layer: QuantizedLinear, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised dense weight for ``layer`` beside ``like``."""
+    return torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=like.device)

@@ -1,0 +1,226 @@
+"""NF4 in bitsandbytes' layout: 4-bit normal-float codes, two a byte, a scale every 64 weights.
+
+With double quantisation the scales, less their mean, are themselves stored in 8 bits, with an
+fp32 scale every 256 of them: 0.5 + 1/64 + 4/(64·256) = 0.516 bytes a weight, against 0.5625.
+Checked against bitsandbytes 0.50.2 (CPU): the bytes and the dequantised values are equal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.quantization.blocks import (
+    dequantize_blocks,
+    dynamic_map,
+    quantize_blocks,
+)
+from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, unpacked
+
+BLOCKSIZE = 64
+NESTED_BLOCKSIZE = 256
+_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Quantiles of a standard normal, scaled to [-1, 1] (QLoRA, appendix E).
+NF4_TABLE = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+class NF4Linear(QuantizedLinear):
+    """A layer whose weight is in NF4.
+
+    Buffers: ``codes`` [⌈N·K / 2⌉, 1] uint8, the earlier weight in the high half of a byte;
+    ``absmax`` [⌈N·K / blocksize⌉], fp32 or, double-quantised, uint8; ``quant_map`` [16] fp32; the
+    ``nested_*`` ones are None without double quantisation.
+    """
+
+    FORMAT: ClassVar[str] = "nf4"
+    codes: Tensor
+    absmax: Tensor
+    quant_map: Tensor
+    nested_absmax: Tensor | None
+    nested_quant_map: Tensor | None
+    nested_offset: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        codes: Tensor,
+        absmax: Tensor,
+        quant_map: Tensor,
+        blocksize: int = BLOCKSIZE,
+        nested: tuple[Tensor, Tensor, Tensor] | None = None,
+        nested_blocksize: int = NESTED_BLOCKSIZE,
+    ) -> None:
+        """Hold the stored tensors; ``nested`` is absmax, quant_map and offset of the scales."""
+        super().__init__(in_features, out_features, bias, dtype)
+        self.blocksize = blocksize
+        self.nested_blocksize = nested_blocksize
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("quant_map", quant_map)
+        names = ("nested_absmax", "nested_quant_map", "nested_offset")
+        for name, tensor in zip(names, nested or (None, None, None), strict=True):
+            self.register_buffer(name, tensor)
+
+    @classmethod
+    @torch.no_grad()
+    def quantize(
+        cls, weight: Tensor, bias: Tensor | None, *, double_quantization: bool = True
+    ) -> NF4Linear:
+        """Quantise as bitsandbytes' ``quantize_4bit`` does; see the base class."""
+        table = torch.tensor(NF4_TABLE, device=weight.device)
+        flat = weight.reshape(-1)
+        packed, scales = [], []
+        for start in range(0, flat.numel(), CHUNK):
+            codes, absmax = quantize_blocks(flat[start : start + CHUNK].float(), table, BLOCKSIZE)
+            if codes.numel() % 2:
+                # The code of 0 fills the last byte.
+                codes = torch.cat([codes, codes.new_full((1,), NF4_TABLE.index(0.0))])
+            packed.append((codes[::2] << 4) | codes[1::2])
+            scales.append(absmax)
+        absmax = torch.cat(scales)
+        nested = None
+        if double_quantization:
+            offset = absmax.mean()
+            nested_map = dynamic_map().to(weight.device)
+            absmax, outer = quantize_blocks(absmax - offset, nested_map, NESTED_BLOCKSIZE)
+            nested = (outer, nested_map, offset)
+        return cls(
+            weight.shape[1], weight.shape[0], bias, weight.dtype,
+            codes=torch.cat(packed)[:, None], absmax=absmax, quant_map=table, nested=nested,
+        )  # fmt: skip
+
+    @classmethod
+    def from_entries(
+        cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
+    ) -> NF4Linear:
+        """See the base class; ``dtype`` defaults to the one that the quant state names."""
+        state = _read_state(entries[_STATE])
+        out_features, in_features = state["shape"]
+        count, blocksize = out_features * in_features, state["blocksize"]
+        # bitsandbytes' quant_storage may have packed the same bytes as another dtype.
+        codes = entries["weight"].contiguous().view(torch.uint8).reshape(-1, 1)
+        absmax = entries["weight.absmax"]
+        _check_count("weight", codes, -(-count // 2))
+        _check_count("weight.absmax", absmax, -(-count // blocksize))
+        _check_count("weight.quant_map", entries["weight.quant_map"], 16)
+        nested = None
+        if "nested_offset" in state:
+            scales = -(-absmax.numel() // state["nested_blocksize"])
+            _check_count("weight.nested_absmax", entries["weight.nested_absmax"], scales)
+            _check_count("weight.nested_quant_map", entries["weight.nested_quant_map"], 256)
+            nested = (
+                entries["weight.nested_absmax"].float(),
+                entries["weight.nested_quant_map"].float(),
+                torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device),
+            )
+        if absmax.dtype != torch.uint8 and nested is not None:
+            raise ValueError(
+                f"weight.absmax must be uint8 with double quantisation, got {absmax.dtype}"
+            )
+        return cls(
+            in_features, out_features, bias, _DTYPES[state["dtype"]] if dtype is None else dtype,
+            codes=codes, absmax=absmax if nested else absmax.float(),
+            quant_map=entries["weight.quant_map"].float(), blocksize=blocksize, nested=nested,
+            nested_blocksize=state.get("nested_blocksize", NESTED_BLOCKSIZE),
+        )  # fmt: skip
+
+    def entries(self) -> dict[str, Tensor]:
+        """The entries of bitsandbytes' ``Linear4bit`` but for the bias."""
+        state: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": self.blocksize,
+            "dtype": _name(self.dtype),
+            "shape": [self.out_features, self.in_features],
+        }
+        entries = {
+            "weight": self.codes,
+            "weight.absmax": self.absmax,
+            "weight.quant_map": self.quant_map,
+        }
+        if (
+            self.nested_absmax is not None
+            and self.nested_quant_map is not None
+            and self.nested_offset is not None
+        ):
+            entries["weight.nested_absmax"] = self.nested_absmax
+            entries["weight.nested_quant_map"] = self.nested_quant_map
+            state["nested_blocksize"] = self.nested_blocksize
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = self.nested_offset.item()
+        entries[_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return entries
+
+    @torch.no_grad()
+    def unpack(
+        self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """See the base class."""
+        codes, absmax, quant_map, *nested = packed
+        if nested:
+            outer, nested_map, offset = nested
+            absmax = dequantize_blocks(absmax, outer, nested_map, self.nested_blocksize) + offset
+        dense = unpacked(self, codes, dtype) if out is None else out
+        flat = dense.view(-1)
+        # Both weights of a byte at once: row c holds the values of c's high and low half.
+        pairs = torch.cartesian_prod(quant_map, quant_map)
+        bytes_ = codes.view(-1)
+        full = flat.numel() // self.blocksize * self.blocksize
+        for start in range(0, full, CHUNK):
+            stop = min(start + CHUNK, full)
+            torch.mul(
+                pairs[bytes_[start // 2 : stop // 2].int()].view(-1, self.blocksize),
+                absmax[start // self.blocksize : stop // self.blocksize, None],
+                out=flat[start:stop].view(-1, self.blocksize),
+            )
+        if full < flat.numel():
+            rest = pairs[bytes_[full // 2 :].int()].view(-1)[: flat.numel() - full]
+            torch.mul(rest, absmax[-1], out=flat[full:])
+        return dense
+
+    def _take(self, other: QuantizedLinear) -> None:
+        super()._take(other)
+        if isinstance(other, NF4Linear):
+            self.blocksize, self.nested_blocksize = other.blocksize, other.nested_blocksize
+
+
+def _name(dtype: torch.dtype) -> str:
+    """How the quant state calls ``dtype``; the format knows nothing wider than fp32."""
+    return next((name for name, known in _DTYPES.items() if known == dtype), "float32")
+
+
+def _read_state(tensor: Tensor) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(bytes(tensor.tolist()))
+        shape, blocksize, dtype = state["shape"], state["blocksize"], state["dtype"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{_STATE} is damaged ({error}); fetch the checkpoint again") from error
+    if state.get("quant_type") != "nf4" or blocksize not in _BLOCKSIZES or dtype not in _DTYPES:
+        raise ValueError(
+            f"{_STATE} must describe quant_type 'nf4', a blocksize of {_BLOCKSIZES} and a dtype of "
+            f"{tuple(_DTYPES)}, got {state}"
+        )
+    if len(shape) != 2 or math.prod(shape) < 1:
+        raise ValueError(f"{_STATE} must describe a matrix, got shape {shape}")
+    return state
+
+
+def _check_count(name: str, tensor: Tensor, expected: int) -> None:
+    if tensor.numel() != expected:
+        raise ValueError(f"{name} must have {expected} elements, got shape {list(tensor.shape)}")
