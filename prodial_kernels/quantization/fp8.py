@@ -46,8 +46,7 @@ class FP8Linear(QuantizedLinear):
             part = weight[rows].float()
             largest = _tile_maximum(part)
             scale = torch.where(largest > NEGLIGIBLE, _LARGEST / largest, 1.0)
-            scaled = (part * _spread(scale, part)).clamp_(-_LARGEST, _LARGEST)
-            codes[rows] = scaled.to(torch.float8_e4m3fn)
+            codes[rows] = (part * _spread(scale, part)).to(torch.float8_e4m3fn)
             scales.append(1.0 / scale)
         return cls(codes, torch.cat(scales), bias, weight.dtype)
 

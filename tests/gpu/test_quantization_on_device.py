@@ -1,0 +1,115 @@
+"""Quantised layers on a GPU: the CPU's bytes, gradients, memory, streams, CUDA graphs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels import ProdialLinear
+from prodial_kernels.quantization import FORMATS, quantize_linear
+from prodial_kernels.quantization.project import quantized_prodial_linear
+from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_bytes_are_those_of_the_cpu(format: str, dtype: torch.dtype) -> None:
+    for shape in ((768, 3072), (333, 257)):
+        linear = nn.Linear(shape[1], shape[0], dtype=dtype)
+        here = quantize_linear(linear, format)
+        there = quantize_linear(linear.cuda(), format)
+        for name, tensor in here.state_dict().items():
+            found = there.state_dict()[name].cpu()
+            if "nested_absmax" in name or "quant_state" in name:
+                # The mean of the scales is summed in another order.
+                continue
+            differing = (found.flatten().float() != tensor.flatten().float()).double().mean()
+            assert differing <= (0.01 if name == "weight.absmax" else 1e-5), name
+        moved = here.cuda()
+        assert torch.equal(moved.dequantize().cpu(), here.cpu().dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradients(format: str, dtype: torch.dtype) -> None:
+    layer = quantize_linear(nn.Linear(768, 1536, device="cuda", dtype=dtype), format)
+    case = make_case((2, 300), 768, 1536, block_size=24, r=16, device="cuda")
+
+    def run(case: LinearCase) -> Tensor:
+        return quantized_prodial_linear(
+            case.x, layer, blocks=case.blocks, scale=case.scale, lora_a=case.lora_a,
+            lora_b=case.lora_b, bias=case.bias, lora_scaling=case.lora_scaling,
+            diagonal=case.diagonal, impl="triton",
+        )  # fmt: skip
+
+    case = replace(case, weight=layer.dequantize().double())
+    assert_case_accurate(case, run, compute=dtype)
+
+
+def stack(format: str, depth: int, width: int = 2048) -> nn.Sequential:
+    layers = [
+        quantize_linear(
+            nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16), format
+        )
+        for _ in range(depth)
+    ]
+    return nn.Sequential(*(ProdialLinear.from_linear(layer, r=16) for layer in layers))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_depth_costs_no_dense_weight(format: str) -> None:
+    """Peak over what is kept: the temporaries of one layer, whether there are 2 layers or 8."""
+    excess = []
+    for depth in (2, 8):
+        model = stack(format, depth)
+        x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        model(x).sum().backward()  # gradients exist from here on
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y = model(x)
+        kept = torch.cuda.memory_allocated() - before
+        y.sum().backward()
+        excess.append(torch.cuda.max_memory_allocated() - before - kept)
+        dense = 2 * 2048 * 2048
+        # X, Y and H of 64 tokens in every layer.
+        assert kept < depth * dense / 4
+        del model, x, y
+    assert excess[1] <= excess[0] + 2 * 2048 * 2048 / 2
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_graph_capture_and_streams(format: str) -> None:
+    model = stack(format, 3, 512)
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> tuple[Any, ...]:
+        y = model(x)
+        return y, *torch.autograd.grad(y.float().square().sum(), parameters)
+
+    expected = [tensor.clone() for tensor in step()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            beside = step()
+    # While the side stream works, the same layers on this one: each has its own temporary.
+    for _ in range(3):
+        here = step()
+    torch.cuda.synchronize()
+    for found in (beside, here):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    fresh = step()
+    assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
