@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from prodial_kernels.functional import prodial_linear, resolve_impl
     from prodial_kernels.linear import ProdialLinear, adapter_disabled
     from prodial_kernels.mixers.inject import apply_prodial, merge_prodial, remove_prodial
+    from prodial_kernels.quantization import QuantizedLinear, quantize_linear, quantize_model
     from prodial_kernels.vision import VisionMamba
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ProdialConfig",
     "ProdialLinear",
+    "QuantizedLinear",
     "VisionMamba",
     "__version__",
     "adapter_disabled",
@@ -24,6 +26,8 @@ __all__ = [
     "load_adapter",
     "merge_prodial",
     "prodial_linear",
+    "quantize_linear",
+    "quantize_model",
     "remove_prodial",
     "resolve_impl",
     "save_adapter",
@@ -32,12 +36,15 @@ __all__ = [
 _HOMES = {
     "ProdialConfig": "config",
     "ProdialLinear": "linear",
+    "QuantizedLinear": "quantization",
     "VisionMamba": "vision",
     "adapter_disabled": "linear",
     "apply_prodial": "mixers.inject",
     "load_adapter": "checkpoint",
     "merge_prodial": "mixers.inject",
     "prodial_linear": "functional",
+    "quantize_linear": "quantization",
+    "quantize_model": "quantization",
     "remove_prodial": "mixers.inject",
     "resolve_impl": "functional",
     "save_adapter": "checkpoint",

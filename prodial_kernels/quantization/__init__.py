@@ -23,12 +23,15 @@ from prodial_kernels.quantization.convert import (
     quantize_linear,
 )
 from prodial_kernels.quantization.layer import QuantizedLinear
+from prodial_kernels.quantization.model import QuantizationReport, quantize_model
 
 __all__ = [
     "FORMATS",
     "QuantizationError",
+    "QuantizationReport",
     "QuantizedLinear",
     "from_state_dict",
     "quantization_error",
     "quantize_linear",
+    "quantize_model",
 ]

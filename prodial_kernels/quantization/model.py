@@ -1,0 +1,123 @@
+"""Quantise the frozen layers of a model in place, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from prodial_kernels._validation import check_choice
+from prodial_kernels.quantization.convert import (
+    FORMATS,
+    QuantizationError,
+    quantization_error,
+    quantize_linear,
+)
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What :func:`quantize_model` did.
+
+    Attributes:
+        format: The storage format.
+        errors: What each layer's weight lost, by the layer's first dotted path.
+        bytes_before: Bytes of the dense weights.
+        bytes_after: Bytes of the stored weights, scales included.
+    """
+
+    format: str
+    errors: Mapping[str, QuantizationError]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        path, worst = max(self.errors.items(), key=lambda item: item[1].relative_rms)
+        return (
+            f"{len(self.errors)} layers in {self.format}: {self.bytes_before / 2**20:,.1f} MiB -> "
+            f"{self.bytes_after / 2**20:,.1f} MiB; largest error in {path}: {worst}"
+        )
+
+
+def quantize_model(
+    model: nn.Module,
+    format: str,
+    *,
+    target_modules: Iterable[str] = ("in_proj", "out_proj"),
+) -> QuantizationReport:
+    """Replace linear layers of ``model`` by quantised ones, in place; call it before adapting.
+
+    Layers are replaced one at a time, so that memory falls from the first one on. The model itself
+    is dense when this starts; :func:`from_state_dict` reads a quantised checkpoint by layers.
+
+    Args:
+        model: A dense model.
+        format: ``"nf4"``, ``"int8"`` or ``"fp8"``.
+        target_modules: Names, or endings of dotted paths, of the layers to quantise.
+
+    Raises:
+        TypeError: A match that is not a dense ``nn.Linear`` in 16 or 32 bits.
+        ValueError: An unknown format, a name that matches nothing, or a match whose weight another
+            module shares, or that cannot be quantised. Checked before the first change but for
+            the values of the weights.
+    """
+    check_choice("format", format, FORMATS)
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    matches = {
+        module: found
+        for module, found in paths.items()
+        if any(path == name or path.endswith(f".{name}") for path in found for name in names)
+    }
+    for name in names:
+        if not any(
+            p == name or p.endswith(f".{name}") for found in matches.values() for p in found
+        ):
+            raise ValueError(f"target_modules {name!r} matches no module of this model")
+    for module, found in matches.items():
+        _check_replaceable(module, found[0], paths)
+    errors = {}
+    before = after = 0
+    for path, *others in list(matches.values()):
+        dense = model.get_submodule(path)
+        if not isinstance(dense, nn.Linear):
+            raise RuntimeError(f"{path} changed while the model was being quantised")
+        try:
+            quantized = quantize_linear(dense, format)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+        errors[path] = quantization_error(dense.weight, quantized)
+        before += dense.weight.nbytes
+        after += quantized.packed_bytes
+        for place in (path, *others):
+            parent, _, name = place.rpartition(".")
+            setattr(model.get_submodule(parent), name, quantized)
+        # The last names of the dense layer, which would keep its weight alive.
+        matches.pop(dense)
+        paths.pop(dense)
+        del dense
+    return QuantizationReport(format, errors, before, after)
+
+
+def _check_replaceable(module: nn.Module, path: str, owners: Iterable[nn.Module]) -> None:
+    """Raise unless ``module`` is a plain linear layer with a weight of its own."""
+    if type(module) is not nn.Linear:
+        raise TypeError(
+            f"{path} is a {type(module).__module__}.{type(module).__name__}; only a plain "
+            "nn.Linear can be quantised (before apply_prodial, and only once)"
+        )
+    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+        raise ValueError(f"{path} has hooks, which would be lost; remove them first")
+    shared = [
+        other
+        for other in owners
+        if other is not module and other._parameters.get("weight") is module.weight
+    ]
+    if shared:
+        raise ValueError(
+            f"{path} shares its weight with a {type(shared[0]).__name__}, which needs it dense; "
+            "take it out of target_modules"
+        )
