@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 # The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
 # and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
@@ -117,6 +118,7 @@ class BackwardPlan:
     side_processors: int
 
 
+@lru_cache(maxsize=1024)
 def choose_backward(
     m: int,
     n: int,
