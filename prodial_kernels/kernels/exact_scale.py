@@ -6,15 +6,15 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ExactScaleConfig, ceil_div
-from prodial_kernels.kernels.tiles import load_deviation, load_tile, tiled, tma_ready
+from prodial_kernels.kernels.tiles import load_deviation, load_tile
 
 
 @triton.jit
 def _exact_scale_kernel(
-    dy, x, w_ptr, blocks_ptr, partial_scale_ptr, exact_ptr,
+    dy_ptr, x_ptr, w_ptr, blocks_ptr, partial_scale_ptr, exact_ptr,
     M, N, K, splits,
     stride_dy, stride_x, stride_w,
-    P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr, TMA: tl.constexpr,
+    P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """ds = Σ over the spans of rowsum((dYᵀ X) ⊙ (W D_b)), for columns whose ds_part holds a NaN.
@@ -39,8 +39,9 @@ def _exact_scale_kernel(
         mask_k = (lane < SPAN) & (offs_k < K)
         acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
         for m in range(0, M, BLOCK_M):
-            dy_tile = load_tile(dy, m, column, M, N, stride_dy, BLOCK_M, BLOCK_N, TMA)
-            x_tile = load_tile(x, m, first, M, K, stride_x, BLOCK_M, WINDOW, TMA)
+            # By pointers: a span may start where the copy engine cannot.
+            dy_tile = load_tile(dy_ptr, m, column, M, N, stride_dy, BLOCK_M, BLOCK_N, False)
+            x_tile = load_tile(x_ptr, m, first, M, K, stride_x, BLOCK_M, WINDOW, False)
             # [BLOCK_N, BLOCK_M] @ [BLOCK_M, WINDOW] -> [BLOCK_N, WINDOW]
             acc = tl.dot(dy_tile.T, x_tile, acc)
         w = tl.load(
@@ -87,16 +88,13 @@ def launch_exact_scale(
     p = 1 if blocks is None else blocks.shape[-1]
     span = config.window // p * p
     exact = torch.empty((ceil_div(k, span), n), dtype=torch.float32, device=dy.device)
-    tma = config.tma and tma_ready(dy) and tma_ready(x)
     splits = partial_scale.shape[0]
     with torch.cuda.stream(stream):
         _exact_scale_kernel[(ceil_div(n, config.block_n), exact.shape[0])](
-            tiled(dy, [config.block_m, config.block_n], tma),
-            tiled(x, [config.block_m, config.window], tma),
-            weight, blocks, partial_scale, exact,
+            dy, x, weight, blocks, partial_scale, exact,
             dy.shape[0], n, k, splits,
             dy.stride(0), x.stride(0), weight.stride(0),
-            P=p, RELU=relu, HAS_BLOCKS=blocks is not None, TMA=tma,
+            P=p, RELU=relu, HAS_BLOCKS=blocks is not None,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, WINDOW=config.window,
             SPLITS=triton.next_power_of_2(splits),
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -51,7 +51,6 @@ class ExactScaleConfig:
     window: int = 128
     num_warps: int = 8
     num_stages: int = 2
-    tma: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def choose_exact_scale(capability: tuple[int, int]) -> ExactScaleConfig:
     """Return the tile sizes for the scale's gradient computed anew."""
     if capability[0] != 9:
         return ExactScaleConfig()
-    return ExactScaleConfig(64, 128, 128, num_warps=8, num_stages=3, tma=True)
+    return ExactScaleConfig(64, 128, 128, num_warps=8, num_stages=3)
 
 
 def choose_input_side(r_pad: int, block_size: int) -> InputSideConfig:
