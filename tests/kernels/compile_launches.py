@@ -19,7 +19,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import triton
+import triton.language as tl
 from launch_matrix import matrix, record
 from launch_recorder import DEVICES, Launch, Recorder
 from triton.backends.compiler import GPUTarget
@@ -98,6 +100,23 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
+@triton.jit
+def _bad_kernel(x_ptr, w_ptr, y_ptr, SIDE: tl.constexpr):
+    """Y = X W + (2 X) W with too few registers for it; X, W, Y [SIDE, SIDE]."""
+    offs = tl.arange(0, SIDE)
+    at = offs[:, None] * SIDE + offs[None, :]
+    x, w = tl.load(x_ptr + at), tl.load(w_ptr + at)
+    y = tl.dot(x, w) + tl.dot((x.to(tl.float32) * 2).to(x.dtype), w)
+    tl.store(y_ptr + at, y * tl.load(y_ptr + at))
+
+
+def bad_launch(recorder: Recorder) -> None:
+    """Launch what breaks the rules, to see that it is noticed."""
+    x = torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")
+    recorder.origin = "self-check"
+    _bad_kernel[(1,)](x, x, x, SIDE=128, num_warps=4, maxnreg=96)
+
+
 def weight(launch: Launch) -> int:
     """How much a launch holds on the chip, roughly: the largest are kept first."""
     sizes = [v for v in launch.constants.values() if isinstance(v, int) and not v < 2]
@@ -105,25 +124,40 @@ def weight(launch: Launch) -> int:
     return sum(sizes) + 16 * len(flags)
 
 
-def covering(launches: Iterable[Launch], pairs: bool) -> list[Launch]:
+def covering(launches: Iterable[Launch], cover: str) -> list[Launch]:
     """Choose launches so that every value of every constant of a kernel occurs.
 
-    With ``pairs``, any two values that occur together somewhere, off switches aside, also occur
-    together in the choice: the usual way to test combinations. The largest launches come first,
-    so that each value is met where most else is on the chip.
+    What is too much for a device is seldom one constant alone, so ``"pairs"`` and ``"triples"``
+    ask for values together, see :func:`covered_by`. Greedy: the launch that brings the most comes
+    first, among equals the one that holds the most on the chip.
     """
-    seen: set[tuple[object, ...]] = set()
+    left = [(covered_by(launch, cover), weight(launch), launch) for launch in launches]
     chosen = []
-    for launch in sorted(launches, key=weight, reverse=True):
-        values = [(name, repr(v)) for name, v in launch.constants.items() if name.isupper()]
-        values += [(name, str(launch.options[name])) for name in ("num_warps", "num_stages")]
-        on = sorted(value for value in values if value[1] != "False")
-        covers = {(launch.kernel, value) for value in [*values, ("dtype", launch.dtype)]}
-        covers |= {(launch.kernel, *pair) for pair in itertools.combinations(on, 2) if pairs}
-        if covers - seen:
-            seen |= covers
-            chosen.append(launch)
+    while left:
+        left.sort(key=lambda item: (len(item[0]), item[1]))
+        best, _, launch = left.pop()
+        chosen.append(launch)
+        left = [(new - best, heavy, other) for new, heavy, other in left if new - best]
     return chosen
+
+
+def covered_by(launch: Launch, cover: str) -> set[tuple[object, ...]]:
+    """What a launch covers: its values; any two that are not off; two sizes with a switch."""
+    values = [(name, repr(v)) for name, v in launch.constants.items() if name.isupper()]
+    values += [(name, str(launch.options[name])) for name in ("num_warps", "num_stages")]
+    covers: set[tuple[object, ...]] = {(launch.kernel, value) for value in values}
+    covers.add((launch.kernel, launch.dtype))
+    sizes = sorted(value for value in values if value[1] not in ("True", "False"))
+    switches = sorted(value for value in values if value[1] == "True")
+    if cover != "values":
+        covers |= {(launch.kernel, *pair) for pair in itertools.combinations(sizes + switches, 2)}
+    if cover == "triples":
+        covers |= {
+            (launch.kernel, *pair, switch)
+            for pair in itertools.combinations(sizes, 2)
+            for switch in switches
+        }
+    return covers
 
 
 def select(arch: int, cover: str, quick: bool = False) -> list[Launch]:
@@ -131,13 +165,13 @@ def select(arch: int, cover: str, quick: bool = False) -> list[Launch]:
 
     Args:
         arch: Key of ``DEVICES``.
-        cover: ``"values"`` or ``"pairs"``, see :func:`covering`; ``"all"`` keeps every launch.
+        cover: See :func:`covering`; ``"all"`` keeps every launch.
         quick: Of the matrix.
     """
     recorder = Recorder()
     with recorder.on(DEVICES[arch]):
         launches = record(recorder, matrix(quick))
-    return launches if cover == "all" else covering(launches, pairs=cover == "pairs")
+    return launches if cover == "all" else covering(launches, cover)
 
 
 def compile_all(launches: list[Launch], jobs: int) -> list[Cost]:
@@ -180,16 +214,25 @@ def main() -> None:
     """Compile, print what breaks a rule, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(DEVICES), default=[90])
-    parser.add_argument("--cover", choices=("values", "pairs", "all"), default="pairs")
+    parser.add_argument("--cover", choices=("values", "pairs", "triples", "all"), default="triples")
     parser.add_argument("--quick", action="store_true", help="fewer block sizes and ranks")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--projectors", type=Path, help="write the projectors here, compile none")
+    parser.add_argument("--self-check", action="store_true", help="compile one bad kernel")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     start = time.monotonic()
+    if options.self_check:
+        recorder = Recorder()
+        with recorder.on(DEVICES[90]):
+            bad_launch(recorder)
+        options.json.write_text(
+            json.dumps([asdict(cost_of(launch)) for launch in recorder.launches])
+        )
+        return
     launches = [
         launch
         for arch in options.arch

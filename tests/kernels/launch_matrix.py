@@ -105,13 +105,13 @@ def matrix(quick: bool = False) -> Iterator[Projector]:
     block_sizes = (None, 1, 48, 128) if quick else BLOCK_SIZES
     ranks = (None, 4, 64, 256) if quick else RANKS
     dtypes = (torch.bfloat16, torch.float16)
-    # Constants that come from the adapter.
-    for dtype, p, r, dropout, relu in itertools.product(
-        dtypes, block_sizes, ranks, (False, True), (True, False)
+    # Constants that come from the adapter, with few and with many tokens.
+    for m, dtype, p, r, dropout, relu in itertools.product(
+        (2048, 16384), dtypes, block_sizes, ranks, (False, True), (True, False)
     ):
         if (dropout and r is None) or (not relu and (p is None or dropout)):
             continue
-        yield replace(plain, dtype=dtype, block_size=p, r=r, dropout=dropout, relu=relu)
+        yield replace(plain, m=m, dtype=dtype, block_size=p, r=r, dropout=dropout, relu=relu)
     # Tile sizes that come from the shape, small ones first.
     for m, dtype, r, bias, (k, n) in itertools.product(
         (1, 129, 512, 2048, 16384), dtypes, ranks, (False, True), ALIGNED

@@ -8,6 +8,7 @@ argument. Only the compiler is replaced: what reaches it is kept instead.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -97,6 +98,9 @@ class Launch:
         return f"{named} {listed} warps={warps} stages={stages}{without}"
 
 
+_device_numbers = itertools.count()
+
+
 class Recorder:
     """Collects the launches of whatever runs inside :meth:`on`."""
 
@@ -115,9 +119,11 @@ class Recorder:
             shared_memory_per_block_optin=device.shared_limit * 1024,
         )  # fmt: skip
         target = GPUTarget("cuda", device.arch, 32)
+        # Triton remembers by device what it has compiled: to it each recording is a new one.
+        index = next(_device_numbers)
         stub = SimpleNamespace(
             get_current_target=lambda: target,
-            get_current_device=lambda: device.arch,
+            get_current_device=lambda: index,
             get_current_stream=lambda _: 0,
             get_active_torch_device=lambda: torch.device("cuda", 0),
         )

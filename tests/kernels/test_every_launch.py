@@ -35,7 +35,8 @@ def projectors(tmp_path_factory: pytest.TempPathFactory) -> list[Projector]:
         if not found.exists():
             run_uninterpreted(
                 folder, "compile_launches.py", "--arch", str(10 * major + minor),
-                "--cover", os.environ.get("PRODIAL_LAUNCHES", "pairs"), "--projectors", str(found),
+                "--cover", os.environ.get("PRODIAL_LAUNCHES", "triples"),
+                "--projectors", str(found),
             )  # fmt: skip
         return [Projector.from_json(values) for values in json.loads(found.read_text())]
 

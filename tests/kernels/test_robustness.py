@@ -57,6 +57,7 @@ SIZES = [
     (2, 30, 16, 6, 100),
     (4, 21, 8, 3, 128),
     (2, 24, 9, 1, 256),
+    (7, 192, 20, 96, 256),
 ]
 
 
@@ -105,6 +106,15 @@ def test_leading_shapes_row_strides_and_a_channel_first_gradient(device: str) ->
     assert channel_first.stride(-1) == 5
     for gradient, x in itertools.product((case.grad_output, channel_first), layouts.values()):
         assert_matches_fp64(replace(case, x=x, grad_output=gradient), compute=dtype)
+
+
+def test_a_channel_first_gradient_of_a_matrix(device: str) -> None:
+    """Without leading dimensions autograd hands the gradient on in the layout it came in."""
+    dtype = compute_dtype(device)
+    case = make_case(15, 24, 20, block_size=6, device=device).cast(dtype, torch.float32)
+    case = replace(case, grad_output=case.grad_output.T.contiguous().T)
+    assert case.grad_output.stride() == (1, 15)
+    assert_matches_fp64(case, compute=dtype)
 
 
 def test_channel_first_output(device: str) -> None:
@@ -170,19 +180,20 @@ def test_what_is_not_finite_is_passed_on(device: str, where: str, value: float) 
             assert torch.equal(tensor[rows], clean[name][rows]), name
 
 
-@pytest.mark.parametrize("block_size", [1, 6])
+@pytest.mark.parametrize(("k", "block_size"), [(36, 1), (36, 6), (192, 96)])
 @pytest.mark.parametrize("r", [3, 70])
-def test_dropout_matches_fp64_under_its_mask(device: str, r: int, block_size: int) -> None:
+def test_dropout_matches_fp64_under_its_mask(device: str, r: int, k: int, block_size: int) -> None:
     dtype, p = compute_dtype(device), 0.25
-    mask = dropout_mask(33, 36, p, device=device, dtype=dtype)
+    mask = dropout_mask(33, k, p, device=device, dtype=dtype)
     assert 0.65 < mask.float().mean() < 0.85
-    case = make_case(33, 36, 21, block_size=block_size, r=r, device=device)
+    case = make_case(33, k, 21, block_size=block_size, r=r, device=device)
     case = replace(case, dropout_mask=mask, lora_dropout=p)
     assert_matches_fp64(case, compute=dtype)
 
 
 def test_dropout_mask_is_random_in_every_direction(device: str) -> None:
     mask = dropout_mask(64, 96, 0.5, device=device, dtype=compute_dtype(device)).float() - 0.5
+    assert abs(float(mask.mean())) < 6 * 0.5 / math.sqrt(mask.numel())
     # Neighbours in a row and in a column agree half of the time: 6 standard deviations.
     for step in ((0, 1), (1, 0), (1, 1), (0, 4), (16, 0)):
         product = mask[step[0] :, step[1] :] * mask[: 64 - step[0], : 96 - step[1]] * 4
