@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,12 @@ def test_pytest_benchmark_runs_and_compares(tmp_path: Path) -> None:
         "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-storage={tmp_path}",
         "-k", "frozen or prodial",
     ]  # fmt: skip
+    # pytest-benchmark switches itself off in what looks like a worker of pytest-xdist.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     for more in (["--benchmark-autosave"], ["--benchmark-compare"]):
-        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *more], cwd=ROOT, capture_output=True, text=True, env=environment
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "4 passed" in done.stdout
     assert "(NOW)" in done.stdout
