@@ -229,8 +229,10 @@ def _launch(
 ) -> None:
     n, k = weight.shape
     m = 0 if x is None else x.shape[0]
-    # Few tokens are shared out finely, so that every multiprocessor gets some.
-    block_m, block_k = (64, 128) if m >= 8192 else (16, 256)
+    # Few tokens are shared out finely, so that every multiprocessor gets some. With dropout the
+    # left operand comes from registers, which wgmma gets wrong in places (triton 3.6.0); 16 rows
+    # take mma instead.
+    block_m, block_k = (64, 128) if m >= 8192 and seed is None else (16, 256)
     if r_pad > 32:
         block_k = 64 if r_pad == 64 else 32
     programs_low = ceil_div(m, block_m)
