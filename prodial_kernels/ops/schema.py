@@ -45,9 +45,11 @@ def _linear_forward(
 
     if blocks is not None and is_dense(blocks):
         weight, blocks = turned_weight(weight, blocks, relu), None
-    y, h = projector.forward(
-        x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu
-    )
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(x):
+        y, h = projector.forward(
+            x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu
+        )
     return y, x.new_empty(0) if h is None else h
 
 
@@ -101,10 +103,11 @@ def _linear_backward(
             dblocks = dense_blocks_gradient(dy, x, weight, blocks, scale, relu)
         weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
     needs = projector.Needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
-    dx, tiled_dblocks, *rest = projector.backward(
-        dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h,
-        lora_scaling, lora_dropout, relu, needs,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        dx, tiled_dblocks, *rest = projector.backward(
+            dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h,
+            lora_scaling, lora_dropout, relu, needs,
+        )  # fmt: skip
     gradients = (dx, tiled_dblocks if dblocks is None else dblocks, *rest)
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
