@@ -17,8 +17,9 @@ from prodial_kernels._validation import (
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
+from prodial_kernels.ops.layout import unit_stride_rows
 from prodial_kernels.ops.reference import reference_linear
-from prodial_kernels.ops.triton_autograd import TritonProdialLinear, unit_stride_rows
+from prodial_kernels.ops.triton_autograd import TritonProdialLinear
 
 
 def resolve_impl(impl: str, x: Tensor | None = None) -> str:

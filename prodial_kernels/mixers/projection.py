@@ -13,7 +13,7 @@ from prodial_kernels.functional import resolve_impl
 from prodial_kernels.linear import ProdialLinear, weight_like
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.explicit import Operands, Rule
-from prodial_kernels.ops.triton_autograd import unit_stride_rows
+from prodial_kernels.ops.layout import unit_stride_rows
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.project import quantized_linear
 

@@ -22,10 +22,14 @@ def token_rows(x: Tensor) -> Tensor:
     """[b, l, K] of any strides -> [b · l, K] with unit inner stride, copied only where needed."""
     if x.ndim == 3 and x.stride(2) != 1 and x.stride(1) == 1 and x.shape[2] > 1:
         x = transposed(x.mT)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1]:
-        return rows
-    return rows.contiguous()
+    return unit_stride_rows(x.reshape(-1, x.shape[-1]))
+
+
+def unit_stride_rows(matrix: Tensor) -> Tensor:
+    """Return ``matrix`` [M, K] with unit inner stride and rows that do not overlap."""
+    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    return matrix.contiguous()
 
 
 def gated_tokens(out: Tensor, z: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prodial_kernels.ops import schema as schema  # registers the operators
+from prodial_kernels.ops.layout import unit_stride_rows
 
 
 class TritonProdialLinear(torch.autograd.Function):
@@ -56,10 +57,3 @@ class TritonProdialLinear(torch.autograd.Function):
             for gradient, needed in zip(gradients, (need_x, *need_adapter), strict=True)
         )
         return dx, None, *adapter, None, None, None, None
-
-
-def unit_stride_rows(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` [M, K] with unit inner stride and rows that do not overlap."""
-    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
-        return matrix
-    return matrix.contiguous()
