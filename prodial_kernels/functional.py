@@ -17,7 +17,7 @@ from prodial_kernels._validation import (
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
-from prodial_kernels.ops.layout import unit_stride_rows
+from prodial_kernels.ops.layout import direct_length, token_matrix, unit_stride_rows
 from prodial_kernels.ops.reference import reference_linear
 from prodial_kernels.ops.triton_autograd import TritonProdialLinear
 
@@ -107,8 +107,9 @@ def prodial_linear(
             y = _triton_linear(
                 x, weight, blocks, scale, lora_a, lora_b, bias,
                 _draw_seed(x) if drop else None, lora_scaling, lora_dropout, diagonal,
+                channel_first,
             )  # fmt: skip
-            return lay_out(y, channel_first)
+            return y
         mask = torch.rand(x.shape, device=x.device) >= lora_dropout if drop else None
         arguments = (
             x, weight, blocks, scale, lora_a, lora_b, bias, mask,
@@ -142,16 +143,20 @@ def _triton_linear(
     lora_scaling: float,
     lora_dropout: float,
     diagonal: str,
+    channel_first: bool,
 ) -> Tensor:
-    """Flatten the tokens, run the kernels, restore the leading shape."""
-    rows = unit_stride_rows(x.reshape(-1, x.shape[-1]))
+    """Hand the tokens to the kernels as a matrix, restore the leading shape."""
+    length = x.shape[-2] if channel_first else 0
+    direct = direct_length(length)
     # The kernels take one stride per matrix and none per vector; what has others is copied here.
     small = (
         None if part is None else part.contiguous()
         for part in (blocks, scale, lora_a, lora_b, bias)
     )  # fmt: skip
     y = TritonProdialLinear.apply(
-        rows, unit_stride_rows(weight), *small, seed, float(lora_scaling), float(lora_dropout),
-        diagonal,
+        token_matrix(x), unit_stride_rows(weight), *small, seed, float(lora_scaling),
+        float(lora_dropout), diagonal, length if direct else 0,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    if direct:
+        return y.view(*x.shape[:-2], weight.shape[0], length)
+    return lay_out(y.view(*x.shape[:-1], weight.shape[0]), channel_first)

@@ -6,20 +6,22 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ExactScaleConfig, ceil_div
-from prodial_kernels.kernels.tiles import load_deviation, load_tile
+from prodial_kernels.kernels.tiles import load_deviation, token_pointers, token_shape
 
 
 @triton.jit
 def _exact_scale_kernel(
     dy_ptr, x_ptr, w_ptr, blocks_ptr, partial_scale_ptr, exact_ptr,
-    M, N, K, splits,
-    stride_dy, stride_x, stride_w,
+    M, N, K, LENGTH, splits,
+    stride_dy, stride_x, stride_w, batch_dy, batch_x,
     P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr,
+    DY_CHANNEL_FIRST: tl.constexpr, X_CHANNEL_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """ds = Σ over the spans of rowsum((dYᵀ X) ⊙ (W D_b)), for columns whose ds_part holds a NaN.
 
-    dY [M, N], X [M, K], W [N, K], D_a [K / P, P, P], ds_part [splits, N] -> exact [spans, N].
+    dY [M, N], X [M, K] (channel-first: [M / LENGTH, N, LENGTH], [M / LENGTH, K, LENGTH]),
+    W [N, K], D_a [K / P, P, P], ds_part [splits, N] -> exact [spans, N].
     One program owns BLOCK_N columns of dY and as many whole blocks as fit into WINDOW columns of
     X, a span. It leaves at once where nothing is asked for, which is nearly always.
     """
@@ -40,8 +42,16 @@ def _exact_scale_kernel(
         acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
         for m in range(0, M, BLOCK_M):
             # By pointers: a span may start where the copy engine cannot.
-            dy_tile = load_tile(dy_ptr, m, column, M, N, stride_dy, BLOCK_M, BLOCK_N, False)
-            x_tile = load_tile(x_ptr, m, first, M, K, stride_x, BLOCK_M, WINDOW, False)
+            offs_m = m + tl.arange(0, BLOCK_M)
+            mask_m = (offs_m < M)[:, None]
+            source = token_pointers(
+                dy_ptr, offs_m, offs_n, LENGTH, stride_dy, batch_dy, DY_CHANNEL_FIRST
+            )
+            dy_tile = tl.load(source, mask=mask_m & mask_n[None, :], other=0.0)
+            source = token_pointers(
+                x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, X_CHANNEL_FIRST
+            )
+            x_tile = tl.load(source, mask=mask_m & mask_k[None, :], other=0.0)
             # [BLOCK_N, BLOCK_M] @ [BLOCK_M, WINDOW] -> [BLOCK_N, WINDOW]
             acc = tl.dot(dy_tile.T, x_tile, acc)
         w = tl.load(
@@ -56,8 +66,7 @@ def _exact_scale_kernel(
                 e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
                 # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
                 wd += tl.dot(w, e.to(w.dtype))
-        # A span's last lanes may reach into the next span's columns of X.
-        ds = tl.sum(tl.where(mask_k[None, :], acc * wd, 0.0), 1)
+        ds = tl.sum(acc * wd, 1)
         tl.store(exact_ptr + tl.program_id(1).to(tl.int64) * N + offs_n, ds, mask=mask_n)
 
 
@@ -75,8 +84,8 @@ def launch_exact_scale(
     """Return exact [spans, N] in fp32, written only for columns with a NaN in ``partial_scale``.
 
     Args:
-        dy: dY, [M, N].
-        x: X, [M, K].
+        dy: dY, [M, N] or channel-first [b, N, l].
+        x: X, [M, K] or channel-first [b, K, l].
         weight: W, [N, K].
         blocks: D_a, [K / P, P, P].
         partial_scale: ds_part, [splits, N].
@@ -89,12 +98,15 @@ def launch_exact_scale(
     span = config.window // p * p
     exact = torch.empty((ceil_div(k, span), n), dtype=torch.float32, device=dy.device)
     splits = partial_scale.shape[0]
+    m, _ = token_shape(dy)
+    length = next((t.shape[2] for t in (dy, x) if t.ndim == 3), m)
     with torch.cuda.stream(stream):
         _exact_scale_kernel[(ceil_div(n, config.block_n), exact.shape[0])](
             dy, x, weight, blocks, partial_scale, exact,
-            dy.shape[0], n, k, splits,
-            dy.stride(0), x.stride(0), weight.stride(0),
+            m, n, k, length, splits,
+            dy.stride(-2), x.stride(-2), weight.stride(0), dy.stride(0), x.stride(0),
             P=p, RELU=relu, HAS_BLOCKS=blocks is not None,
+            DY_CHANNEL_FIRST=dy.ndim == 3, X_CHANNEL_FIRST=x.ndim == 3,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, WINDOW=config.window,
             SPLITS=triton.next_power_of_2(splits),
             num_warps=config.num_warps, num_stages=config.num_stages,

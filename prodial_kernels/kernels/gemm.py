@@ -12,104 +12,165 @@ from prodial_kernels.kernels.tiles import (
     swizzled_tile,
     tiled,
     tma_ready,
+    token_shape,
 )
 
 
 @triton.jit
 def _gemm_kernel(
-    x, v, inner, outer, low_ptr, bias_ptr, y,
-    M, N, K,
-    stride_x, stride_v, stride_y,
-    V_TRANSPOSED: tl.constexpr, COMPANION: tl.constexpr, UPDATE: tl.constexpr,
+    left, right, inner, outer, low_ptr, bias_ptr, y,
+    M, N, K, batches,
+    stride_left, stride_right, stride_y, batch_left, batch_right, batch_y,
+    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
+    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr,
+    COMPANION: tl.constexpr, UPDATE: tl.constexpr,
     HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_PAD: tl.constexpr, R_BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """Y = X V (+ L Oᵀ) (+ bias), and L = X I where COMPANION.
+    """Y = X V (+ L Oᵀ) (+ bias), and L = X I where COMPANION; X left and V right of the product.
 
-    X [M, K], Y [M, N]; V is stored [N, K] where V_TRANSPOSED (forward), else [K, N].
+    X [M, K], Y [M, N], V [K, N]; X is stored [K, M] where LEFT_T, V [N, K] where RIGHT_T.
     UPDATE: L [M, R_PAD] is read and L Oᵀ added, O [N, R_PAD].
     COMPANION: L [M, R_PAD] is written, I [K, R_PAD], accumulated by the first column of tiles.
+    ROWS_BATCHED: X, Y and L are ``batches`` such matrices, each of M rows.
+    COLUMNS_BATCHED: V, Y and O are ``batches`` such matrices, and the bias is one of rows.
     A program owns [BLOCK_M, BLOCK_N] tiles of Y, one after another, and walks K once for each.
     """
+    BATCHED: tl.constexpr = ROWS_BATCHED or COLUMNS_BATCHED
+    dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    dtype: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
+    all_m = tiles_m * batches if ROWS_BATCHED else tiles_m
+    all_n = tiles_n * batches if COLUMNS_BATCHED else tiles_n
 
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        tile_m, tile_n = swizzled_tile(tile, tiles_m, tiles_n, GROUP_M)
+    for tile in tl.range(tl.program_id(0), all_m * all_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = swizzled_tile(tile, all_m, all_n, GROUP_M)
+        batch = tile_m * 0
+        if ROWS_BATCHED:
+            batch = tile_m // tiles_m
+            tile_m = tile_m % tiles_m
+        if COLUMNS_BATCHED:
+            batch = tile_n // tiles_n
+            tile_n = tile_n % tiles_n
         row = tile_m * BLOCK_M
         column = tile_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
+        low_rows = (batch * M + offs_m if ROWS_BATCHED else offs_m).to(tl.int64)[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if COMPANION:
             if tile_n == 0:
                 acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
                 for k in range(0, K, BLOCK_K):
-                    x_tile = load_tile(x, row, k, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
+                    x_tile = _load_left(
+                        left, batch, row, k, M, K, stride_left, batch_left,
+                        LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
+                    )  # fmt: skip
                     acc = _accumulate(
-                        acc, x_tile, v, k, column, K, N, stride_v,
-                        V_TRANSPOSED, BLOCK_N, BLOCK_K, TMA,
+                        acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
+                        RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
                     )  # fmt: skip
                     acc_low = _accumulate(
-                        acc_low, x_tile, inner, k, 0, K, R_PAD, R_PAD,
-                        False, R_PAD, BLOCK_K, TMA,
+                        acc_low, x_tile, inner, batch, k, 0, K, R_PAD, R_PAD, 0,
+                        False, R_PAD, BLOCK_K, False, TMA,
                     )  # fmt: skip
                 offs_r = tl.arange(0, R_PAD)
-                target = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
+                target = low_ptr + low_rows * R_PAD + offs_r[None, :]
                 tl.store(target, acc_low.to(dtype), mask=(offs_m < M)[:, None])
             else:
                 for k in range(0, K, BLOCK_K):
-                    x_tile = load_tile(x, row, k, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
+                    x_tile = _load_left(
+                        left, batch, row, k, M, K, stride_left, batch_left,
+                        LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
+                    )  # fmt: skip
                     acc = _accumulate(
-                        acc, x_tile, v, k, column, K, N, stride_v,
-                        V_TRANSPOSED, BLOCK_N, BLOCK_K, TMA,
+                        acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
+                        RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
                     )  # fmt: skip
         else:
             for k in range(0, K, BLOCK_K):
-                x_tile = load_tile(x, row, k, M, K, stride_x, BLOCK_M, BLOCK_K, TMA)
+                x_tile = _load_left(
+                    left, batch, row, k, M, K, stride_left, batch_left,
+                    LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
+                )  # fmt: skip
                 acc = _accumulate(
-                    acc, x_tile, v, k, column, K, N, stride_v,
-                    V_TRANSPOSED, BLOCK_N, BLOCK_K, TMA,
+                    acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
+                    RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
                 )  # fmt: skip
         if UPDATE:
             # Unrolled, so that the tile stays one loop and FLATTEN can work.
             for r in tl.static_range(0, R_PAD, R_BLOCK):
                 offs_r = r + tl.arange(0, R_BLOCK)
-                source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
+                source = low_ptr + low_rows * R_PAD + offs_r[None, :]
                 low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
                 acc = _accumulate(
-                    acc, low_tile, outer, r, column, R_PAD, N, R_PAD,
-                    True, BLOCK_N, R_BLOCK, TMA,
+                    acc, low_tile, outer, batch, r, column, R_PAD, N, R_PAD, N * R_PAD,
+                    True, BLOCK_N, R_BLOCK, COLUMNS_BATCHED, TMA,
                 )  # fmt: skip
         if HAS_BIAS:
-            offs_n = column + tl.arange(0, BLOCK_N)
-            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+            if COLUMNS_BATCHED:
+                bias = tl.load(bias_ptr + offs_m, mask=offs_m < M, other=0.0)
+                acc += bias.to(tl.float32)[:, None]
+            else:
+                offs_n = column + tl.arange(0, BLOCK_N)
+                bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
+                acc += bias.to(tl.float32)[None, :]
         if SUBTILE:
             # Two halves need half the shared memory on the way out.
             HALF: tl.constexpr = BLOCK_N // 2
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1))
-            left, right = tl.split(halves)
-            store_tile(y, row, column, M, N, stride_y, left.to(dtype), BLOCK_M, HALF, TMA)
-            store_tile(y, row, column + HALF, M, N, stride_y, right.to(dtype), BLOCK_M, HALF, TMA)
+            first, second = tl.split(halves)
+            store_tile(
+                y, batch, row, column, M, N, stride_y, batch_y, first.to(dtype),
+                BLOCK_M, HALF, BATCHED, TMA,
+            )  # fmt: skip
+            store_tile(
+                y, batch, row, column + HALF, M, N, stride_y, batch_y, second.to(dtype),
+                BLOCK_M, HALF, BATCHED, TMA,
+            )  # fmt: skip
         else:
-            store_tile(y, row, column, M, N, stride_y, acc.to(dtype), BLOCK_M, BLOCK_N, TMA)
+            store_tile(
+                y, batch, row, column, M, N, stride_y, batch_y, acc.to(dtype),
+                BLOCK_M, BLOCK_N, BATCHED, TMA,
+            )  # fmt: skip
+
+
+@triton.jit
+def _load_left(
+    left, batch, row, k, M, K, stride, stride_batch,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BATCHED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_K] of a left operand that is stored [K, M] where TRANSPOSED, else [M, K]."""
+    if TRANSPOSED:
+        tile = load_tile(
+            left, batch, k, row, K, M, stride, stride_batch, BLOCK_K, BLOCK_M, BATCHED, TMA
+        ).T
+    else:
+        tile = load_tile(
+            left, batch, row, k, M, K, stride, stride_batch, BLOCK_M, BLOCK_K, BATCHED, TMA
+        )
+    return tile
 
 
 @triton.jit
 def _accumulate(
-    acc, left, right, k, column, K, N, stride,
+    acc, left, right, batch, k, column, K, N, stride, stride_batch,
     TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
+    BATCHED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """acc += left · right, with ``right`` stored [N, K] where TRANSPOSED, else [K, N]."""
     # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N] -> [BLOCK_M, BLOCK_N]
     if TRANSPOSED:
-        tile = load_tile(right, column, k, N, K, stride, BLOCK_N, BLOCK_K, TMA)
+        tile = load_tile(
+            right, batch, column, k, N, K, stride, stride_batch, BLOCK_N, BLOCK_K, BATCHED, TMA
+        )
         acc = tl.dot(left, tile.T, acc)
     else:
-        tile = load_tile(right, k, column, K, N, stride, BLOCK_K, BLOCK_N, TMA)
+        tile = load_tile(
+            right, batch, k, column, K, N, stride, stride_batch, BLOCK_K, BLOCK_N, BATCHED, TMA
+        )
         acc = tl.dot(left, tile, acc)
     return acc
 
@@ -124,23 +185,33 @@ def launch_gemm(
     outer: Tensor | None = None,
     low: Tensor | None = None,
     bias: Tensor | None = None,
+    length: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel on 16-bit operands; return (Y [M, N], L [M, R_PAD] or None).
+    """Launch the kernel on 16-bit operands; return (Y, L [M, R_PAD] or None).
+
+    A channel-first result is computed as Yᵀ = Vᵀ Xᵀ, so that its rows are features.
 
     Args:
-        x: [M, K], unit inner stride.
+        x: [M, K] with unit inner stride, or channel-first [b, K, l].
         v: [N, K] where ``v_transposed``, else [K, N].
         v_transposed: Forward (True) or towards the input (False).
-        config: Tile sizes.
-        inner: I, [K, R_PAD]: L = X I is computed. R_PAD ≤ MAX_FUSED_RANK.
+        config: Tile sizes, for [N, M] where the result is channel-first.
+        inner: I, [K, R_PAD]: L = X I is computed. R_PAD ≤ MAX_FUSED_RANK; not with ``length``.
         outer: O, [N, R_PAD]: ``low`` Oᵀ is added, where R_PAD is too wide for the kernel's
             epilogue by a library product.
         low: L, [M, R_PAD]; needed with ``outer``.
         bias: [N].
+        length: l for a channel-first Y [M / l, N, l], 0 for Y [M, N].
     """
-    m, k = x.shape
+    m, k = token_shape(x)
     n = v.shape[0] if v_transposed else v.shape[1]
-    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    channel_first, x_channel_first = length > 0, x.ndim == 3
+    batched = channel_first or x_channel_first
+    if x_channel_first:
+        length = x.shape[2]
+    batches = m // length if m and batched else 1
+    shape = (batches, n, length) if channel_first else (m, n)
+    y = torch.empty(shape if m else (0, *shape[1:]), dtype=x.dtype, device=x.device)
     r_pad = 16
     if inner is not None:
         r_pad = inner.shape[1]
@@ -149,33 +220,51 @@ def launch_gemm(
         r_pad = outer.shape[1]
     if m == 0:
         return y, low
+
+    tokens = x if x_channel_first or not batched else x.unflatten(0, (batches, length))
+    if channel_first:
+        left, right, left_t, right_t = v, tokens, not v_transposed, not x_channel_first
+        rows, columns, target = n, length, y
+        added, factor = outer, None if low is None else low.view(batches, length, r_pad)
+    else:
+        left, right, left_t, right_t = tokens, v, x_channel_first, v_transposed
+        rows, columns = length if batched else m, n
+        target = y.view(batches, length, n) if batched else y
+        added, factor = low, outer
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     r_block = min(r_pad, 32)
-    tma = config.tma and all(tma_ready(t) for t in (x, v, inner, outer, y) if t is not None)
+    operands = (left, right, inner, factor if outer is not None else None, target)
+    tma = config.tma and all(tma_ready(t) for t in operands if t is not None)
     # With pointers a second slice of L in the epilogue came out wrong (triton 3.6.0, H100).
-    wide = None
-    if outer is not None and r_pad > (MAX_FUSED_RANK if tma else r_block):
-        wide, outer, r_pad, r_block = outer, None, 16, 16
+    wide = outer is not None and r_pad > (MAX_FUSED_RANK if tma else r_block)
+    update = outer is not None and not wide
+    if wide:
+        added, r_pad, r_block = None, 16, 16
 
     # Flattening helps the copy engine run ahead; with pointers it gains nothing.
     flatten = config.flatten and tma
 
-    tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
+    tiles = batches * triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
     _gemm_kernel[(min(tiles, config.programs) if config.programs else tiles,)](
-        tiled(x, [bm, bk], tma),
-        tiled(v, [bn, bk] if v_transposed else [bk, bn], tma),
+        tiled(left, [bk, bm] if left_t else [bm, bk], tma),
+        tiled(right, [bn, bk] if right_t else [bk, bn], tma),
         tiled(inner, [bk, r_pad], tma),
-        tiled(outer, [bn, r_block], tma),
-        None if wide is not None else low, bias,
-        tiled(y, [bm, bn // 2 if config.subtile else bn], tma),
-        m, n, k,
-        x.stride(0), v.stride(0), y.stride(0),
-        V_TRANSPOSED=v_transposed, COMPANION=inner is not None, UPDATE=outer is not None,
-        HAS_BIAS=bias is not None, TMA=tma,
+        tiled(factor if update else None, [bn, r_block], tma),
+        added, bias,
+        tiled(target, [bm, bn // 2 if config.subtile else bn], tma),
+        rows, columns, k, batches,
+        left.stride(-2), right.stride(-2), target.stride(-2),
+        left.stride(0), right.stride(0), target.stride(0),
+        LEFT_T=left_t, RIGHT_T=right_t,
+        ROWS_BATCHED=batched and not channel_first, COLUMNS_BATCHED=channel_first,
+        COMPANION=inner is not None, UPDATE=update, HAS_BIAS=bias is not None, TMA=tma,
         BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
         GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if wide is not None and low is not None:
-        y.addmm_(low, wide.T)
+    if wide and outer is not None and low is not None:
+        if channel_first:
+            y.baddbmm_(outer.expand(batches, *outer.shape), low.view(batches, length, -1).mT)
+        else:
+            y.addmm_(low, outer.T)
     return y, low

@@ -6,24 +6,26 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import InputSideConfig, split_tokens
-from prodial_kernels.kernels.tiles import dropout_keep, load_deviation
+from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
 
 
 @triton.jit
 def _input_side_kernel(
     du_ptr, x_ptr, t_ptr, a_ptr, blocks_ptr, seed_ptr,
     partial_a_ptr, partial_e_ptr,
-    M, K, R,
-    stride_du, stride_x, rows_per_split, dropout,
+    M, K, R, LENGTH,
+    stride_du, stride_x, batch_du, batch_x, rows_per_split, dropout,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_LORA: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
+    CHANNEL_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """dX = dU + dU E + dropout(T A);  partial sums of Tᵀ dropout(X) = dA and dE_g = dU_gᵀ X_g.
 
-    dU [M, K] is overwritten by dX. X [M, K], T = α dY B [M, R_PAD], A [R, K],
+    dU [M, K] is overwritten by dX. X [M, K], both [M / LENGTH, K, LENGTH] where CHANNEL_FIRST,
+    T = α dY B [M, R_PAD], A [R, K],
     E = D_b − I from D_a [K / P, P, P];
     dA_part [splits, R_PAD, K], dE_part [splits, K / P, P, P].
     One program owns whole blocks within WINDOW columns of one split of the tokens.
@@ -59,9 +61,15 @@ def _input_side_kernel(
         mask = mask_m[:, None] & mask_k[None, :]
         rows = offs_m.to(tl.int64)[:, None]
         if NEED_A or NEED_BLOCKS:
-            x = tl.load(x_ptr + rows * stride_x + offs_k[None, :], mask=mask, other=0.0)
+            source = token_pointers(
+                x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, CHANNEL_FIRST
+            )
+            x = tl.load(source, mask=mask, other=0.0)
         if NEED_X or NEED_BLOCKS:
-            du = tl.load(du_ptr + rows * stride_du + offs_k[None, :], mask=mask, other=0.0)
+            target = token_pointers(
+                du_ptr, offs_m, offs_k, LENGTH, stride_du, batch_du, CHANNEL_FIRST
+            )
+            du = tl.load(target, mask=mask, other=0.0)
             dx = du.to(tl.float32)
         if HAS_BLOCKS and (NEED_X or NEED_BLOCKS):
             if P == 1:
@@ -92,7 +100,6 @@ def _input_side_kernel(
                     low_rank = tl.where(keep, low_rank / (1 - dropout), 0.0)
                 dx += low_rank
         if NEED_X:
-            target = du_ptr + rows * stride_du + offs_k[None, :]
             tl.store(target, dx.to(du_ptr.dtype.element_ty), mask=mask)
 
     if HAS_LORA and NEED_A:
@@ -123,8 +130,11 @@ def launch_input_side(
     need_blocks: bool,
     config: InputSideConfig,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Turn ``du`` into dX in place where ``need_x``; return the fp32 parts (dA, dE)."""
-    m, k = x.shape
+    """Turn ``du`` into dX in place where ``need_x``; return the fp32 parts (dA, dE).
+
+    ``du`` and ``x`` are both [M, K], or both channel-first [b, K, l].
+    """
+    m, k = token_shape(x)
     p = 1 if blocks is None else blocks.shape[-1]
     r_pad = t.shape[1] if t is not None else 16
     window = max(config.window, triton.next_power_of_2(p))
@@ -138,11 +148,12 @@ def launch_input_side(
     partial_e = partial(*blocks.shape) if need_blocks and blocks is not None else None
     _input_side_kernel[(columns, splits)](
         du, x, t, lora_a, blocks, seed, partial_a, partial_e,
-        m, k, 0 if lora_a is None else lora_a.shape[0],
+        m, k, 0 if lora_a is None else lora_a.shape[0], x.shape[2] if x.ndim == 3 else m,
+        0 if du is None else du.stride(-2), x.stride(-2),
         0 if du is None else du.stride(0), x.stride(0), rows, dropout,
         P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_LORA=t is not None,
         DROPOUT=seed is not None,
-        NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks,
+        NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks, CHANNEL_FIRST=x.ndim == 3,
         BLOCK_M=config.block_m, WINDOW=window, R_PAD=r_pad,
         STAGES=config.num_stages, num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip

@@ -128,6 +128,7 @@ def choose_backward(
     output_side: bool,
     through_weight: bool,
     bias: bool,
+    channel_first: bool,
     capability: tuple[int, int],
     processors: int,
 ) -> BackwardPlan:
@@ -146,15 +147,19 @@ def choose_backward(
         output_side: Whether a sum over the tokens of dY is needed.
         through_weight: Whether the product is needed.
         bias: Whether the layer has one.
+        channel_first: Whether dX is, which the product then computes as [k, m]; no companion
+            rides along with its rows of features.
         capability: The device's compute capability.
         processors: Its number of multiprocessors.
     """
     plans = []
-    for companion in (True, False) if wants_t and through_weight else (False,):
-        if companion and r_pad > MAX_FUSED_RANK:
-            continue
-        gemm = choose_gemm(m, k, companion=companion, capability=capability, processors=processors)
-        tiles = ceil_div(m, gemm.block_m) * ceil_div(k, gemm.block_n)
+    rides = wants_t and through_weight and not channel_first and r_pad <= MAX_FUSED_RANK
+    shape = (k, m) if channel_first else (m, k)
+    for companion in (True, False) if rides else (False,):
+        gemm = choose_gemm(
+            *shape, companion=companion, capability=capability, processors=processors
+        )
+        tiles = ceil_div(shape[0], gemm.block_m) * ceil_div(shape[1], gemm.block_n)
         # Per µs: operations of one multiprocessor, bytes of one, bytes of the memory.
         tile = 2 * gemm.block_m * gemm.block_n * n / (4.7e6 if companion else 5.4e6)
         side = 4 * m * n * output_side + 2 * m * n * (wants_t and not companion)

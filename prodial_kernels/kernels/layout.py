@@ -1,4 +1,4 @@
-"""Channel-first [b, F, l] to token-first [b, l, F] and back, gated on the way where asked."""
+"""Channel-first [b, F, l] to token-first [b, l, F] and back, and Mamba's gate."""
 
 import torch
 import triton
@@ -9,17 +9,17 @@ from prodial_kernels.kernels.launch import ceil_div
 
 # A tile's side: 128 bytes of a 16-bit row in both layouts.
 SIDE = 64
+# Elements of a row that one program gates.
+SPAN = 2048
 
 
 @triton.jit
 def _transpose_kernel(
-    x_ptr, z_ptr, y_ptr, ROWS, COLUMNS, stride_x_batch, stride_x_row, stride_z_batch, stride_z_row,
-    GATE: tl.constexpr, SIDE: tl.constexpr,
-):  # fmt: skip
-    """Y[b] = X[b]ᵀ, or (X[b] ⊙ silu(Z[b]))ᵀ.
+    x_ptr, y_ptr, ROWS, COLUMNS, stride_x_batch, stride_x_row, SIDE: tl.constexpr
+):
+    """Y[b] = X[b]ᵀ: X [b, ROWS, COLUMNS] with unit inner stride, Y [b, COLUMNS, ROWS] contiguous.
 
-    X, Z [b, ROWS, COLUMNS] with unit inner stride, Y [b, COLUMNS, ROWS] contiguous. A program owns
-    a tile of one batch; the batch is the grid's second axis.
+    A program owns a tile of one batch; the batch is the grid's second axis.
     """
     tiles = tl.cdiv(ROWS, SIDE)
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -30,27 +30,53 @@ def _transpose_kernel(
     x = tl.load(
         x_ptr + batch * stride_x_batch + at * stride_x_row + columns[None, :], mask=inside, other=0
     )
-    if GATE:
-        z = tl.load(
-            z_ptr + batch * stride_z_batch + at * stride_z_row + columns[None, :],
-            mask=inside,
-            other=0,
-        ).to(tl.float32)
-        x = (x.to(tl.float32) * z * tl.sigmoid(z)).to(x.dtype)
     at = columns.to(tl.int64)[:, None]
     into = y_ptr + batch * ROWS * COLUMNS + at * ROWS + rows[None, :]
     tl.store(into, tl.trans(x), mask=(columns < COLUMNS)[:, None] & (rows < ROWS)[None, :])
 
 
-def launch_transpose(x: Tensor, z: Tensor | None = None) -> Tensor:
-    """Return ``x.mT``, or ``(x * silu(z)).mT``, contiguous; x, z [b, rows, columns]."""
+@triton.jit
+def _gate_kernel(
+    x_ptr, z_ptr, y_ptr, ROWS, COLUMNS, stride_x_batch, stride_x_row, stride_z_batch, stride_z_row,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """Y = X ⊙ silu(Z): X, Z [b, ROWS, COLUMNS] with unit inner stride, Y contiguous.
+
+    A program owns SPAN elements of one row of one batch; the batch is the grid's second axis.
+    """
+    spans = tl.cdiv(COLUMNS, SPAN)
+    row, batch = tl.program_id(0) // spans, tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) % spans * SPAN + tl.arange(0, SPAN)
+    inside = columns < COLUMNS
+    at = row.to(tl.int64)
+    x = tl.load(x_ptr + batch * stride_x_batch + at * stride_x_row + columns, mask=inside)
+    z = tl.load(z_ptr + batch * stride_z_batch + at * stride_z_row + columns, mask=inside)
+    wide = z.to(tl.float32)
+    gated = (x.to(tl.float32) * wide * tl.sigmoid(wide)).to(x.dtype)
+    tl.store(y_ptr + (batch * ROWS + at) * COLUMNS + columns, gated, mask=inside)
+
+
+def launch_transpose(x: Tensor) -> Tensor:
+    """Return ``x.mT``, contiguous; x [b, rows, columns]."""
     batch, rows, columns = x.shape
     y = torch.empty(batch, columns, rows, device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
-    gate = x if z is None else z
     _transpose_kernel[(ceil_div(rows, SIDE) * ceil_div(columns, SIDE), batch)](
-        x, gate, y, rows, columns, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1),
-        GATE=z is not None, SIDE=SIDE, num_warps=4,
+        x, y, rows, columns, x.stride(0), x.stride(1), SIDE=SIDE, num_warps=4
+    )
+    return y
+
+
+def launch_gate(x: Tensor, z: Tensor) -> Tensor:
+    """Return ``x * silu(z)``, contiguous; x, z [b, rows, columns]."""
+    batch, rows, columns = x.shape
+    y = torch.empty(batch, rows, columns, device=x.device, dtype=x.dtype)
+    if y.numel() == 0:
+        return y
+    span = min(SPAN, triton.next_power_of_2(columns))
+    _gate_kernel[(rows * ceil_div(columns, span), batch)](
+        x, z, y, rows, columns, x.stride(0), x.stride(1), z.stride(0), z.stride(1),
+        SPAN=span, num_warps=4,
     )  # fmt: skip
     return y

@@ -6,17 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import OutputSideConfig, ceil_div, split_tokens
-from prodial_kernels.kernels.tiles import load_tile, tiled, tma_ready
+from prodial_kernels.kernels.tiles import load_tile, tiled, tma_ready, token_shape
 
 
 @triton.jit
 def _output_side_kernel(
     dy, y, low_ptr, bias_ptr, b_ptr, scale_ptr,
     partial_b_ptr, partial_scale_ptr, partial_bias_ptr,
-    M, N, R, alpha,
-    stride_dy, stride_y, splits, rows_per_split,
+    LENGTH, tiles_m, N, R, alpha,
+    stride_dy, stride_y, batch_dy, batch_y, splits, tiles_per_split,
     NEED_B: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_BIAS: tl.constexpr,
-    HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R_PAD: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -24,21 +24,23 @@ def _output_side_kernel(
 
     dB_part [splits, N, R_PAD] = dYᵀ L;  dbias_part [splits, N] = Σ dY;
     ds_part [splits, N] = Σ dY ⊙ Z / s with Z = Y − L B'ᵀ − bias = s ⊙ (U Wᵀ),
-    from dY, Y [M, N], L [M, R_PAD], B [N, R], B' = α B, s, bias [N].
+    from dY, Y [M, N] (CHANNEL_FIRST: [M / LENGTH, N, LENGTH]; else LENGTH = M), L [M, R_PAD],
+    B [N, R], B' = α B, s, bias [N]. ``tiles_m`` tiles of tokens, none of two sequences.
     Where Z is small beside Y, as where s = 0, the rounding of Y has spoiled it; there ds_part is
     NaN, which asks exact_scale.py for the column.
     A program owns BLOCK_N columns of one split, one after another, split by split, so that it
     walks the tokens together with a product that runs beside it.
     """
     columns = tl.cdiv(N, BLOCK_N)
+    tiles_sequence = tl.cdiv(LENGTH, BLOCK_M)
     offs_r = tl.arange(0, R_PAD)
     for item in range(tl.program_id(0), columns * splits, tl.num_programs(0)):
         split = item // columns
         column = (item % columns) * BLOCK_N
         offs_n = column + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        start = split * rows_per_split
-        stop = tl.minimum(start + rows_per_split, M)
+        start = split * tiles_per_split
+        stop = tl.minimum(start + tiles_per_split, tiles_m)
 
         if HAS_LORA:
             acc_b = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
@@ -58,21 +60,32 @@ def _output_side_kernel(
             dy_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
         # Only an explicit number of stages makes the compiler run ahead with Y, which no dot reads.
-        for m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
-            dy_tile = load_tile(dy, m, column, M, N, stride_dy, BLOCK_M, BLOCK_N, TMA)
+        for tile_m in tl.range(start, stop, num_stages=STAGES):
+            sequence, m = 0, tile_m * BLOCK_M
+            if CHANNEL_FIRST:
+                sequence = tile_m // tiles_sequence
+                m = tile_m % tiles_sequence * BLOCK_M
+            dy_tile = _load_tokens(
+                dy, sequence, m, column, LENGTH, N, stride_dy, batch_dy,
+                BLOCK_M, BLOCK_N, CHANNEL_FIRST, TMA,
+            )  # fmt: skip
+            offs_m = m + tl.arange(0, BLOCK_M)
             if HAS_LORA:
-                offs_m = m + tl.arange(0, BLOCK_M)
-                source = low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :]
-                low = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
+                rows = (sequence * LENGTH + offs_m).to(tl.int64)[:, None]
+                source = low_ptr + rows * R_PAD + offs_r[None, :]
+                low = tl.load(source, mask=(offs_m < LENGTH)[:, None], other=0.0)
                 # [BLOCK_N, BLOCK_M] @ [BLOCK_M, R_PAD] -> [BLOCK_N, R_PAD]
                 acc_b = tl.dot(dy_tile.T, low, acc_b)
             wide_dy = dy_tile.to(tl.float32)
             if NEED_SCALE:
-                z = load_tile(y, m, column, M, N, stride_y, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+                z = _load_tokens(
+                    y, sequence, m, column, LENGTH, N, stride_y, batch_y,
+                    BLOCK_M, BLOCK_N, CHANNEL_FIRST, TMA,
+                ).to(tl.float32)  # fmt: skip
                 y_y += z * z
                 if HAS_BIAS:
                     # A row past the last is 0 in Y; it has to be in Z as well.
-                    inside = (m + tl.arange(0, BLOCK_M) < M)[:, None]
+                    inside = (offs_m < LENGTH)[:, None]
                     z = tl.where(inside, z - bias[None, :], 0.0)
                 if HAS_LORA:
                     # [BLOCK_M, R_PAD] @ [R_PAD, BLOCK_N] -> [BLOCK_M, BLOCK_N]
@@ -98,6 +111,25 @@ def _output_side_kernel(
             tl.store(partial_scale_ptr + part, ds, mask=mask_n)
 
 
+@triton.jit
+def _load_tokens(
+    source, sequence, token, column, LENGTH, N, stride, stride_batch,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHANNEL_FIRST: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] of a matrix of tokens in either layout."""
+    if CHANNEL_FIRST:
+        tile = load_tile(
+            source, sequence, column, token, N, LENGTH, stride, stride_batch,
+            BLOCK_N, BLOCK_M, True, TMA,
+        ).T  # fmt: skip
+    else:
+        tile = load_tile(
+            source, sequence, token, column, LENGTH, N, stride, stride_batch,
+            BLOCK_M, BLOCK_N, False, TMA,
+        )  # fmt: skip
+    return tile
+
+
 def launch_output_side(
     dy: Tensor,
     y: Tensor | None,
@@ -115,12 +147,18 @@ def launch_output_side(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the parts in fp32: dB [S, N, R_PAD], ds [S, N], dbias [S, N].
 
-    A part that is not needed is None.
+    A part that is not needed is None. ``dy`` and ``y`` are both [M, N], or both channel-first
+    [b, N, l].
     """
-    m, n = dy.shape
+    m, n = token_shape(dy)
+    channel_first = dy.ndim == 3
+    length = dy.shape[2] if channel_first else m
+    tiles_m = m // length * ceil_div(length, config.block_m)
     r_pad = 16 if low is None else low.shape[1]
     columns = ceil_div(n, config.block_n)
-    splits, rows = split_tokens(m, columns, config.block_m, config.items)
+    splits, rows = split_tokens(
+        tiles_m * config.block_m, columns, config.block_m, config.items
+    )
 
     def partial(*shape: int) -> Tensor:
         return torch.empty((splits, *shape), dtype=torch.float32, device=dy.device)
@@ -131,15 +169,19 @@ def launch_output_side(
     items = columns * splits
     tma = config.tma and tma_ready(dy) and (y is None or tma_ready(y))
     tile = [config.block_m, config.block_n]
+    if channel_first:
+        tile.reverse()
     # Only the launch moves to the stream; the memory belongs to the caller's.
     with torch.cuda.stream(stream):
         _output_side_kernel[(min(items, config.programs or items),)](
             tiled(dy, tile, tma), tiled(y, tile, tma), low, bias, lora_b, scale,
             partial_b, partial_scale, partial_bias,
-            m, n, 0 if lora_b is None else lora_b.shape[1], alpha,
-            dy.stride(0), 0 if y is None else y.stride(0), splits, rows,
+            length, tiles_m, n, 0 if lora_b is None else lora_b.shape[1], alpha,
+            dy.stride(-2), 0 if y is None else y.stride(-2),
+            dy.stride(0), 0 if y is None else y.stride(0), splits, rows // config.block_m,
             NEED_B=need_b, NEED_SCALE=need_scale, NEED_BIAS=need_bias,
             HAS_LORA=low is not None, HAS_BIAS=bias is not None,
+            CHANNEL_FIRST=channel_first,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, R_PAD=r_pad,
             STAGES=config.num_stages, TMA=tma,
             num_warps=config.num_warps, num_stages=2,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ceil_div
-from prodial_kernels.kernels.tiles import dropout_keep, load_deviation
+from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
 
 # Rows of W that a program folds.
 FOLD_N = 32
@@ -16,9 +16,9 @@ FOLD_N = 32
 def _prepare_kernel(
     x_ptr, inner_ptr, seed_ptr, low_ptr,
     w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
-    M, N, K, DEPTH, R, alpha,
-    stride_x, stride_w, stride_v, dropout, programs_low, columns,
-    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr,
+    M, N, K, DEPTH, R, LENGTH, alpha,
+    stride_x, batch_x, stride_w, stride_v, dropout, programs_low, columns,
+    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr,
@@ -27,15 +27,16 @@ def _prepare_kernel(
 ):  # fmt: skip
     """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W + W E), B' = α B.
 
-    X [M, DEPTH], L [M, R_PAD]; W, V [N, K]; the other shapes as in the two functions below.
+    X [M, DEPTH] ([M / LENGTH, DEPTH, LENGTH] where CHANNEL_FIRST), L [M, R_PAD]; W, V [N, K]; the other shapes as in the two functions below.
     The first ``programs_low`` programs own BLOCK_M rows of L each, the others one tile of V.
     """
     pid = tl.program_id(0)
     if pid < programs_low:
         if HAS_LOW:
             _low_rank(
-                x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, DEPTH, R, alpha, stride_x, dropout,
-                TRANSPOSED, DROPOUT, BLOCK_M, BLOCK_K, R_PAD, STAGES,
+                x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, DEPTH, R, LENGTH, alpha,
+                stride_x, batch_x, dropout,
+                TRANSPOSED, DROPOUT, CHANNEL_FIRST, BLOCK_M, BLOCK_K, R_PAD, STAGES,
             )  # fmt: skip
     else:
         tile = pid - programs_low
@@ -48,13 +49,14 @@ def _prepare_kernel(
 
 @triton.jit
 def _low_rank(
-    x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, K, R, alpha, stride_x, dropout,
-    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr,
+    x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, K, R, LENGTH, alpha,
+    stride_x, batch_x, dropout,
+    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, R_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """L = dropout(X) I for BLOCK_M rows, in one walk over K.
 
-    X [M, K], L [M, R_PAD]; I = Aᵀ with A [R, K] where TRANSPOSED, else I = α B with B [K, R].
+    X [M, K] in either layout, L [M, R_PAD]; I = Aᵀ with A [R, K] where TRANSPOSED, else I = α B with B [K, R].
     """
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, R_PAD)
@@ -65,9 +67,8 @@ def _low_rank(
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        x = tl.load(
-            x_ptr + rows * stride_x + offs_k[None, :], mask=mask_m & mask_k[None, :], other=0.0
-        )
+        source = token_pointers(x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, CHANNEL_FIRST)
+        x = tl.load(source, mask=mask_m & mask_k[None, :], other=0.0)
         if DROPOUT:
             keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
             x = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
@@ -162,7 +163,7 @@ def launch_prepare(
         alpha: α.
         relu: Whether D_a's diagonal passes through Eq. 7's relu.
         r_pad: Columns of B' and L.
-        x: X, [M, K], for L = dropout(X) Aᵀ.
+        x: X, [M, K] or channel-first [b, K, l], for L = dropout(X) Aᵀ.
         lora_a: A, [R, K]; needed with ``x``.
         seed: [1] int64, switches dropout on.
         dropout: Probability.
@@ -176,7 +177,7 @@ def launch_prepare(
         r = lora_b.shape[1]
         b_out = torch.empty((n, r_pad), dtype=weight.dtype, device=weight.device)
     if x is not None:
-        low = torch.empty((x.shape[0], r_pad), dtype=x.dtype, device=x.device)
+        low = torch.empty((token_shape(x)[0], r_pad), dtype=x.dtype, device=x.device)
     p = 1 if blocks is None else blocks.shape[-1]
     window = _fold_window(p)
     columns = ceil_div(k, window // p * p) if fold else 1
@@ -191,11 +192,11 @@ def launch_prepare(
 def launch_low_rank(
     dy: Tensor, lora_b: Tensor, alpha: float, r_pad: int, stream: torch.cuda.Stream | None
 ) -> Tensor:
-    """Return T = α dY B, [M, R_PAD], for dY [M, N] and B [N, R], computed on ``stream``."""
-    low = torch.empty((dy.shape[0], r_pad), dtype=dy.dtype, device=dy.device)
+    """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``stream``."""
+    low = torch.empty((token_shape(dy)[0], r_pad), dtype=dy.dtype, device=dy.device)
     with torch.cuda.stream(stream):
         _launch(
-            dy, lora_b, None, low, dy, None, None, None, None, None, lora_b.shape[0],
+            dy, lora_b, None, low, lora_b, None, None, None, None, None, lora_b.shape[0],
             lora_b.shape[1], alpha, 0.0, 1, 0,
             transposed=False, p=1, relu=True, fold=False, window=64, r_pad=r_pad,
         )  # fmt: skip
@@ -228,7 +229,8 @@ def _launch(
     r_pad: int,
 ) -> None:
     n, k = weight.shape
-    m = 0 if x is None else x.shape[0]
+    m = 0 if x is None else token_shape(x)[0]
+    channel_first = x is not None and x.ndim == 3
     # Few tokens are shared out finely, so that every multiprocessor gets some. With dropout the
     # left operand comes from registers, which wgmma gets wrong in places (triton 3.6.0); 16 rows
     # take mma instead.
@@ -241,9 +243,10 @@ def _launch(
     _prepare_kernel[(programs_low + rows * columns,)](
         x, inner, seed, low,
         weight, blocks, scale, lora_b, v, b_out,
-        m, n, k, depth, r, alpha,
-        0 if x is None else x.stride(0), weight.stride(0), k, dropout, programs_low, columns,
-        TRANSPOSED=transposed, DROPOUT=seed is not None,
+        m, n, k, depth, r, x.shape[2] if x is not None and channel_first else m, alpha,
+        0 if x is None else x.stride(-2), 0 if x is None else x.stride(0),
+        weight.stride(0), k, dropout, programs_low, columns,
+        TRANSPOSED=transposed, DROPOUT=seed is not None, CHANNEL_FIRST=channel_first,
         P=p, RELU=relu,
         HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
         HAS_SCALE=scale is not None, HAS_B=b_out is not None,

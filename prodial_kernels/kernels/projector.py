@@ -21,6 +21,7 @@ from prodial_kernels.kernels.output_side import launch_output_side
 from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.reduce import launch_reduce
 from prodial_kernels.kernels.side_stream import fork
+from prodial_kernels.kernels.tiles import token_shape
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,23 @@ def forward(
     alpha: float,
     dropout: float,
     relu: bool,
+    length: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return Y [M, N] and H [M, R_PAD] (None without LoRA) for X [M, K]."""
+    """Return Y and H [M, R_PAD] (None without LoRA) for X, [M, K] or channel-first [b, K, l].
+
+    Y is channel-first [M / length, N, length] where a ``length`` is given, else [M, N].
+    """
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     limits = device_limits(x.device)
     v, b, h = launch_prepare(
         weight, blocks, scale, lora_b, alpha=alpha, relu=relu, r_pad=r_pad,
         x=None if lora_a is None else x, lora_a=lora_a, seed=seed, dropout=dropout,
     )  # fmt: skip
-    config = choose_gemm(x.shape[0], weight.shape[0], companion=False, **limits)
-    y, _ = launch_gemm(x, v, v_transposed=True, config=config, outer=b, low=h, bias=bias)
+    shape = (token_shape(x)[0], weight.shape[0])
+    config = choose_gemm(*(reversed(shape) if length else shape), companion=False, **limits)
+    y, _ = launch_gemm(
+        x, v, v_transposed=True, config=config, outer=b, low=h, bias=bias, length=length
+    )
     return y, h
 
 
@@ -77,8 +85,12 @@ def backward(
     relu: bool,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients towards x, blocks, scale, lora_a, lora_b and bias, or None for each."""
-    m = dy.shape[0]
+    """Return the gradients towards x, blocks, scale, lora_a, lora_b and bias, or None for each.
+
+    dY and Y are [M, N] or both channel-first [b, N, l]; X and dX are [M, K] or [b, K, l].
+    """
+    m, n = token_shape(dy)
+    k = token_shape(x)[1]
     if m == 0:
         parts = ((x, needs.x), (blocks, needs.blocks), (scale, needs.scale),
                  (lora_a, needs.lora_a), (lora_b, needs.lora_b), (bias, needs.bias))  # fmt: skip
@@ -97,8 +109,8 @@ def backward(
     output_side = dscale is not None or db is not None or dbias is not None
     wants_t = lora_b is not None and (needs.x or needs.lora_a)
     plan = choose_backward(
-        m, dy.shape[1], x.shape[1], r_pad, wants_t=wants_t, output_side=output_side,
-        through_weight=through_weight, bias=bias is not None, **limits,
+        m, n, k, r_pad, wants_t=wants_t, output_side=output_side,
+        through_weight=through_weight, bias=bias is not None, channel_first=x.ndim == 3, **limits,
     )  # fmt: skip
     side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
 
@@ -122,7 +134,10 @@ def backward(
             weight, None, scale, lora_b if plan.companion else None, alpha=alpha, relu=relu,
             r_pad=r_pad,
         )  # fmt: skip
-        du, companion = launch_gemm(dy, sw, v_transposed=False, config=plan.gemm, inner=b)
+        du, companion = launch_gemm(
+            dy, sw, v_transposed=False, config=plan.gemm, inner=b,
+            length=x.shape[2] if x.ndim == 3 else 0,
+        )  # fmt: skip
         t = companion if plan.companion else t
         del sw
     if side is not None:
@@ -139,7 +154,7 @@ def backward(
     launch_reduce(
         partial_b, partial_scale, exact, partial_bias, partial_a, partial_e,
         blocks=blocks, db=db, dscale=dscale, dbias=dbias, da=da, dblocks=dblocks,
-        n=dy.shape[1], k=x.shape[1], r=0 if lora_a is None else lora_a.shape[0], r_pad=r_pad,
+        n=n, k=k, r=0 if lora_a is None else lora_a.shape[0], r_pad=r_pad,
         alpha=alpha, relu=relu,
     )  # fmt: skip
     return du if needs.x else None, dblocks, dscale, da, db, dbias

@@ -6,16 +6,30 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def tma_ready(matrix: Tensor) -> bool:
-    """Whether the copy engine can address the matrix: 16-byte base and row stride."""
-    return matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+def token_shape(matrix: Tensor) -> tuple[int, int]:
+    """(tokens M, features F) of a matrix of tokens: [M, F], or channel-first [b, F, l]."""
+    if matrix.ndim == 2:
+        return matrix.shape[0], matrix.shape[1]
+    return matrix.shape[0] * matrix.shape[2], matrix.shape[1]
 
 
-def tiled(matrix: Tensor | None, tile: list[int], tma: bool) -> object:
-    """Return what ``load_tile`` takes as its source: a tensor descriptor where ``tma`` is set."""
-    if matrix is None or not tma:
-        return matrix
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), tile)
+def tma_ready(tensor: Tensor) -> bool:
+    """Whether the copy engine can address the tensor: 16-byte base and outer strides."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(
+        stride * size % 16 == 0 for stride in tensor.stride()[:-1]
+    )
+
+
+def tiled(tensor: Tensor | None, tile: list[int], tma: bool) -> object:
+    """Return what ``load_tile`` takes as its source: a tensor descriptor where ``tma`` is set.
+
+    Three dimensions are a batch of matrices, of which a tile takes part of one.
+    """
+    if tensor is None or not tma:
+        return tensor
+    whole = tile if tensor.ndim == 2 else [1, *tile]
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), whole)
 
 
 @triton.jit
@@ -33,38 +47,69 @@ def swizzled_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    source, row, column, rows, columns, stride,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    source, batch, row, column, rows, columns, stride, stride_batch,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BATCHED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Load a [BLOCK_ROWS, BLOCK_COLUMNS] tile of a row-major matrix; zero outside of it.
 
-    ``source`` is a tensor descriptor where TMA is set, else a pointer.
+    ``source`` is a tensor descriptor where TMA is set, else a pointer. Where BATCHED it holds a
+    batch of matrices, of which ``batch`` tells one.
     """
     if TMA:
-        tile = source.load([row, column])
+        if BATCHED:
+            tile = source.load([batch, row, column]).reshape(BLOCK_ROWS, BLOCK_COLUMNS)
+        else:
+            tile = source.load([row, column])
     else:
         offs_row = row + tl.arange(0, BLOCK_ROWS)
         offs_column = column + tl.arange(0, BLOCK_COLUMNS)
         inside = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
         pointers = source + offs_row.to(tl.int64)[:, None] * stride + offs_column[None, :]
+        if BATCHED:
+            pointers += batch.to(tl.int64) * stride_batch
         tile = tl.load(pointers, mask=inside, other=0.0)
     return tile
 
 
 @triton.jit
 def store_tile(
-    target, row, column, rows, columns, stride, tile,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    target, batch, row, column, rows, columns, stride, stride_batch, tile,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BATCHED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Store a [BLOCK_ROWS, BLOCK_COLUMNS] tile, cut at the matrix's edge."""
+    """Store a [BLOCK_ROWS, BLOCK_COLUMNS] tile, cut at the matrix's edge. As ``load_tile``."""
     if TMA:
-        target.store([row, column], tile)
+        if BATCHED:
+            target.store([batch, row, column], tile.reshape(1, BLOCK_ROWS, BLOCK_COLUMNS))
+        else:
+            target.store([row, column], tile)
     else:
         offs_row = row + tl.arange(0, BLOCK_ROWS)
         offs_column = column + tl.arange(0, BLOCK_COLUMNS)
         inside = (offs_row < rows)[:, None] & (offs_column < columns)[None, :]
         pointers = target + offs_row.to(tl.int64)[:, None] * stride + offs_column[None, :]
+        if BATCHED:
+            pointers += batch.to(tl.int64) * stride_batch
         tl.store(pointers, tile, mask=inside)
+
+
+@triton.jit
+def token_pointers(
+    base_ptr, tokens, features, LENGTH, stride, stride_batch, CHANNEL_FIRST: tl.constexpr
+):
+    """Pointers [tokens, features] into a matrix of tokens.
+
+    Token-first it is [M, F] with row stride ``stride``; CHANNEL_FIRST it is [M / LENGTH, F, LENGTH]
+    with feature stride ``stride``, and token m is number m % LENGTH of sequence m // LENGTH.
+    """
+    if CHANNEL_FIRST:
+        sequence = (tokens // LENGTH).to(tl.int64) * stride_batch
+        starts = (sequence + tokens % LENGTH)[:, None]
+        pointers = base_ptr + starts + features.to(tl.int64)[None, :] * stride
+    else:
+        pointers = base_ptr + tokens.to(tl.int64)[:, None] * stride + features[None, :]
+    return pointers
 
 
 @triton.jit

@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prodial_kernels.ops.autograd import torch_backward, torch_forward
-from prodial_kernels.ops.layout import token_rows, transposed
+from prodial_kernels.ops.layout import (
+    direct_length,
+    token_matrix,
+    transposed,
+)
+from prodial_kernels.ops.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -28,17 +33,26 @@ class Rule:
         lora_scaling: α.
         lora_dropout: Probability behind ``Operands.noise``; without noise there is no dropout.
         diagonal: ``"relu"`` or ``"free"``.
+        packed: Where the weight's values are if ``Operands.weight`` is on the meta device.
     """
 
     impl: str
     lora_scaling: float = 0.0
     lora_dropout: float = 0.0
     diagonal: str = "relu"
+    packed: PackedWeight | None = None
+
+    def unpack(self, operands: Operands) -> Operands:
+        """Return ``operands`` with a dense weight, which the caller must not keep."""
+        if self.packed is None:
+            return operands
+        return operands._replace(weight=self.packed.dense(operands.weight.dtype))
 
 
 class Operands(NamedTuple):
     """A projector's tensors: shapes as in :func:`prodial_kernels.prodial_linear`.
 
+    Of a packed weight, ``weight`` has shape and dtype only (meta device); see ``Rule.packed``.
     ``noise`` is what dropout is drawn from: the mask [b, l, K] of ``impl="torch"``, the seed [1]
     of ``impl="triton"``, None without dropout.
     """
@@ -92,15 +106,18 @@ def project(
         rule: The same in forward and backward.
         channel_first: Return Y as contiguous [b, N, l] instead of contiguous [b, l, N].
     """
+    operands = rule.unpack(operands)
     weight = operands.weight
     if rule.impl == "plain":
         return _plain(x, weight, operands.bias, channel_first), None
     options = (rule.lora_scaling, rule.lora_dropout)
     if rule.impl == "triton":
-        rows = token_rows(x)
+        length = x.shape[1] if channel_first and direct_length(x.shape[1]) else 0
         y, h = torch.ops.prodial_kernels.linear_forward(
-            rows, *operands, *options, rule.diagonal == "relu"
+            token_matrix(x), *operands, *options, rule.diagonal == "relu", length
         )
+        if length:
+            return y, h
     else:
         y, h = torch_forward(x, *operands, *options, rule.diagonal)
     y = y.view(*x.shape[:-1], weight.shape[0])
@@ -133,24 +150,18 @@ def project_backward(
         into: Add dX to this tensor, in the layout asked for, and return it as dX.
     """
     if rule.impl == "plain":
-        return _plain_backward(dy, x, operands.weight, needs, channel_first, into)
+        weight = rule.unpack(operands).weight if needs.x else operands.weight
+        return _plain_backward(dy, x, weight, needs, channel_first, into)
+    operands = rule.unpack(operands)
     options = (rule.lora_scaling, rule.lora_dropout)
     shape = (*dy.shape[:-1], operands.weight.shape[1])
     if x is None:
-        x = dy.new_empty(shape)
+        x = dy.new_empty(shape[0], shape[2], shape[1]).mT if channel_first else dy.new_empty(shape)
     parts: tuple[Tensor | None, ...]
-    lora = operands.lora_a is not None
     if rule.impl == "triton":
-        rows = token_rows(x)
-        relu = rule.diagonal == "relu"
-        if (needs.scale and y is None) or (lora and (needs.scale or needs.lora_b) and h is None):
-            fresh_y, h = torch.ops.prodial_kernels.linear_forward(rows, *operands, *options, relu)
-            y = fresh_y if y is None else y
-        kept_y = token_rows(y) if needs.scale and y is not None else None
-        parts = torch.ops.prodial_kernels.linear_backward(
-            token_rows(dy), rows, *operands, kept_y,
-            h if lora else None, *options, relu, needs.x, *needs[2:],
-        )  # fmt: skip
+        parts = _triton_backward(
+            dy, x, y, h, operands, options, rule.diagonal == "relu", needs
+        )
     else:
         if needs.lora_b and h is None:
             h = torch_forward(x, *operands, *options, rule.diagonal)[1]
@@ -163,12 +174,45 @@ def project_backward(
         part if needed else None for part, needed in zip(parts, (needs.x, *needs[2:]), strict=True)
     )
     if dx is not None:
-        dx = dx.view(shape)
+        dx = dx.mT if dx.ndim == 3 else dx.view(shape)
         if into is not None:
             dx = into.add_(dx.mT if channel_first else dx)
         elif channel_first:
-            dx = transposed(dx)
+            dx = dx.mT if dx.mT.is_contiguous() else transposed(dx)
+        else:
+            dx = dx.contiguous()
     return Gradients(dx, None, *adapter)
+
+
+def _triton_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    h: Tensor | None,
+    operands: Operands,
+    options: tuple[float, float],
+    relu: bool,
+    needs: Needs,
+) -> tuple[Tensor, ...]:
+    """The operator's gradients, dX in the layout of the matrix of tokens that X is."""
+    gradient, matrix = token_matrix(dy), token_matrix(x)
+    length = gradient.shape[2] if gradient.ndim == 3 else 0
+    lora = operands.lora_a is not None
+    kept = None
+    if needs.scale and y is not None:
+        # One walk over the tokens reads dY and Y, so they share a layout.
+        kept = token_matrix(y)
+        if kept.ndim != gradient.ndim:
+            kept = y.mT.contiguous() if length else y.reshape(-1, y.shape[-1])
+    if (needs.scale and y is None) or (lora and (needs.scale or needs.lora_b) and h is None):
+        fresh, h = torch.ops.prodial_kernels.linear_forward(
+            matrix, *operands, *options, relu, length
+        )
+        kept = fresh if needs.scale and y is None else kept
+    return torch.ops.prodial_kernels.linear_backward(
+        gradient, matrix, *operands, kept, h if lora else None, *options, relu,
+        needs.x, *needs[2:],
+    )  # fmt: skip
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, channel_first: bool) -> Tensor:

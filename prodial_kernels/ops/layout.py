@@ -18,24 +18,45 @@ def transposed(x: Tensor) -> Tensor:
     return x.mT.contiguous()
 
 
-def token_rows(x: Tensor) -> Tensor:
-    """[b, l, K] of any strides -> [b · l, K] with unit inner stride, copied only where needed."""
-    if x.ndim == 3 and x.stride(2) != 1 and x.stride(1) == 1 and x.shape[2] > 1:
+def token_matrix(x: Tensor) -> Tensor:
+    """[..., l, F] of any strides -> the matrix of tokens that the kernels take.
+
+    That is a view of ``x`` where there is one, [M, F] with unit inner stride, or channel-first
+    [b, F, l] where the tokens lie side by side; else a copy [M, F].
+    """
+    if x.ndim == 3 and x.shape[2] > 1 and x.stride(2) != 1 and x.stride(1) == 1:
+        addressable = x.stride(2) % 8 == 0 and x.stride(0) % 8 == 0
+        if direct_length(x.shape[1]) and addressable and _rows_apart(x.mT):
+            return x.mT
         x = transposed(x.mT)
     return unit_stride_rows(x.reshape(-1, x.shape[-1]))
 
 
+def direct_length(length: int) -> bool:
+    """Whether the kernels read and write sequences of this length channel-first.
+
+    The copy engine needs rows of 16 bytes; where it cannot work, transposing is the faster way.
+    """
+    return length > 0 and length % 8 == 0
+
+
 def unit_stride_rows(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` [M, K] with unit inner stride and rows that do not overlap."""
-    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
-        return matrix
-    return matrix.contiguous()
+    """Return [..., rows, columns] with unit inner stride and rows that do not overlap."""
+    return matrix if _rows_apart(matrix) else matrix.contiguous()
 
 
-def gated_tokens(out: Tensor, z: Tensor) -> Tensor:
-    """``(out ⊙ silu(z))``, [b, E, l] with unit inner stride -> [b, l, E]: out_proj's input."""
+def _rows_apart(matrix: Tensor) -> bool:
+    apart = all(
+        matrix.stride(axis) >= matrix.shape[axis + 1] * matrix.stride(axis + 1)
+        for axis in range(matrix.ndim - 1)
+    )
+    return matrix.stride(-1) == 1 and apart
+
+
+def gated_channels(out: Tensor, z: Tensor) -> Tensor:
+    """``out ⊙ silu(z)``, [b, E, l] with unit inner stride -> contiguous [b, E, l]."""
     if out.is_cuda:
-        from prodial_kernels.kernels.layout import launch_transpose
+        from prodial_kernels.kernels.layout import launch_gate
 
-        return launch_transpose(out, z)
-    return F.silu(z).mul_(out).mT
+        return launch_gate(out, z)
+    return F.silu(z).mul_(out)

@@ -20,7 +20,7 @@ _OPTIONS = "float lora_scaling, float lora_dropout, bool relu"
 _NEEDS = "bool need_x, bool need_blocks, bool need_scale, bool need_a, bool need_b, bool need_bias"
 
 _library = torch.library.Library("prodial_kernels", "DEF")
-_library.define(f"linear_forward({_OPERANDS}, {_OPTIONS}) -> (Tensor y, Tensor h)")
+_library.define(f"linear_forward({_OPERANDS}, {_OPTIONS}, SymInt length) -> (Tensor y, Tensor h)")
 _library.define(
     f"linear_backward(Tensor dy, {_OPERANDS}, Tensor? y, Tensor? h, {_OPTIONS}, {_NEEDS}) -> "
     "(Tensor dx, Tensor dblocks, Tensor dscale, Tensor da, Tensor db, Tensor dbias)"
@@ -39,8 +39,12 @@ def _linear_forward(
     lora_scaling: float,
     lora_dropout: float,
     relu: bool,
+    length: int,
 ) -> tuple[Tensor, Tensor]:
-    """X [M, K] -> Y [M, N] and H [M, padded r], empty without LoRA."""
+    """X -> Y and H [M, padded r], empty without LoRA.
+
+    X is [M, K] or channel-first [b, K, l]; Y [M, N], or with a ``length`` [M / length, N, length].
+    """
     from prodial_kernels.kernels import projector
 
     if blocks is not None and is_dense(blocks):
@@ -48,8 +52,9 @@ def _linear_forward(
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(x):
         y, h = projector.forward(
-            x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu
-        )
+            x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu,
+            length,
+        )  # fmt: skip
     return y, x.new_empty(0) if h is None else h
 
 
@@ -65,11 +70,13 @@ def _linear_forward_fake(
     lora_scaling: float,
     lora_dropout: float,
     relu: bool,
+    length: int,
 ) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape[0], weight.shape[0])
+    m, n = x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2], weight.shape[0]
+    y = x.new_empty(m // length, n, length) if length else x.new_empty(m, n)
     if lora_a is None:
         return y, x.new_empty(0)
-    return y, x.new_empty(x.shape[0], padded_rank(lora_a.shape[0]))
+    return y, x.new_empty(m, padded_rank(lora_a.shape[0]))
 
 
 def _linear_backward(
@@ -94,7 +101,10 @@ def _linear_backward(
     need_b: bool,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
-    """The six gradients; an empty tensor for each that is not asked for."""
+    """The six gradients; an empty tensor for each that is not asked for.
+
+    dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
+    """
     from prodial_kernels.kernels import projector
 
     dblocks = None

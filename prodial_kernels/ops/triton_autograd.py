@@ -29,12 +29,14 @@ class TritonProdialLinear(torch.autograd.Function):
         lora_scaling: float,
         lora_dropout: float,
         diagonal: str,
+        length: int,
     ) -> Tensor:
-        """X [M, K] -> Y [M, N]; ``seed`` [1] int64 switches dropout on, see ``functional``."""
+        """X -> Y, in the layouts of the operator; ``seed`` [1] int64 switches dropout on."""
         relu = diagonal == "relu"
         y, h = torch.ops.prodial_kernels.linear_forward(
-            x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu
-        )
+            x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu,
+            length,
+        )  # fmt: skip
         kept_y = y if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(
             x, weight, blocks, scale, lora_a, lora_b, bias, seed, kept_y,
@@ -56,4 +58,4 @@ class TritonProdialLinear(torch.autograd.Function):
             gradient if needed else None
             for gradient, needed in zip(gradients, (need_x, *need_adapter), strict=True)
         )
-        return dx, None, *adapter, None, None, None, None
+        return dx, None, *adapter, None, None, None, None, None

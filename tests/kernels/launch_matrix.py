@@ -38,6 +38,9 @@ class Projector:
     dtype: torch.dtype = torch.bfloat16
     needs: tuple[bool, ...] = ALL_NEEDS
     columns_before_x: int = 0
+    # Two sequences, of which X, Y or both are stored channel-first.
+    x_channel_first: bool = False
+    y_channel_first: bool = False
 
     def __str__(self) -> str:
         """What differs from the defaults."""
@@ -72,8 +75,13 @@ class Projector:
 
         m, k, n, p, r = self.m, self.k, self.n, self.block_size, self.r
         before = self.columns_before_x
+        x, dy = narrow(m, k + before).narrow(1, before, k), narrow(m, n)
+        if self.x_channel_first:
+            x = narrow(2, k, m // 2)
+        if self.y_channel_first:
+            dy = narrow(2, n, m // 2)
         operands = {
-            "x": narrow(m, k + before).narrow(1, before, k),
+            "x": x,
             "weight": narrow(n, k),
             "blocks": None if p is None else wide(k // p, p, p),
             "scale": wide(n) if self.scale else None,
@@ -85,14 +93,15 @@ class Projector:
         options = {
             "alpha": 0.5, "dropout": 0.1 if self.dropout else 0.0, "relu": self.relu,
         }  # fmt: skip
-        y, h = projector.forward(**operands, **options)
+        length = m // 2 if self.y_channel_first else 0
+        y, h = projector.forward(**operands, **options, length=length)
         given = ("x", "blocks", "scale", "lora_a", "lora_b", "bias")
         needs = projector.Needs(
             *(need and operands[name] is not None
               for need, name in zip(self.needs, given, strict=True))
         )  # fmt: skip
         kept_y = y if needs.scale else None
-        projector.backward(narrow(m, n), **operands, y=kept_y, h=h, **options, needs=needs)
+        projector.backward(dy, **operands, y=kept_y, h=h, **options, needs=needs)
 
 
 def matrix(quick: bool = False) -> Iterator[Projector]:
@@ -117,6 +126,17 @@ def matrix(quick: bool = False) -> Iterator[Projector]:
         (1, 129, 512, 2048, 16384), dtypes, ranks, (False, True), ALIGNED
     ):
         yield replace(plain, dtype=dtype, m=m, k=k, n=n, r=r, bias=bias)
+    # Layouts, of lengths that tiles divide, that they do not, and beyond the copy engine.
+    for m, dtype, p, r, layout, dropout in itertools.product(
+        (1004, 2048, 16384), dtypes, (1, 48), (None, 16, 64, 100), ("x", "y", "xy"), (False, True)
+    ):
+        if dropout and (r != 16 or dtype == torch.float16):
+            continue
+        k, n = (1536, 768) if layout == "x" else (768, 3072)
+        yield replace(
+            plain, dtype=dtype, m=m, k=k, n=n, block_size=p, r=r, dropout=dropout,
+            bias=m == 2048, x_channel_first="x" in layout, y_channel_first="y" in layout,
+        )  # fmt: skip
     # Rows that the copy engine cannot address.
     for p, r, (k, n), before in itertools.product(
         block_sizes, ranks, ((333, 257), (1340, 3355), (768, 3072)), (0, 3)

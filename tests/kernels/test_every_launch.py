@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
-from kernel_cases import assert_matches_fp64, dropout_mask
+from kernel_cases import assert_matches_fp64, dropout_mask, triton_linear
 from launch_matrix import Projector
+from torch import Tensor
 from uninterpreted import run_uninterpreted
 
 from prodial_kernels.testing import LinearCase, make_case
@@ -44,8 +45,9 @@ def projectors(tmp_path_factory: pytest.TempPathFactory) -> list[Projector]:
 def check(projector: Projector, device: str = "cuda") -> None:
     """Compare output and gradients with fp64, by the accuracy rule."""
     m, k, dtype = projector.m, projector.k, projector.dtype
+    sequences = projector.x_channel_first or projector.y_channel_first
     case = make_case(
-        m, k, projector.n, block_size=projector.block_size or 1, r=projector.r or 1,
+        (2, m // 2) if sequences else m, k, projector.n, block_size=projector.block_size or 1, r=projector.r or 1,
         diagonal="relu" if projector.relu else "free", device=device,
     )  # fmt: skip
     absent = {
@@ -55,12 +57,18 @@ def check(projector: Projector, device: str = "cuda") -> None:
     changes: dict[str, Any] = {name: None for name, is_absent in absent.items() if is_absent}
     if projector.dropout:
         mask = dropout_mask(m, k, 0.1, device=device, dtype=dtype)
-        changes |= {"lora_dropout": 0.1, "dropout_mask": mask}
+        changes |= {"lora_dropout": 0.1, "dropout_mask": mask.view(*case.x.shape)}
     if projector.columns_before_x:
         wide = torch.empty(m, k + projector.columns_before_x, device=device, dtype=dtype)
         changes["x"] = wide[:, projector.columns_before_x :].copy_(case.x)
     trained = [n for n, need in zip(LinearCase.TRAINED, projector.needs, strict=True) if need]
-    assert_matches_fp64(replace(case, **changes), compute=dtype, trained=trained)
+
+    def run(case: LinearCase) -> Tensor:
+        x = case.x.mT.contiguous().mT if projector.x_channel_first else case.x
+        y = triton_linear(replace(case, x=x), channel_first=projector.y_channel_first)
+        return y.mT if projector.y_channel_first else y
+
+    assert_matches_fp64(replace(case, **changes), compute=dtype, trained=trained, function=run)
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ from prodial_kernels.ops.explicit import (
     project,
     project_backward,
 )
-from prodial_kernels.ops.layout import gated_tokens
+from prodial_kernels.ops.layout import gated_channels
 
 
 class Rules(NamedTuple):
@@ -110,10 +110,10 @@ class MambaBlock(torch.autograd.Function):
             dbc, x_h = project(u.mT, x_proj, rules.x_proj, channel_first=True)
             dt, B, C = _parts(dbc, dt_proj, A)
             delta, dt_h = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
-            # Ungated: the gate is applied while the tokens are turned to what out_proj takes.
-            out, states = selective_scan_cuda.fwd(u, delta, A, B, C, D, None, dt_bias, True)
+            out, states, gated = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, dt_bias, True)
             del u, delta
-            y, _ = project(gated_tokens(out, z), out_proj, rules.out_proj)
+            y, _ = project(gated.mT, out_proj, rules.out_proj)
+            del gated
         ctx.save_for_backward(
             hidden, None if recompute_xz else xz, dbc, out, states, in_h, x_h, dt_h, conv_weight,
             conv_bias, A, D, dt_bias, *projections,
@@ -138,7 +138,7 @@ class MambaBlock(torch.autograd.Function):
                 xz, in_h = project(hidden, in_proj, rules.in_proj, channel_first=True)
             x, z = xz.chunk(2, dim=1)
 
-            gated = gated_tokens(out, z) if asked.out_proj.input else None
+            gated = gated_channels(out, z).mT if asked.out_proj.input else None
             dgated, *d_out_proj = project_backward(
                 dy, gated, None, None, out_proj, rules.out_proj, asked.out_proj,
                 channel_first=True,
