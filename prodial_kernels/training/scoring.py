@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prodial_kernels.training.batches import check_sizes
+from prodial_kernels.training.head import HeadError, eval_mode, find_head, run_model
+from prodial_kernels.training.loss import negative_log_likelihoods
 from prodial_kernels.training.schemas import DataError
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -64,7 +65,8 @@ def log_likelihoods(
 
     Windows are grouped by length, longest first, and padded on the right, where padding cannot
     reach the tokens before it (see ``padding.py``). The model runs in eval mode and gets its
-    modes back.
+    modes back. Only the logits of scored tokens are made, some hundred at a time, where the
+    model's head can be taken out (see ``head.py``).
 
     Args:
         model: Maps ``input_ids [batch, length]`` to an object with ``logits
@@ -88,16 +90,15 @@ def log_likelihoods(
     _check_vocabulary(model, scored)
     sums = torch.zeros(len(scored), dtype=torch.float64)
     order = sorted(range(len(scored)), key=lambda i: -len(scored[i].tokens))
-    with _eval_mode(model):
+    score = _scorer(model)
+    with eval_mode(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = torch.full((len(rows), len(scored[rows[0]].tokens) - 1), pad_token)
             for target, row in enumerate(rows):
                 tokens = scored[row].tokens
                 inputs[target, : len(tokens) - 1] = tokens[:-1]
-            logits = model(input_ids=inputs.to(device), use_cache=False).logits
-            for target, row in enumerate(rows):
-                sums[row] = _sum_of(logits[target], scored[row])
+            sums[rows] = score(inputs.to(device), [scored[row] for row in rows])
             if progress is not None:
                 progress(start + len(rows), len(order))
     if not torch.isfinite(sums).all():
@@ -109,14 +110,29 @@ def log_likelihoods(
     return sums
 
 
-def _sum_of(logits: Tensor, window: Window) -> Tensor:
-    """Sum the log-likelihoods in a row of logits ``[length, vocabulary]``."""
-    # One row at a time: the logits of a whole batch in float32 can outgrow the model.
-    end = len(window.tokens) - 1
-    targets = window.tokens[-window.n_scored :].long().to(logits.device)
-    rows = logits[end - window.n_scored : end].float()
-    losses = functional.cross_entropy(rows, targets, reduction="none")
-    return -losses.double().sum().cpu()
+def _scorer(model: nn.Module) -> Callable[[Tensor, Sequence[Window]], Tensor]:
+    """Return what sums the log-likelihoods of windows that the rows of ``input_ids`` hold."""
+    try:
+        head = find_head(model)
+    except HeadError:
+        head = None
+
+    def score(input_ids: Tensor, scored: Sequence[Window]) -> Tensor:
+        rows = run_model(model, input_ids).logits if head is None else head.hidden(input_ids)
+        # One window at a time: the logits of a whole batch in float32 can outgrow the model.
+        sums = []
+        for row, window in zip(rows, scored, strict=True):
+            end = len(window.tokens) - 1
+            predicting = row[end - window.n_scored : end]
+            targets = window.tokens[-window.n_scored :].long().to(row.device)
+            if head is None:
+                losses = functional.cross_entropy(predicting.float(), targets, reduction="none")
+            else:
+                losses = negative_log_likelihoods(head, predicting, targets)
+            sums.append(-losses.double().sum())
+        return torch.stack(sums).cpu()
+
+    return score
 
 
 def _check_vocabulary(model: nn.Module, scored: Sequence[Window]) -> None:
@@ -128,17 +144,3 @@ def _check_vocabulary(model: nn.Module, scored: Sequence[Window]) -> None:
             f"token {highest} is outside the model's vocabulary of {size}; the tokenizer belongs "
             "to another model"
         )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        # train() first, for modules that act on the change of mode; then each one's own mode,
-        # since parts of a model may have been in eval mode before.
-        model.train(modes[0][1])
-        for module, mode in modes:
-            module.training = mode

@@ -1,0 +1,170 @@
+"""The head of a language model by itself: hidden states out of the model, logits a few at a time.
+
+A causal language model multiplies hidden states [b, l, d] by its head [vocabulary, d] and may scale
+the product (Granite divides it, FalconH1 multiplies it). To work on few logits at a time, the model
+is run with its head replaced, for that one call, by a function that notes its input. So whatever
+the model does before its head stays the model's own, and no table of architectures is needed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prodial_kernels.quantization import QuantizedLinear
+
+# What the head is made to return once, to see what the model does to it.
+_PROBE = (0.0, 1.0, -2.0, 64.0)
+# Short, but of a length that every scan kernel takes.
+_PROBE_LENGTH = 8
+
+
+class HeadError(ValueError):
+    """The logits of a model cannot be computed apart from its forward."""
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A model's head: ``logits = scale · (hidden Wᵀ + bias)``.
+
+    Attributes:
+        model: The causal language model.
+        layer: Its last layer, W [vocabulary, d].
+        scale: What the model multiplies the layer's output by.
+    """
+
+    model: nn.Module
+    layer: nn.Linear | QuantizedLinear
+    scale: float
+
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Run the model up to its head: [b, l] -> [b, l, d], in the dtype the head is given."""
+        return _run_to_head(self.model, self.layer, input_ids, None, **inputs)[0]
+
+    def weight(self) -> Tensor:
+        """W [vocabulary, d] in the dtype that the model multiplies in; dense on a quantised one."""
+        weight = self.layer.weight
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            return weight.to(torch.get_autocast_dtype(device))
+        return weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., vocabulary], as the model computes them; for few rows at a time."""
+        weight = self.weight()
+        bias = None if self.layer.bias is None else self.layer.bias.to(weight.dtype)
+        return F.linear(hidden.to(weight.dtype), weight, bias) * self.scale
+
+
+def find_head(model: nn.Module) -> OutputHead:
+    """Find the head of a model of transformers or mamba_ssm and how the model scales its output.
+
+    The model runs once, on eight tokens, without gradients.
+
+    Args:
+        model: A causal language model, on its device.
+
+    Raises:
+        HeadError: There is no head that can be taken out; the message says why.
+    """
+    layer = _last_layer(model)
+    # In fp64, or the factor would be rounded to the model's dtype.
+    values = torch.tensor(_PROBE, device=next(model.parameters()).device, dtype=torch.float64)
+    ids = torch.zeros(1, _PROBE_LENGTH, dtype=torch.int64, device=values.device)
+    with torch.no_grad(), eval_mode(model):
+        _, output = _run_to_head(model, layer, ids, values.view(1, 1, -1))
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.numel() != values.numel():
+        raise HeadError(
+            f"{type(model).__name__} does not return what its head {type(layer).__name__} gives as "
+            "output.logits"
+        )
+    logits = logits.flatten().to(values)
+    scale = float(logits[1])
+    if not torch.allclose(logits, scale * values, rtol=1e-5, atol=0) or scale == 0:
+        pairs = ", ".join(f"{x:g} -> {y:.4g}" for x, y in zip(_PROBE, logits.tolist(), strict=True))
+        raise HeadError(
+            f"{type(model).__name__} changes its logits by more than a factor ({pairs}), such as a "
+            "soft cap"
+        )
+    return OutputHead(model, layer, scale)
+
+
+def run_model(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Any:
+    """Call a causal language model without a cache."""
+    if _takes_use_cache(model):
+        inputs["use_cache"] = False
+    return model(input_ids=input_ids, **inputs)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        # train() first, for modules that act on the change of mode; then each one's own mode,
+        # since parts of a model may have been in eval mode before.
+        model.train(modes[0][1])
+        for module, mode in modes:
+            module.training = mode
+
+
+def _last_layer(model: nn.Module) -> nn.Linear | QuantizedLinear:
+    getter = getattr(model, "get_output_embeddings", None)
+    layer = getter() if getter is not None else getattr(model, "lm_head", None)
+    if layer is None:
+        raise HeadError(
+            f"{type(model).__name__} names no head: it has neither get_output_embeddings() nor "
+            "lm_head"
+        )
+    plain = type(layer) is nn.Linear or isinstance(layer, QuantizedLinear)
+    if not plain or "forward" in vars(layer):
+        raise HeadError(
+            f"the head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
+            "nn.Linear: an adapter or another wrapper acts on the logits there"
+        )
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        raise HeadError(f"the head of {type(model).__name__} has hooks, which act on the logits")
+    return layer
+
+
+def _run_to_head(
+    model: nn.Module, layer: nn.Module, input_ids: Tensor, answer: Tensor | None, **inputs: Any
+) -> tuple[Tensor, Any]:
+    """Run the model with ``layer`` returning ``answer``; return the layer's input and the output.
+
+    Raises:
+        HeadError: The model called its head not exactly once.
+    """
+    seen: list[Tensor] = []
+
+    def note(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return hidden.new_zeros(1, 1, 1) if answer is None else answer
+
+    vars(layer)["forward"] = note
+    try:
+        output = run_model(model, input_ids, **inputs)
+    finally:
+        del vars(layer)["forward"]
+    if len(seen) != 1:
+        raise HeadError(
+            f"{type(model).__name__} called its head {len(seen)} times in a forward pass"
+        )
+    return seen[0], output
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether ``use_cache`` is an argument; mamba_ssm's models would hand it to their mixers."""
+    named = "use_cache" in inspect.signature(model.forward).parameters
+    return named or hasattr(model, "get_output_embeddings")

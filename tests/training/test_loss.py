@@ -1,0 +1,347 @@
+"""The loss without whole logits against the whole one: values, gradients, memory, refusals."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
+from prodial_kernels.testing import assert_all_accurate
+from prodial_kernels.training.batches import IGNORED
+from prodial_kernels.training.head import HeadError, OutputHead, find_head
+from prodial_kernels.training.loss import (
+    ChunkedLoss,
+    FullLoss,
+    LossError,
+    chunk_rows,
+    make_loss,
+    negative_log_likelihoods,
+)
+from tests.models import FAMILIES, build, randomise_adapters, token_ids
+
+# Families that multiply or divide their logits, and by what.
+SCALED = {
+    "granitemoehybrid": ({"logits_scaling": 6.0}, 1 / 6),
+    "falcon_h1": ({"lm_head_multiplier": 0.3}, 0.3),
+}
+
+
+class _Output:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class _Head(nn.Module):
+    """Hidden states are a parameter: a causal language model as the loss sees one."""
+
+    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> None:
+        super().__init__()
+        self.states = nn.Parameter(states)
+        self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        self.lm_head.weight = nn.Parameter(weight)
+        if bias is not None:
+            self.lm_head.bias = nn.Parameter(bias)
+        self.scale = scale
+
+    def forward(self, input_ids: Tensor) -> _Output:
+        states = self.states[:1, : input_ids.shape[1]] if len(input_ids) == 1 else self.states
+        return _Output(self.lm_head(states) * self.scale)
+
+
+def _labels(batch: int, length: int, vocabulary: int) -> Tensor:
+    labels = torch.randint(0, vocabulary, (batch, length))
+    labels[0, :4] = IGNORED
+    labels[-1, length // 2 :] = IGNORED
+    return labels
+
+
+def _run(loss: Any, model: _Head, labels: Tensor, weight: Any = 0.01) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    value = loss(torch.zeros_like(labels), labels, weight)
+    value.backward()
+    gradients = {f"d_{n}": p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {"loss": value.detach(), **gradients}  # type: ignore[dict-item]
+
+
+class _Static(ChunkedLoss):
+    """Computes every position, as it does for labels on a device."""
+
+    def __call__(self, input_ids: Tensor, labels: Tensor, weight: Any = 1.0, **inputs: Any) -> Any:
+        from prodial_kernels.training import loss
+
+        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loss, "_targets", lambda labels, device: (targets, None))
+            return super().__call__(input_ids, labels, weight, **inputs)
+
+
+@pytest.mark.parametrize("kind", [ChunkedLoss, _Static])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bias", "scale"), [(False, 1.0), (True, 0.37)])
+def test_loss_and_gradients_keep_the_accuracy_rule(
+    kind: type[ChunkedLoss], dtype: torch.dtype, bias: bool, scale: float
+) -> None:
+    vocabulary, width = 300, 24
+    parts = (torch.randn(3, 20, width), torch.randn(vocabulary, width) * 0.5)
+    shift = torch.randn(vocabulary) if bias else None
+    labels = _labels(3, 20, vocabulary)
+
+    def model(to: torch.dtype) -> _Head:
+        rounded = [None if t is None else t.to(dtype).to(to) for t in (*parts, shift)]
+        return _Head(*rounded, scale)  # type: ignore[arg-type]
+
+    exact_model, eager_model = model(torch.float64), model(dtype)
+    exact = _run(FullLoss(exact_model), exact_model, labels)
+    eager = _run(FullLoss(eager_model), eager_model, labels)
+    # Chunks that do not divide the number of tokens.
+    result = _run(kind(find_head(eager_model), rows=7), eager_model, labels)
+    assert_all_accurate(result, eager, exact, dtype)
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_weight_may_be_a_tensor() -> None:
+    model = _Head(torch.randn(2, 9, 8), torch.randn(50, 8), None, 1.0)
+    labels = _labels(2, 9, 50)
+    expected = _run(FullLoss(model), model, labels)["d_states"]
+    model.lm_head.requires_grad_(False)
+    result = _run(ChunkedLoss(find_head(model)), model, labels, torch.tensor(0.01))
+    assert result.keys() == {"loss", "d_states"}
+    torch.testing.assert_close(result["d_states"], expected)
+
+
+def test_autocast_multiplies_in_its_dtype() -> None:
+    model = _Head(torch.randn(2, 9, 8), torch.randn(50, 8), None, 1.0)
+    labels = _labels(2, 9, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = _run(FullLoss(model), model, labels)
+        result = _run(ChunkedLoss(find_head(model)), model, labels)
+    assert {t.dtype for t in result.values()} == {torch.float32}
+    for name, value in result.items():
+        torch.testing.assert_close(value, expected[name], rtol=2e-2, atol=2e-4)
+    # Not what fp32 gives.
+    exact = _run(FullLoss(model), model, labels)
+    assert not torch.equal(result["d_states"], exact["d_states"])
+
+
+def test_no_label_is_no_loss() -> None:
+    model = _Head(torch.randn(2, 9, 8), torch.randn(50, 8), None, 1.0)
+    labels = torch.full((2, 9), IGNORED)
+    result = _run(ChunkedLoss(find_head(model)), model, labels)
+    assert float(result["loss"]) == 0
+    assert not result["d_states"].any()
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, Tensor):
+                self.nbytes = max(self.nbytes, tensor.untyped_storage().nbytes())
+        return output
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_no_tensor_is_larger_than_a_chunk(evaluating: bool) -> None:
+    vocabulary, tokens = 32_768, 4096
+    model = _Head(torch.randn(1, tokens, 4), torch.randn(vocabulary, 4), None, 1.0)
+    model.lm_head.requires_grad_(False)
+    labels = torch.randint(0, vocabulary, (1, tokens))
+    head = find_head(model)
+    with _Largest() as largest:
+        if evaluating:
+            negative_log_likelihoods(head, model.states[0], labels[0])
+        else:
+            ChunkedLoss(head)(torch.zeros_like(labels), labels).backward()
+    assert largest.nbytes == chunk_rows(vocabulary) * vocabulary * 4
+    assert largest.nbytes <= 2**27 < tokens * vocabulary * 4 / 3
+
+
+@pytest.mark.parametrize(("vocabulary", "rows"), [(50_280, 512), (65_024, 512), (4096, 8192)])
+def test_rows_of_a_chunk(vocabulary: int, rows: int) -> None:
+    assert chunk_rows(vocabulary) == rows
+    assert chunk_rows(10**9) == 128
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_transformers(family: str) -> None:
+    overrides, scale = SCALED.get(family, ({}, 1.0))
+    model = build(family, **overrides)
+    apply_prodial(model, ProdialConfig(r=2))
+    randomise_adapters(model)
+    ids = token_ids()
+    labels = ids.clone()
+    labels[0, :3] = IGNORED
+
+    def step(loss: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad(set_to_none=True)
+        value = loss(ids, labels, 0.1)
+        value.backward()
+        return value, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    head = find_head(model)
+    assert head.scale == pytest.approx(scale, rel=1e-6)
+    assert model.training
+    expected, gradients = step(FullLoss(model))
+    value, found = step(ChunkedLoss(head, rows=3))
+    torch.testing.assert_close(value, expected)
+    assert found.keys() == gradients.keys() != set()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_of_mamba_ssm_is_not_given_use_cache() -> None:
+    class Backbone(nn.Module):
+        def forward(self, input_ids: Tensor, inference_params: Any = None) -> Tensor:
+            return functional.one_hot(input_ids, 8).float()
+
+    class MambaLMHeadModel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Backbone()
+            self.lm_head = nn.Linear(8, 8, bias=False)
+
+        def forward(
+            self, input_ids: Tensor, position_ids: Any = None, inference_params: Any = None,
+            num_last_tokens: int = 0, **mixer_kwargs: Any,
+        ) -> _Output:  # fmt: skip
+            return _Output(self.lm_head(self.backbone(input_ids, inference_params, **mixer_kwargs)))
+
+    model = MambaLMHeadModel()
+    ids = torch.randint(0, 8, (2, 6))
+    loss, _ = make_loss(model)
+    assert loss.name == "chunked"
+    torch.testing.assert_close(loss(ids, ids), FullLoss(model)(ids, ids))
+
+
+def test_a_quantised_head() -> None:
+    model = build("mamba2", hidden_size=64, num_heads=16, tie_word_embeddings=False)
+    quantize_model(model, "int8", target_modules=["lm_head"])
+    ids = token_ids()
+    torch.testing.assert_close(ChunkedLoss(find_head(model))(ids, ids), FullLoss(model)(ids, ids))
+
+
+def test_scores_are_those_of_the_whole_logits() -> None:
+    model = build("mamba2")
+    head = find_head(model)
+    ids = token_ids(1, 12)
+    hidden = head.hidden(ids)[0, :-1]
+    expected = functional.cross_entropy(
+        model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"
+    )
+    torch.testing.assert_close(negative_log_likelihoods(head, hidden, ids[0, 1:]), expected)
+
+
+# --- What cannot be taken apart is said. ----------------------------------------------------------
+
+
+class _Capped(_Head):
+    def forward(self, input_ids: Tensor) -> _Output:
+        return _Output(30 * torch.tanh(super().forward(input_ids).logits / 30))
+
+
+def _capped() -> nn.Module:
+    return _Capped(torch.randn(2, 9, 8), torch.randn(50, 8), None, 1.0)
+
+
+def _headless() -> nn.Module:
+    model = _Head(torch.randn(2, 9, 8), torch.randn(50, 8), None, 1.0)
+    model.head = model.lm_head
+    del model.lm_head
+    return model
+
+
+def _adapted() -> nn.Module:
+    model = build("mamba2", tie_word_embeddings=False)
+    apply_prodial(model, ProdialConfig(r=2, target_modules=("in_proj", "out_proj", "lm_head")))
+    return model
+
+
+def _hooked() -> nn.Module:
+    model = build("mamba2")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (_capped, r"by more than a factor \(0 -> 0, 1 -> 0\.9996, .*soft cap"),
+        (_headless, "names no head"),
+        (_adapted, "is a ProdialLinear"),
+        (_hooked, "has hooks"),
+    ],
+)
+def test_a_head_that_cannot_be_taken_out(make: Any, reason: str) -> None:
+    model = make()
+    with pytest.raises(HeadError, match=reason):
+        find_head(model)
+    loss, why = make_loss(model)
+    assert loss.name == "full"
+    assert "whole in memory" in why
+    with pytest.raises(LossError, match="'chunked' cannot be used.*use loss 'full'"):
+        make_loss(model, "chunked")
+
+
+def test_a_failed_forward_leaves_the_head_as_it_was() -> None:
+    model = build("mamba2")
+    head = find_head(model)
+    with pytest.raises((IndexError, RuntimeError)):
+        head.hidden(torch.full((1, 4), 10**6))
+    assert "forward" not in vars(model.lm_head)
+    assert model(input_ids=token_ids()).logits.shape[-1] == 48
+
+
+# --- liger-kernel. --------------------------------------------------------------------------------
+
+
+def test_liger_needs_cuda() -> None:
+    with pytest.raises(LossError, match="it needs a CUDA device"):
+        make_loss(build("mamba2"), "liger")
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="'auto', 'chunked', 'liger' or 'full', got 'fast'"):
+        make_loss(build("mamba2"), "fast")
+
+
+def test_liger_is_called_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LigerFusedLinearCrossEntropyLoss(nn.Module):
+        def __init__(self, ignore_index: int, reduction: str) -> None:
+            super().__init__()
+            self.options = {"ignore_index": ignore_index, "reduction": reduction}
+
+        def forward(self, lin_weight: Any, _input: Any, target: Any, bias: Any = None) -> Tensor:
+            logits = functional.linear(_input, lin_weight, bias)
+            return functional.cross_entropy(logits.float(), target, **self.options)
+
+    name = "liger_kernel.transformers.fused_linear_cross_entropy"
+    for path in ("liger_kernel", "liger_kernel.transformers", name):
+        monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+    sys.modules[name].LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss  # type: ignore[attr-defined]
+    from prodial_kernels.training.loss import LigerLoss
+
+    model = _Head(torch.randn(2, 9, 8), torch.randn(50, 8), torch.randn(50), 0.37)
+    labels = _labels(2, 9, 50)
+    result = _run(LigerLoss(find_head(model)), model, labels)
+    expected = _run(FullLoss(model), model, labels)
+    for key, value in result.items():
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_head_of_any_dtype_scales_as_the_model_does() -> None:
+    model = build("granitemoehybrid", logits_scaling=6.0).bfloat16()
+    head = find_head(model)
+    assert isinstance(head, OutputHead)
+    assert head.scale == pytest.approx(1 / 6, rel=1e-6)
