@@ -174,13 +174,12 @@ def project_backward(
         part if needed else None for part, needed in zip(parts, (needs.x, *needs[2:]), strict=True)
     )
     if dx is not None:
-        dx = dx.mT if dx.ndim == 3 else dx.view(shape)
         if into is not None:
             dx = into.add_(dx.mT if channel_first else dx)
         elif channel_first:
             dx = dx.mT if dx.mT.is_contiguous() else transposed(dx)
         else:
-            dx = dx.contiguous()
+            dx = dx if dx.is_contiguous() else transposed(dx.mT)
     return Gradients(dx, None, *adapter)
 
 
@@ -194,7 +193,7 @@ def _triton_backward(
     relu: bool,
     needs: Needs,
 ) -> tuple[Tensor, ...]:
-    """The operator's gradients, dX in the layout of the matrix of tokens that X is."""
+    """The operator's gradients; dX is [b, l, K], stored as the matrix of tokens that X is."""
     gradient, matrix = token_matrix(dy), token_matrix(x)
     length = gradient.shape[2] if gradient.ndim == 3 else 0
     lora = operands.lora_a is not None
@@ -209,10 +208,13 @@ def _triton_backward(
             matrix, *operands, *options, relu, length
         )
         kept = fresh if needs.scale and y is None else kept
-    return torch.ops.prodial_kernels.linear_backward(
+    dx, *adapter = torch.ops.prodial_kernels.linear_backward(
         gradient, matrix, *operands, kept, h if lora else None, *options, relu,
         needs.x, *needs[2:],
     )  # fmt: skip
+    if needs.x:
+        dx = dx.mT if matrix.ndim == 3 else dx.view(x.shape)
+    return (dx, *adapter)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, channel_first: bool) -> Tensor:
