@@ -205,8 +205,14 @@ class ProdialLinear(nn.Module):
 
     def adapted(self, x: Tensor, bias: Tensor | None, channel_first: bool = False) -> Tensor:
         """``x W'ᵀ + bias`` with the adapter as it is, merged or not; shapes as in ``forward``."""
-        base = self.base_layer
-        options: dict[str, Any] = {
+        base, options = self.base_layer, self.operation(bias)
+        if isinstance(base, QuantizedLinear):
+            return quantized_prodial_linear(x, base, channel_first=channel_first, **options)
+        return prodial_linear(x, base.weight, channel_first=channel_first, **options)
+
+    def operation(self, bias: Tensor | None) -> dict[str, Any]:
+        """What :func:`prodial_linear` takes beside the input, the weight and the layout."""
+        return {
             "blocks": self.prodial_blocks,
             "scale": self.prodial_scale,
             "lora_a": self.prodial_a,
@@ -217,11 +223,7 @@ class ProdialLinear(nn.Module):
             "training": self.training,
             "diagonal": self.diagonal,
             "impl": self.impl,
-            "channel_first": channel_first,
         }
-        if isinstance(base, QuantizedLinear):
-            return quantized_prodial_linear(x, base, **options)
-        return prodial_linear(x, base.weight, **options)
 
     @torch.no_grad()
     def reset_adapter(self) -> None:

@@ -7,6 +7,7 @@ import gc
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,16 @@ def kept_by(function: Any) -> list[Tensor]:
 def dense_weights(shape: tuple[int, int] = (N, K)) -> int:
     """Floating-point tensors of a weight's shape that are alive."""
     gc.collect()
-    return sum(
-        type(o) is Tensor and o.shape == shape and o.is_floating_point() and o.itemsize > 1
-        for o in gc.get_objects()
+    return sum(map(partial(is_dense, shape), gc.get_objects()))
+
+
+def is_dense(shape: tuple[int, ...], o: object) -> bool:
+    return (
+        type(o) is Tensor
+        and o.shape == shape
+        and o.is_floating_point()
+        and o.itemsize > 1
+        and not o.is_meta
     )
 
 
@@ -206,14 +214,12 @@ def test_ledger(format: str, impl: str, kernel_device: str) -> None:
     kept = kept_by(lambda: outputs.append(layer(x)))
     assert dense_weights() == 0
     own = {p.data_ptr() for p in (*layer.parameters(), *layer.buffers())}
-    fresh = [tensor for tensor in kept if tensor.data_ptr() not in own]
+    fresh = [tensor for tensor in kept if not tensor.is_meta and tensor.data_ptr() not in own]
     activations = {x.data_ptr(), outputs[0].data_ptr()}
     h = [tensor for tensor in fresh if tensor.data_ptr() not in activations]
     assert [tensor.shape[0] for tensor in h] == [5]
     assert h[0].shape[1] <= 16
     assert len(fresh) == (3 if impl == "triton" else 2)
-    packed = [buffer.data_ptr() for buffer in layer.base_layer.buffers()]
-    assert set(packed) <= {tensor.data_ptr() for tensor in kept}
     outputs[0].float().sum().backward()
     assert dense_weights() == 0
 
@@ -223,7 +229,7 @@ def test_a_layer_without_an_adapter_keeps_its_packed_weight_alone() -> None:
     x = torch.randn(2, 5, K, requires_grad=True)
     kept = kept_by(lambda: layer(x))
     own = {p.data_ptr() for p in (*layer.parameters(), *layer.buffers())}
-    assert {tensor.data_ptr() for tensor in kept} <= own
+    assert {tensor.data_ptr() for tensor in kept if not tensor.is_meta} <= own
     y = layer(x)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     torch.testing.assert_close(y, nn.functional.linear(x, layer.weight, layer.bias))
@@ -287,6 +293,10 @@ def test_checkpointing_threads_and_changes_before_backward(reentrant: bool) -> N
     layer.base_layer.load_state_dict(quantize_linear(nn.Linear(K, N), "nf4").state_dict())
     found = torch.autograd.grad(y.square().sum(), [x, *trained])
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    y = layer(x)
+    layer.base_layer.codes.zero_()
+    with pytest.raises(RuntimeError, match="modified in place between forward and backward"):
+        y.sum().backward()
 
 
 # --- The module. --------------------------------------------------------------------------------
@@ -458,15 +468,19 @@ def test_models_of_transformers_train_on_quantised_projectors(family: str) -> No
         torch.testing.assert_close(gradient, theirs.gradients[name])
 
 
-def test_mixers_call_quantised_projectors_instead_of_keeping_their_weight() -> None:
+def test_mixers_project_on_quantised_weights() -> None:
     base = quantised("int8")
     layer = adapted(base)
-    assert not is_explicit(layer)
-    assert not is_explicit(base)
-    assert is_explicit(adapted(base.to_linear()))
+    assert is_explicit(layer)
+    assert is_explicit(base)
+    assert not is_explicit(adapted(base, impl="reference"))
+    with pytest.raises(ValueError, match=r"impl='reference' has no explicit backward"):
+        operands_of(adapted(base, impl="reference"), torch.randn(1, 2, K))
     for projection in (layer, base):
-        with pytest.raises(ValueError, match=r"quantised weight .* no explicit backward"):
-            operands_of(projection, torch.randn(1, 2, K))  # type: ignore[arg-type]
+        operands, rule = operands_of(projection, torch.randn(1, 2, K))
+        assert operands.weight.is_meta
+        assert rule.packed is not None
+        assert torch.equal(rule.packed.dense(torch.float32), base.dequantize())
     view = ProjectorOfView(layer)
     columns = torch.randn(K, 5, requires_grad=True)
     for enabled in (True, False):
@@ -474,7 +488,7 @@ def test_mixers_call_quantised_projectors_instead_of_keeping_their_weight() -> N
         expected = layer.weight @ columns
         torch.testing.assert_close(view.weight @ columns, expected)
         kept = kept_by(lambda: view.weight @ columns)
-        assert all(tensor.shape != (N, K) or tensor.dtype == torch.int8 for tensor in kept)
+        assert not any(is_dense((N, K), tensor) for tensor in kept)
     assert view.weight.shape == (N, K)
     assert view.weight.dtype == torch.float32
     assert view.weight.device.type == "cpu"

@@ -8,21 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prodial_kernels._validation import check_frozen, check_operands, check_triton
-from prodial_kernels.functional import resolve_impl
 from prodial_kernels.linear import ProdialLinear, weight_like
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.explicit import Operands, Rule
-from prodial_kernels.ops.layout import unit_stride_rows
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.quantization.project import quantized_linear
+from prodial_kernels.quantization.project import (
+    adapted_operands,
+    plain_operands,
+    quantized_linear,
+)
 
 
-def operands_of(layer: nn.Linear | ProdialLinear, x: Tensor) -> tuple[Operands, Rule]:
+def operands_of(
+    layer: nn.Linear | QuantizedLinear | ProdialLinear, x: Tensor
+) -> tuple[Operands, Rule]:
     """Return what a call of ``layer`` on ``x`` would compute with, and draw its dropout.
 
     Args:
-        layer: A projection. One without an active adapter gives its weight, which may be trained.
+        layer: A projection, dense or quantised. One without an active adapter gives its weight,
+            which may be trained if it is dense.
         x: [b, l, in_features]; only shape, dtype, device are looked at, so that a call can be
             prepared before its input exists (see :func:`placeholder`).
 
@@ -32,40 +36,28 @@ def operands_of(layer: nn.Linear | ProdialLinear, x: Tensor) -> tuple[Operands, 
         ValueError: A shape or device that does not fit, or a layer that :func:`is_explicit`
             answers False for.
     """
-    if not is_explicit(layer):
-        raise ValueError(
-            "a layer with a quantised weight or impl='reference' has no explicit backward; call it"
-        )
-    dtype = autocast_dtype(x) or x.dtype
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+    if isinstance(layer, QuantizedLinear):
+        return plain_operands(x, layer, layer.bias)
     if not isinstance(layer, ProdialLinear):
-        return Operands(layer.weight.to(dtype), bias=bias), Rule("plain")
-    if not layer.adapter_enabled or layer.merged:
-        if layer.adapter_enabled and layer.training and torch.is_grad_enabled():
+        return _dense_operands(x, layer.weight, layer.bias)
+    base = layer.base_layer
+    if not layer.adapter_enabled:
+        return operands_of(base, x)
+    if layer.merged:
+        if layer.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "this ProdialLinear is merged, so its adapter would get no gradient; call "
                 "unmerge() before training, or eval() for inference"
             )
-        return Operands(layer.effective_weight().to(dtype), bias=bias), Rule("plain")
-    adapter = (layer.prodial_blocks, layer.prodial_scale, layer.prodial_a, layer.prodial_b)
-    weight = layer.base_layer.weight
-    check_operands(x, weight, *adapter, layer.bias, autocast=dtype is not x.dtype)
-    check_frozen(weight)
-    x = x.to(dtype)
-    weight = weight.to(dtype)
-    impl = resolve_impl(layer.impl, x)
-    noise = None
-    dropped = layer.training and layer.lora_dropout > 0 and layer.prodial_a is not None
-    if impl == "triton":
-        check_triton(x)
-        weight = unit_stride_rows(weight)
-        if dropped:
-            # On the device, so that checkpointing and CUDA graphs replay it.
-            noise = torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
-    elif dropped:
-        noise = torch.rand(x.shape, device=x.device) >= layer.lora_dropout
-    rule = Rule(impl, layer.lora_scaling, layer.lora_dropout, layer.diagonal)
-    return Operands(weight, *adapter, bias, noise), rule
+        return _dense_operands(x, layer.effective_weight(), layer.bias)
+    return adapted_operands(
+        x, base if isinstance(base, QuantizedLinear) else base.weight, **layer.operation(layer.bias)
+    )
+
+
+def _dense_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Operands, Rule]:
+    dtype = autocast_dtype(x) or x.dtype
+    return Operands(weight.to(dtype), bias=None if bias is None else bias.to(dtype)), Rule("plain")
 
 
 def placeholder(x: Tensor, features: int) -> Tensor:
@@ -74,13 +66,8 @@ def placeholder(x: Tensor, features: int) -> Tensor:
 
 
 def is_explicit(layer: nn.Module) -> bool:
-    """Whether :func:`operands_of` can prepare a call of ``layer``.
-
-    Not on a quantised weight: a mixer's function would keep the dense one until backward.
-    """
-    if isinstance(layer, ProdialLinear):
-        return layer.impl != "reference" and not isinstance(layer.base_layer, QuantizedLinear)
-    return not isinstance(layer, QuantizedLinear)
+    """Whether :func:`operands_of` can prepare a call of ``layer``: not of the definition."""
+    return not isinstance(layer, ProdialLinear) or layer.impl != "reference"
 
 
 def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:

@@ -77,10 +77,7 @@ def directed_scan(mixer: Any, xz: Tensor, direction: Direction, scan: str = "aut
     )
     for name, layer in ((direction.x_proj, x_proj), (direction.dt_proj, dt_proj)):
         if not is_explicit(layer):
-            raise ValueError(
-                f'{name} has impl="reference" or a quantised weight, which only scan="torch" '
-                "can run"
-            )
+            raise ValueError(f'{name} has impl="reference", which only scan="torch" can run')
     tokens = xz.mT
     x_operands, x_rule = operands_of(x_proj, placeholder(tokens, x_proj.in_features))
     dt_operands, dt_rule = operands_of(dt_proj, placeholder(tokens, dt_proj.in_features))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.ops.packed import PackedWeight
 from prodial_kernels.quantization.project import quantized_linear
 
 CHUNK = 2**22
@@ -70,6 +71,10 @@ class QuantizedLinear(nn.Module, ABC):
     def packed(self) -> tuple[Tensor, ...]:
         """The tensors that the weight is stored in."""
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
+
+    def packed_weight(self) -> PackedWeight:
+        """The weight as the operation takes it: aliases of the stored tensors, and how to read."""
+        return PackedWeight(self.packed(), self.unpack)
 
     @property
     def device(self) -> torch.device:

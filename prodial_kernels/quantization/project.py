@@ -1,21 +1,22 @@
-"""A projector on a packed weight: dequantised for each product, never kept for backward."""
+"""A projector on a frozen weight, dense or packed: what it computes with, and the call itself.
+
+A packed weight is dequantised for each product and never kept for backward.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prodial_kernels._validation import check_operands, check_triton
+from prodial_kernels._validation import check_frozen, check_operands, check_triton
 from prodial_kernels.functional import lay_out, prodial_linear, resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.explicit import Needs, Operands, Rule, project, project_backward
-
-Unpack = Callable[[tuple[Tensor, ...], torch.dtype], Tensor]
-"""(packed tensors, dtype) -> a new dense weight [out_features, in_features]."""
+from prodial_kernels.ops.layout import unit_stride_rows
+from prodial_kernels.ops.packed import PackedWeight
 
 
 class PackedLinear(Protocol):
@@ -29,11 +30,8 @@ class PackedLinear(Protocol):
     def device(self) -> torch.device:
         """Where the packed tensors are."""
 
-    def packed(self) -> tuple[Tensor, ...]:
-        """The tensors that the weight is stored in."""
-
-    def unpack(self, packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        """Dequantise ``packed``, by nothing but it and the layer's constants."""
+    def packed_weight(self) -> PackedWeight:
+        """The weight as it is stored."""
 
 
 def quantized_linear(
@@ -55,18 +53,8 @@ def quantized_linear(
         TypeError: A dtype that cannot be used.
         ValueError: A shape or device that does not fit.
     """
-    dtype = autocast_dtype(x)
-    check_operands(
-        x, _stand_in(layer), None, None, None, None, bias, autocast=dtype is not None
-    )  # fmt: skip
-    if dtype is not None:
-        x = x.to(dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    with autocast_off(x.device.type):
-        y = QuantizedProdialLinear.apply(
-            x, Rule("plain"), layer.unpack, None, None, None, None, bias, None, *layer.packed()
-        )
-        return lay_out(y, channel_first)
+    operands, rule = plain_operands(x, layer, bias)
+    return lay_out(_call(x, operands, rule), channel_first)
 
 
 def quantized_prodial_linear(
@@ -90,103 +78,172 @@ def quantized_prodial_linear(
     Arguments, result and errors are the same. ``impl="reference"`` is plain autograd on one dense
     weight, which it keeps until backward; the others keep the packed tensors only.
     """
-    parts: tuple[Tensor | None, ...] = (blocks, scale, lora_a, lora_b)
-    dtype = autocast_dtype(x)
+    options: dict[str, Any] = {
+        "blocks": blocks, "scale": scale, "lora_a": lora_a, "lora_b": lora_b, "bias": bias,
+        "lora_scaling": lora_scaling, "lora_dropout": lora_dropout, "training": training,
+        "diagonal": diagonal, "impl": impl,
+    }  # fmt: skip
+    if impl == "reference":
+        dtype = autocast_dtype(x) or x.dtype
+        check_operands(
+            x, _stand_in(layer), blocks, scale, lora_a, lora_b, bias, autocast=dtype is not x.dtype
+        )
+        weight = layer.packed_weight().dense(dtype)
+        return prodial_linear(x.to(dtype), weight, channel_first=channel_first, **options)
+    return lay_out(_call(x, *adapted_operands(x, layer, **options)), channel_first)
+
+
+def plain_operands(x: Tensor, layer: PackedLinear, bias: Tensor | None) -> tuple[Operands, Rule]:
+    """Return what ``x Wᵀ + bias`` on a packed W computes with.
+
+    Args:
+        x: [..., in_features]; shape, dtype and device count.
+        layer: Holds the packed weight.
+        bias: [out_features].
+
+    Raises:
+        TypeError: A dtype that cannot be used.
+        ValueError: A shape or device that does not fit.
+    """
+    dtype = autocast_dtype(x) or x.dtype
     check_operands(
-        x, _stand_in(layer), blocks, scale, lora_a, lora_b, bias, autocast=dtype is not None
+        x, _stand_in(layer), None, None, None, None, bias, autocast=dtype is not x.dtype
+    )  # fmt: skip
+    bias = None if bias is None else bias.to(dtype)
+    return Operands(_values_elsewhere(layer, dtype), bias=bias), Rule(
+        "plain", packed=layer.packed_weight()
     )
-    x = x if dtype is None else x.to(dtype)
+
+
+def adapted_operands(
+    x: Tensor,
+    base: Tensor | PackedLinear,
+    *,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    training: bool,
+    diagonal: str,
+    impl: str,
+) -> tuple[Operands, Rule]:
+    """Return what ``prodial_linear`` computes with, in the dtypes of autocast; draw its dropout.
+
+    Args:
+        x: [..., in_features]; shape, dtype and device count.
+        base: The frozen weight [out_features, in_features], or the layer that packs it.
+        blocks: As in :func:`prodial_kernels.prodial_linear`, and so is what follows.
+        scale: s.
+        lora_a: A.
+        lora_b: B.
+        bias: [out_features].
+        lora_scaling: α.
+        lora_dropout: Dropout probability.
+        training: Whether dropout is active.
+        diagonal: ``"relu"`` or ``"free"``.
+        impl: Not ``"reference"``.
+
+    Raises:
+        RuntimeError: The kernels cannot run on this device.
+        TypeError: A dtype that cannot be used.
+        ValueError: A shape or device that does not fit, a weight that requires a gradient, or
+            ``impl="reference"``, whose backward is autograd's.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    like = base if isinstance(base, Tensor) else _stand_in(base)
+    check_operands(
+        x, like, blocks, scale, lora_a, lora_b, bias, autocast=dtype is not x.dtype
+    )  # fmt: skip
+    x = x if x.dtype == dtype else x.new_empty(1, dtype=dtype).expand(x.shape)
     chosen = resolve_impl(impl, x)
     if chosen == "reference":
-        return prodial_linear(
-            x, layer.unpack(layer.packed(), x.dtype), blocks=blocks, scale=scale, lora_a=lora_a,
-            lora_b=lora_b, bias=bias, lora_scaling=lora_scaling, lora_dropout=lora_dropout,
-            training=training, diagonal=diagonal, impl=impl, channel_first=channel_first,
-        )  # fmt: skip
-    bias = None if bias is None else bias.to(x.dtype)
-    noise = None
+        raise ValueError("a projector with impl='reference' has no explicit backward; call it")
+    packed = noise = None
+    if isinstance(base, Tensor):
+        check_frozen(base)
+        weight = base.to(dtype)
+    else:
+        weight, packed = _values_elsewhere(base, dtype), base.packed_weight()
+    bias = None if bias is None else bias.to(dtype)
+    operands = Operands(weight, blocks, scale, lora_a, lora_b, bias)
     dropped = training and lora_dropout > 0.0 and lora_a is not None
     if chosen == "triton":
         check_triton(x)
-        # The kernels take no strides for these.
-        parts = tuple(None if part is None else part.contiguous() for part in parts)
-        bias = None if bias is None else bias.contiguous()
+        # The kernels take one stride of a matrix and none of the others.
+        operands = Operands(unit_stride_rows(weight), *(map(_contiguous, operands[1:])))
         if dropped:
             # On the device, so that checkpointing and CUDA graphs replay it.
             noise = torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
     elif dropped:
         noise = torch.rand(x.shape, device=x.device) >= lora_dropout
-    rule = Rule(chosen, float(lora_scaling), float(lora_dropout), diagonal)
-    with autocast_off(x.device.type):
-        y = QuantizedProdialLinear.apply(
-            x, rule, layer.unpack, *parts, bias, noise, *layer.packed()
-        )
-        return lay_out(y, channel_first)
+    rule = Rule(chosen, float(lora_scaling), float(lora_dropout), diagonal, packed)
+    return operands._replace(noise=noise), rule
 
 
 class QuantizedProdialLinear(torch.autograd.Function):
-    """Keeps X, H, the adapter and aliases of the packed weight; with ``"triton"`` Y where s trains.
+    """Keeps X, H and aliases of the adapter; with ``"triton"`` Y where s trains.
 
-    What is not asked for is not kept: a layer without an adapter keeps the packed weight alone.
+    What is not asked for is not kept: a layer without an adapter keeps its packed weight alone.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        rule: Rule,
-        unpack: Unpack,
-        blocks: Tensor | None,
-        scale: Tensor | None,
-        lora_a: Tensor | None,
-        lora_b: Tensor | None,
-        bias: Tensor | None,
-        noise: Tensor | None,
-        *packed: Tensor,
-    ) -> Tensor:
-        """X [..., K] -> Y [..., N]; ``noise`` as in :class:`Operands`."""
-        operands = Operands(unpack(packed, x.dtype), blocks, scale, lora_a, lora_b, bias, noise)
+    def forward(ctx: Any, x: Tensor, rule: Rule, *tensors: Tensor | None) -> Tensor:
+        """X [..., K] -> Y [..., N]; ``tensors`` are the fields of ``Operands``."""
+        operands = Operands(*tensors)  # type: ignore[arg-type]
         y, h = project(_tokens(x), operands, rule)
         # view() would make the output a view, and autograd lets nobody change that in place.
         y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-        needs = Needs(ctx.needs_input_grad[0], False, *ctx.needs_input_grad[3:8])
+        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:8])
         if rule.impl != "triton" and not needs.bias:
-            bias = None  # only the kernels' gradient of s asks for it
+            operands = operands._replace(bias=None)  # only the kernels' gradient of s asks for it
         ctx.save_for_backward(
             x if needs.input else None,
             y if needs.scale and rule.impl == "triton" else None,
             h if needs.scale or needs.lora_b else None,
-            blocks, scale, lora_a, lora_b, bias, noise, *packed,
-        )  # fmt: skip
-        ctx.constants = (rule, unpack, needs)
+            *operands,
+        )
+        ctx.rule, ctx.needs = rule, needs
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients towards x, blocks, scale, lora_a, lora_b and bias; only those asked for."""
-        rule, unpack, needs = ctx.constants
-        x, y, h, blocks, scale, lora_a, lora_b, bias, noise, *packed = ctx.saved_tensors
+        """Gradients in the order of ``forward``'s arguments; only those asked for."""
+        x, y, h, *tensors = ctx.saved_tensors
+        operands = Operands(*tensors)
         with autocast_off(grad_output.device.type):
-            weight = unpack(tuple(packed), grad_output.dtype)
-            gradients = project_backward(
+            dx, *rest = project_backward(
                 _tokens(grad_output),
                 None if x is None else _tokens(x),
                 None if y is None else _tokens(y),
-                h,
-                Operands(weight, blocks, scale, lora_a, lora_b, bias, noise),
-                rule,
-                needs,
-            )
-        dx = gradients.x
+                h, operands, ctx.rule, ctx.needs,
+            )  # fmt: skip
         if dx is not None:
-            dx = dx.reshape(*grad_output.shape[:-1], weight.shape[1])
-        return dx, None, None, *gradients[2:], None, *(None for _ in packed)
+            dx = dx.reshape(*grad_output.shape[:-1], operands.weight.shape[1])
+        return dx, None, *rest, None
+
+
+def _call(x: Tensor, operands: Operands, rule: Rule) -> Tensor:
+    with autocast_off(x.device.type):
+        y: Tensor = QuantizedProdialLinear.apply(x.to(operands.weight.dtype), rule, *operands)
+    return y
+
+
+def _contiguous(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.contiguous()
 
 
 def _tokens(x: Tensor) -> Tensor:
     """[..., features] -> [b, l, features]; three dimensions keep their strides."""
     return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+
+
+def _values_elsewhere(layer: PackedLinear, dtype: torch.dtype) -> Tensor:
+    """The shape and dtype of the dense weight; using its values is an error."""
+    return torch.empty(layer.out_features, layer.in_features, dtype=dtype, device="meta")
 
 
 def _stand_in(layer: PackedLinear) -> Tensor:
