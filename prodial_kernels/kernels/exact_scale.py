@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ExactScaleConfig, ceil_div
+from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import load_deviation, token_pointers, token_shape
 
 
@@ -79,7 +81,7 @@ def launch_exact_scale(
     *,
     relu: bool,
     config: ExactScaleConfig,
-    stream: torch.cuda.Stream | None = None,
+    side: SideStream | None = None,
 ) -> Tensor:
     """Return exact [spans, N] in fp32, written only for columns with a NaN in ``partial_scale``.
 
@@ -91,7 +93,7 @@ def launch_exact_scale(
         partial_scale: ds_part, [splits, N].
         relu: Whether D_a's diagonal passes through Eq. 7's relu.
         config: Tile sizes.
-        stream: Where to launch.
+        side: Where to launch; the current stream if None.
     """
     n, k = weight.shape
     p = 1 if blocks is None else blocks.shape[-1]
@@ -100,15 +102,15 @@ def launch_exact_scale(
     splits = partial_scale.shape[0]
     m, _ = token_shape(dy)
     length = next((t.shape[2] for t in (dy, x) if t.ndim == 3), m)
-    with torch.cuda.stream(stream):
-        _exact_scale_kernel[(ceil_div(n, config.block_n), exact.shape[0])](
-            dy, x, weight, blocks, partial_scale, exact,
-            m, n, k, length, splits,
-            dy.stride(-2), x.stride(-2), weight.stride(0), dy.stride(0), x.stride(0),
-            P=p, RELU=relu, HAS_BLOCKS=blocks is not None,
-            DY_CHANNEL_FIRST=dy.ndim == 3, X_CHANNEL_FIRST=x.ndim == 3,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, WINDOW=config.window,
-            SPLITS=triton.next_power_of_2(splits),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    launch(
+        _exact_scale_kernel, (ceil_div(n, config.block_n), exact.shape[0]),
+        dy, x, weight, blocks, partial_scale, exact,
+        m, n, k, length, splits,
+        dy.stride(-2), x.stride(-2), weight.stride(0), dy.stride(0), x.stride(0),
+        P=p, RELU=relu, HAS_BLOCKS=blocks is not None,
+        DY_CHANNEL_FIRST=dy.ndim == 3, X_CHANNEL_FIRST=x.ndim == 3,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, WINDOW=config.window,
+        SPLITS=triton.next_power_of_2(splits),
+        num_warps=config.num_warps, num_stages=config.num_stages, side=side,
+    )  # fmt: skip
     return exact

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import MAX_FUSED_RANK, GemmConfig
+from prodial_kernels.kernels.recorder import launch
 from prodial_kernels.kernels.tiles import (
     load_tile,
     store_tile,
@@ -245,7 +246,8 @@ def launch_gemm(
     flatten = config.flatten and tma
 
     tiles = batches * triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
-    _gemm_kernel[(min(tiles, config.programs) if config.programs else tiles,)](
+    launch(
+        _gemm_kernel, (min(tiles, config.programs) if config.programs else tiles,),
         tiled(left, [bk, bm] if left_t else [bm, bk], tma),
         tiled(right, [bn, bk] if right_t else [bk, bn], tma),
         tiled(inner, [bk, r_pad], tma),

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import InputSideConfig, split_tokens
+from prodial_kernels.kernels.recorder import launch
 from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
 
 
@@ -146,7 +147,8 @@ def launch_input_side(
 
     partial_a = partial(r_pad, k) if need_a else None
     partial_e = partial(*blocks.shape) if need_blocks and blocks is not None else None
-    _input_side_kernel[(columns, splits)](
+    launch(
+        _input_side_kernel, (columns, splits),
         du, x, t, lora_a, blocks, seed, partial_a, partial_e,
         m, k, 0 if lora_a is None else lora_a.shape[0], x.shape[2] if x.ndim == 3 else m,
         0 if du is None else du.stride(-2), x.stride(-2),

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ceil_div
+from prodial_kernels.kernels.recorder import launch
 
 # A tile's side: 128 bytes of a 16-bit row in both layouts.
 SIDE = 64
@@ -62,9 +63,10 @@ def launch_transpose(x: Tensor) -> Tensor:
     y = torch.empty(batch, columns, rows, device=x.device, dtype=x.dtype)
     if y.numel() == 0:
         return y
-    _transpose_kernel[(ceil_div(rows, SIDE) * ceil_div(columns, SIDE), batch)](
-        x, y, rows, columns, x.stride(0), x.stride(1), SIDE=SIDE, num_warps=4
-    )
+    launch(
+        _transpose_kernel, (ceil_div(rows, SIDE) * ceil_div(columns, SIDE), batch),
+        x, y, rows, columns, x.stride(0), x.stride(1), SIDE=SIDE, num_warps=4,
+    )  # fmt: skip
     return y
 
 
@@ -75,7 +77,8 @@ def launch_gate(x: Tensor, z: Tensor) -> Tensor:
     if y.numel() == 0:
         return y
     span = min(SPAN, triton.next_power_of_2(columns))
-    _gate_kernel[(rows * ceil_div(columns, span), batch)](
+    launch(
+        _gate_kernel, (rows * ceil_div(columns, span), batch),
         x, z, y, rows, columns, x.stride(0), x.stride(1), z.stride(0), z.stride(1),
         SPAN=span, num_warps=4,
     )  # fmt: skip

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import OutputSideConfig, ceil_div, split_tokens
+from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import load_tile, tiled, tma_ready, token_shape
 
 
@@ -143,7 +145,7 @@ def launch_output_side(
     need_scale: bool,
     need_bias: bool,
     config: OutputSideConfig,
-    stream: torch.cuda.Stream | None = None,
+    side: SideStream | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the parts in fp32: dB [S, N, R_PAD], ds [S, N], dbias [S, N].
 
@@ -171,19 +173,18 @@ def launch_output_side(
     tile = [config.block_m, config.block_n]
     if channel_first:
         tile.reverse()
-    # Only the launch moves to the stream; the memory belongs to the caller's.
-    with torch.cuda.stream(stream):
-        _output_side_kernel[(min(items, config.programs or items),)](
-            tiled(dy, tile, tma), tiled(y, tile, tma), low, bias, lora_b, scale,
-            partial_b, partial_scale, partial_bias,
-            length, tiles_m, n, 0 if lora_b is None else lora_b.shape[1], alpha,
-            dy.stride(-2), 0 if y is None else y.stride(-2),
-            dy.stride(0), 0 if y is None else y.stride(0), splits, rows // config.block_m,
-            NEED_B=need_b, NEED_SCALE=need_scale, NEED_BIAS=need_bias,
-            HAS_LORA=low is not None, HAS_BIAS=bias is not None,
-            CHANNEL_FIRST=channel_first,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, R_PAD=r_pad,
-            STAGES=config.num_stages, TMA=tma,
-            num_warps=config.num_warps, num_stages=2,
-        )  # fmt: skip
+    launch(
+        _output_side_kernel, (min(items, config.programs or items),),
+        tiled(dy, tile, tma), tiled(y, tile, tma), low, bias, lora_b, scale,
+        partial_b, partial_scale, partial_bias,
+        length, tiles_m, n, 0 if lora_b is None else lora_b.shape[1], alpha,
+        dy.stride(-2), 0 if y is None else y.stride(-2),
+        dy.stride(0), 0 if y is None else y.stride(0), splits, rows // config.block_m,
+        NEED_B=need_b, NEED_SCALE=need_scale, NEED_BIAS=need_bias,
+        HAS_LORA=low is not None, HAS_BIAS=bias is not None,
+        CHANNEL_FIRST=channel_first,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, R_PAD=r_pad,
+        STAGES=config.num_stages, TMA=tma,
+        num_warps=config.num_warps, num_stages=2, side=side,
+    )  # fmt: skip
     return partial_b, partial_scale, partial_bias

@@ -6,6 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ceil_div
+from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
 
 # Rows of W that a program folds.
@@ -190,16 +192,15 @@ def launch_prepare(
 
 
 def launch_low_rank(
-    dy: Tensor, lora_b: Tensor, alpha: float, r_pad: int, stream: torch.cuda.Stream | None
+    dy: Tensor, lora_b: Tensor, alpha: float, r_pad: int, side: SideStream | None
 ) -> Tensor:
-    """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``stream``."""
+    """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``side``."""
     low = torch.empty((token_shape(dy)[0], r_pad), dtype=dy.dtype, device=dy.device)
-    with torch.cuda.stream(stream):
-        _launch(
-            dy, lora_b, None, low, lora_b, None, None, None, None, None, lora_b.shape[0],
-            lora_b.shape[1], alpha, 0.0, 1, 0,
-            transposed=False, p=1, relu=True, fold=False, window=64, r_pad=r_pad,
-        )  # fmt: skip
+    _launch(
+        dy, lora_b, None, low, lora_b, None, None, None, None, None, lora_b.shape[0],
+        lora_b.shape[1], alpha, 0.0, 1, 0,
+        transposed=False, p=1, relu=True, fold=False, window=64, r_pad=r_pad, side=side,
+    )  # fmt: skip
     return low
 
 
@@ -227,6 +228,7 @@ def _launch(
     fold: bool,
     window: int,
     r_pad: int,
+    side: SideStream | None = None,
 ) -> None:
     n, k = weight.shape
     m = 0 if x is None else token_shape(x)[0]
@@ -240,7 +242,8 @@ def _launch(
     programs_low = ceil_div(m, block_m)
     if programs_low + rows * columns == 0:
         return
-    _prepare_kernel[(programs_low + rows * columns,)](
+    launch(
+        _prepare_kernel, (programs_low + rows * columns,),
         x, inner, seed, low,
         weight, blocks, scale, lora_b, v, b_out,
         m, n, k, depth, r, x.shape[2] if x is not None and channel_first else m, alpha,
@@ -252,7 +255,7 @@ def _launch(
         HAS_SCALE=scale is not None, HAS_B=b_out is not None,
         BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_N,
         WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2,
-        num_warps=4, num_stages=2,
+        num_warps=4, num_stages=2, side=side,
     )  # fmt: skip
 
 

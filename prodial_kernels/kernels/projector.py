@@ -19,8 +19,8 @@ from prodial_kernels.kernels.launch import (
 )
 from prodial_kernels.kernels.output_side import launch_output_side
 from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
+from prodial_kernels.kernels.recorder import fork, join
 from prodial_kernels.kernels.reduce import launch_reduce
-from prodial_kernels.kernels.side_stream import fork
 from prodial_kernels.kernels.tiles import token_shape
 
 
@@ -120,12 +120,12 @@ def backward(
             dy, y, h if dscale is not None or db is not None else None, scale, lora_b, bias,
             alpha=alpha,
             need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
-            config=plan.output_side, stream=side,
+            config=plan.output_side, side=side,
         )  # fmt: skip
         if partial_scale is not None:
             exact = launch_exact_scale(
                 dy, x, weight, blocks, partial_scale, relu=relu,
-                config=choose_exact_scale(limits["capability"]), stream=side,
+                config=choose_exact_scale(limits["capability"]), side=side,
             )  # fmt: skip
     if wants_t and not plan.companion and lora_b is not None:
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
@@ -141,7 +141,7 @@ def backward(
         t = companion if plan.companion else t
         del sw
     if side is not None:
-        torch.cuda.current_stream(dy.device).wait_stream(side)
+        join(side, dy.device)
 
     partial_a = partial_e = None
     turns = needs.x and (blocks is not None or t is not None)

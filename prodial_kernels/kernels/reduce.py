@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ceil_div
+from prodial_kernels.kernels.recorder import launch
 
 # Elements one program sums, and parts it loads at once to hide the memory's latency.
 BLOCK, PARTS = 256, 16
@@ -113,7 +114,8 @@ def launch_reduce(
     end = end_a + (ceil_div(k * p, BLOCK) if partial_e is not None else 0)
     if end == 0:
         return
-    _reduce_kernel[(end,)](
+    launch(
+        _reduce_kernel, (end,),
         partial_b, partial_scale, exact, partial_bias, partial_a, partial_e,
         blocks,
         db, dscale, dbias, da, dblocks,

@@ -1,23 +1,49 @@
 """A second stream, for work that shares the device with a large product."""
 
+from __future__ import annotations
+
 import threading
 
 import torch
 
-_streams = threading.local()
+_threads = threading.local()
 
 
-def fork(device: torch.device) -> torch.cuda.Stream:
-    """Return a side stream that has waited for the current stream's work so far.
+class SideStream:
+    """A stream that work is forked to and joined from.
 
-    One per thread and device, so that a graph captured by one thread never meets another
-    thread's work. Join it with ``torch.cuda.current_stream().wait_stream(...)``.
+    One per thread and device, so that a graph captured by one thread never meets another thread's
+    work, and with two events of its own: ``Stream.wait_stream`` makes a new one each time.
     """
-    pool: dict[torch.device, torch.cuda.Stream] | None = getattr(_streams, "pool", None)
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.handle: int = self.stream.cuda_stream
+        self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()
+
+    def fork(self, current: torch.cuda.Stream) -> None:
+        """Let the side stream wait for the work that ``current`` has so far."""
+        self._forked.record(current)
+        self._forked.wait(self.stream)
+
+    def join(self, current: torch.cuda.Stream) -> None:
+        """Let ``current`` wait for the side stream's work."""
+        self._joined.record(self.stream)
+        self._joined.wait(current)
+
+
+def side_stream(device: torch.device) -> SideStream:
+    """Return this thread's side stream on ``device``."""
+    pool: dict[torch.device, SideStream] | None = getattr(_threads, "pool", None)
     if pool is None:
-        pool = _streams.pool = {}
-    if device not in pool:
-        pool[device] = torch.cuda.Stream(device)
-    side = pool[device]
-    side.wait_stream(torch.cuda.current_stream(device))
+        pool = _threads.pool = {}
+    side = pool.get(device)
+    if side is None:
+        side = pool[device] = SideStream(device)
     return side
+
+
+def current_handle(device: torch.device) -> int:
+    """The handle of the current stream, without the object around it."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return handle

@@ -1,0 +1,119 @@
+"""The launches of one call, recorded once and repeated for every call like it.
+
+Between two calls whose operands agree in shape, strides, dtype, alignment and device and whose
+options are equal, all that the launchers compute is the same: grids, tile sizes, constants, the
+sizes of temporaries. Only addresses and the stream differ. So :func:`taped` runs a function once
+as it is and keeps a :class:`Tape` of what it launched and allocated; from then on it fills in the
+addresses and calls the driver. Nothing that Triton specialises a kernel on can differ under one
+key, because all of it is computed from what the key holds.
+
+A function can be taped if it only allocates, makes views and launches by :func:`launch`; whatever
+else it does with tensors, such as a library product, is seen, and then it is always run as it is.
+So it is for the CPU, on a Triton whose launcher is not known, and while a launch hook is set;
+:func:`obstacles` tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Hashable, Sequence
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from prodial_kernels.kernels.recorder import Function, Recorder, recorder
+from prodial_kernels.kernels.tape import Tape
+
+# Tapes kept: a training run has one per shape and direction.
+TAPES = 512
+
+_logger = logging.getLogger(__name__)
+_lock = threading.Lock()
+_tapes: dict[Hashable, Tape | None] = {}
+_obstacles: dict[str, None] = {}
+
+
+def taped(
+    function: Function, tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
+) -> Sequence[Tensor | None]:
+    """``function(*tensors, *options)``, from a tape where there is one for such a call.
+
+    The first tensor's device has to be the current one.
+
+    Args:
+        function: Returns new tensors, or None for some.
+        tensors: On one device; None for those not given.
+        options: What else the result depends on, hashable.
+    """
+    first = tensors[0]
+    if first is None or not _on_device(first) or hooked() or recorder() is not None:
+        return function(*tensors, *options)
+
+    addresses = []
+    described: list[Hashable] = [function, first.device, options]
+    misaligned = 0
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(0)
+            described.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            described.append((tensor.shape, tensor.stride(), tensor.dtype))
+            misaligned |= address
+    if misaligned & 15:
+        described.append(tuple(address & 15 for address in addresses))
+    key = tuple(described)
+
+    tape = _tapes.get(key)
+    if tape is not None:
+        return tape.replay(addresses)
+    if key in _tapes:
+        return function(*tensors, *options)
+    recording = Recorder(tensors)
+    result = recording.run(function, options)
+    tape = recording.tape(result)
+    if not recording.ambiguous:
+        _keep(key, tape)
+        if recording.obstacle is not None:
+            _report(recording.obstacle)
+    return result
+
+
+def _on_device(tensor: Tensor) -> bool:
+    """Whether it is a plain CUDA tensor, rather than one that stands for another."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda
+
+
+def _keep(key: Hashable, tape: Tape | None) -> None:
+    with _lock:
+        if len(_tapes) >= TAPES:
+            del _tapes[next(iter(_tapes))]
+        _tapes[key] = tape
+
+
+def _report(obstacle: str) -> None:
+    if obstacle not in _obstacles:
+        _obstacles[obstacle] = None
+        _logger.warning("some calls are launched by Triton's JIT, which is slower: %s", obstacle)
+
+
+def forget() -> None:
+    """Drop every tape: for whoever changes what launchers choose, such as a tuning script."""
+    with _lock:
+        _tapes.clear()
+
+
+def hooked() -> bool:
+    """Whether someone watches launches, such as a profiler: Triton has to make them itself."""
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
+
+
+def obstacles() -> list[str]:
+    """Why some calls are launched by Triton's JIT every time; empty where all are taped."""
+    return list(_obstacles)
