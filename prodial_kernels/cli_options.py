@@ -7,11 +7,14 @@ import re
 from typing import Any
 
 from prodial_kernels.training.config import (
+    CUDA_GRAPHS,
     DEFAULT_LR,
     DEFAULTS,
     DEVICES,
     DTYPES,
+    LOSSES,
     METHODS,
+    OPTIMIZERS,
     SCHEDULES,
     STDLIB_EVAL_TOKENS,
     STDLIB_MAX_BYTES,
@@ -106,6 +109,18 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
     )
+    training.add_argument(
+        "--optimizer", choices=OPTIMIZERS,
+        help="adamw (default), or with moments in 8 bits, which needs bitsandbytes",
+    )  # fmt: skip
+    training.add_argument(
+        "--loss", choices=LOSSES,
+        help="chunked and liger never hold all logits, full does; auto (default): one of the first",
+    )  # fmt: skip
+    training.add_argument(
+        "--cuda-graph", choices=CUDA_GRAPHS,
+        help="launch a step as one CUDA graph; auto (default): where the GPU would wait otherwise",
+    )  # fmt: skip
     add_device_options(training)
 
     records = parser.add_argument_group("how often")

@@ -20,6 +20,9 @@ METHODS = ("prodial", "lora", "full")
 SCHEDULES = ("constant", "cosine", "linear")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
+LOSSES = ("auto", "chunked", "liger", "full")
+CUDA_GRAPHS = ("auto", "on", "off")
 ADAPTER_OPTIONS = (
     "r",
     "lora_alpha",
@@ -31,8 +34,9 @@ ADAPTER_OPTIONS = (
     "train_scale",
     "train_diagonal",
 )
-# How often a run is saved, and where it is kept, do not change what it computes.
-NOT_COMPARED_ON_RESUME = frozenset({"output", "save_every"})
+# How often a run is saved, where it is kept and how its steps are launched do not change what it
+# computes.
+NOT_COMPARED_ON_RESUME = frozenset({"output", "save_every", "cuda_graph"})
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
 # the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
 # than an adapter.
@@ -88,12 +92,18 @@ class FinetuneConfig:
         weight_decay: AdamW's decay; it never pulls the scale s toward 0.
         schedule: After the warm-up: ``"constant"``, or ``"cosine"`` or ``"linear"`` decay to 0.
         warmup: Steps of linear warm-up.
+        optimizer: ``"adamw"`` (fused on CUDA), or bitsandbytes' ``"adamw8bit"`` or
+            ``"paged_adamw8bit"`` on CUDA.
         clip: Largest gradient norm over the trained parameters; 0 switches clipping off.
         seed: Decides initial values, data order and dropout.
         eval_every: Steps between evaluations; 0 for before and after only.
         save_every: Steps between saved training states; 0 for the end only.
         log_every: Steps between lines in ``metrics.jsonl``.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        loss: ``"chunked"`` and ``"liger"`` (liger-kernel's, on CUDA) never hold the logits of a
+            whole batch; ``"full"`` does; ``"auto"``: one that does not, where the model allows.
+        cuda_graph: Capture whole steps in CUDA graphs: ``"on"``, ``"off"``, or ``"auto"``, which
+            does where launching a step takes longer than running it.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
         dtype: Compute dtype; ``"auto"`` is bfloat16 on CUDA and float32 on a CPU. Trained
             parameters are float32 in either case.
@@ -135,6 +145,9 @@ class FinetuneConfig:
     save_every: int = 50
     log_every: int = 1
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    loss: str = "auto"
+    cuda_graph: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
 
@@ -148,6 +161,9 @@ class FinetuneConfig:
             ("schedule", SCHEDULES),
             ("device", DEVICES),
             ("dtype", DTYPES),
+            ("optimizer", OPTIMIZERS),
+            ("loss", LOSSES),
+            ("cuda_graph", CUDA_GRAPHS),
         ):
             if getattr(self, name) not in (None, *choices):
                 listed = ", ".join(map(repr, choices))

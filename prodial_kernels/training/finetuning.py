@@ -56,6 +56,7 @@ from prodial_kernels.training.state import (
     save_state,
     saved_states,
 )
+from prodial_kernels.training.steps import make_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,6 +116,12 @@ class _Run:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What forward passes run under; None where the weights are in the compute dtype."""
+        full = self.config.method == "full"
+        return self.dtype if full and self.dtype != torch.float32 else None
+
 
 def _open_run(folder: RunDirectory, config: FinetuneConfig, resume: bool) -> RunIdentity | None:
     if not resume:
@@ -160,22 +167,22 @@ def _prepare(
     if saved is None:
         folder.write_identity(identity)
     if config.gradient_checkpointing:
-        _checkpoint_activations(loaded.model)
+        _checkpoint_activations(loaded.model, random=bool(config.lora_dropout))
     display.say(str(method.report))
-    options = _loop_options(config, batches, dtype if full and dtype != torch.float32 else None)
+    options = _loop_options(config, batches)
     return _Run(config, loaded, split, batches, method, options, device, dtype)
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute activations; a model that cannot raises ValueError."""
+def _checkpoint_activations(model: PreTrainedModel, *, random: bool) -> None:
+    """Recompute activations, ``random`` ones alike; a model that cannot raises ValueError."""
     # transformers renamed it and warns about the old name, which versions before have only.
     enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    # Keeping the generator's state costs a wait, and CUDA graphs cannot do it.
+    options = {"use_reentrant": False, "preserve_rng_state": random}
+    (enable or model.gradient_checkpointing_enable)(options)
 
 
-def _loop_options(
-    config: FinetuneConfig, batches: TrainingBatches, autocast_dtype: torch.dtype | None
-) -> LoopOptions:
+def _loop_options(config: FinetuneConfig, batches: TrainingBatches) -> LoopOptions:
     steps = config.steps
     if steps is None:
         micro_batches = math.ceil((config.epochs or 1.0) * batches.steps_per_epoch)
@@ -185,11 +192,9 @@ def _loop_options(
         lr=config.lr or 0.0,
         schedule=config.schedule or "constant",
         warmup=config.warmup,
-        clip=config.clip,
         grad_accumulation=config.grad_accumulation,
         eval_every=config.eval_every,
         save_every=config.save_every,
-        autocast_dtype=autocast_dtype,
     )
 
 
@@ -214,17 +219,22 @@ def _train(
     signals: StopSignals,
     display: Progress,
 ) -> Position:
+    step = make_step(
+        run.loaded.model, run.method.optimizer, run.config,
+        device=run.device, autocast_dtype=run.autocast_dtype, say=display.say,
+    )  # fmt: skip
     log = MetricsLog(folder.metrics_file, step=position.step)
     events = _Events(run, folder, log, display)
     try:
         with display.training(run.options.steps, position):
             return train(
-                run.loaded.model, run.method.optimizer, run.batches, run.options, events,
+                run.loaded.model, step, run.batches, run.options, events,
                 signals=signals, position=position,
             )  # fmt: skip
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{error}; {_last_state(folder)}") from error
     finally:
+        step.close()
         log.close()
 
 
@@ -274,7 +284,7 @@ class _Events:
 
 
 def _evaluate(run: _Run, display: Progress) -> dict[str, Any]:
-    autocast = run.options.autocast_dtype
+    autocast = run.autocast_dtype
     with (
         display.evaluating() as advance,
         torch.autocast(run.device.type, dtype=autocast, enabled=autocast is not None),

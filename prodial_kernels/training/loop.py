@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from prodial_kernels.training.batches import IGNORED, Batch, TrainingBatches
+from prodial_kernels.training.batches import Batch, TrainingBatches
 from prodial_kernels.training.interrupt import Interrupted, StopSignals
 from prodial_kernels.training.state import Position
+from prodial_kernels.training.step import TrainingStep
 
 
 class NonFiniteLossError(RuntimeError):
@@ -29,22 +29,18 @@ class LoopOptions:
         lr: Peak learning rate.
         schedule: ``"constant"``, ``"cosine"`` or ``"linear"``.
         warmup: Steps of linear warm-up.
-        clip: Largest gradient norm; 0 for no clipping.
         grad_accumulation: Micro-batches in a step.
         eval_every: Steps between evaluations; 0 for before and after only.
         save_every: Steps between saves; 0 for the end only.
-        autocast_dtype: Run forward passes under autocast to this dtype; None for no autocast.
     """
 
     steps: int
     lr: float
     schedule: str = "cosine"
     warmup: int = 0
-    clip: float = 1.0
     grad_accumulation: int = 1
     eval_every: int = 0
     save_every: int = 0
-    autocast_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ class LoopEvents(Protocol):
 
 def train(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: TrainingStep,
     batches: TrainingBatches,
     options: LoopOptions,
     events: LoopEvents,
@@ -95,9 +91,8 @@ def train(
     is saved before it is evaluated, so a run that is resumed from it continues with the evaluation.
 
     Args:
-        model: A causal language model of transformers; parameters with ``requires_grad`` are
-            trained.
-        optimizer: An optimiser over those parameters; the loop sets its learning rate.
+        model: Put into training mode at the start.
+        step: Takes the optimiser steps on it.
         batches: Training batches, asked for by micro-batch number.
         options: How to train.
         events: Called for every step, save and evaluation.
@@ -112,8 +107,8 @@ def train(
         Interrupted: A signal arrived; the state is saved.
     """
     position = Position() if position is None else position
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
+    data = _Ahead(batches, options.grad_accumulation)
     saved = position.step
     while True:
         if _is_due(position.step, options.eval_every, options.steps) or position.step == 0:
@@ -126,7 +121,7 @@ def train(
         if position.step >= options.steps:
             return position
         with signals.deferred():
-            record = _step(model, optimizer, trained, batches, options, position)
+            record = _take(step, data, options, position)
             position = record.position
             events.logged(record)
             due = _is_due(position.step, options.save_every, options.steps)
@@ -152,41 +147,44 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step > 0 and step % every == 0)
 
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    trained: list[nn.Parameter],
-    batches: TrainingBatches,
-    options: LoopOptions,
-    position: Position,
-) -> StepRecord:
+class _Ahead:
+    """Prepares the next step's micro-batches while the device is at the last one's."""
+
+    def __init__(self, batches: TrainingBatches, parts: int) -> None:
+        self._batches = batches
+        self._parts = parts
+        self._prepared: tuple[int, list[Batch]] | None = None
+
+    def get(self, first: int) -> Sequence[Batch]:
+        """Return the micro-batches of the step that begins with number ``first``."""
+        self.prepare(first)
+        found = self._prepared
+        self._prepared = None
+        return found[1] if found is not None else []
+
+    def prepare(self, first: int) -> None:
+        """Make them now."""
+        if self._prepared is None or self._prepared[0] != first:
+            made = [self._batches.batch(first + i) for i in range(self._parts)]
+            self._prepared = (first, made)
+
+
+def _take(step: TrainingStep, data: _Ahead, options: LoopOptions, position: Position) -> StepRecord:
     """Take one optimiser step; leave the parameters alone if its loss is not finite."""
     started = time.perf_counter()
-    device = trained[0].device
-    first = position.micro_batches
-    parts = [batches.batch(first + i) for i in range(options.grad_accumulation)]
-    # By the labels of the whole step, not batch by batch: accumulation changes memory, not the sum.
-    n_labels = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
-    loss = torch.zeros((), device=device)
-    for part in parts:
-        part_loss = _summed_loss(model, part, device, options.autocast_dtype) / n_labels
-        part_loss.backward()
-        loss += part_loss.detach()
-    largest = options.clip if options.clip > 0 else math.inf
-    norm = nn.utils.clip_grad_norm_(trained, largest)
+    parts = data.get(position.micro_batches)
     lr = learning_rate(options, position.step)
-    loss_value, norm_value = torch.stack([loss, norm.to(loss.device)]).tolist()
-    if not math.isfinite(loss_value) or not math.isfinite(norm_value):
-        optimizer.zero_grad(set_to_none=True)
-        what = f"loss is {loss_value}" if not math.isfinite(loss_value) else "gradient overflows"
+    step.begin(parts, lr)
+    if position.step + 1 < options.steps:
+        data.prepare(position.micro_batches + len(parts))
+    result = step.finish()
+    if not result.finite:
+        bad_loss = not math.isfinite(result.loss)
+        what = f"loss is {result.loss}" if bad_loss else "gradient overflows"
         raise NonFiniteLossError(
             f"the {what} at step {position.step + 1} (learning rate {lr:.3g}); try a lower "
             f"learning rate such as {options.lr / 10:.1g}, a longer warm-up, or dtype float32"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     tokens = sum(part.input_ids.numel() for part in parts)
     seconds = time.perf_counter() - started
     after = Position(
@@ -195,20 +193,4 @@ def _step(
         tokens=position.tokens + tokens,
         seconds=position.seconds + seconds,
     )
-    return StepRecord(after, loss_value, lr, norm_value, tokens / seconds)
-
-
-def _summed_loss(
-    model: nn.Module, batch: Batch, device: torch.device, autocast_dtype: torch.dtype | None
-) -> Tensor:
-    """Sum the negative log-likelihood of a batch's labels, in float32."""
-    with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        logits = model(input_ids=batch.input_ids.to(device), use_cache=False).logits
-    labels = batch.labels[:, 1:].to(device)
-    # The last position predicts what no label holds.
-    return functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        labels.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-    )
+    return StepRecord(after, result.loss, lr, result.grad_norm, tokens / seconds)

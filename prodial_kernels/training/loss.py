@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from prodial_kernels.training.batches import IGNORED
+from prodial_kernels.training.config import LOSSES
 from prodial_kernels.training.head import HeadError, OutputHead, find_head, run_model
 
 Weight: TypeAlias = Tensor | float
@@ -154,8 +155,8 @@ def make_loss(model: nn.Module, kind: str = "auto", *, graphed: bool = False) ->
         LossError: ``kind`` cannot be used here.
         ValueError: An unknown ``kind``.
     """
-    if kind not in ("auto", "chunked", "liger", "full"):
-        raise ValueError(f"kind must be 'auto', 'chunked', 'liger' or 'full', got {kind!r}")
+    if kind not in LOSSES:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, LOSSES))}, got {kind!r}")
     if kind == "full":
         return FullLoss(model), "as asked for"
     try:

@@ -13,6 +13,7 @@ from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.targets import find_targets
 from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.optimizers import make_optimizer
 from prodial_kernels.training.parameter_groups import adapter_parameter_groups
 
 
@@ -22,7 +23,7 @@ class PreparedMethod:
 
     Attributes:
         adapter: The adapter's configuration; None for full fine-tuning.
-        optimizer: AdamW over the trained parameters.
+        optimizer: Over the trained parameters.
         report: What is trained.
     """
 
@@ -39,6 +40,7 @@ def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
         config: A resolved configuration.
 
     Raises:
+        OptimizerError: The optimiser needs what is not there.
         ValueError: The adapter does not fit the model.
     """
     adapter = None
@@ -50,8 +52,8 @@ def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
         adapter = config.adapter(r=rank)
         apply_prodial(model, adapter)
     groups = adapter_parameter_groups(model, weight_decay=config.weight_decay or 0.0)
-    on_cuda = next(model.parameters()).device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=config.lr or 0.0, fused=on_cuda)
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(config.optimizer, groups, lr=config.lr or 0.0, device=device)
     return PreparedMethod(adapter, optimizer, adapter_report(model))
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.atomic import atomic_directory, write_safetensors
+from prodial_kernels.training.optimizers import restore_state, state_tensors
 
 FORMAT_VERSION = 1
 KEPT_STATES = 2
@@ -68,8 +69,8 @@ def save_state(
     tensors = _random_states()
     for name, parameter in _trained(model).items():
         tensors[f"parameter/{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+        for key, value in state_tensors(optimizer, parameter).items():
+            tensors[f"optimizer/{name}/{key}"] = value
     path = folder / f"step-{position.step:06d}"
     with atomic_directory(path, replace=True) as temporary:
         write_safetensors(temporary / _TENSORS, {k: v.cpu() for k, v in tensors.items()})
@@ -128,19 +129,15 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-    on_device = {
-        id(parameter): bool(group.get("fused") or group.get("capturable"))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    states: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, parameter in trained.items():
         prefix = f"optimizer/{name}/"
-        for key in [key for key in tensors if key.startswith(prefix)]:
-            value, kind = tensors[key], key.removeprefix(prefix)
-            # AdamW counts steps on the CPU unless it is fused.
-            if value.ndim or on_device[id(parameter)]:
-                value = value.to(parameter.device)
-            optimizer.state[parameter][kind] = value
+        states[parameter] = {
+            key.removeprefix(prefix): value
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+    restore_state(optimizer, states)
     _restore_random_states(tensors)
     return Position(**described["position"])
 

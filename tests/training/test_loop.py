@@ -20,7 +20,9 @@ from prodial_kernels.training.loop import (
     learning_rate,
     train,
 )
+from prodial_kernels.training.loss import FullLoss
 from prodial_kernels.training.state import Position
+from prodial_kernels.training.step import EagerStep
 
 
 class _Output:
@@ -77,9 +79,10 @@ def _train(model: nn.Module, events: Any, **options: Any) -> Position:
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], weight_decay=0.1
     )
+    step = EagerStep(FullLoss(model), optimizer, clip=options.pop("clip", 1.0))
     loop_options = LoopOptions(**{"steps": 6, "lr": 0.05, "warmup": 2, **options})
     with StopSignals() as signals:
-        return train(model, optimizer, _Batches(), loop_options, events, signals=signals)
+        return train(model, step, _Batches(), loop_options, events, signals=signals)
 
 
 def test_equals_a_plain_loop() -> None:

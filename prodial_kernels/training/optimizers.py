@@ -1,0 +1,114 @@
+"""AdamW in three storage formats of its moments: 32 bits, 8 bits, 8 bits that may leave the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.training.config import OPTIMIZERS
+
+_BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+
+
+class OptimizerError(RuntimeError):
+    """An optimiser needs what this machine does not have."""
+
+
+def make_optimizer(
+    kind: str, groups: list[dict[str, Any]], *, lr: float, device: torch.device
+) -> torch.optim.Optimizer:
+    """Make an optimiser over parameter groups.
+
+    Args:
+        kind: ``"adamw"``: PyTorch's, fused on CUDA. ``"adamw8bit"`` and ``"paged_adamw8bit"``:
+            bitsandbytes', which store the moments of tensors of 4,096 elements and more in 8 bits,
+            paged ones in memory that moves to the host when the GPU's runs out.
+        groups: As ``adapter_parameter_groups`` makes them.
+        lr: Learning rate.
+        device: Where the parameters are.
+
+    Raises:
+        OptimizerError: bitsandbytes is missing or cannot be loaded, or there is no CUDA device.
+        ValueError: An unknown ``kind``.
+    """
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, OPTIMIZERS))}, got {kind!r}")
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
+    if device.type != "cuda":
+        raise OptimizerError(
+            f"optimizer {kind!r} needs a CUDA device, the model is on {device.type!r}; use 'adamw'"
+        )
+    try:
+        from bitsandbytes import optim
+    except (ImportError, OSError, RuntimeError) as error:
+        raise OptimizerError(
+            f"optimizer {kind!r} needs bitsandbytes ({error}): pip install bitsandbytes, or use "
+            "optimizer 'adamw'"
+        ) from error
+    made: torch.optim.Optimizer = getattr(optim, _BITSANDBYTES[kind])(groups, lr=lr)
+    return made
+
+
+def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of the optimiser can be part of a CUDA graph, and leave out a bad step."""
+    return isinstance(optimizer, torch.optim.AdamW) and all(
+        group["fused"] for group in optimizer.param_groups
+    )
+
+
+def make_capturable(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimiser read its learning rate on the device, where a captured step can."""
+    for group in optimizer.param_groups:
+        if not isinstance(group["lr"], Tensor):
+            device = group["params"][0].device
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+        group["capturable"] = True
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the optimiser's state of one parameter as tensors that share no memory."""
+    state = optimizer.state.get(parameter, {})
+    # bitsandbytes counts steps in a Python int and shares its quantisation maps.
+    return {kind: torch.as_tensor(value).clone() for kind, value in state.items()}
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Mapping[str, Tensor]]
+) -> None:
+    """Give an optimiser without state what :func:`state_tensors` returned for each parameter."""
+    for index, group in enumerate(optimizer.param_groups):
+        on_device = bool(group.get("fused") or group.get("capturable"))
+        for place, parameter in enumerate(group["params"]):
+            saved = states.get(parameter)
+            if not saved:
+                continue
+            if hasattr(optimizer, "init_state"):
+                # bitsandbytes decides where its state lives, in paged memory for one.
+                optimizer.init_state(group, parameter, index, place)
+                _fill(optimizer.state[parameter], saved)
+                continue
+            for kind, value in saved.items():
+                # AdamW counts steps on the CPU unless it is fused.
+                here = value.ndim or on_device
+                optimizer.state[parameter][kind] = value.to(parameter.device) if here else value
+
+
+def _fill(state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
+    for kind, value in saved.items():
+        if isinstance(state[kind], Tensor):
+            state[kind].copy_(value)
+        else:
+            state[kind] = type(state[kind])(value.item())
