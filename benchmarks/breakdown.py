@@ -4,10 +4,50 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.cases import Case, draw
+from benchmarks.measure import release, reported
+from benchmarks.rivals import FLOOR, OURS, select
+from benchmarks.rivals.layer import Step
+from benchmarks.roofline import Ceilings
 from benchmarks.timing import synchronise
+
+
+@dataclass
+class PreparedBreakdown:
+    """A step of ProDiaL and one of the floor, which have run."""
+
+    device: str
+    rows: dict[str, dict[str, Any]]
+    steps: dict[str, Step]
+
+    def measure(self, ceilings: Ceilings) -> list[dict[str, Any]]:
+        """Return a row with ``kernels_us`` for each of the two."""
+        for name, step in self.steps.items():
+            with reported(self.rows[name]):
+                self.rows[name] |= {
+                    "kernels_us": kernel_times(step.both, self.device),
+                    "status": "ok",
+                }
+        return list(self.rows.values())
+
+
+def prepare_breakdown(case: Case, device: str) -> PreparedBreakdown:
+    """Compile and run both on one case."""
+    release(device)
+    chosen = select([FLOOR, OURS])
+    rows = {rival.name: {**asdict(case), "rival": rival.name, "status": ""} for rival in chosen}
+    prepared = PreparedBreakdown(device, rows, {})
+    for rival in chosen:
+        with reported(rows[rival.name]):
+            step = Step.on(draw(case, device), rival.prepare)
+            step.both()
+            prepared.steps[rival.name] = step
+    return prepared
 
 
 def kernel_times(step: Callable[[], None], device: str, repeats: int = 5) -> dict[str, float]:

@@ -30,10 +30,21 @@ class Case:
         return self.m, self.k, self.n
 
     @property
+    def key(self) -> tuple[int, int, int, int, int, str]:
+        """What tells cases apart; the model is only where a shape comes from."""
+        return self.m, self.k, self.n, self.p, self.r, self.dtype
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """Compute dtype; the adapter's masters are fp32 always."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def bytes(self) -> int:
+        """About what a process holds of a case: its operand sets, and a graph's tensors."""
+        sets = rotating_sets(self, 50 << 20)
+        return (sets + 4) * _set_bytes(self) + (256 << 20)
 
     def __str__(self) -> str:
         return f"{self.m},{self.k},{self.n} P={self.p} r={self.r} {self.dtype}"
@@ -113,6 +124,10 @@ def draw(case: Case, device: str, seed: int = 0) -> LinearCase:
 
 def rotating_sets(case: Case, cache_bytes: int) -> int:
     """How many operand sets must take turns so that none is still in a cache of this size."""
-    size = case.torch_dtype.itemsize
-    one = size * (case.m * case.k + case.n * case.k + 2 * case.m * case.n)
-    return max(2, min(12, -(-3 * cache_bytes // one)))
+    return max(2, min(12, -(-3 * cache_bytes // _set_bytes(case))))
+
+
+def _set_bytes(case: Case) -> int:
+    """X, W, dY and Y."""
+    elements = case.m * case.k + case.n * case.k + 2 * case.m * case.n
+    return case.torch_dtype.itemsize * elements

@@ -54,7 +54,7 @@ def draw_all(
         if figure is None:
             continue
         figure.suptitle(caption, fontsize=7, color="#666666", x=0.995, ha="right")
-        path = folder / f"{record['environment']['date']}-{record['name']}-{name}.png"
+        path = folder / f"{record['name']}-{name}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)
         made.append(path)

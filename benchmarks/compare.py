@@ -7,22 +7,21 @@ processes differ by anyway.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.crew import PATIENCE_S
 from benchmarks.environment import ROOT
+from benchmarks.jobs import Job
+from benchmarks.measure import BARE
+from benchmarks.process import Worker, WorkerError
 from benchmarks.rivals import FLOOR, OURS
 from benchmarks.views import text_table
 
@@ -84,87 +83,40 @@ def compare(
         ComparisonError: One of them does not run the suite, or fails its gate.
     """
     verdicts = []
-    with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(root, device)) for root in (base, head)]
-        for case in cases:
-            # Both prepare at once: what takes long there is compiling.
-            for worker in workers:
-                worker.ask({"do": "prepare", "case": asdict(case)})
-            for worker in workers:
-                worker.answer()
-            samples: tuple[list[dict[str, float]], ...] = ([], [])
-            for turn in range(rounds):
-                # Who goes first alternates.
-                for which in (0, 1) if turn % 2 == 0 else (1, 0):
-                    workers[which].ask({"do": "sample"})
-                    samples[which].append(workers[which].answer())
-            verdicts.append(judge(str(case), *samples))
+    try:
+        with ExitStack() as stack:
+            workers = [stack.enter_context(Worker(root, device)) for root in (base, head)]
+            for case in cases:
+                job = Job("table", case, (FLOOR, OURS), BARE)
+                # Both prepare at once: what takes long there is compiling.
+                for worker in workers:
+                    worker.ask({"do": "prepare", "id": 0, "job": job.to_json()})
+                for worker in workers:
+                    worker.answer(PATIENCE_S)
+                samples: tuple[list[dict[str, float]], ...] = ([], [])
+                for turn in range(rounds):
+                    # Who goes first alternates.
+                    for which in (0, 1) if turn % 2 == 0 else (1, 0):
+                        samples[which].append(sample(workers[which]))
+                verdicts.append(judge(str(case), *samples))
+    except WorkerError as error:
+        raise ComparisonError(str(error)) from None
     return verdicts
 
 
-class Worker:
-    """A process that measures with the ``prodial_kernels`` under ``root``."""
+def sample(worker: Worker) -> dict[str, float]:
+    """One figure of ProDiaL and one of the floor.
 
-    def __init__(self, root: Path, device: str) -> None:
-        if not (root / "prodial_kernels").is_dir():
-            raise ComparisonError(f"base: {root} has no folder prodial_kernels")
-        self.root = root
-        self._folder = tempfile.TemporaryDirectory(prefix="prodial-compare-")
-        # The process runs in a folder where the package is theirs and the suite is ours.
-        place = Path(self._folder.name)
-        (place / "prodial_kernels").symlink_to((root / "prodial_kernels").resolve())
-        (place / "benchmarks").symlink_to(ROOT / "benchmarks")
-        self._log = (place / "log").open("w+")
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", "--device", device],
-            cwd=place, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-        )  # fmt: skip
-
-    def ask(self, message: dict[str, Any]) -> None:
-        """Send one request."""
-        assert_pipe(self._process.stdin).write(json.dumps(message) + "\n")
-        assert_pipe(self._process.stdin).flush()
-
-    def answer(self) -> dict[str, Any]:
-        """Wait for the answer to the last request."""
-        line = assert_pipe(self._process.stdout).readline()
-        answer = json.loads(line) if line else {"error": f"it ended: {self._tail()}"}
-        if "error" in answer:
-            raise ComparisonError(f"{self.root}: {answer['error']}")
-        return dict(answer)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert_pipe(pipe).close()
-        try:
-            # It ends when its requests do.
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-        self._folder.cleanup()
-
-    def _tail(self) -> str:
-        self._log.seek(0)
-        return self._log.read()[-2000:]
-
-
-def assert_pipe(pipe: Any) -> Any:
-    """The pipe, which is None only if the process was made without one."""
-    if pipe is None:
-        raise ComparisonError("the worker has no pipe")
-    return pipe
+    Raises:
+        WorkerError: One of them was refused or failed.
+    """
+    worker.ask({"do": "sample", "id": 0})
+    answer = worker.answer(PATIENCE_S)
+    for row in answer["rows"]:
+        if row["status"]:
+            raise WorkerError(f"{worker.root}: {row['rival']}: {row['status']}")
+    figures: dict[str, float] = answer["us"]
+    return figures
 
 
 @contextmanager

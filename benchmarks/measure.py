@@ -1,22 +1,25 @@
-"""One row for each case and rival: gate, then time, memory, roofline and error together."""
+"""One row for each case and rival: gate, then time, memory, roofline and error together.
+
+Preparing a case compiles, checks and records; processes may do it side by side. Measuring it is
+for a quiet device.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 
-from benchmarks import breakdown, memory
+from benchmarks import memory
 from benchmarks.cases import Case, draw, rotating_sets
 from benchmarks.environment import cache_bytes
 from benchmarks.gate import Errors, Gate, Refusal
-from benchmarks.rivals import FLOOR, OURS, Rival
+from benchmarks.rivals import FLOOR, Rival
 from benchmarks.rivals.layer import Step
 from benchmarks.roofline import Ceilings, work
 from benchmarks.timing import Replay, Summary, eager_time, host_time, interleave
@@ -33,20 +36,20 @@ class Settings:
         rounds: Samples of each variant.
         forward: Time the forward alone too.
         eager: Measure eager wall time and host time.
-        kernels: Break ProDiaL's and the floor's step down by kernel.
         warm_s: Seconds of work before the first sample of a case.
         budget_s: Seconds to spend on each of eager and host time.
     """
 
-    rounds: int = 20
+    rounds: int = 15
     forward: bool = True
     eager: bool = True
-    kernels: bool = True
     warm_s: float = 0.2
-    budget_s: float = 0.3
+    budget_s: float = 0.08
 
 
-QUICK = Settings(rounds=12, forward=False, kernels=False, warm_s=0.1, budget_s=0.05)
+FULL = Settings()
+QUICK = Settings(rounds=12, forward=False, warm_s=0.1, budget_s=0.05)
+BARE = Settings(rounds=12, forward=False, eager=False, warm_s=0.1)
 TINY = Settings(rounds=3, warm_s=0.0, budget_s=0.01)
 
 
@@ -59,43 +62,103 @@ class Contender:
     steps: list[Step]
     both: Replay
     forward: Replay | None
-    figures: Row = field(default_factory=dict)
+    memory: memory.Memory
+
+
+@dataclass
+class PreparedCase:
+    """A case whose rivals are compiled, checked and recorded, or have a reason in their row."""
+
+    case: Case
+    device: str
+    settings: Settings
+    rows: dict[str, Row]
+    contenders: list[Contender] = field(default_factory=list)
+
+    def measure(self, ceilings: Ceilings) -> list[Row]:
+        """Time what passed, interleaved; return a row for each rival, in their order."""
+        timed = {c.rival.name: c.both for c in self.contenders}
+        timed |= {f"{c.rival.name} forward": c.forward for c in self.contenders if c.forward}
+        samples = interleave(timed, self.settings.rounds, self.settings.warm_s)
+        for contender in self.contenders:
+            name = contender.rival.name
+            row = self.rows[name]
+            with reported(row):
+                row |= figures(
+                    self.case, contender, samples[name], samples.get(f"{name} forward"), ceilings
+                )
+                if self.settings.eager:
+                    step = contender.steps[0].both
+                    row["eager_us"] = eager_time(step, self.device, self.settings.budget_s)
+                    row["host_us"] = host_time(step, self.device, self.settings.budget_s)
+        add_ratios(self.rows)
+        return list(self.rows.values())
+
+    def sample(self) -> dict[str, float]:
+        """One figure for each rival; the first sample after waiting is not taken."""
+        self.contenders[0].both.sample()
+        return {
+            contender.rival.name: statistics.median(contender.both.sample() for _ in range(3))
+            for contender in self.contenders
+        }
+
+
+def prepare_case(
+    case: Case,
+    rivals: Sequence[Rival],
+    device: str,
+    settings: Settings,
+    alone: AbstractContextManager[object] | None = None,
+) -> PreparedCase:
+    """Compile, check and record every rival on one case.
+
+    A refused, missing or failing one gets its reason as the status of its row.
+
+    Args:
+        case: The case.
+        rivals: What to prepare; the floor among them, if ratios are wanted.
+        device: Where.
+        settings: What will be measured.
+        alone: Entered for what takes several times a case's memory, so that processes which
+            prepare side by side do so one after the other.
+    """
+    release(device)
+    alone = nullcontext() if alone is None else alone
+    prepared = PreparedCase(
+        case, device, settings, {rival.name: _row(case, rival) for rival in rivals}
+    )
+    sets: list[LinearCase] = []
+    gate: Gate | None = None
+    pool = _pool(device)
+    for rival in rivals:
+        row = prepared.rows[rival.name]
+        with reported(row):
+            if reason := rival.missing():
+                raise Unavailable(reason)
+            if gate is None:
+                gate = Gate(case, device)
+                count = rotating_sets(case, cache_bytes(device))
+                sets = [draw(case, device, seed) for seed in range(count)]
+            steps = [Step.on(operands, rival.prepare) for operands in sets]
+            for step in steps:
+                step.both()
+            with alone:
+                errors = gate.check(rival)
+                release(device)
+            prepared.contenders.append(_record(steps, rival, errors, device, pool, settings))
+        if row["status"]:
+            # A recording that failed leaves its pool unusable; what it held is freed here.
+            pool = _pool(device)
+            with reported({}):
+                release(device)
+    return prepared
 
 
 def measure_case(
     case: Case, rivals: Sequence[Rival], device: str, ceilings: Ceilings, settings: Settings
 ) -> list[Row]:
-    """Measure every rival on one case, interleaved; a refused or missing one gets its reason.
-
-    The floor must be among the rivals: ratios are to it, in the same rounds.
-    """
-    start_afresh()
-    gate = Gate(case, device)
-    pool = torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
-    rows = {rival.name: _row(case, rival) for rival in rivals}
-    passed: list[tuple[Rival, Errors]] = []
-    for rival in rivals:
-        with reported(rows[rival.name]):
-            if reason := rival.missing():
-                raise Unavailable(reason)
-            passed.append((rival, gate.check(rival)))
-    # Its fp64 results are larger than all that follows.
-    del gate
-    sets = [draw(case, device, seed) for seed in range(rotating_sets(case, cache_bytes(device)))]
-    contenders: list[Contender] = []
-    for rival, errors in passed:
-        with reported(rows[rival.name]):
-            contenders.append(prepare(sets, rival, errors, device, pool, settings))
-    timed = {c.rival.name: c.both for c in contenders}
-    timed |= {f"{c.rival.name} forward": c.forward for c in contenders if c.forward is not None}
-    samples = interleave(timed, settings.rounds, settings.warm_s)
-    for contender in contenders:
-        name = contender.rival.name
-        forward = samples.get(f"{name} forward")
-        rows[name] |= contender.figures
-        rows[name] |= figures(case, contender, samples[name], forward, ceilings)
-    _add_ratios(rows)
-    return list(rows.values())
+    """Prepare and measure one case in this process."""
+    return prepare_case(case, rivals, device, settings).measure(ceilings)
 
 
 class Unavailable(Exception):
@@ -112,37 +175,14 @@ def reported(row: Row) -> Iterator[None]:
     except Refusal as refusal:
         row["status"] = f"refused: {refusal}"
     except Exception as error:
-        row["status"] = f"failed: {type(error).__name__}: {str(error)[:300]}"
+        row["status"] = failure(error)
 
 
-def prepare(
-    sets: Sequence[LinearCase],
-    rival: Rival,
-    errors: Errors,
-    device: str,
-    pool: object,
-    settings: Settings,
-) -> Contender:
-    """Run the rival once on each operand set, and record what will be replayed."""
-    steps = [Step.on(operands, rival.prepare) for operands in sets]
-    for step in steps:
-        step.both()
-    figures: Row = {}
-    first = steps[0]
-    cuda = device.startswith("cuda")
-    own = [first.weight, *first.layer.trained.values()]
-    used = memory.measure(first.forward, first.both, own, cuda)
-    figures |= {f"{name}_mib": value for name, value in asdict(used).items()}
-    if settings.eager:
-        figures["eager_us"] = eager_time(first.both, device, settings.budget_s)
-        figures["host_us"] = host_time(first.both, device, settings.budget_s)
-    if settings.kernels and rival.name in (OURS, FLOOR):
-        figures["kernels_us"] = breakdown.kernel_times(first.both, device)
-    forward = None
-    if settings.forward:
-        forward = Replay([step.forward_only for step in steps], device, pool)
-    both = Replay([step.both for step in steps], device, pool)
-    return Contender(rival, errors, steps, both, forward, figures)
+def failure(error: BaseException) -> str:
+    """The status of a row whose figure could not be had."""
+    # What follows the first lines of a CUDA error is the same advice every time.
+    text = " ".join(str(error).split())
+    return f"failed: {type(error).__name__}: {text[:200]}"
 
 
 def figures(
@@ -159,6 +199,7 @@ def figures(
         "status": "ok",
         "both_us": summary.median, "both_low_us": summary.low, "both_high_us": summary.high,
         "spread": summary.spread, "samples": summary.count,
+        **{f"{name}_mib": value for name, value in asdict(contender.memory).items()},
         "tflops": needed.flops / summary.median / 1e6,
         "gbps": needed.bytes / summary.median / 1e3,
         "roofline_us": needed.floor_us(ceilings),
@@ -174,41 +215,46 @@ def figures(
     return row
 
 
-def start_afresh() -> None:
-    """Free the last case's graphs, and forget its compiled shapes before their guards add up."""
-    gc.collect()
-    torch.compiler.reset()
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    # Inductor times its choices when a kernel first runs. A choice made while many processes
-    # compile on the same GPU must not be found on disk by the one that measures.
-    torch._inductor.config.autotune_local_cache = False
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def measure_all(
-    plan: Sequence[tuple[Case, Sequence[Rival], Settings]],
-    device: str,
-    ceilings: Ceilings,
-    report: Callable[[list[Row]], None],
-) -> list[Row]:
-    """Measure case after case, reporting each as soon as its rows are there."""
-    rows: list[Row] = []
-    for case, rivals, settings in plan:
-        measured = measure_case(case, rivals, device, ceilings, settings)
-        report(measured)
-        rows += measured
-    return rows
-
-
-def _row(case: Case, rival: Rival) -> Row:
-    return {**asdict(case), "rival": rival.name, "method": rival.method, "status": ""}
-
-
-def _add_ratios(rows: dict[str, Row]) -> None:
-    floor = rows[FLOOR]
+def add_ratios(rows: dict[str, Row]) -> None:
+    """Add time and memory over the floor's, where both were measured."""
+    floor = rows.get(FLOOR, {"status": ""})
     for row in rows.values():
         if row["status"] == "ok" and floor["status"] == "ok":
             row["ratio"] = row["both_us"] / floor["both_us"]
             if row["peak_mib"] is not None:
                 row["memory_ratio"] = row["peak_mib"] / floor["peak_mib"]
+
+
+def release(device: str) -> None:
+    """Give the device back what is no longer referred to."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def _record(
+    steps: list[Step],
+    rival: Rival,
+    errors: Errors,
+    device: str,
+    pool: object,
+    settings: Settings,
+) -> Contender:
+    """Measure the memory of a step that has run, and record what will be replayed."""
+    first = steps[0]
+    own = [first.weight, *first.layer.trained.values()]
+    used = memory.measure(first.forward, first.both, own, device.startswith("cuda"))
+    forward = None
+    if settings.forward:
+        forward = Replay([step.forward_only for step in steps], device, pool)
+    both = Replay([step.both for step in steps], device, pool)
+    return Contender(rival, errors, steps, both, forward, used)
+
+
+def _pool(device: str) -> object:
+    """Memory that the graphs of one case share; they are never replayed at the same time."""
+    return torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
+
+
+def _row(case: Case, rival: Rival) -> Row:
+    return {**asdict(case), "rival": rival.name, "method": rival.method, "status": ""}

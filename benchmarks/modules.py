@@ -6,25 +6,28 @@ of eager steps, and beside it the time the device was busy: for small models the
 
 from __future__ import annotations
 
-import gc
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.breakdown import kernel_times
+from benchmarks.measure import Unavailable, release, reported
+from benchmarks.roofline import Ceilings
 from benchmarks.scaling import exponent
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Summary, synchronise
 from benchmarks.views import number, text_table
 from prodial_kernels import ProdialConfig, apply_prodial
 
-LEVELS = ("mixer", "step")
 METHODS = ("frozen", "prodial", "lora", "full")
 FAMILIES = ("mamba-", "mamba2-")
+# Without these, transformers' Mamba models run token by token in Python, or in plain PyTorch.
+KERNELS = ("mamba_ssm", "causal_conv1d")
 
 
 @dataclass(frozen=True)
@@ -38,60 +41,69 @@ class ModuleCase:
     dtype: str = "bfloat16"
     layers: int | None = None
     r: int = 16
+    vocabulary: int = 50280
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return 1 if self.level == "mixer" else self.layers or MODELS[self.model].layers
+
+    @property
+    def bytes(self) -> int:
+        """About what its models and the activations of one step hold."""
+        width, inner_and_gate = MODELS[self.model].in_proj
+        weights = 2 * (3 * width * inner_and_gate * self.depth + self.vocabulary * width)
+        activations = (
+            self.batch * self.length * (12 * inner_and_gate * self.depth + 12 * self.vocabulary)
+        )
+        return len(METHODS) * 4 * weights + activations + (1 << 30)
+
+    def tiny(self) -> ModuleCase:
+        """The same on a CPU, in a moment."""
+        layers = min(2, self.layers or 1)
+        return replace(self, batch=1, length=8, dtype="float32", layers=layers, vocabulary=256)
 
     def __str__(self) -> str:
-        return f"{self.level} {self.model} {self.batch}×{self.length} {self.dtype}"
+        layers = f", {self.layers} layers" if self.layers else ""
+        return f"{self.level} {self.model} {self.batch}×{self.length} {self.dtype}{layers}"
 
 
 CASES: Sequence[tuple[str, int, int]] = (
-    ("mamba-130m", 4, 512),
-    ("mamba-130m", 8, 2048),
-    ("mamba2-130m", 4, 512),
-)
+    ("mamba-130m", 4, 512), ("mamba-130m", 8, 2048), ("mamba2-130m", 4, 512),
+)  # fmt: skip
+# Beside the model's own number.
+LAYERS = (1, 6, 12)
 
 
-LAYERS = (6, 12, 24, 48)
-
-
-def module_cases(
-    level: str, model: str | None, *, quick: bool = False, scaling: bool = False
-) -> list[ModuleCase]:
-    """Return the cases of a level, or with ``scaling`` one model at growing numbers of layers.
+def module_cases(level: str, model: str | None, *, several: bool = True) -> list[ModuleCase]:
+    """Return the cases of a level, or the first of them.
 
     Raises:
-        ValueError: A model that is not a plain Mamba or Mamba-2, or layers of a single mixer.
+        ValueError: A model that is not a plain Mamba or Mamba-2.
     """
+    _check_model(level, model)
+    chosen = [(model, 4, 512), (model, 4, 2048)] if model else list(CASES)
+    return [ModuleCase(level, *case) for case in (chosen if several else chosen[:1])]
+
+
+def layer_cases(level: str, model: str | None) -> list[ModuleCase]:
+    """Return one model at growing numbers of layers.
+
+    Raises:
+        ValueError: Layers of a single mixer, or a model that is not a plain Mamba or Mamba-2.
+    """
+    if level == "mixer":
+        raise ValueError("scaling: a mixer has no layers to add; expected --level step")
+    _check_model(level, model)
+    name = model or CASES[0][0]
+    return [ModuleCase(level, name, 4, 512, layers=n) for n in (*LAYERS, MODELS[name].layers)]
+
+
+def _check_model(level: str, model: str | None) -> None:
     if model is not None and not model.startswith(FAMILIES):
         raise ValueError(f"model: --level {level} takes a mamba-… or mamba2-… model; got {model!r}")
     if model is not None and model not in MODELS:
         raise ValueError(f"model: expected one of {', '.join(MODELS)}; got {model!r}")
-    if scaling and level == "mixer":
-        raise ValueError("scaling: a mixer has no layers to add; expected --level step")
-    if scaling:
-        return [ModuleCase(level, model or "mamba-130m", 4, 512, layers=n) for n in LAYERS]
-    chosen = [(model, 4, 512), (model, 4, 2048)] if model else list(CASES)
-    return [ModuleCase(level, *case) for case in (chosen[:1] if quick else chosen)]
-
-
-def layers_view(rows: Sequence[dict[str, Any]]) -> str:
-    """The exponents of device time and memory in the number of layers, by method."""
-    methods = dict.fromkeys(row["rival"] for row in rows)
-    lines = []
-    for label, figure in (
-        ("busy time", "busy_us"),
-        ("wall time", "both_us"),
-        ("memory", "peak_mib"),
-    ):
-        cells = []
-        for method in methods:
-            points = [
-                (float(row["layers"]), float(row[figure]))
-                for row in rows
-                if row["rival"] == method and row[figure] is not None
-            ]
-            cells.append(number(exponent(points)) if len(points) > 1 else "–")
-        lines.append([f"{label} in layers", *cells])
-    return text_table(["exponent of", *methods], lines)
 
 
 def build(case: ModuleCase, device: str) -> nn.Module:
@@ -101,8 +113,8 @@ def build(case: ModuleCase, device: str) -> nn.Module:
     sizes = MODELS[case.model]
     width, _ = sizes.in_proj
     inner, _ = sizes.out_proj
-    layers = 1 if case.level == "mixer" else case.layers or sizes.layers
-    common = {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": 50280}
+    common = {"hidden_size": width, "num_hidden_layers": case.depth}
+    common["vocab_size"] = case.vocabulary
     if case.model.startswith("mamba2-"):
         kind = "mamba2"
         options = {"num_heads": inner // 64, "head_dim": 64, "state_size": 128, "n_groups": 1}
@@ -142,7 +154,7 @@ def make_step(case: ModuleCase, method: str, device: str) -> Callable[[], None]:
     trained = adapt(model, method, case.r)
     if case.level == "mixer":
         return _mixer_step(case, model, device)
-    tokens = torch.randint(0, 50280, (case.batch, case.length), device=device)
+    tokens = torch.randint(0, case.vocabulary, (case.batch, case.length), device=device)
     embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     optimizer = None
     if trained:
@@ -160,78 +172,138 @@ def make_step(case: ModuleCase, method: str, device: str) -> Callable[[], None]:
     return step
 
 
-def measure_modules(
+@dataclass
+class PreparedModules:
+    """Models built and adapted, each of which has run two steps."""
+
+    case: ModuleCase
+    device: str
+    rounds: int
+    rows: dict[str, dict[str, Any]]
+    steps: dict[str, Callable[[], None]] = field(default_factory=dict)
+
+    def measure(self, ceilings: Ceilings) -> list[dict[str, Any]]:
+        """Time eager steps, interleaved, then how long the device was busy; a row each."""
+        cuda = self.device.startswith("cuda")
+        samples: dict[str, list[float]] = {method: [] for method in self.steps}
+        for _ in range(self.rounds):
+            for method, step in self.steps.items():
+                synchronise(cuda)
+                start = time.perf_counter()
+                step()
+                synchronise(cuda)
+                samples[method].append((time.perf_counter() - start) * 1e6)
+        for method, step in self.steps.items():
+            row = self.rows[method]
+            with reported(row):
+                summary = Summary.of(samples[method])
+                busy = kernel_times(step, self.device, repeats=2)
+                row |= {
+                    "both_us": summary.median, "spread": summary.spread,
+                    "busy_us": sum(busy.values()), "status": "ok",
+                }  # fmt: skip
+        floor = self.rows["frozen"]
+        for row in self.rows.values():
+            if row["status"] == floor["status"] == "ok":
+                row |= {
+                    ratio: row[figure] / floor[figure]
+                    for ratio, figure in (
+                        ("ratio", "both_us"), ("busy_ratio", "busy_us"),
+                        ("memory_ratio", "peak_mib"),
+                    )
+                    if row[figure] is not None
+                }  # fmt: skip
+        return list(self.rows.values())
+
+
+def prepare_modules(
     case: ModuleCase, methods: Sequence[str], device: str, rounds: int
-) -> list[dict[str, Any]]:
-    """Return a row for each method, interleaved; the floor first."""
+) -> PreparedModules:
+    """Build and adapt a model for each method, run it, and take its peak memory."""
     cuda = device.startswith("cuda")
-    rows: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Callable[[], None]] = {}
-    for method in ("frozen", *(name for name in methods if name != "frozen")):
-        gc.collect()
-        before = torch.cuda.memory_allocated() if cuda else 0
-        steps[method] = step = make_step(case, method, device)
-        step()
-        step()
-        peak = None
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            torch.cuda.synchronize()
-            # With its weights and optimizer, without those of the methods built before it.
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        busy = kernel_times(step, device, repeats=2)
-        rows[method] = {
-            **asdict(case), "rival": method, "status": "ok", "peak_mib": peak,
-            "busy_us": sum(busy.values()), "kernels_us": dict(list(busy.items())[:12]),
-        }  # fmt: skip
-    samples: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(rounds):
-        for method, step in steps.items():
-            synchronise(cuda)
-            start = time.perf_counter()
-            step()
-            synchronise(cuda)
-            samples[method].append((time.perf_counter() - start) * 1e6)
-    floor = Summary.of(samples["frozen"]).median
+    rows = {
+        method: {**asdict(case), "depth": case.depth, "rival": method, "status": ""}
+        for method in methods
+    }
+    prepared = PreparedModules(case, device, rounds, rows)
     for method, row in rows.items():
-        summary = Summary.of(samples[method])
-        row |= {
-            "both_us": summary.median,
-            "spread": summary.spread,
-            "ratio": summary.median / floor,
-        }
-        row["busy_ratio"] = row["busy_us"] / rows["frozen"]["busy_us"]
-        if cuda:
-            row["memory_ratio"] = row["peak_mib"] / rows["frozen"]["peak_mib"]
-    return list(rows.values())
+        release(device)
+        with reported(row):
+            absent = [name for name in KERNELS if importlib.util.find_spec(name) is None]
+            if cuda and absent:
+                raise Unavailable(
+                    f"{' and '.join(absent)} not installed (pip install 'prodial-kernels[mamba]')"
+                )
+            before = torch.cuda.memory_allocated() if cuda else 0
+            step = make_step(case, method, device)
+            step()
+            step()
+            row["peak_mib"] = None
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                torch.cuda.synchronize()
+                # With its weights and optimizer, without those of the methods built before it.
+                row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            prepared.steps[method] = step
+    return prepared
 
 
 def modules_view(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of one case as a table."""
+    """The rows of one case as a table; what could not be measured is said below."""
     lines = [
         [
             row["rival"], number(row["both_us"] / 1e3, 2), number(100 * row["spread"] / 2, 1),
-            number(row["ratio"]), number(row["busy_us"] / 1e3, 2), number(row["busy_ratio"]),
-            number(row["peak_mib"], 0), number(row.get("memory_ratio")),
+            number(row.get("ratio")), number(row["busy_us"] / 1e3, 2),
+            number(row.get("busy_ratio")), number(row["peak_mib"], 0),
+            number(row.get("memory_ratio")),
         ]
         for row in rows
+        if row["status"] == "ok"
     ]  # fmt: skip
     headers = [
-        "method",
-        "wall ms",
-        "± %",
-        "× frozen",
-        "busy ms",
-        "× frozen",
-        "peak MiB",
-        "× frozen",
-    ]
+        "method", "wall ms", "± %", "× frozen", "busy ms", "× frozen", "peak MiB", "× frozen",
+    ]  # fmt: skip
     head = rows[0]
     title = f"{head['level']} {head['model']} {head['batch']}×{head['length']} {head['dtype']}"
     title += f", {head['layers']} layers" if head["layers"] else ""
-    return f"{title}\n{text_table(headers, lines)}"
+    notes = [f"  {row['rival']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    return "\n".join([title, *([text_table(headers, lines)] if lines else []), *notes])
+
+
+def grown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of whole steps that differ in nothing but their number of layers."""
+    depths: dict[tuple[Any, ...], set[int]] = {}
+
+    def kind(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("level", "model", "batch", "length", "dtype"))
+
+    for row in rows:
+        depths.setdefault(kind(row), set()).add(row["depth"])
+    return [row for row in rows if len(depths[kind(row)]) > 1]
+
+
+_GROWING = {"busy time": "busy_us", "wall time": "both_us", "memory": "peak_mib"}
+
+
+def layers_view(rows: Sequence[dict[str, Any]]) -> str:
+    """The exponents of device time and memory in the number of layers, by method."""
+    rows = grown(rows)
+    methods = dict.fromkeys(row["rival"] for row in rows)
+    lines = []
+    for label, figure in _GROWING.items():
+        cells = []
+        for method in methods:
+            points = [
+                (float(row["depth"]), float(row[figure]))
+                for row in rows
+                if row["rival"] == method and row.get(figure) is not None
+            ]
+            several = len({depth for depth, _ in points}) > 1
+            cells.append(number(exponent(points)) if several else "–")
+        lines.append([f"{label} in layers", *cells])
+    return text_table(["exponent of", *methods], lines)
 
 
 def _mixer_step(case: ModuleCase, model: nn.Module, device: str) -> Callable[[], None]:

@@ -27,6 +27,8 @@ TINY_SWEEPS: Mapping[str, tuple[Case, ...]] = {
     "m": tuple(Case(m, 24, 40, dtype="float32") for m in (16, 64)),
     "p": tuple(Case(16, 24, 40, p=p, dtype="float32") for p in (1, 12)),
 }
+# Swept beside ProDiaL and the floor; the strongest of the others where it is strong at all.
+RIVAL = "materialised-compiled"
 FIGURES = {"time": "both_us", "memory": "peak_mib"}
 # Two fits of one sweep differ by less than this from noise alone.
 TOLERANCE = 0.05

@@ -1,8 +1,9 @@
-"""Results on disk: JSON with everything, CSV with the flat figures."""
+"""Results on disk: JSON with everything, CSV with the flat figures, Markdown to read."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,19 +19,31 @@ def folder_of(record: Mapping[str, Any], output: Path | None = None) -> Path:
     return output or RESULTS / slug(record["environment"]["device"])
 
 
-def write(record: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write ``<date>-<name>.json`` and ``.csv`` and return their paths."""
+def write(record: Mapping[str, Any], folder: Path, page: str) -> tuple[Path, ...]:
+    """Write ``<name>.json``, ``.csv`` and ``.md`` and return their paths.
+
+    A run writes them again and again: what is there is whole at any time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{record['environment']['date']}-{record['name']}"
-    as_json, as_csv = folder / f"{stem}.json", folder / f"{stem}.csv"
-    as_json.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    rows = [flatten(row) for row in record["rows"]]
+    rows = [flatten(row) for row in (*record["rows"], *record["modules"])]
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with as_csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return as_json, as_csv
+    table = io.StringIO()
+    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    texts = {
+        ".json": json.dumps(record, indent=1, allow_nan=False) + "\n",
+        ".csv": table.getvalue(),
+        ".md": page + "\n",
+    }
+    paths = []
+    for suffix, text in texts.items():
+        path = folder / f"{record['name']}{suffix}"
+        unfinished = path.with_suffix(f"{suffix}.new")
+        unfinished.write_text(text)
+        unfinished.replace(path)
+        paths.append(path)
+    return tuple(paths)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -40,8 +53,8 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: The file is not one.
     """
     record: dict[str, Any] = json.loads(path.read_text())
-    if not {"environment", "rows", "name"} <= record.keys():
-        raise ValueError(f"load: {path} is not a result of benchmarks.run")
+    if not {"environment", "rows", "modules", "sweeps", "name"} <= record.keys():
+        raise ValueError(f"{path} is not a result of benchmarks.run")
     return record
 
 

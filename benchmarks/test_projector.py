@@ -17,7 +17,7 @@ import torch
 from benchmarks.cases import TABLE_SHAPES, TINY, Case, draw, rotating_sets
 from benchmarks.environment import cache_bytes
 from benchmarks.gate import Gate
-from benchmarks.measure import start_afresh
+from benchmarks.measure import release
 from benchmarks.rivals import Rival, select
 from benchmarks.rivals.layer import Step
 from benchmarks.timing import Replay, synchronise
@@ -31,7 +31,7 @@ CASES = TABLE_SHAPES if CUDA else (*TINY, replace(TINY[0], p=12))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward(benchmark: Any, case: Case, rival: Rival) -> None:
     """Gate the rival, then time replays of its step."""
-    start_afresh()
+    release(DEVICE)
     errors = Gate(case, DEVICE).check(rival)
     sets = range(rotating_sets(case, cache_bytes(DEVICE)))
     steps = [Step.on(draw(case, DEVICE, seed), rival.prepare).both for seed in sets]

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-MIN_SAMPLE_S = 2e-3
+MIN_SAMPLE_S = 3e-3
+# A graph of fewer steps can be over before the next one is launched.
+LEAST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,23 @@ class Replay:
         pool: Memory that the graphs of one comparison share; none of them reads another's.
     """
 
-    def __init__(self, steps: Sequence[Callable[[], None]], device: str, pool: object = None):
+    def __init__(
+        self, steps: Sequence[Callable[[], None]], device: str, pool: object = None
+    ) -> None:
         self.cuda = device.startswith("cuda")
-        turns = 1 if self._once(steps) > 2e-3 else max(1, 10 // len(steps))
-        self.steps = list(steps) * turns
+        self.steps = list(steps) * -(-LEAST_STEPS // len(steps))
         self.graph: torch.cuda.CUDAGraph | None = None
+        # Counted at the first sample: the device may be busy with other things until then.
+        self.repeats = 0
         if self.cuda:
             self._record(pool)
-        took = self._once([self.run])
-        self.repeats = max(1, math.ceil(MIN_SAMPLE_S / max(took, 1e-9)))
 
     def sample(self) -> float:
-        """Return the time of one step in µs, averaged over at least 2 ms of replays."""
+        """Return the time of one step in µs, averaged over at least 3 ms of replays."""
         if not self.cuda:
-            return self._once([self.run]) * 1e6 / len(self.steps)
+            return self._once() * 1e6 / len(self.steps)
+        if self.repeats == 0:
+            self.repeats = max(1, math.ceil(MIN_SAMPLE_S / self._once()))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(self.repeats):
@@ -98,12 +103,11 @@ class Replay:
         self.graph = graph
         self.run()
 
-    def _once(self, steps: Sequence[Callable[[], None]]) -> float:
+    def _once(self) -> float:
         """Seconds for one round, the host waiting for the device."""
         synchronise(self.cuda)
         start = time.perf_counter()
-        for step in steps:
-            step()
+        self.run()
         synchronise(self.cuda)
         return time.perf_counter() - start
 
@@ -135,7 +139,7 @@ def eager_time(step: Callable[[], None], device: str, budget_s: float = 0.3) -> 
     step()
     synchronise(cuda)
     count, start = 0, time.perf_counter()
-    while count < 2 or (count < 100 and time.perf_counter() - start < budget_s):
+    while count < 2 or (count < 30 and time.perf_counter() - start < budget_s):
         step()
         count += 1
     synchronise(cuda)

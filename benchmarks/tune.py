@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.warm import prepare_process
+from benchmarks.startup import prepare_process
 
 prepare_process()
 

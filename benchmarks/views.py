@@ -72,8 +72,8 @@ def case_view(rows: Rows) -> str:
     head = rows[0]
     title = f"{head['m']},{head['k']},{head['n']}  P={head['p']} r={head['r']} {head['dtype']}"
     notes = [f"  {row['rival']}: {row['status']}" for row in rows if row["status"] != "ok"]
-    table = text_table(["rival", *(name for name, _ in COLUMNS)], lines)
-    return "\n".join([f"{title}  {head['model']}".rstrip(), table, *notes])
+    table = [text_table(["rival", *(name for name, _ in COLUMNS)], lines)] if lines else []
+    return "\n".join([f"{title}  {head['model']}".rstrip(), *table, *notes])
 
 
 def targets_view(rows: Rows) -> str:
@@ -134,10 +134,10 @@ def best_rival(rows: Rows, at: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _base_rows(rows: Rows) -> dict[tuple[int, int, int], Mapping[str, Any]]:
-    """ProDiaL's first row of each shape."""
+    """ProDiaL's row of each of the table's shapes."""
     base: dict[tuple[int, int, int], Mapping[str, Any]] = {}
     for row in rows:
-        if row["rival"] == OURS and row["status"] == "ok":
+        if row["part"] == "table" and row["rival"] == OURS and row["status"] == "ok":
             base.setdefault((row["m"], row["k"], row["n"]), row)
     return base
 

@@ -1,74 +1,116 @@
-"""One side of a comparison: measures on request, over standard input and output."""
+"""A process that prepares and measures on request, over standard input and output.
+
+Several prepare side by side; whoever asks sees to it that one at a time measures.
+"""
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import json
 import os
-import statistics
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Case, draw, rotating_sets
-from benchmarks.environment import cache_bytes
-from benchmarks.gate import Gate, Refusal
-from benchmarks.measure import start_afresh
-from benchmarks.rivals import FLOOR, OURS, select
-from benchmarks.rivals.layer import Step
-from benchmarks.timing import Replay
+from benchmarks.startup import prepare_process
+
+prepare_process()
+
+import torch  # noqa: E402
+
+from benchmarks.jobs import Job, Prepared  # noqa: E402
+from benchmarks.measure import PreparedCase, release  # noqa: E402
+from benchmarks.roofline import Ceilings, measure_ceilings  # noqa: E402
 
 
-def prepare(case: Case, device: str) -> dict[str, Replay]:
-    """Check and record ProDiaL and the floor on one case."""
-    start_afresh()
-    gate = Gate(case, device)
-    replays = {}
-    for rival in select([OURS]):
+class Alone:
+    """A lock among all workers of a user: entered by one of them at a time, freed when it ends."""
+
+    def __init__(self) -> None:
+        path = Path(tempfile.gettempdir()) / f"prodial-benchmarks-{os.getuid()}.lock"
+        self._file = path.open("w")
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+class Server:
+    """Holds what was prepared until it is measured."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.alone = device, Alone()
+        self.prepared: dict[int, Prepared] = {}
+
+    def respond(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer one request.
+
+        Raises:
+            Exception: Whatever went wrong that is not one rival's own failure.
+        """
+        match request["do"]:
+            case "prepare":
+                job = Job.from_json(request["job"])
+                self.prepared.pop(request["id"], None)
+                self.prepared[request["id"]] = job.prepare(self.device, self.alone)
+                return self._state()
+            case "measure":
+                rows = self.prepared.pop(request["id"]).measure(Ceilings(**request["ceilings"]))
+                return {"rows": rows, **self._state()}
+            case "sample":
+                prepared = self.prepared[request["id"]]
+                if not isinstance(prepared, PreparedCase):
+                    raise TypeError("sample: expected a projector's job")
+                return {"us": prepared.sample(), "rows": list(prepared.rows.values())}
+            case "ceilings":
+                dtype = getattr(torch, request["dtype"])
+                return asdict(measure_ceilings(self.device, dtype, tiny=self.device == "cpu"))
+            case other:
+                raise ValueError(f"do: got {other!r}")
+
+    def _state(self) -> dict[str, Any]:
+        """Whether the device still takes work from this process."""
         try:
-            gate.check(rival)
-        except Refusal as refusal:
-            raise Refusal(f"{rival.name} on {case}: {refusal}") from None
-        sets = range(rotating_sets(case, cache_bytes(device)))
-        steps = [Step.on(draw(case, device, seed), rival.prepare).both for seed in sets]
-        for step in steps:
-            step()
-        replays[rival.name] = Replay(steps, device)
-    return replays
+            release(self.device)
+            if self.device.startswith("cuda"):
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            return {"broken": str(error)[:200]}
+        return {}
 
 
-def sample(replays: dict[str, Replay]) -> dict[str, float]:
-    """One figure for each variant; the first sample after waiting is not taken."""
-    replays[FLOOR].sample()
-    return {
-        name: statistics.median(replay.sample() for _ in range(3))
-        for name, replay in replays.items()
-    }
+@contextmanager
+def answers() -> Iterator[Any]:
+    """Standard output, kept free of what libraries print."""
+    with os.fdopen(os.dup(1), "w") as stream:
+        os.dup2(2, 1)
+        yield stream
 
 
 def main() -> int:
     """Answer one line for each line, until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", required=True)
-    device = parser.parse_args().device
-    # What libraries print must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    replays: dict[str, Replay] = {}
-    for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
-        answer: dict[str, Any] = {}
-        try:
-            if request["do"] == "prepare":
-                replays = {}
-                gc.collect()
-                replays = prepare(Case(**request["case"]), device)
-            else:
-                answer = sample(replays)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    server = Server(parser.parse_args().device)
+    # A collection would otherwise look at all that torch's modules consist of, each time.
+    gc.collect()
+    gc.freeze()
+    with answers() as stream:
+        for line in sys.stdin:
+            try:
+                answer = server.respond(json.loads(line))
+            except Exception as error:
+                answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            stream.write(json.dumps(answer) + "\n")
+            stream.flush()
     return 0
 
 

@@ -107,5 +107,15 @@ def lora_compiled(case: LinearCase) -> Layer:
 
 def compile_for(device: torch.device) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """torch.compile for one fixed shape; on a CPU without generating code, which takes minutes."""
+    # Loading the compiler takes seconds, which whoever does not compile need not spend.
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
+
+    # One compiled version for each shape; past the limit it would run uncompiled.
+    dynamo.recompile_limit = 1024
+    dynamo.accumulated_recompile_limit = 4096
+    dynamo.fail_on_recompile_limit_hit = True
+    # Each process tunes for itself: choices on disk may stem from another device.
+    inductor.autotune_local_cache = False
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     return torch.compile(fullgraph=True, dynamic=False, backend=backend)

@@ -74,7 +74,7 @@ def test_a_version_that_computes_something_else_is_refused(tmp_path: Path) -> No
     text = functional.read_text()
     assert "float(lora_scaling)" in text
     functional.write_text(text.replace("float(lora_scaling)", "2 * float(lora_scaling)"))
-    with pytest.raises(ComparisonError, match=r"Refusal: prodial on .* relative error"):
+    with pytest.raises(ComparisonError, match=r"prodial: refused: .* relative error"):
         compare(ROOT, tmp_path, TINY[:1], "cpu", rounds=1)
 
 

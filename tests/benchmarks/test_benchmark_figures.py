@@ -21,9 +21,9 @@ from benchmarks.timing import Replay, Summary, interleave
 
 def row(case: Case, rival: str, us: float, floor_us: float, **more: Any) -> dict[str, Any]:
     return {
-        **asdict(case), "rival": rival, "method": "ProDiaL", "status": "ok", "both_us": us,
-        "ratio": us / floor_us, "spread": 0.01, "peak_mib": 100.0, "memory_ratio": 1.0,
-        "kept_mib": 1.0, "tflops": 1.0, "gbps": 1.0, "roofline_fraction": 0.5,
+        **asdict(case), "part": "table", "rival": rival, "method": "ProDiaL", "status": "ok",
+        "both_us": us, "ratio": us / floor_us, "spread": 0.01, "peak_mib": 100.0,
+        "memory_ratio": 1.0, "kept_mib": 1.0, "tflops": 1.0, "gbps": 1.0, "roofline_fraction": 0.5,
         "output_error": 1e-3, "gradient_error": 2e-3, "host_us": 100.0,
         "kernels_us": {"gemm_kernel": us}, **more,
     }  # fmt: skip
@@ -40,7 +40,7 @@ def test_replay_runs_every_step_and_averages_over_them() -> None:
     replay = Replay([lambda: ran.append(0), lambda: ran.append(1)], "cpu")
     ran.clear()
     replay.run()
-    assert ran == [0, 1] * 5
+    assert ran == [0, 1] * 2
     assert replay.sample() > 0
 
 
@@ -107,8 +107,8 @@ def test_targets_view_marks_what_misses() -> None:
     rows = [
         row(good, "frozen", 35, 35), row(good, "prodial", 1.7 * 35, 35),
         row(good, "concat", 2.0 * 35, 35), row(good, "lora", 3.0 * 35, 35),
-        row(replace(good, p=12), "prodial", 1.7 * 1.2 * 35, 35),
-        row(replace(good, r=64), "prodial", 1.7 * 1.1 * 35, 35),
+        row(replace(good, p=12), "prodial", 1.7 * 1.2 * 35, 35, part="variants"),
+        row(replace(good, r=64), "prodial", 1.7 * 1.1 * 35, 35, part="variants"),
         row(bad, "frozen", 21, 21), row(bad, "prodial", 2.9 * 21, 21, host_us=400.0),
         row(bad, "concat", 2.5 * 21, 21),
     ]  # fmt: skip
@@ -157,15 +157,19 @@ def test_selecting_rivals() -> None:
 def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     versions = {"torch": "2", "triton": "3"}
     environment = {"device": "A GPU (80 GB)", "versions": versions, "date": "2026-01-02"}
-    return {"name": "projector", "environment": environment, "rows": rows, "sweeps": {}}
+    return {
+        "name": "projector", "environment": environment, "rows": rows, "modules": [],
+        "sweeps": {},
+    }  # fmt: skip
 
 
 def test_results_are_written_and_read(tmp_path: Path) -> None:
     record = record_of([row(TABLE_SHAPES[0], "frozen", 35, 35)])
     assert store.folder_of(record).name == "a-gpu-80-gb"
-    as_json, as_csv = store.write(record, tmp_path)
-    assert as_json.name == "2026-01-02-projector.json"
+    as_json, as_csv, as_page = store.write(record, tmp_path, "a page")
+    assert as_json.name == "projector.json"
     assert store.read(as_json) == record
+    assert as_page.read_text() == "a page\n"
     head, line = as_csv.read_text().splitlines()
     assert head.split(",")[:3] == ["m", "k", "n"]
     assert "kernels_us" not in head
@@ -182,7 +186,7 @@ def test_pictures(tmp_path: Path) -> None:
         for name, us in (("frozen", 35), ("prodial", 50), ("concat", 60), ("peft-oft", 400))
     ]
     made = charts.draw_all(record_of(rows), {}, tmp_path)
-    assert [path.stem.removeprefix("2026-01-02-projector-") for path in made] == [
+    assert [path.stem.removeprefix("projector-") for path in made] == [
         "cost", "time-memory", "kernels",
     ]  # fmt: skip
     sweep = {"m": SWEEPS["m"]}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.measure import Settings, measure_case
+from benchmarks.crew import Crew
+from benchmarks.jobs import Job
+from benchmarks.measure import BARE, QUICK, Row, Settings, measure_case
 from benchmarks.rivals import RIVALS
 from benchmarks.roofline import measure_ceilings
 from benchmarks.timing import Replay
-from benchmarks.warm import compile_all
 
 pytestmark = pytest.mark.gpu
 
@@ -33,7 +37,6 @@ def test_every_rival_is_measured() -> None:
         assert 0 < row["roofline_fraction"] < 1.05
     assert rows["frozen"]["ratio"] == 1
     assert rows["frozen"]["kept_mib"] == 0
-    assert sum(rows["prodial"]["kernels_us"].values()) > 0
 
 
 def test_a_replay_costs_what_its_steps_cost() -> None:
@@ -54,7 +57,18 @@ def test_a_replay_costs_what_its_steps_cost() -> None:
     assert triple.sample() / single.sample() == pytest.approx(3, rel=0.25)
 
 
-def test_compiling_beforehand() -> None:
-    seconds, failures = compile_all([(CASE, "prodial"), (CASE, "materialised-compiled")])
-    assert failures == []
-    assert seconds > 0
+def test_workers_prepare_and_measure() -> None:
+    jobs = [
+        Job("table", CASE, ("frozen", "prodial", "materialised-compiled"), QUICK),
+        Job("variants", replace(CASE, p=1), ("frozen", "prodial"), BARE),
+        Job("breakdown", CASE, ("frozen", "prodial")),
+    ]
+    done: dict[Job, list[Row]] = {}
+    with Crew(2, "cuda", 8 << 30) as crew:
+        until = time.monotonic() + 300
+        assert crew.run(jobs, until, lambda job, rows: done.update({job: rows})) == []
+    assert list(done) == jobs
+    assert {row["status"] for rows in done.values() for row in rows} == {"ok"}
+    assert done[jobs[2]][1]["kernels_us"]
+    assert crew.ceilings is not None
+    assert crew.ceilings.flops > 1e14

@@ -11,40 +11,80 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
+from benchmarks.cases import TABLE_SHAPES, Case
 from benchmarks.environment import ROOT
+from benchmarks.jobs import PARTS, Job, Wanted, plan
+from benchmarks.measure import Row
+from benchmarks.rivals import RIVALS
+from benchmarks.scaling import SWEEPS
 
 
 def test_the_command_measures_prints_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run.main(["--tiny", "--output", str(tmp_path), "--only", "prodial,concat,lora"]) == 0
+    options = ["--tiny", "--level", "projector", "--only", "prodial,concat,lora"]
+    assert run.main([*options, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| prodial " in printed
     assert "| 16,24,40 |" in printed
-    (path,) = tmp_path.glob("*.json")
-    record = json.loads(path.read_text())
-    names = [row["rival"] for row in record["rows"]]
-    assert names == ["frozen", "prodial", "concat", "lora", "frozen", "prodial"]
+    assert "time in M" in printed
+    record = json.loads((tmp_path / "projector-only.json").read_text())
+    names = {part: [] for part in ("table", "variants", "scaling")}
+    for row in record["rows"]:
+        names[row["part"]].append(row["rival"])
+    assert names["table"] == ["frozen", "prodial", "concat", "lora"]
+    assert names["variants"] == ["frozen", "prodial"]
+    # One case; the others of the sweeps are the table's and the variants'.
+    assert names["scaling"] == ["frozen", "prodial", "concat", "lora"]
     assert all(row["status"] == "ok" for row in record["rows"])
     first = record["rows"][1]
     for figure in ("both_us", "forward_us", "eager_us", "host_us", "ratio", "tflops", "gbps",
                    "roofline_fraction", "kept_mib", "output_error", "kernels_us"):  # fmt: skip
         assert first[figure], figure
     assert first["peak_mib"] is None
+    assert record["dropped"] == []
     environment = record["environment"]
     assert environment["command"].startswith("python -m benchmarks.run --tiny")
     assert environment["versions"]["torch"]
     assert len(environment["sources"]) == 64
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".png"}
+    suffixes = {path.suffix for path in tmp_path.iterdir()}
+    assert suffixes == {".json", ".csv", ".md", ".png"}
+    page = (tmp_path / "projector-only.md").read_text()
+    assert "16,24,40  P=12 r=16 float32" in page
 
-    assert run.main(["--load", str(path), "--table", "--output", str(tmp_path / "again")]) == 0
-    assert "| 16,24,40 |" in capsys.readouterr().out
+    assert run.main(["--print", str(tmp_path / "projector-only.json")]) == 0
+    assert capsys.readouterr().out == page
 
 
-def test_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--tiny", "--scaling", "--only", "prodial", "--output", str(tmp_path)]
-    assert run.main(options) == 0
-    assert "time in M" in capsys.readouterr().out
+def test_what_does_not_fit_is_dropped_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tiny", "--level", "projector", "--only", "prodial", "--budget", "1"]
+    assert run.main([*options, "--output", str(tmp_path)]) == 0
+    assert "dropped, as the time was over: table 16,24,40" in capsys.readouterr().out
+    record = json.loads((tmp_path / "projector-only.json").read_text())
+    assert record["rows"] == []
+    assert len(record["dropped"]) == 4
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_job = run.report.of_job
+
+    def cut_off(part: str, rows: list[Row], **options: bool) -> str:
+        if part == "variants":
+            raise KeyboardInterrupt
+        return of_job(part, rows, **options)
+
+    monkeypatch.setattr(run.report, "of_job", cut_off)
+    options = ["--tiny", "--level", "projector", "--only", "prodial", "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        run.main(options)
+    record = json.loads((tmp_path / "projector-only.json").read_text())
+    assert [row["part"] for row in record["rows"]] == ["table"] * 2 + ["variants"] * 2
+    assert [name.split()[0] for name in record["dropped"]] == ["scaling", "breakdown"]
+    assert "| 16,24,40 |" in (tmp_path / "projector-only.md").read_text()
 
 
 def test_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +93,29 @@ def test_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "1×8 float32, 2 layers" in printed
     assert "busy time in layers" in printed
+
+
+def test_the_whole_plan() -> None:
+    jobs = plan(Wanted())
+    parts = [job.part for job in jobs]
+    assert sorted(parts, key=PARTS.index) == parts
+    assert set(parts) == set(PARTS)
+    table = [job for job in jobs if job.part == "table"]
+    assert [job.case for job in table] == list(TABLE_SHAPES)
+    assert all(len(job.rivals) == len(RIVALS) for job in table)
+    assert len(set(jobs)) == len({str(job) for job in jobs}) == len(jobs)
+    swept = [case for cases in SWEEPS.values() for case in cases]
+    measured = {job.case.key for job in jobs if isinstance(job.case, Case)}
+    assert {case.key for case in swept} <= measured
+    assert [job.case.depth for job in jobs if job.part == "step"] == [24, 1, 6, 12]
+    assert all(Job.from_json(json.loads(json.dumps(job.to_json()))) == job for job in jobs)
+
+
+def test_a_quick_plan_is_the_table_against_the_strongest() -> None:
+    jobs = plan(Wanted(quick=True))
+    assert {job.part for job in jobs} == {"table", "variants"}
+    assert jobs[0].rivals == ("frozen", "prodial", "concat", "materialised-compiled")
+    assert plan(Wanted(model="mamba2-2.7b", only=("prodial",)))[0].case.n == 10576
 
 
 @pytest.mark.parametrize(("level", "model"), [("mixer", "mamba2-130m"), ("step", "mamba-130m")])
@@ -76,7 +139,7 @@ def test_levels_above_the_projector(
         (["--tiny", "--output", "x", "--level", "step", "--model", "vim-tiny"], "takes a mamba-"),
         (["--tiny", "--output", "x", "--level", "step", "--only", "peft-lora"], "got peft-lora"),
         (["--tiny", "--output", "x", "--level", "mixer", "--scaling"], "no layers to add"),
-        (["--load", "/nonexistent.json"], "/nonexistent.json"),
+        (["--print", "/nonexistent.json"], "/nonexistent.json"),
     ],
 )
 def test_what_cannot_be_done_is_said(

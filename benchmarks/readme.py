@@ -1,0 +1,169 @@
+"""The part of README.md that is made from committed results: a picture, and tables.
+
+``python -m benchmarks.run --render`` writes it; a test compares it with the results.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report, store, views
+from benchmarks.environment import ROOT
+from benchmarks.rivals import FLOOR, OURS
+from benchmarks.store import RESULTS, find
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+# What a reader is likely to use today; the best of the others has a column of its own.
+SHOWN = ("peft-lora", "authors")
+
+
+def render(paths: Sequence[Path]) -> int:
+    """Draw results, print their tables, and put what is committed into README.md.
+
+    Args:
+        paths: Results of ``benchmarks.run``; none for all that are committed.
+
+    Raises:
+        ValueError: A file that is no result, or a README without the markers.
+    """
+    for path in paths or committed("full.json"):
+        record = store.read(path)
+        page = report.tables(record)
+        print(page)
+        print(*store.write(record, path.parent, page), *report.draw(record, path.parent), sep="\n")
+    README.write_text(replaced(README.read_text(), block()))
+    print(README)
+    return 0
+
+
+def committed(name: str) -> list[Path]:
+    """This result of every device that has it."""
+    return sorted(RESULTS.glob(f"*/{name}"))
+
+
+def replaced(text: str, new: str) -> str:
+    """The text with ``new`` between the markers.
+
+    Raises:
+        ValueError: The markers are not there, once each.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md: expected {BEGIN} and {END}, once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+
+
+def block() -> str:
+    """Everything between the markers, from what is committed."""
+    parts: list[str] = []
+    for path in committed("full.json"):
+        record = store.read(path)
+        picture = path.parent / f"{record['name']}-cost.png"
+        if picture.exists() and not parts:
+            parts.append(
+                "![Forward and backward of one trained projector over the frozen one's, for "
+                f"ProDiaL and its rivals, by shape]({_link(picture)})"
+            )
+        parts.append(projectors(record))
+        page = path.with_suffix(".md")
+        parts.append(f"Every figure, and more pictures: [`{_link(page)}`]({_link(page)}).")
+    parts += [models(json.loads(path.read_text())) for path in committed("mixers.json")]
+    return "\n\n".join(parts)
+
+
+def projectors(record: Mapping[str, Any]) -> str:
+    """One line for each of the table's shapes; × is over the frozen layer."""
+    rows = [row for row in record["rows"] if row["part"] == "table"]
+    lines = []
+    for ours in rows:
+        if ours["rival"] != OURS or "ratio" not in ours:
+            continue
+        at = {name: ours[name] for name in ("m", "k", "n", "p", "r", "dtype")}
+        floor, best = find(rows, rival=FLOOR, **at), views.best_rival(rows, at)
+        others = [find(rows, rival=name, **at) for name in SHOWN]
+        lines.append([
+            ours["model"], f"{ours['m']:,}", f"{ours['k']} → {ours['n']}",
+            views.number(floor["both_us"] if floor else None, 0), views.number(ours["ratio"]),
+            f"{views.number(best['ratio'])} ({best['rival']})" if best else "–",
+            *(views.number(row.get("ratio") if row else None) for row in others),
+            views.number(ours.get("memory_ratio")),
+        ])  # fmt: skip
+    headers = [
+        "projector of", "tokens", "K → N", "frozen, µs", "ProDiaL, ×", "best rival, ×",
+        "PEFT LoRA, ×", "authors' code, ×", "peak memory, ×",
+    ]  # fmt: skip
+    environment = record["environment"]
+    first = rows[0]
+    return (
+        f"**One projector**, forward and backward, r = {first['r']}, {first['p']}×{first['p']} "
+        f"blocks, {first['dtype']}, on an {environment['device']}: time of the frozen layer on "
+        f"cuBLAS, and multiples of it. The last column is ProDiaL's.\n\n"
+        f"{views.text_table(headers, lines)}\n\n{provenance(environment)}"
+    )
+
+
+def models(record: Mapping[str, Any]) -> str:
+    """One line for each whole model; × is over the frozen model on its own fast path."""
+    shapes: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in record["rows"]:
+        if row.get("status", "ok") == "ok":
+            shape = (row["model"], row["batch"], row["length"])
+            shapes.setdefault(shape, {})[row["variant"]] = row
+    variants = [
+        name
+        for name in ("recompute", "lora-slow", "authors")
+        if any(name in found for found in shapes.values())
+    ]
+    lines = []
+    for (model, batch, length), found in shapes.items():
+        floor, ours = found.get("frozen"), found.get("prodial")
+        if floor is None or ours is None:
+            continue
+        lines.append([
+            model, f"{batch} × {length}", f"{floor['ms']:.1f} ms, {floor['mib']:,.0f} MiB",
+            _ratios(ours), *(_ratios(found.get(name)) for name in variants),
+        ])  # fmt: skip
+    titles = {
+        "recompute": "less memory", "lora-slow": "LoRA today", "authors": "authors' code",
+    }  # fmt: skip
+    headers = [
+        "model", "batch × length", "frozen", "ProDiaL, time, memory",
+        *(titles[name] for name in variants),
+    ]  # fmt: skip
+    notes = "".join(f" {note}" for note in record.get("notes", ()))
+    return (
+        f"**A whole model**, both projectors adapted with r = 16 and 1×1 blocks, forward and "
+        f"backward of mamba_ssm's `MambaLMHeadModel` backbone, CUDA-graph replay, on an "
+        f"{record['device']}: the same model frozen on mamba_ssm's own fast path, and multiples "
+        f"of its time and peak memory.{notes}\n\n"
+        f"{views.text_table(headers, lines)}\n\n{provenance(record)}"
+    )
+
+
+def provenance(environment: Mapping[str, Any]) -> str:
+    """Where a table comes from, as one line."""
+    shown = ("torch", "triton", "mamba-ssm", "peft")
+    versions = ", ".join(
+        f"{name} {environment['versions'][name]}"
+        for name in shown
+        if environment["versions"].get(name)
+    )
+    return f"`{environment['command']}`, {versions}, {environment['date']}."
+
+
+def _ratios(row: Mapping[str, Any] | None) -> str:
+    return f"{row['time_ratio']:.2f}, {row['memory_ratio']:.2f}" if row else "–"
+
+
+def _link(path: Path) -> str:
+    return Path(os.path.relpath(path, ROOT)).as_posix()
+
+
+if __name__ == "__main__":
+    sys.exit(render([]))

@@ -1,0 +1,15 @@
+"""What torch reads from the environment when it is imported; set before that."""
+
+from __future__ import annotations
+
+import os
+
+# Fifteen processes that compile side by side and start fifteen compilers each would only swap.
+# Kineto's level keeps the profiler's chatter from between the tables.
+SETTINGS = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "KINETO_LOG_LEVEL": "5"}
+
+
+def prepare_process() -> None:
+    """Set what the user has not set."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
