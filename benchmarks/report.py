@@ -85,12 +85,16 @@ def tables(record: Record) -> str:
     if record["ceilings"]:
         parts.append(ceilings_line(record))
     parts.append(summary(record))
-    # By case and by the part it was measured in, in the order of the rows.
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    others: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
-        key = tuple(row[name] for name in ("part", "m", "k", "n", "p", "r", "dtype"))
-        cases.setdefault(key, []).append(row)
+        if row["part"] == "table":
+            key = tuple(row[name] for name in ("m", "k", "n", "p", "r", "dtype"))
+            cases.setdefault(key, []).append(row)
+        else:
+            others.setdefault(row["part"], []).append(row)
     parts += [views.case_view(rows) for rows in cases.values()]
+    parts += [f"{part}\n{views.list_view(rows)}" for part, rows in others.items()]
     blocks: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in record["modules"]:
         key = tuple(row[name] for name in ("level", "model", "batch", "length", "layers"))

@@ -27,6 +27,7 @@ TINY_SWEEPS: Mapping[str, tuple[Case, ...]] = {
     "m": tuple(Case(m, 24, 40, dtype="float32") for m in (16, 64)),
     "p": tuple(Case(16, 24, 40, p=p, dtype="float32") for p in (1, 12)),
 }
+_SHOWN = {"m": "M", "k": "K and N", "p": "P", "r": "r"}
 # Swept beside ProDiaL and the floor; the strongest of the others where it is strong at all.
 RIVAL = "materialised-compiled"
 FIGURES = {"time": "both_us", "memory": "peak_mib"}
@@ -36,21 +37,25 @@ TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Fit:
-    """``figure ≈ c · sizeᵉ`` along one sweep, for ProDiaL and the floor.
+    """``figure ≈ c · sizeᵉ`` along one sweep, over the larger half of its sizes.
 
     Attributes:
-        tail: Exponents over the larger half of the sizes, where launches no longer count.
+        ours: ProDiaL's exponent.
+        floor: The frozen layer's.
+        needed: That of the operations and bytes that ProDiaL cannot do without; 0 for memory. The
+            frozen layer has no blocks and no rank, so in P and r this is what growth is held to.
     """
 
     size: str
     figure: str
     ours: float
     floor: float
+    needed: float
 
     @property
     def grows_faster(self) -> bool:
-        """Whether ProDiaL's cost grows faster than the frozen layer's."""
-        return self.ours > self.floor + TOLERANCE
+        """Whether ProDiaL's cost grows faster than the frozen layer's, and than it must."""
+        return self.ours > max(self.floor, self.needed) + TOLERANCE
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
@@ -93,7 +98,9 @@ def fits(rows: Sequence[Mapping[str, Any]], sweeps: Mapping[str, tuple[Case, ...
                 _tail(series(rows, cases, size, rival, figure)) for rival in (OURS, FLOOR)
             )
             if len(ours) >= 2 and len(floor) >= 2:
-                found.append(Fit(size, label, exponent(ours), exponent(floor)))
+                bound = _tail(series(rows, cases, size, OURS, "roofline_us"))
+                needed = exponent(bound) if label == "time" and len(bound) >= 2 else 0.0
+                found.append(Fit(size, label, exponent(ours), exponent(floor), needed))
     return found
 
 
@@ -101,12 +108,13 @@ def fits_view(found: Sequence[Fit]) -> str:
     """The exponents as a table."""
     lines = [
         [
-            f"{fit.figure} in {fit.size.upper()}", number(fit.ours), number(fit.floor),
+            f"{fit.figure} in {_SHOWN[fit.size]}", number(fit.ours), number(fit.floor),
+            number(fit.needed) if fit.figure == "time" else "–",
             "grows faster" if fit.grows_faster else "",
         ]
         for fit in found
     ]  # fmt: skip
-    return text_table(["exponent of", "ProDiaL", "frozen", ""], lines)
+    return text_table(["exponent of", "ProDiaL", "frozen", "needed", ""], lines)
 
 
 def _tail(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -76,6 +76,27 @@ def case_view(rows: Rows) -> str:
     return "\n".join([f"{title}  {head['model']}".rstrip(), *table, *notes])
 
 
+def list_view(rows: Rows) -> str:
+    """The figures that any row has, a line for each row."""
+    lines = [
+        [
+            f"{row['m']},{row['k']},{row['n']} P={row['p']} r={row['r']}", row["rival"],
+            number(row["both_us"], 1), number(100 * row["spread"] / 2, 1),
+            number(row.get("ratio")), number(row["peak_mib"], 1),
+            number(100 * row["roofline_fraction"], 0),
+            f"{max(row['output_error'], row['gradient_error']):.1e}",
+        ]
+        if row["status"] == "ok"
+        else [
+            f"{row['m']},{row['k']},{row['n']} P={row['p']} r={row['r']}",
+            f"{row['rival']}: {row['status']}", *[""] * 6,
+        ]
+        for row in rows
+    ]  # fmt: skip
+    headers = ["case", "rival", "µs", "± %", "× frozen", "peak MiB", "% roof", "error"]
+    return text_table(headers, lines)
+
+
 def targets_view(rows: Rows) -> str:
     """One line for each shape: ProDiaL against its targets and the best other way to compute it."""
     lines = [_target_line(rows, shape, base) for shape, base in _base_rows(rows).items()]

@@ -50,7 +50,7 @@ def test_the_command_measures_prints_and_writes(
     suffixes = {path.suffix for path in tmp_path.iterdir()}
     assert suffixes == {".json", ".csv", ".md", ".png"}
     page = (tmp_path / "projector-only.md").read_text()
-    assert "16,24,40  P=12 r=16 float32" in page
+    assert "| 16,24,40 P=12 r=16 | prodial" in page
 
     assert run.main(["--print", str(tmp_path / "projector-only.json")]) == 0
     assert capsys.readouterr().out == page
