@@ -10,9 +10,10 @@
 ``weight_scale_inv`` |
 
 A call dequantises the weight into a temporary that lives for one product, and backward does so
-again: no dense copy is kept. The temporary comes from ``torch.empty`` on purpose: PyTorch's
-caching allocator hands the same memory to layer after layer, as a scratch buffer of our own
-would, but also knows about streams, threads, reentrant backward passes and CUDA graphs.
+again: no dense copy is kept. On a GPU a Triton kernel does it, bit for bit as the PyTorch code.
+The temporary comes from ``torch.empty`` on purpose: PyTorch's caching allocator hands the same
+memory to layer after layer, as a scratch buffer of our own would, but also knows about streams,
+threads, reentrant backward passes and CUDA graphs.
 """
 
 from prodial_kernels.quantization.convert import (

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prodial_kernels.quantization.int8 import NEGLIGIBLE, row_chunks
-from prodial_kernels.quantization.layer import QuantizedLinear, unpacked
+from prodial_kernels.quantization.layer import QuantizedLinear
 
 TILE = 128
 _LARGEST = 448.0
@@ -55,7 +55,8 @@ class FP8Linear(QuantizedLinear):
         cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
     ) -> FP8Linear:
         """See the base class; ``dtype`` defaults to bfloat16, as in DeepSeek's code."""
-        codes, scale_inv = entries["weight"], entries["weight_scale_inv"].float()
+        codes = entries["weight"].contiguous()
+        scale_inv = entries["weight_scale_inv"].float().contiguous()
         tiles = [-(-size // TILE) for size in codes.shape]
         if codes.dtype != torch.float8_e4m3fn or codes.ndim != 2 or list(scale_inv.shape) != tiles:
             raise ValueError(
@@ -69,18 +70,20 @@ class FP8Linear(QuantizedLinear):
         """The entries of DeepSeek's checkpoints but for the bias."""
         return {"weight": self.codes, "weight_scale_inv": self.weight_scale_inv}
 
-    @torch.no_grad()
-    def unpack(
-        self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
+    def write(self, packed: tuple[Tensor, ...], out: Tensor) -> None:
         """See the base class."""
         codes, scale_inv = packed
-        dense = unpacked(self, codes, dtype) if out is None else out
         for rows in row_chunks(codes, TILE):
             part = codes[rows].float()
             tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
-            torch.mul(part, _spread(scale_inv[tiles], part), out=dense[rows])
-        return dense
+            torch.mul(part, _spread(scale_inv[tiles], part), out=out[rows])
+
+    def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """See the base class."""
+        from prodial_kernels.kernels.dequantize import dequantize_fp8
+
+        codes, scale_inv = packed
+        return dequantize_fp8(codes, scale_inv, out, dtype=dtype)
 
 
 def _tile_maximum(part: Tensor) -> Tensor:

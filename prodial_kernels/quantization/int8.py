@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, unpacked
+from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear
 
 # The fp32 number that bitsandbytes multiplies by.
 _STEP = 7.874015718698502e-3
@@ -50,7 +50,7 @@ class Int8Linear(QuantizedLinear):
         cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
     ) -> Int8Linear:
         """See the base class; ``dtype`` defaults to float16, which LLM.int8 is made for."""
-        codes, scb = entries["weight"], entries["SCB"].float()
+        codes, scb = entries["weight"].contiguous(), entries["SCB"].float()
         if codes.dtype != torch.int8 or codes.ndim != 2 or scb.shape != codes.shape[:1]:
             raise ValueError(
                 "expected weight [out_features, in_features] int8 and SCB [out_features], got "
@@ -69,16 +69,18 @@ class Int8Linear(QuantizedLinear):
         rows = torch.tensor(0, dtype=torch.uint8)
         return {"weight": self.codes, "SCB": self.SCB, "weight_format": rows}
 
-    @torch.no_grad()
-    def unpack(
-        self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
+    def write(self, packed: tuple[Tensor, ...], out: Tensor) -> None:
         """See the base class."""
         codes, scb = packed
-        dense = unpacked(self, codes, dtype) if out is None else out
         for rows in row_chunks(codes):
-            torch.mul(codes[rows] * scb[rows, None], _STEP, out=dense[rows])
-        return dense
+            torch.mul(codes[rows] * scb[rows, None], _STEP, out=out[rows])
+
+    def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """See the base class."""
+        from prodial_kernels.kernels.dequantize import dequantize_int8
+
+        codes, scb = packed
+        return dequantize_int8(codes, scb, out, dtype=dtype, step=_STEP)
 
 
 def row_chunks(matrix: Tensor, multiple: int = 1) -> list[slice]:

@@ -63,10 +63,34 @@ class QuantizedLinear(nn.Module, ABC):
         """Return what :meth:`from_entries` takes back."""
 
     @abstractmethod
+    def write(self, packed: tuple[Tensor, ...], out: Tensor) -> None:
+        """Dequantise ``packed``, what :meth:`packed` gives, to a contiguous ``out``.
+
+        In fp32, rounded once: the definition, on any device.
+        """
+
+    @abstractmethod
+    def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """Do the same bit for bit with a Triton kernel; ``dtype`` has 16 or 32 bits.
+
+        Returns:
+            ``out``, or a new tensor for None.
+        """
+
+    @torch.no_grad()
     def unpack(
         self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
-        """Dequantise ``packed``, the tensors that :meth:`packed` gives, in fp32; round once."""
+        """Dequantise ``packed``: by a kernel where the weight is on a GPU."""
+        if _takes_kernels(packed[0].device, dtype):
+            # Triton launches on the current device, which need not be that of the weight.
+            with torch.cuda.device_of(packed[0]):
+                return self.launch(packed, dtype, out)
+        if out is None:
+            shape = (self.out_features, self.in_features)
+            out = torch.empty(shape, dtype=dtype, device=packed[0].device)
+        self.write(packed, out)
+        return out
 
     def packed(self) -> tuple[Tensor, ...]:
         """The tensors that the weight is stored in."""
@@ -211,6 +235,6 @@ class QuantizedLinear(nn.Module, ABC):
             self._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def unpacked(layer: QuantizedLinear, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised dense weight for ``layer`` beside ``like``."""
-    return torch.empty(layer.out_features, layer.in_features, dtype=dtype, device=like.device)
+def _takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels write this; fp64, which serves tests, they do not."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16, torch.float32)

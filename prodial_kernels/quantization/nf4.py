@@ -20,7 +20,7 @@ from prodial_kernels.quantization.blocks import (
     dynamic_map,
     quantize_blocks,
 )
-from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, unpacked
+from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -167,17 +167,13 @@ class NF4Linear(QuantizedLinear):
         entries[_STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         return entries
 
-    @torch.no_grad()
-    def unpack(
-        self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
-    ) -> Tensor:
+    def write(self, packed: tuple[Tensor, ...], out: Tensor) -> None:
         """See the base class."""
         codes, absmax, quant_map, *nested = packed
         if nested:
             outer, nested_map, offset = nested
             absmax = dequantize_blocks(absmax, outer, nested_map, self.nested_blocksize) + offset
-        dense = unpacked(self, codes, dtype) if out is None else out
-        flat = dense.view(-1)
+        flat = out.view(-1)
         # Both weights of a byte at once: row c holds the values of c's high and low half.
         pairs = torch.cartesian_prod(quant_map, quant_map)
         bytes_ = codes.view(-1)
@@ -192,7 +188,17 @@ class NF4Linear(QuantizedLinear):
         if full < flat.numel():
             rest = pairs[bytes_[full // 2 :].int()].view(-1)[: flat.numel() - full]
             torch.mul(rest, absmax[-1], out=flat[full:])
-        return dense
+
+    def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """See the base class."""
+        from prodial_kernels.kernels.dequantize import dequantize_nf4
+
+        codes, absmax, quant_map, *nested = packed
+        return dequantize_nf4(
+            codes, absmax, quant_map, (nested[0], nested[1], nested[2]) if nested else None, out,
+            shape=(self.out_features, self.in_features), dtype=dtype,
+            blocksize=self.blocksize, nested_blocksize=self.nested_blocksize,
+        )  # fmt: skip
 
     def _take(self, other: QuantizedLinear) -> None:
         super()._take(other)

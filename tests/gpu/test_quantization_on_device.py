@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,42 @@ def test_gradients(format: str, dtype: torch.dtype) -> None:
 
     case = replace(case, weight=layer.dequantize().double())
     assert_case_accurate(case, run, compute=dtype)
+
+
+def microseconds(function: Callable[[], object], times: int = 30) -> float:
+    """The best of ``times`` runs: others may use the device too."""
+    best = float("inf")
+    for _ in range(times):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        best = min(best, 1000 * start.elapsed_time(end))
+    return best
+
+
+def dequantising_and_copying(format: str, shape: tuple[int, int]) -> tuple[float, float, int]:
+    """Microseconds of the kernel, and of a copy that moves as many bytes; these bytes."""
+    linear = nn.Linear(shape[1], shape[0], bias=False, device="cuda", dtype=torch.bfloat16)
+    layer = quantize_linear(linear, format)
+    out = torch.empty_like(linear.weight)
+    layer.dequantize(out)
+    moved = out.nbytes + layer.packed_bytes
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return (
+        microseconds(lambda: layer.dequantize(out)),
+        microseconds(lambda: target.copy_(source)),
+        moved,
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_dequantising_runs_at_the_speed_of_memory(format: str) -> None:
+    """Beside other tests on the same device, so with room above what it takes alone."""
+    kernel, copy, _ = dequantising_and_copying(format, (16384, 4096))
+    assert kernel < 2.5 * copy + 30, f"{kernel:.0f} µs, a copy of the same bytes {copy:.0f} µs"
 
 
 def stack(format: str, depth: int, width: int = 2048) -> nn.Sequential:
@@ -115,3 +152,13 @@ def test_graph_capture_and_streams(format: str) -> None:
     graph.replay()
     fresh = step()
     assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+
+
+if __name__ == "__main__":
+    for name in FORMATS:
+        for size in ((3072, 768), (8192, 2048), (2048, 4096), (16384, 4096)):
+            kernel, copy, moved = dequantising_and_copying(name, size)
+            print(
+                f"{name} {size[0]}x{size[1]}: {kernel:.1f} µs, {moved / kernel / 1e3:.0f} GB/s; "
+                f"a copy of as many bytes {copy:.1f} µs, {moved / copy / 1e3:.0f} GB/s"
+            )

@@ -1,0 +1,217 @@
+"""Stored weights to dense ones at the speed of memory: NF4, int8 and fp8.
+
+The bits are those of the PyTorch code in :mod:`prodial_kernels.quantization`, which defines them:
+the same fp32 operations in the same order, one rounding to the output's dtype. So no product may be
+fused with a sum into one rounding.
+"""
+
+from collections.abc import Hashable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prodial_kernels.kernels.launch import ceil_div
+from prodial_kernels.kernels.recorder import Function, launch
+from prodial_kernels.kernels.taped import taped
+
+# Weights that a program writes: 16 a thread, which is two wide stores.
+SPAN = 2048
+# A side of fp8's tiles; a program stays within one.
+TILE = 128
+
+
+@triton.jit
+def _nf4_kernel(
+    codes_ptr, absmax_ptr, table_ptr, outer_ptr, nested_table_ptr, offset_ptr, out_ptr,
+    COUNT, BYTES, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """W = table[code] · absmax of its block; BLOCKS blocks of BLOCKSIZE weights, flat.
+
+    codes [BYTES] uint8, the earlier weight in the high half; absmax [COUNT / BLOCKSIZE] fp32,
+    or with NESTED uint8: then absmax = nested_table[absmax] · outer + offset, where outer
+    [COUNT / BLOCKSIZE / NESTED] and offset [1] are fp32. The table has 16 fp32, the nested 256.
+    """
+    HALF: tl.constexpr = BLOCKSIZE // 2
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    left = COUNT - first * BLOCKSIZE
+    block = tl.arange(0, BLOCKS)
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    codes = tl.load(codes_ptr + first * HALF + byte, mask=byte < BYTES - first * HALF, other=0)
+    known = block * BLOCKSIZE < left
+    absmax = tl.load(absmax_ptr + first + block, mask=known, other=0)
+    if NESTED:
+        outer = tl.load(outer_ptr + (first + block) // NESTED, mask=known, other=0)
+        absmax = tl.load(nested_table_ptr + absmax.to(tl.int32)) * outer + tl.load(offset_ptr)
+    earlier = tl.load(table_ptr + (codes >> 4).to(tl.int32))
+    later = tl.load(table_ptr + (codes & 15).to(tl.int32))
+    # [BLOCKS, HALF] twice -> [BLOCKS, BLOCKSIZE]
+    w = tl.interleave(earlier, later) * absmax[:, None]
+    at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    into = out_ptr + first * BLOCKSIZE + at
+    tl.store(into, w.to(out_ptr.dtype.element_ty), mask=at < left)
+
+
+@triton.jit
+def _eight_bit_kernel(
+    codes_ptr, scale_ptr, out_ptr, N, K, STEP: tl.constexpr,
+    FP8: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """W = code · scale for BLOCK_N rows by BLOCK_K columns; codes, W [N, K].
+
+    int8: a scale per row [N], times STEP. FP8: the codes are e4m3 bytes, with a scale per TILE×TILE
+    weights [⌈N / TILE⌉, ⌈K / TILE⌉].
+    """
+    columns = tl.cdiv(K, BLOCK_K)
+    pid_n, pid_k = tl.program_id(0) // columns, tl.program_id(0) % columns
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    at = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    codes = tl.load(codes_ptr + at, mask=inside, other=0)
+    if FP8:
+        tile = pid_n * BLOCK_N // TILE * tl.cdiv(K, TILE) + pid_k * BLOCK_K // TILE
+        w = _e4m3(codes) * tl.load(scale_ptr + tile)
+    else:
+        w = codes.to(tl.float32) * tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None] * STEP
+    tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _e4m3(codes):
+    """e4m3fn bytes -> fp32, exactly, also on GPUs without the type.
+
+    Its exponent and fraction, put where fp32 has them, are the value times 2^-120; what is
+    subnormal there is subnormal here.
+    """
+    wide = codes.to(tl.uint32)
+    bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((wide & 0x7F) == 0x7F, float("nan"), value)
+
+
+def dequantize_nf4(
+    codes: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    out: Tensor | None,
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    blocksize: int,
+    nested_blocksize: int,
+) -> Tensor:
+    """Return the dense weight [N, K].
+
+    Args:
+        codes: [⌈N · K / 2⌉, 1] uint8, two weights a byte, contiguous.
+        absmax: A scale per block, fp32; uint8 with ``nested``.
+        table: [16] fp32.
+        nested: Of the scales: their scales, table [256] and offset, fp32.
+        out: Contiguous [N, K] in ``dtype`` to write to; None for a new tensor.
+        shape: N, K.
+        dtype: Of 16 or 32 bits.
+        blocksize: Weights of a block: a power of two.
+        nested_blocksize: Scales of a block of them.
+    """
+    tensors = (codes, absmax, table, *(nested or (None, None, None)))
+    options = (blocksize, nested_blocksize if nested else 0)
+    return _written(_launch_nf4, tensors, out, (shape, dtype, *options))
+
+
+def dequantize_int8(
+    codes: Tensor,
+    scale: Tensor,
+    out: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    step: float,
+) -> Tensor:
+    """Return ``codes · scale · step``, [N, K].
+
+    Args:
+        codes: [N, K] int8, contiguous.
+        scale: [N] fp32.
+        out: Contiguous [N, K] in ``dtype`` to write to; None for a new tensor.
+        dtype: Of 16 or 32 bits.
+        step: What every weight is multiplied by, after ``scale``.
+    """
+    return _written(_launch_eight_bit, (codes, scale), out, (codes.shape, dtype, step, False))
+
+
+def dequantize_fp8(
+    codes: Tensor, scale: Tensor, out: Tensor | None, *, dtype: torch.dtype
+) -> Tensor:
+    """Return ``codes · scale``, [N, K].
+
+    Args:
+        codes: [N, K] float8_e4m3fn, contiguous.
+        scale: [⌈N / 128⌉, ⌈K / 128⌉] fp32, contiguous.
+        out: Contiguous [N, K] in ``dtype`` to write to; None for a new tensor.
+        dtype: Of 16 or 32 bits.
+    """
+    tensors = (codes.view(torch.uint8), scale)
+    return _written(_launch_eight_bit, tensors, out, (codes.shape, dtype, 1.0, True))
+
+
+def _written(
+    function: Function,
+    tensors: tuple[Tensor | None, ...],
+    out: Tensor | None,
+    options: tuple[Hashable, ...],
+) -> Tensor:
+    if out is not None:
+        function(*tensors, out, *options)
+        return out
+    (new,) = taped(function, (*tensors, None), options)
+    if new is None:
+        raise RuntimeError("a dequantising kernel returned no weight")
+    return new
+
+
+def _launch_nf4(
+    codes: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    outer: Tensor | None,
+    nested_table: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    blocksize: int,
+    nested_blocksize: int,
+) -> tuple[Tensor]:
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+    blocks = max(1, SPAN // blocksize)
+    launch(
+        _nf4_kernel, (ceil_div(out.numel(), blocks * blocksize),),
+        codes, absmax, table, outer, nested_table, offset, out, out.numel(), codes.numel(),
+        BLOCKSIZE=blocksize, NESTED=nested_blocksize, BLOCKS=blocks,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return (out,)
+
+
+def _launch_eight_bit(
+    codes: Tensor,
+    scale: Tensor,
+    out: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    step: float,
+    fp8: bool,
+) -> tuple[Tensor]:
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=codes.device)
+    n, k = shape
+    rows = SPAN // TILE
+    launch(
+        _eight_bit_kernel, (ceil_div(n, rows) * ceil_div(k, TILE),), codes, scale, out, n, k,
+        STEP=step, FP8=fp8, TILE=TILE, BLOCK_N=rows, BLOCK_K=TILE,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return (out,)
