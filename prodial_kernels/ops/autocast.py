@@ -15,6 +15,9 @@ _DEVICES = frozenset(
 )
 
 
+_NOTHING = nullcontext()
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast casts ``x`` to, as for ``F.linear``; None where it does not.
 
@@ -28,6 +31,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def autocast_off(device_type: str) -> AbstractContextManager[object]:
     """Switch autocast off for a block: its casts would undo the dtypes chosen by hand."""
-    if device_type not in _DEVICES:
-        return nullcontext()
+    if device_type not in _DEVICES or not torch.is_autocast_enabled(device_type):
+        return _NOTHING
     return torch.autocast(device_type, enabled=False)

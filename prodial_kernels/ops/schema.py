@@ -6,6 +6,11 @@ the kernels are imported when an operator first runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +32,65 @@ _library.define(
 )
 
 
+def linear_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator ``linear_forward``, past the dispatcher where no one listens there."""
+    if _dispatched(arguments):
+        return torch.ops.prodial_kernels.linear_forward(*arguments)
+    return _linear_forward(*arguments)
+
+
+def linear_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The operator ``linear_backward``, past the dispatcher where no one listens there."""
+    if _dispatched(arguments):
+        return torch.ops.prodial_kernels.linear_backward(*arguments)
+    return _linear_backward(*arguments)
+
+
+def _dispatched(arguments: tuple[Any, ...]) -> bool:
+    """Whether a compiler, a dispatch mode or a tensor subclass has to see the operator.
+
+    Selective checkpointing, FLOP counters, FakeTensorMode and torch.compile are such. Otherwise
+    the dispatcher would only call the same function, some 10 µs later. Called below autograd.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return not _PLAIN.issuperset(map(type, arguments))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
+
+
+@cache
+def _projector() -> ModuleType:
+    """The module of the kernels, imported when they first run."""
+    from prodial_kernels.kernels import projector
+
+    return projector
+
+
+@cache
+def _taped() -> Callable[..., Sequence[Any]]:
+    """:func:`prodial_kernels.kernels.taped.taped`, imported likewise."""
+    from prodial_kernels.kernels.taped import taped
+
+    return taped
+
+
+def _launched(
+    function: Callable[..., Sequence[Tensor | None]],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Hashable, ...],
+) -> Sequence[Any]:
+    """``function(*tensors, *options)``, of :mod:`prodial_kernels.kernels.projector`."""
+    taped = _taped()
+    first = tensors[0]
+    if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
+        return taped(function, tensors, options)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(first):
+        return taped(function, tensors, options)
+
+
 def _linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -45,16 +109,13 @@ def _linear_forward(
 
     X is [M, K] or channel-first [b, K, l]; Y [M, N], or with a ``length`` [M / length, N, length].
     """
-    from prodial_kernels.kernels import projector
-
+    projector = _projector()
     if blocks is not None and is_dense(blocks):
         weight, blocks = turned_weight(weight, blocks, relu), None
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(x):
-        y, h = projector.forward(
-            x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu,
-            length,
-        )  # fmt: skip
+    y, h = _launched(
+        projector.forward, (x, weight, blocks, scale, lora_a, lora_b, bias, seed),
+        (lora_scaling, lora_dropout, relu, length),
+    )  # fmt: skip
     return y, x.new_empty(0) if h is None else h
 
 
@@ -105,19 +166,17 @@ def _linear_backward(
 
     dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
     """
-    from prodial_kernels.kernels import projector
-
+    projector = _projector()
     dblocks = None
     if blocks is not None and is_dense(blocks):
         if need_blocks:
             dblocks = dense_blocks_gradient(dy, x, weight, blocks, scale, relu)
         weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
     needs = projector.Needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
-    with torch.cuda.device_of(x):
-        dx, tiled_dblocks, *rest = projector.backward(
-            dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h,
-            lora_scaling, lora_dropout, relu, needs,
-        )  # fmt: skip
+    dx, tiled_dblocks, *rest = _launched(
+        projector.backward, (dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h),
+        (lora_scaling, lora_dropout, relu, needs),
+    )  # fmt: skip
     gradients = (dx, tiled_dblocks if dblocks is None else dblocks, *rest)
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 

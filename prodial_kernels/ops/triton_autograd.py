@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prodial_kernels.ops import schema as schema  # registers the operators
 from prodial_kernels.ops.layout import unit_stride_rows
+from prodial_kernels.ops.schema import linear_backward, linear_forward
 
 
 class TritonProdialLinear(torch.autograd.Function):
@@ -33,7 +33,7 @@ class TritonProdialLinear(torch.autograd.Function):
     ) -> Tensor:
         """X -> Y, in the layouts of the operator; ``seed`` [1] int64 switches dropout on."""
         relu = diagonal == "relu"
-        y, h = torch.ops.prodial_kernels.linear_forward(
+        y, h = linear_forward(
             x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu,
             length,
         )  # fmt: skip
@@ -51,9 +51,7 @@ class TritonProdialLinear(torch.autograd.Function):
         """Gradients towards x, blocks, scale, lora_a, lora_b and bias; only those asked for."""
         need_x, _, *need_adapter = ctx.needs_input_grad[:7]
         dy = unit_stride_rows(grad_output)
-        gradients = torch.ops.prodial_kernels.linear_backward(
-            dy, *ctx.saved_tensors, *ctx.options, need_x, *need_adapter
-        )
+        gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.options, need_x, *need_adapter)
         dx, *adapter = (
             gradient if needed else None
             for gradient, needed in zip(gradients, (need_x, *need_adapter), strict=True)
