@@ -24,12 +24,11 @@ def _exact_scale_kernel(
 
     dY [M, N], X [M, K] (channel-first: [M / LENGTH, N, LENGTH], [M / LENGTH, K, LENGTH]),
     W [N, K], D_a [K / P, P, P], ds_part [splits, N] -> exact [spans, N].
-    One program owns BLOCK_N columns of dY and as many whole blocks as fit into WINDOW columns of
-    X, a span. It leaves at once where nothing is asked for, which is nearly always.
+    One program owns BLOCK_N columns of dY and some of the spans, which are as many whole blocks as
+    fit into WINDOW columns of X. It leaves at once where nothing is asked for: nearly always.
     """
     SPAN: tl.constexpr = (WINDOW // P) * P
     column = tl.program_id(0) * BLOCK_N
-    first = tl.program_id(1) * SPAN
     offs_n = column + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     split = tl.arange(0, SPLITS)
@@ -39,37 +38,38 @@ def _exact_scale_kernel(
     )  # fmt: skip
     if tl.max(tl.max(tl.where(part != part, 1, 0), 0), 0) > 0:
         lane = tl.arange(0, WINDOW)
-        offs_k = first + lane
-        mask_k = (lane < SPAN) & (offs_k < K)
-        acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
-        for m in range(0, M, BLOCK_M):
-            # By pointers: a span may start where the copy engine cannot.
-            offs_m = m + tl.arange(0, BLOCK_M)
-            mask_m = (offs_m < M)[:, None]
-            source = token_pointers(
-                dy_ptr, offs_m, offs_n, LENGTH, stride_dy, batch_dy, DY_CHANNEL_FIRST
-            )
-            dy_tile = tl.load(source, mask=mask_m & mask_n[None, :], other=0.0)
-            source = token_pointers(
-                x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, X_CHANNEL_FIRST
-            )
-            x_tile = tl.load(source, mask=mask_m & mask_k[None, :], other=0.0)
-            # [BLOCK_N, BLOCK_M] @ [BLOCK_M, WINDOW] -> [BLOCK_N, WINDOW]
-            acc = tl.dot(dy_tile.T, x_tile, acc)
-        w = tl.load(
-            w_ptr + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :],
-            mask=mask_n[:, None] & mask_k[None, :], other=0.0,
-        )  # fmt: skip
-        wd = w.to(tl.float32)
-        if HAS_BLOCKS:
-            if P == 1:
-                wd *= 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)[None, :]
-            else:
-                e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
-                # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
-                wd += tl.dot(w, e.to(w.dtype))
-        ds = tl.sum(acc * wd, 1)
-        tl.store(exact_ptr + tl.program_id(1).to(tl.int64) * N + offs_n, ds, mask=mask_n)
+        for span in range(tl.program_id(1), tl.cdiv(K, SPAN), tl.num_programs(1)):
+            offs_k = span * SPAN + lane
+            mask_k = (lane < SPAN) & (offs_k < K)
+            acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
+            for m in range(0, M, BLOCK_M):
+                # By pointers: a span may start where the copy engine cannot.
+                offs_m = m + tl.arange(0, BLOCK_M)
+                mask_m = (offs_m < M)[:, None]
+                source = token_pointers(
+                    dy_ptr, offs_m, offs_n, LENGTH, stride_dy, batch_dy, DY_CHANNEL_FIRST
+                )
+                dy_tile = tl.load(source, mask=mask_m & mask_n[None, :], other=0.0)
+                source = token_pointers(
+                    x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, X_CHANNEL_FIRST
+                )
+                x_tile = tl.load(source, mask=mask_m & mask_k[None, :], other=0.0)
+                # [BLOCK_N, BLOCK_M] @ [BLOCK_M, WINDOW] -> [BLOCK_N, WINDOW]
+                acc = tl.dot(dy_tile.T, x_tile, acc)
+            w = tl.load(
+                w_ptr + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :],
+                mask=mask_n[:, None] & mask_k[None, :], other=0.0,
+            )  # fmt: skip
+            wd = w.to(tl.float32)
+            if HAS_BLOCKS:
+                if P == 1:
+                    wd *= 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)[None, :]
+                else:
+                    e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
+                    # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
+                    wd += tl.dot(w, e.to(w.dtype))
+            ds = tl.sum(acc * wd, 1)
+            tl.store(exact_ptr + span * N + offs_n, ds, mask=mask_n)
 
 
 def launch_exact_scale(
@@ -103,7 +103,7 @@ def launch_exact_scale(
     m, _ = token_shape(dy)
     length = next((t.shape[2] for t in (dy, x) if t.ndim == 3), m)
     launch(
-        _exact_scale_kernel, (ceil_div(n, config.block_n), exact.shape[0]),
+        _exact_scale_kernel, (ceil_div(n, config.block_n), min(exact.shape[0], config.shares)),
         dy, x, weight, blocks, partial_scale, exact,
         m, n, k, length, splits,
         dy.stride(-2), x.stride(-2), weight.stride(0), dy.stride(0), x.stride(0),

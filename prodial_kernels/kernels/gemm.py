@@ -16,27 +16,32 @@ from prodial_kernels.kernels.tiles import (
     token_shape,
 )
 
+# The widest slice of L, and the widest L, that the epilogue adds with pointers.
+POINTER_SLICE = 16
+POINTER_RANK = 16
+
 
 @triton.jit
 def _gemm_kernel(
-    left, right, inner, outer, low_ptr, bias_ptr, y,
+    left, right, inner, outer, low_ptr, scale_ptr, bias_ptr, y,
     M, N, K, batches,
     stride_left, stride_right, stride_y, batch_left, batch_right, batch_y,
     LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
     ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr,
     COMPANION: tl.constexpr, UPDATE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_PAD: tl.constexpr, R_BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """Y = X V (+ L Oᵀ) (+ bias), and L = X I where COMPANION; X left and V right of the product.
+    """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X I where COMPANION; X is left, V is right.
 
     X [M, K], Y [M, N], V [K, N]; X is stored [K, M] where LEFT_T, V [N, K] where RIGHT_T.
     UPDATE: L [M, R_PAD] is read and L Oᵀ added, O [N, R_PAD].
     COMPANION: L [M, R_PAD] is written, I [K, R_PAD], accumulated by the first column of tiles.
     ROWS_BATCHED: X, Y and L are ``batches`` such matrices, each of M rows.
-    COLUMNS_BATCHED: V, Y and O are ``batches`` such matrices, and the bias is one of rows.
+    COLUMNS_BATCHED: V, Y and O are ``batches`` such matrices, and s and the bias belong to rows,
+    else to columns.
     A program owns [BLOCK_M, BLOCK_N] tiles of Y, one after another, and walks K once for each.
     """
     BATCHED: tl.constexpr = ROWS_BATCHED or COLUMNS_BATCHED
@@ -99,6 +104,8 @@ def _gemm_kernel(
                     acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
                     RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
                 )  # fmt: skip
+        if HAS_SCALE:
+            acc *= _along_features(scale_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N)
         if UPDATE:
             # Unrolled, so that the tile stays one loop and FLATTEN can work.
             for r in tl.static_range(0, R_PAD, R_BLOCK):
@@ -110,13 +117,7 @@ def _gemm_kernel(
                     True, BLOCK_N, R_BLOCK, COLUMNS_BATCHED, TMA,
                 )  # fmt: skip
         if HAS_BIAS:
-            if COLUMNS_BATCHED:
-                bias = tl.load(bias_ptr + offs_m, mask=offs_m < M, other=0.0)
-                acc += bias.to(tl.float32)[:, None]
-            else:
-                offs_n = column + tl.arange(0, BLOCK_N)
-                bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
-                acc += bias.to(tl.float32)[None, :]
+            acc += _along_features(bias_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N)
         if SUBTILE:
             # Two halves need half the shared memory on the way out.
             HALF: tl.constexpr = BLOCK_N // 2
@@ -135,6 +136,21 @@ def _gemm_kernel(
                 y, batch, row, column, M, N, stride_y, batch_y, acc.to(dtype),
                 BLOCK_M, BLOCK_N, BATCHED, TMA,
             )  # fmt: skip
+
+
+@triton.jit
+def _along_features(
+    vector_ptr, row, column, M, N,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a vector has for a tile's rows, [BLOCK_M, 1], where ROWS, else columns, [1, BLOCK_N]."""
+    if ROWS:
+        offs = row + tl.arange(0, BLOCK_M)
+        part = tl.load(vector_ptr + offs, mask=offs < M, other=0.0).to(tl.float32)[:, None]
+    else:
+        offs = column + tl.arange(0, BLOCK_N)
+        part = tl.load(vector_ptr + offs, mask=offs < N, other=0.0).to(tl.float32)[None, :]
+    return part
 
 
 @triton.jit
@@ -185,6 +201,7 @@ def launch_gemm(
     inner: Tensor | None = None,
     outer: Tensor | None = None,
     low: Tensor | None = None,
+    scale: Tensor | None = None,
     bias: Tensor | None = None,
     length: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
@@ -201,6 +218,7 @@ def launch_gemm(
         outer: O, [N, R_PAD]: ``low`` Oᵀ is added, where R_PAD is too wide for the kernel's
             epilogue by a library product.
         low: L, [M, R_PAD]; needed with ``outer``.
+        scale: s, [N], applied to X V alone.
         bias: [N].
         length: l for a channel-first Y [M / l, N, l], 0 for Y [M, N].
     """
@@ -233,11 +251,11 @@ def launch_gemm(
         target = y.view(batches, length, n) if batched else y
         added, factor = low, outer
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    r_block = min(r_pad, 32)
     operands = (left, right, inner, factor if outer is not None else None, target)
     tma = config.tma and all(tma_ready(t) for t in operands if t is not None)
-    # With pointers a second slice of L in the epilogue came out wrong (triton 3.6.0, H100).
-    wide = outer is not None and r_pad > (MAX_FUSED_RANK if tma else r_block)
+    # With pointers slices of 32 of L in the epilogue came out wrong (triton 3.6.0, H100).
+    r_block = min(r_pad, 32 if tma else POINTER_SLICE)
+    wide = outer is not None and r_pad > (MAX_FUSED_RANK if tma else POINTER_RANK)
     update = outer is not None and not wide
     if wide:
         added, r_pad, r_block = None, 16, 16
@@ -252,14 +270,15 @@ def launch_gemm(
         tiled(right, [bn, bk] if right_t else [bk, bn], tma),
         tiled(inner, [bk, r_pad], tma),
         tiled(factor if update else None, [bn, r_block], tma),
-        added, bias,
+        added, scale, bias,
         tiled(target, [bm, bn // 2 if config.subtile else bn], tma),
         rows, columns, k, batches,
         left.stride(-2), right.stride(-2), target.stride(-2),
         left.stride(0), right.stride(0), target.stride(0),
         LEFT_T=left_t, RIGHT_T=right_t,
         ROWS_BATCHED=batched and not channel_first, COLUMNS_BATCHED=channel_first,
-        COMPANION=inner is not None, UPDATE=update, HAS_BIAS=bias is not None, TMA=tma,
+        COMPANION=inner is not None, UPDATE=update,
+        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, TMA=tma,
         BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
         GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile,
         num_warps=config.num_warps, num_stages=config.num_stages,

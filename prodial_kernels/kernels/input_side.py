@@ -62,9 +62,7 @@ def _input_side_kernel(
         mask = mask_m[:, None] & mask_k[None, :]
         rows = offs_m.to(tl.int64)[:, None]
         if NEED_A or NEED_BLOCKS:
-            source = token_pointers(
-                x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, CHANNEL_FIRST
-            )
+            source = token_pointers(x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, CHANNEL_FIRST)
             x = tl.load(source, mask=mask, other=0.0)
         if NEED_X or NEED_BLOCKS:
             target = token_pointers(

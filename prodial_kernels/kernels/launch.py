@@ -44,13 +44,17 @@ class OutputSideConfig:
 
 @dataclass(frozen=True)
 class ExactScaleConfig:
-    """Tile sizes of ``_exact_scale_kernel``; ``window`` is at least the block size."""
+    """Tile sizes of ``_exact_scale_kernel``; ``window`` is at least the block size.
+
+    ``shares`` programs divide the inputs: few, since nearly always they have nothing to do.
+    """
 
     block_m: int = 32
     block_n: int = 64
     window: int = 128
     num_warps: int = 8
     num_stages: int = 2
+    shares: int = 8
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,24 @@ def choose_gemm(
     return GemmConfig(
         128, 128, 64, num_warps=8, num_stages=4, programs=processors, flatten=True, subtile=True
     )
+
+
+def turns_tokens(m: int, n: int, *, blocks: bool, scale: bool, channel_first: bool) -> bool:
+    """Whether forward makes U = X D_bᵀ and scales the product, instead of V = s ⊙ (W D_b).
+
+    Either is read and written once beside the product, so the smaller of X [m, k] and W [n, k] is
+    turned; without blocks nothing has to be.
+
+    Args:
+        m: Tokens.
+        n: Columns of the result.
+        blocks: Whether there are blocks.
+        scale: Whether there is a scale.
+        channel_first: Whether X is; its rows are not those that are turned.
+    """
+    if channel_first:
+        return scale and not blocks
+    return m < n if blocks else scale
 
 
 @dataclass(frozen=True)

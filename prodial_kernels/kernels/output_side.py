@@ -158,9 +158,7 @@ def launch_output_side(
     tiles_m = m // length * ceil_div(length, config.block_m)
     r_pad = 16 if low is None else low.shape[1]
     columns = ceil_div(n, config.block_n)
-    splits, rows = split_tokens(
-        tiles_m * config.block_m, columns, config.block_m, config.items
-    )
+    splits, rows = split_tokens(tiles_m * config.block_m, columns, config.block_m, config.items)
 
     def partial(*shape: int) -> Tensor:
         return torch.empty((splits, *shape), dtype=torch.float32, device=dy.device)

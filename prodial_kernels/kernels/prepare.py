@@ -1,4 +1,4 @@
-"""What the large products need first: V = s ⊙ (W D_b), B' = α B, and the skinny product L."""
+"""What the large products need first: V = s ⊙ (W D_b) or U = X D_bᵀ, B' = α B, and L = X I."""
 
 import torch
 import triton
@@ -18,18 +18,19 @@ FOLD_N = 32
 def _prepare_kernel(
     x_ptr, inner_ptr, seed_ptr, low_ptr,
     w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
-    M, N, K, DEPTH, R, LENGTH, alpha,
+    M, ROWS, N, K, DEPTH, R, LENGTH, alpha,
     stride_x, batch_x, stride_w, stride_v, dropout, programs_low, columns,
     TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_SCALE: tl.constexpr, TURN: tl.constexpr, HAS_B: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
     R_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W + W E), B' = α B.
 
-    X [M, DEPTH] ([M / LENGTH, DEPTH, LENGTH] where CHANNEL_FIRST), L [M, R_PAD]; W, V [N, K]; the other shapes as in the two functions below.
+    X [M, DEPTH] ([M / LENGTH, DEPTH, LENGTH] where CHANNEL_FIRST), L [M, R_PAD]; W, V [ROWS, K];
+    the other shapes as in the two functions below. Where TURN, X stands for W and Eᵀ for E.
     The first ``programs_low`` programs own BLOCK_M rows of L each, the others one tile of V.
     """
     pid = tl.program_id(0)
@@ -44,8 +45,8 @@ def _prepare_kernel(
         tile = pid - programs_low
         _fold(
             w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
-            tile // columns, tile % columns, N, K, R, alpha, stride_w, stride_v,
-            P, RELU, HAS_FOLD, HAS_BLOCKS, HAS_SCALE, HAS_B, BLOCK_N, WINDOW, R_PAD,
+            tile // columns, tile % columns, ROWS, N, K, R, alpha, stride_w, stride_v,
+            P, RELU, HAS_FOLD, HAS_BLOCKS, HAS_SCALE, TURN, HAS_B, BLOCK_N, WINDOW, R_PAD,
         )  # fmt: skip
 
 
@@ -95,23 +96,23 @@ def _low_rank(
 @triton.jit
 def _fold(
     w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
-    pid_n, pid_k, N, K, R, alpha, stride_w, stride_v,
+    pid_n, pid_k, ROWS, N, K, R, alpha, stride_w, stride_v,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_B: tl.constexpr,
+    TURN: tl.constexpr, HAS_B: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
 ):  # fmt: skip
     """V = s ⊙ (W + W E) for BLOCK_N rows by as many whole blocks as fit into WINDOW columns.
 
-    W, V [N, K], E = D_b − I from D_a [K / P, P, P], s [N]. The first column of tiles also writes
-    B' = α B, zero-padded: B [N, R] -> B' [N, R_PAD].
+    W, V [ROWS, K], E = D_b − I from D_a [K / P, P, P], or its transpose where TURN, s [ROWS]. The
+    first column of tiles also writes B' = α B, zero-padded: B [N, R] -> B' [N, R_PAD].
     """
     SPAN: tl.constexpr = (WINDOW // P) * P
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
     rows = offs_n.to(tl.int64)
 
     if HAS_FOLD:
+        mask_n = offs_n < ROWS
         lane = tl.arange(0, WINDOW)
         offs_k = pid_k * SPAN + lane
         mask_k = (lane < SPAN) & (offs_k < K)
@@ -122,7 +123,10 @@ def _fold(
             if P == 1:
                 v *= 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)[None, :]
             else:
-                e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
+                if TURN:
+                    e = load_deviation(blocks_ptr, offs_k[None, :], offs_k[:, None], K, P, RELU)
+                else:
+                    e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
                 # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
                 v += tl.dot(w, e.to(w.dtype))
         if HAS_SCALE:
@@ -132,6 +136,7 @@ def _fold(
     # Nested: HAS_B is known to the compiler, pid_k only to the program.
     if HAS_B:  # noqa: SIM102
         if pid_k == 0:
+            mask_n = offs_n < N
             offs_r = tl.arange(0, R_PAD)
             b = tl.load(
                 b_ptr + rows[:, None] * R + offs_r[None, :],
@@ -154,8 +159,11 @@ def launch_prepare(
     lora_a: Tensor | None = None,
     seed: Tensor | None = None,
     dropout: float = 0.0,
+    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return V [N, K] (``weight`` itself where nothing is folded), B' and, given ``x``, L.
+
+    Given ``turned``, in place of V it is U = X D_bᵀ [M, K], and s is the caller's.
 
     Args:
         weight: W, [N, K].
@@ -169,10 +177,14 @@ def launch_prepare(
         lora_a: A, [R, K]; needed with ``x``.
         seed: [1] int64, switches dropout on.
         dropout: Probability.
+        turned: X, [M, K], to be turned by the blocks where it is smaller than the weight.
     """
     n, k = weight.shape
-    fold = blocks is not None or scale is not None
-    v = torch.empty((n, k), dtype=weight.dtype, device=weight.device) if fold else weight
+    source, row_scale = (weight, scale) if turned is None else (turned, None)
+    fold = blocks is not None or row_scale is not None
+    v = source
+    if fold:
+        v = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     b_out = low = None
     r = 0
     if lora_b is not None:
@@ -183,10 +195,12 @@ def launch_prepare(
     p = 1 if blocks is None else blocks.shape[-1]
     window = _fold_window(p)
     columns = ceil_div(k, window // p * p) if fold else 1
+    rows = max(source.shape[0] if fold else 0, n if b_out is not None else 0)
     _launch(
-        x, lora_a, seed, low, weight, blocks, scale, lora_b, v, b_out, k, r, alpha, dropout,
-        columns, ceil_div(n, FOLD_N) if fold or b_out is not None else 0,
-        transposed=True, p=p, relu=relu, fold=fold, window=window, r_pad=r_pad,
+        x, lora_a, seed, low, source, blocks, row_scale, lora_b, v, b_out, k, r, alpha, dropout,
+        columns, ceil_div(rows, FOLD_N), n=n,
+        transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, window=window,
+        r_pad=r_pad,
     )  # fmt: skip
     return v, b_out, low
 
@@ -198,8 +212,8 @@ def launch_low_rank(
     low = torch.empty((token_shape(dy)[0], r_pad), dtype=dy.dtype, device=dy.device)
     _launch(
         dy, lora_b, None, low, lora_b, None, None, None, None, None, lora_b.shape[0],
-        lora_b.shape[1], alpha, 0.0, 1, 0,
-        transposed=False, p=1, relu=True, fold=False, window=64, r_pad=r_pad, side=side,
+        lora_b.shape[1], alpha, 0.0, 1, 0, n=0,
+        transposed=False, p=1, relu=True, fold=False, turn=False, window=64, r_pad=r_pad, side=side,
     )  # fmt: skip
     return low
 
@@ -209,7 +223,7 @@ def _launch(
     inner: Tensor | None,
     seed: Tensor | None,
     low: Tensor | None,
-    weight: Tensor,
+    source: Tensor,
     blocks: Tensor | None,
     scale: Tensor | None,
     lora_b: Tensor | None,
@@ -222,15 +236,17 @@ def _launch(
     columns: int,
     rows: int,
     *,
+    n: int,
     transposed: bool,
     p: int,
     relu: bool,
     fold: bool,
+    turn: bool,
     window: int,
     r_pad: int,
     side: SideStream | None = None,
 ) -> None:
-    n, k = weight.shape
+    height, k = source.shape
     m = 0 if x is None else token_shape(x)[0]
     channel_first = x is not None and x.ndim == 3
     # Few tokens are shared out finely, so that every multiprocessor gets some. With dropout the
@@ -245,14 +261,14 @@ def _launch(
     launch(
         _prepare_kernel, (programs_low + rows * columns,),
         x, inner, seed, low,
-        weight, blocks, scale, lora_b, v, b_out,
-        m, n, k, depth, r, x.shape[2] if x is not None and channel_first else m, alpha,
+        source, blocks, scale, lora_b, v, b_out,
+        m, height, n, k, depth, r, x.shape[2] if x is not None and channel_first else m, alpha,
         0 if x is None else x.stride(-2), 0 if x is None else x.stride(0),
-        weight.stride(0), k, dropout, programs_low, columns,
+        source.stride(0), k, dropout, programs_low, columns,
         TRANSPOSED=transposed, DROPOUT=seed is not None, CHANNEL_FIRST=channel_first,
         P=p, RELU=relu,
         HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
-        HAS_SCALE=scale is not None, HAS_B=b_out is not None,
+        HAS_SCALE=scale is not None, TURN=turn, HAS_B=b_out is not None,
         BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_N,
         WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2,
         num_warps=4, num_stages=2, side=side,

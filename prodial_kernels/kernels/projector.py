@@ -16,6 +16,7 @@ from prodial_kernels.kernels.launch import (
     choose_gemm,
     choose_input_side,
     padded_rank,
+    turns_tokens,
 )
 from prodial_kernels.kernels.output_side import launch_output_side
 from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
@@ -56,15 +57,21 @@ def forward(
     """
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     limits = device_limits(x.device)
+    m, n = token_shape(x)[0], weight.shape[0]
+    turns = turns_tokens(
+        m, n, blocks=blocks is not None, scale=scale is not None, channel_first=x.ndim == 3
+    )
     v, b, h = launch_prepare(
         weight, blocks, scale, lora_b, alpha=alpha, relu=relu, r_pad=r_pad,
         x=None if lora_a is None else x, lora_a=lora_a, seed=seed, dropout=dropout,
+        turned=x if turns else None,
     )  # fmt: skip
-    shape = (token_shape(x)[0], weight.shape[0])
-    config = choose_gemm(*(reversed(shape) if length else shape), companion=False, **limits)
+    u, v = (v, weight) if turns else (x, v)
+    shape = (n, m) if length else (m, n)
     y, _ = launch_gemm(
-        x, v, v_transposed=True, config=config, outer=b, low=h, bias=bias, length=length
-    )
+        u, v, v_transposed=True, config=choose_gemm(*shape, companion=False, **limits),
+        outer=b, low=h, scale=scale if turns else None, bias=bias, length=length,
+    )  # fmt: skip
     return y, h
 
 

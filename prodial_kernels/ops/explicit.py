@@ -159,9 +159,7 @@ def project_backward(
         x = dy.new_empty(shape[0], shape[2], shape[1]).mT if channel_first else dy.new_empty(shape)
     parts: tuple[Tensor | None, ...]
     if rule.impl == "triton":
-        parts = _triton_backward(
-            dy, x, y, h, operands, options, rule.diagonal == "relu", needs
-        )
+        parts = _triton_backward(dy, x, y, h, operands, options, rule.diagonal == "relu", needs)
     else:
         if needs.lora_b and h is None:
             h = torch_forward(x, *operands, *options, rule.diagonal)[1]

@@ -5,6 +5,7 @@ Mamba-1's convolution and scan take [b, features, l]; the projectors take rows o
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,14 +22,16 @@ def transposed(x: Tensor) -> Tensor:
 def token_matrix(x: Tensor) -> Tensor:
     """[..., l, F] of any strides -> the matrix of tokens that the kernels take.
 
-    That is a view of ``x`` where there is one, [M, F] with unit inner stride, or channel-first
-    [b, F, l] where the tokens lie side by side; else a copy [M, F].
+    That is a view of ``x`` where there is one: [M, F] with unit inner stride, or channel-first
+    [b, F, l] where the tokens lie side by side. Else it is a copy [M, F], by PyTorch's
+    operators where autograd records them.
     """
     if x.ndim == 3 and x.shape[2] > 1 and x.stride(2) != 1 and x.stride(1) == 1:
         addressable = x.stride(2) % 8 == 0 and x.stride(0) % 8 == 0
         if direct_length(x.shape[1]) and addressable and _rows_apart(x.mT):
             return x.mT
-        x = transposed(x.mT)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            x = transposed(x.mT)
     return unit_stride_rows(x.reshape(-1, x.shape[-1]))
 
 

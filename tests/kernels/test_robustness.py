@@ -293,8 +293,8 @@ def test_operators_pass_opcheck(device: str, absent: tuple[str, ...]) -> None:
     )  # fmt: skip
     options = (0.5, 0.25 if seed is not None else 0.0, True)
     operators = torch.ops.prodial_kernels
-    torch.library.opcheck(operators.linear_forward.default, (*operands, *options))
-    y, h = operators.linear_forward(*operands, *options)
+    torch.library.opcheck(operators.linear_forward.default, (*operands, *options, 0))
+    y, h = operators.linear_forward(*operands, *options, 0)
     needs = [getattr(case, name) is not None for name in LinearCase.TRAINED]
     for asked in (needs, [False, *needs[1:]], [True, *[False] * 5]):
         kept_h = None if case.lora_a is None else h

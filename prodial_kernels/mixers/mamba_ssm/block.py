@@ -10,12 +10,16 @@ out_proj), on the same CUDA functions. What differs:
 * Everything stays [b, features, l], so that B and C are views and nothing is transposed for
   x_proj and dt_proj.
 
-Kept: the block's input X, xz, x_proj's output, the ungated scan output, the scan's states. The
-convolution's output and delta are recomputed, as upstream does; with ``recompute_xz`` so is xz.
+Kept: xz, x_proj's output, the ungated scan output, the scan's states, and either the block's input
+X or its output Y. X is made again where the norm before the block allows it; then Y, of the same
+size, is kept for the gradient of out_proj's scale, which else costs that product once more. The
+convolution's output and delta are recomputed, as upstream does; with ``recompute_xz`` so are xz and
+Y.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels.mixers.mamba_ssm.norm import normed_again
 from prodial_kernels.mixers.projection import operands_of, placeholder
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.explicit import (
@@ -44,6 +49,13 @@ class Rules(NamedTuple):
     out_proj: Rule
 
 
+class Keeping(NamedTuple):
+    """What backward finds again without its being kept."""
+
+    recompute_xz: bool
+    hidden_again: Callable[[], Tensor] | None
+
+
 def kernels_available() -> bool:
     """Whether the CUDA functions of causal-conv1d and mamba-ssm can be imported."""
     return all(map(find_spec, ("causal_conv1d", "selective_scan_cuda")))
@@ -62,10 +74,11 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
     dt_proj, dt_rule = operands_of(mixer.dt_proj, placeholder(hidden, rank))
     out_proj, out_rule = operands_of(mixer.out_proj, placeholder(hidden, inner))
     bias = mixer.conv1d.bias
+    hidden = hidden.to(in_proj.weight.dtype)
     return MambaBlock.apply(
-        hidden.to(in_proj.weight.dtype),
+        hidden,
         Rules(in_rule, x_rule, dt_rule, out_rule),
-        getattr(mixer, RECOMPUTE_XZ, False),
+        Keeping(getattr(mixer, RECOMPUTE_XZ, False), normed_again(hidden)),
         mixer.conv1d.weight.squeeze(1),
         None if bias is None else bias.contiguous(),
         -torch.exp(mixer.A_log.float()),
@@ -80,7 +93,7 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
 
 
 RECOMPUTE_XZ = "prodial_recompute_xz"
-"""Attribute of a mixer; True trades one in_proj GEMM per step for the memory of xz."""
+"""Attribute of a mixer; True trades a product of each projector per step for memory: xz, and Y."""
 
 
 class MambaBlock(torch.autograd.Function):
@@ -91,7 +104,7 @@ class MambaBlock(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         rules: Rules,
-        recompute_xz: bool,
+        keeping: Keeping,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
         A: Tensor,
@@ -112,13 +125,21 @@ class MambaBlock(torch.autograd.Function):
             delta, dt_h = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
             out, states, gated = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, dt_bias, True)
             del u, delta
-            y, _ = project(gated.mT, out_proj, rules.out_proj)
+            y, out_h = project(gated.mT, out_proj, rules.out_proj)
             del gated
+        again = keeping.hidden_again
+        keeps_y = (
+            again is not None
+            and not keeping.recompute_xz
+            and rules.out_proj.impl == "triton"
+            and ctx.needs_input_grad[_SCALE_OF_OUT_PROJ]
+        )
         ctx.save_for_backward(
-            hidden, None if recompute_xz else xz, dbc, out, states, in_h, x_h, dt_h, conv_weight,
-            conv_bias, A, D, dt_bias, *projections,
+            hidden if again is None else None, None if keeping.recompute_xz else xz, dbc, out,
+            states, y if keeps_y else None, in_h, x_h, dt_h, out_h, conv_weight, conv_bias, A, D, dt_bias,
+            *projections,
         )  # fmt: skip
-        ctx.rules = rules
+        ctx.rules, ctx.hidden_again = rules, again
         return y
 
     @staticmethod
@@ -128,19 +149,20 @@ class MambaBlock(torch.autograd.Function):
         import selective_scan_cuda
         from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
 
-        (hidden, xz, dbc, out, states, in_h, x_h, dt_h, conv_weight, conv_bias, A, D, dt_bias,
-         *projections) = ctx.saved_tensors  # fmt: skip
+        (hidden, xz, dbc, out, states, y, in_h, x_h, dt_h, out_h, conv_weight, conv_bias, A, D,
+         dt_bias, *projections) = ctx.saved_tensors  # fmt: skip
         in_proj, x_proj, dt_proj, out_proj = _split(projections)
         rules: Rules = ctx.rules
         asked = _Asked.of(ctx.needs_input_grad)
-        with autocast_off(hidden.device.type):
+        with autocast_off(dy.device.type):
             if xz is None:
+                hidden = ctx.hidden_again() if hidden is None else hidden
                 xz, in_h = project(hidden, in_proj, rules.in_proj, channel_first=True)
             x, z = xz.chunk(2, dim=1)
 
             gated = gated_channels(out, z).mT if asked.out_proj.input else None
             dgated, *d_out_proj = project_backward(
-                dy, gated, None, None, out_proj, rules.out_proj, asked.out_proj,
+                dy, gated, y, out_h, out_proj, rules.out_proj, asked.out_proj,
                 channel_first=True,
             )  # fmt: skip
             del gated
@@ -179,6 +201,8 @@ class MambaBlock(torch.autograd.Function):
                     x, conv_weight, conv_bias, du, None, None, None, dx, False, True
                 )
                 del du, u
+                if hidden is None and asked.in_proj.input:
+                    hidden = ctx.hidden_again()
                 d_hidden, *d_in_proj = project_backward(
                     dxz.mT, hidden, xz.mT, in_h, in_proj, rules.in_proj, asked.in_proj
                 )
@@ -194,6 +218,7 @@ class MambaBlock(torch.autograd.Function):
 
 _OPERANDS = len(Operands._fields)
 _FIRST_OF_OUT_PROJ = 8 + 3 * _OPERANDS
+_SCALE_OF_OUT_PROJ = _FIRST_OF_OUT_PROJ + Operands._fields.index("scale")
 
 
 class _Asked(NamedTuple):
