@@ -17,12 +17,12 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from benchmarks.environment import ROOT
-from benchmarks.jobs import Job
 from benchmarks.measure import Row, failure
 from benchmarks.process import Worker, WorkerEnded, WorkerError
 from benchmarks.roofline import Ceilings, measure_ceilings
+from benchmarks.task import Task
 
-Report = Callable[[Job, list[Row]], None]
+Report = Callable[[Task, list[Row]], None]
 # A wave is at most so many jobs a process: longer waves are fuller, shorter ones report sooner.
 JOBS_A_SEAT = 3
 # One measurement takes seconds.
@@ -34,7 +34,7 @@ class Doing(Protocol):
 
     ceilings: Ceilings | None
 
-    def run(self, jobs: Sequence[Job], until: float, report: Report) -> list[Job]:
+    def run(self, jobs: Sequence[Task], until: float, report: Report) -> list[Task]:
         """Do the jobs, reporting each one's rows at once; return those dropped.
 
         Args:
@@ -51,7 +51,7 @@ class InProcess:
         self.device, self.tiny = device, tiny
         self.ceilings: Ceilings | None = None
 
-    def run(self, jobs: Sequence[Job], until: float, report: Report) -> list[Job]:
+    def run(self, jobs: Sequence[Task], until: float, report: Report) -> list[Task]:
         """As :meth:`Doing.run` says."""
         import torch
 
@@ -59,7 +59,7 @@ class InProcess:
             if time.monotonic() > until:
                 return list(jobs[count:])
             if self.ceilings is None:
-                dtype = getattr(torch, job.case.dtype)
+                dtype = getattr(torch, job.dtype)
                 self.ceilings = measure_ceilings(self.device, dtype, tiny=self.tiny)
             try:
                 rows = job.prepare(self.device, nullcontext()).measure(self.ceilings)
@@ -74,8 +74,8 @@ class Seat:
     """A worker's place: the worker may be replaced."""
 
     worker: Worker
-    job: Job | None = None
-    holds: list[Job] = field(default_factory=list)
+    job: Task | None = None
+    holds: list[Task] = field(default_factory=list)
 
 
 class Crew:
@@ -107,7 +107,7 @@ class Crew:
         for seat in self.seats:
             seat.worker.close()
 
-    def run(self, jobs: Sequence[Job], until: float, report: Report) -> list[Job]:
+    def run(self, jobs: Sequence[Task], until: float, report: Report) -> list[Task]:
         """As :meth:`Doing.run` says."""
         waiting, dropped = deque(jobs), []
         while waiting:
@@ -129,9 +129,9 @@ class Crew:
                 return [*dropped, *waiting]
         return dropped
 
-    def _wave(self, waiting: deque[Job]) -> list[Job]:
+    def _wave(self, waiting: deque[Task]) -> list[Task]:
         """Take from the front what fits; at least one."""
-        wave: list[Job] = []
+        wave: list[Task] = []
         held = 0
         while waiting and len(wave) < JOBS_A_SEAT * len(self.seats):
             held += waiting[0].bytes
@@ -140,7 +140,7 @@ class Crew:
             wave.append(waiting.popleft())
         return wave
 
-    def _prepare(self, wave: Sequence[Job], until: float, report: Report) -> list[Job]:
+    def _prepare(self, wave: Sequence[Task], until: float, report: Report) -> list[Task]:
         """Have a wave prepared; report what failed, return what was not ready in time."""
         todo = deque(wave)
         while todo or any(seat.job for seat in self.seats):
@@ -166,7 +166,7 @@ class Crew:
                 self._replace(seat)
         return late
 
-    def _prepared(self, seat: Seat, job: Job, report: Report) -> list[Job]:
+    def _prepared(self, seat: Seat, job: Task, report: Report) -> list[Task]:
         """Take a worker's answer to the request to prepare; return what is to be done again."""
         seat.job = None
         try:
@@ -184,11 +184,11 @@ class Crew:
             seat.holds.append(job)
         return []
 
-    def _measure(self, seat: Seat, job: Job, number: int, report: Report) -> None:
+    def _measure(self, seat: Seat, job: Task, number: int, report: Report) -> None:
         """Ask for one job's rows, while every other worker waits."""
         try:
             if self.ceilings is None:
-                self._ask(seat, {"do": "ceilings", "dtype": job.case.dtype})
+                self._ask(seat, {"do": "ceilings", "dtype": job.dtype})
                 self.ceilings = Ceilings(**seat.worker.answer(PATIENCE_S))
             request = {"do": "measure", "id": number, "ceilings": asdict(self.ceilings)}
             self._ask(seat, request)

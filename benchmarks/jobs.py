@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.breakdown import prepare_breakdown
 from benchmarks.cases import TABLE_SHAPES, TINY, Case, CaseSet, model_cases, with_variants
@@ -13,20 +13,13 @@ from benchmarks.measure import BARE, FULL, QUICK, Row, Settings, prepare_case
 from benchmarks.measure import TINY as TINY_SETTINGS
 from benchmarks.modules import METHODS, ModuleCase, layer_cases, module_cases, prepare_modules
 from benchmarks.rivals import FLOOR, OURS, RIVALS, select
-from benchmarks.roofline import Ceilings
 from benchmarks.scaling import RIVAL, SWEEPS, TINY_SWEEPS
+from benchmarks.task import Prepared
 
 # In the order in which they are measured, and from the end of which they are dropped.
 PARTS = ("table", "variants", "scaling", "step", "mixer", "breakdown")
 LEVELS = ("projector", "mixer", "step")
 Sweeps = Mapping[str, tuple[Case, ...]]
-
-
-class Prepared(Protocol):
-    """What a worker holds between preparing a job and measuring it."""
-
-    def measure(self, ceilings: Ceilings) -> list[Row]:
-        """Rows, in the order of the job's rivals."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,11 @@ class Job:
     def bytes(self) -> int:
         """About how much of the device's memory it holds while others are prepared."""
         return self.case.bytes
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype."""
+        return self.case.dtype
 
     def prepare(self, device: str, alone: AbstractContextManager[object]) -> Prepared:
         """Do all that a busy device may do."""

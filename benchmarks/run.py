@@ -39,6 +39,7 @@ from benchmarks.crew import Crew, Doing, InProcess  # noqa: E402
 from benchmarks.jobs import LEVELS, Job, Wanted, plan  # noqa: E402
 from benchmarks.measure import Row  # noqa: E402
 from benchmarks.shapes import MODELS  # noqa: E402
+from benchmarks.task import Task  # noqa: E402
 
 BUDGET_S, QUICK_BUDGET_S = 350.0, 80.0
 # Kept back for pictures and what ends the run.
@@ -165,7 +166,7 @@ def _measure(
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with _doing(options, jobs, device) as crew:
 
-        def take(job: Job, rows: list[Row]) -> None:
+        def take(job: Task, rows: list[Row]) -> None:
             first = not (record["rows"] or record["modules"])
             record["seconds"].setdefault("prepare first", time.monotonic() - started)
             record["ceilings"] = asdict(crew.ceilings) if crew.ceilings else None

@@ -24,9 +24,11 @@ prepare_process()
 
 import torch  # noqa: E402
 
-from benchmarks.jobs import Job, Prepared  # noqa: E402
+from benchmarks.backbones import ModelJob, TuneJob  # noqa: E402
+from benchmarks.jobs import Job  # noqa: E402
 from benchmarks.measure import PreparedCase, release  # noqa: E402
 from benchmarks.roofline import Ceilings, measure_ceilings  # noqa: E402
+from benchmarks.task import Prepared, Task  # noqa: E402
 
 
 class Alone:
@@ -58,7 +60,7 @@ class Server:
         """
         match request["do"]:
             case "prepare":
-                job = Job.from_json(request["job"])
+                job = task_of(request["job"])
                 self.prepared.pop(request["id"], None)
                 self.prepared[request["id"]] = job.prepare(self.device, self.alone)
                 return self._state()
@@ -85,6 +87,17 @@ class Server:
         except RuntimeError as error:
             return {"broken": str(error)[:200]}
         return {}
+
+
+def task_of(data: dict[str, Any]) -> Task:
+    """Read what was asked for."""
+    match data["part"]:
+        case "model":
+            return ModelJob.from_json(data)
+        case "tune":
+            return TuneJob.from_json(data)
+        case _:
+            return Job.from_json(data)
 
 
 @contextmanager
