@@ -128,11 +128,12 @@ def _finetune(args: argparse.Namespace) -> int:
         RunDirectory(output).check_startable()
 
     from prodial_kernels.training.finetuning import finetune
+    from prodial_kernels.training.oom import OutOfMemory
 
     _quiet_transformers()
     try:
         print(finetune(config, resume="resume" in args))
-    except (KeyboardInterrupt, OSError):
+    except (KeyboardInterrupt, OSError, OutOfMemory):
         if RunDirectory(output).identity_file.exists():
             command = shlex.join(["prodial", "finetune", "--resume", "--output", output])
             print(f"what was saved is kept; continue with: {command}", file=sys.stderr)

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from prodial_kernels.training.config import (
+    ACTIVATIONS,
     CUDA_GRAPHS,
     DEFAULT_LR,
     DEFAULTS,
@@ -107,7 +108,15 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, help=f"of initial values, data order, dropout ({FinetuneConfig.seed})"
     )
     training.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, more time"
+        "--memory-budget", metavar="SIZE",
+        help="fit into so much GPU memory, such as 8GiB or 6GB; the plan is printed first",
+    )  # fmt: skip
+    training.add_argument(
+        "--activations", choices=ACTIVATIONS,
+        help="what layers keep for backward, from fast to small; auto (default): what fits",
+    )  # fmt: skip
+    training.add_argument(
+        "--gradient-checkpointing", action="store_true", help="the same as --activations checkpoint"
     )
     training.add_argument(
         "--optimizer", choices=OPTIMIZERS,

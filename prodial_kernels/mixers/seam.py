@@ -47,7 +47,7 @@ class AdaptedMixer:
 class View:
     """What upstream's method gets for ``self``: the mixer, except for the attributes given."""
 
-    def __init__(self, mixer: nn.Module, **given: Any) -> None:
+    def __init__(self, mixer: nn.Module, /, **given: Any) -> None:
         """Answer with ``given`` where it has the name, else with the mixer's attribute."""
         vars(self).update(given, _mixer=mixer)
 

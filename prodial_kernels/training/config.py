@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prodial_kernels.training.memory_budget import parse_budget
+
 if TYPE_CHECKING:
     from prodial_kernels.config import Preset, ProdialConfig
 
@@ -23,6 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LOSSES = ("auto", "chunked", "liger", "full")
 CUDA_GRAPHS = ("auto", "on", "off")
+ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint")
 ADAPTER_OPTIONS = (
     "r",
     "lora_alpha",
@@ -34,9 +37,18 @@ ADAPTER_OPTIONS = (
     "train_scale",
     "train_diagonal",
 )
-# How often a run is saved, where it is kept and how its steps are launched do not change what it
-# computes.
-NOT_COMPARED_ON_RESUME = frozenset({"output", "save_every", "cuda_graph"})
+# How often a run is saved, where it is kept, how its steps are launched and what they keep for
+# backward do not change what it computes.
+NOT_COMPARED_ON_RESUME = frozenset(
+    {
+        "output",
+        "save_every",
+        "cuda_graph",
+        "memory_budget",
+        "activations",
+        "gradient_checkpointing",
+    }
+)
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
 # the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
 # than an adapter.
@@ -99,7 +111,14 @@ class FinetuneConfig:
         eval_every: Steps between evaluations; 0 for before and after only.
         save_every: Steps between saved training states; 0 for the end only.
         log_every: Steps between lines in ``metrics.jsonl``.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        memory_budget: Fit the run into so much memory of a CUDA device, such as ``"8GiB"``,
+            ``"6GB"`` or a number of bytes, and allow PyTorch no more; None: what is free, as far as
+            it can be.
+        activations: What layers keep for the backward pass: ``"keep"`` what the fused operations
+            need, ``"recompute"`` less (the norm, and Mamba-1's in_proj output, are computed
+            again), ``"checkpoint"`` one residual each; ``"auto"``: the first that fits, layer by
+            layer. On a CPU ``"auto"`` is ``"keep"``.
+        gradient_checkpointing: The same as ``activations="checkpoint"``.
         loss: ``"chunked"`` and ``"liger"`` (liger-kernel's, on CUDA) never hold the logits of a
             whole batch; ``"full"`` does; ``"auto"``: one that does not, where the model allows.
         cuda_graph: Capture whole steps in CUDA graphs: ``"on"``, ``"off"``, or ``"auto"``, which
@@ -144,6 +163,8 @@ class FinetuneConfig:
     eval_every: int = 50
     save_every: int = 50
     log_every: int = 1
+    memory_budget: str | None = None
+    activations: str = "auto"
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     loss: str = "auto"
@@ -164,6 +185,7 @@ class FinetuneConfig:
             ("optimizer", OPTIMIZERS),
             ("loss", LOSSES),
             ("cuda_graph", CUDA_GRAPHS),
+            ("activations", ACTIVATIONS),
         ):
             if getattr(self, name) not in (None, *choices):
                 listed = ", ".join(map(repr, choices))
@@ -188,6 +210,16 @@ class FinetuneConfig:
             raise ConfigError(
                 f"preset {self.preset!r} is for image classification, which this command does not "
                 "train; take its adapter with get_preset() in your own training loop"
+            )
+        if self.memory_budget is not None:
+            try:
+                parse_budget(self.memory_budget)
+            except ValueError as error:
+                raise ConfigError(f"memory_budget: {error}") from error
+        if self.gradient_checkpointing and self.activations not in ("auto", "checkpoint"):
+            raise ConfigError(
+                f"gradient_checkpointing is activations 'checkpoint', and contradicts activations "
+                f"{self.activations!r}; give one of them"
             )
         given = [name for name in ADAPTER_OPTIONS if getattr(self, name) is not None]
         if self.method == "full" and given:
@@ -214,6 +246,11 @@ class FinetuneConfig:
         unknown = sorted(set(names) - set(known))
         if unknown:
             raise ConfigError(f"{source}: unknown keys {unknown}; known are {known}")
+
+    @property
+    def chosen_activations(self) -> str:
+        """``activations``, or what ``gradient_checkpointing`` stands for."""
+        return "checkpoint" if self.gradient_checkpointing else self.activations
 
     def to_dict(self) -> dict[str, Any]:
         """Return all options as plain JSON-ready values."""
@@ -338,6 +375,8 @@ def _checked_type(name: str, value: Any) -> Any:
     annotation = FinetuneConfig.__annotations__[name]
     if value is None and "None" in annotation:
         return None
+    if name == "memory_budget" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if name == "target_modules":
         if isinstance(value, str):
             return value

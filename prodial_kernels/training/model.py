@@ -62,6 +62,29 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
     return LoadedModel(name, model.to(device).eval(), tokenizer)
 
 
+def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model that :func:`load_model` would load, on the ``meta`` device: shapes only.
+
+    Args:
+        name: As for :func:`load_model`.
+        dtype: Dtype of its weights.
+
+    Raises:
+        ModelError: There is no such model, or its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = _source(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ModelError(_explain(name, source, error)) from error
+    made: PreTrainedModel = model.requires_grad_(False)
+    return made
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device for ``"auto"``, ``"cpu"`` or ``"cuda"``.
 

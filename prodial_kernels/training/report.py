@@ -47,6 +47,7 @@ class FinetuneResult:
         train_seconds: Wall time of the training steps.
         seconds: Wall time of this process, loading, evaluation and merging included.
         peak_bytes: Peak memory: of the process on a CPU, allocated by PyTorch on CUDA.
+        memory: The memory plan, what was measured, and their ratio, where there was a plan.
         device: ``"cpu"`` or ``"cuda"``.
         agreement: How well the written model agrees with the trained one.
         output: Directory of the run.
@@ -65,6 +66,7 @@ class FinetuneResult:
     train_seconds: float
     seconds: float
     peak_bytes: int
+    memory: Mapping[str, Any] | None
     device: str
     agreement: Agreement
     output: Path
@@ -89,8 +91,10 @@ class FinetuneResult:
             ("time", _times(self.seconds, self.train_seconds)),
             ("peak memory", f"{self.peak_bytes / 2**20:,.0f} MiB "
                             f"({'process' if self.device == 'cpu' else 'GPU'})"),
-            ("merged = trained", str(self.agreement)),
         ]  # fmt: skip
+        if self.memory is not None:
+            lines.append(("predicted memory", _prediction(self.memory)))
+        lines.append(("merged = trained", str(self.agreement)))
         if self.adapter_dir is not None:
             lines.append(("adapter", str(self.adapter_dir)))
         lines.append(("model", str(self.model_dir)))
@@ -141,6 +145,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _prediction(memory: Mapping[str, Any]) -> str:
+    predicted = memory["plan"]["allocated"] / 2**20
+    return f"{predicted:,.0f} MiB (measured / predicted: {memory['ratio']:.2f})"
 
 
 def _times(seconds: float, train_seconds: float) -> str:

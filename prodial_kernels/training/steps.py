@@ -21,6 +21,7 @@ def make_step(
     *,
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
+    checkpoints: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> TrainingStep:
     """Make what takes the steps of a run.
@@ -31,6 +32,7 @@ def make_step(
         config: A resolved configuration.
         device: Where the model is.
         autocast_dtype: Run forward under autocast to this dtype.
+        checkpoints: Whether blocks run again in backward.
         say: Told what was chosen and why, where it is not simply what was asked for.
 
     Raises:
@@ -43,7 +45,7 @@ def make_step(
         device=device,
         tokens=batch_size * seq_len,
         parts=config.grad_accumulation,
-        obstacles=_obstacles(config),
+        obstacles=_obstacles(config, checkpoints),
     )
     loss, why = make_loss(model, config.loss, graphed=choice.graphed)
     if loss.name == "full" and config.loss != "full":
@@ -67,11 +69,11 @@ def make_step(
     )
 
 
-def _obstacles(config: FinetuneConfig) -> list[str]:
+def _obstacles(config: FinetuneConfig, checkpoints: bool) -> list[str]:
     """What a run asks for that no graph can hold."""
     obstacles = []
     if config.loss == "liger":
         obstacles.append("loss 'liger' waits for the device")
-    if config.gradient_checkpointing and config.lora_dropout:
+    if checkpoints and config.lora_dropout:
         obstacles.append("recomputing dropout reads the random generator's state on the host")
     return obstacles

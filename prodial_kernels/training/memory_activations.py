@@ -1,0 +1,164 @@
+"""Bytes that a block keeps for its backward pass, by level, and its largest temporaries.
+
+Each formula names the tensors it counts; M tokens, widths d and E, state size N as in
+:class:`~prodial_kernels.training.memory_shapes.LayerShape`. What mamba_ssm's Mamba-1 keeps was
+compared with whole models on an H100 (bf16, r = 16): see ``tests/training/test_memory_plan.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prodial_kernels.training.memory_shapes import MAMBA, MAMBA2, LayerShape
+
+KEEP, NORM, RECOMPUTE, CHECKPOINT = "keep", "norm", "recompute", "checkpoint"
+LEVELS = (KEEP, NORM, RECOMPUTE, CHECKPOINT)
+"""From the fastest to the smallest."""
+
+LEVEL_TEXTS = {
+    KEEP: "keep what the fused operations need",
+    NORM: "compute the norm before in_proj again",
+    RECOMPUTE: "compute the norm and in_proj's output again",
+    CHECKPOINT: "keep one residual, compute the block again",
+}
+
+_FP32 = 4
+# Tokens that mamba_ssm's selective scan covers with one saved state, and its SSD with one chunk.
+_SCAN_CHUNK, _SSD_CHUNK = 2048, 256
+# Splits of the tokens over which the projector's kernels sum gradients of the adapter.
+_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The batch that activations are counted for.
+
+    Attributes:
+        batch: Sequences.
+        length: Tokens of each.
+        itemsize: Bytes of an activation in the compute dtype.
+        dense_weight: Whether a projector's weight is dequantised for every product.
+    """
+
+    batch: int
+    length: int
+    itemsize: int
+    dense_weight: bool = False
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return self.batch * self.length
+
+
+def levels_of(layer: LayerShape) -> tuple[str, ...]:
+    """Return the levels that change something for a layer, from the fastest to the smallest."""
+    levels = [KEEP]
+    if layer.separate_norm:
+        levels.append(NORM)
+    if layer.mixer == MAMBA and layer.fused:
+        levels.append(RECOMPUTE)
+    return (*levels, CHECKPOINT)
+
+
+def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
+    """Bytes from a block's forward to its backward at a level."""
+    m, c = tokens.count, tokens.itemsize
+    if level == CHECKPOINT:
+        if layer.two_streams:
+            return (c + _FP32) * m * layer.width
+        residual = _FP32 if layer.separate_norm and not layer.rounds_input else c
+        return residual * m * layer.width
+    norm = c * m * layer.width
+    if level == KEEP or not layer.separate_norm:
+        # fp32 copy of the norm's input (or the fp32 residual), with its output, which is X.
+        norm += _FP32 * m * (layer.width + 1)
+    return norm + _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+
+
+def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
+    m, c = tokens.count, tokens.itemsize
+    inner, state = layer.inner, layer.state
+    low_rank = c * m * _padded(layer.rank)
+    if layer.mixer == MAMBA:
+        chunks = tokens.batch * -(-tokens.length // _SCAN_CHUNK)
+        scan = 2 * _FP32 * chunks * inner * state + _FP32 * inner * state  # states, A
+        dbc = c * m * (layer.dt_rank + 2 * state)
+        if layer.fused:
+            # xz with in_proj's H, x_proj's output, the ungated output.
+            return (c * m * layer.projected if xz else 0) + low_rank + dbc + c * m * inner + scan
+        # in_proj's output, contiguous u, delta, z, the ungated output, out_proj's input, its
+        # output; the norms of dt, B and C in fp32.
+        mixer = c * m * (layer.projected + 5 * inner + layer.width)
+        return mixer + dbc + 2 * _FP32 * m * (layer.dt_rank + 2 * state) + 2 * low_rank + scan
+    if layer.mixer == MAMBA2:
+        if layer.fused:
+            # zxbcdt and the ungated output; the convolution and the states are computed again.
+            return c * m * (layer.projected + inner) + low_rank
+        convolved = inner + 2 * layer.groups * state
+        # zxbcdt, the convolution's in- and output, the scan's output, three of the gated norm in
+        # fp32, out_proj's in- and output.
+        plain = layer.projected + 2 * convolved + 2 * inner + layer.width
+        return c * m * plain + 3 * _FP32 * m * inner + 2 * low_rank
+    # Each linear layer's input, and about as much again for what lies between them.
+    return c * m * sum(n + k for n, k in layer.weights)
+
+
+def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
+    """Bytes of the largest moment within a block's backward, beyond what is kept."""
+    again = 0
+    if level == CHECKPOINT:
+        # The block's forward has run again and left behind what it keeps at the first level.
+        again = kept(layer, tokens, KEEP)
+    elif level == RECOMPUTE:
+        again = tokens.itemsize * tokens.count * layer.projected
+    return again + max(_backward_of_mixer(layer, tokens), _backward_of_norm(layer, tokens))
+
+
+def _backward_of_norm(layer: LayerShape, tokens: Tokens) -> int:
+    # Gradients towards residual and norm, and three fp32 products of the norm's formula.
+    return 5 * _FP32 * tokens.count * layer.width
+
+
+def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
+    m, c = tokens.count, tokens.itemsize
+    inner, state = layer.inner, layer.state
+    # The gradient of the residual, and that of the mixer's output.
+    stream = (_FP32 + c) * m * layer.width
+    weight = _weight_workspace(layer, tokens)
+    if layer.mixer == MAMBA:
+        # The gated output's gradient, u, delta and their gradients, dxz; dB and dC in fp32.
+        scan = c * m * (5 * inner + layer.projected) + 2 * _FP32 * m * state
+        # dxz and X's gradient.
+        project = c * m * (layer.projected + layer.width) + weight
+        return stream + max(scan, project)
+    if layer.mixer == MAMBA2:
+        convolved = inner + 2 * layer.groups * state
+        chunks = -(-m // _SSD_CHUNK)
+        states = chunks * inner * state * (2 * _FP32 + 2 * c)
+        products = chunks * layer.groups * _SSD_CHUNK**2 * 2 * _FP32
+        # The gradient from out_proj and of the norm, the convolution's output and its gradient.
+        scan = c * m * (2 * inner + 2 * convolved + layer.projected) + states + products
+        project = c * m * (layer.projected + layer.width) + weight
+        return stream + max(scan, project)
+    widest = max((n + k for n, k in layer.weights), default=0)
+    return stream + 2 * c * m * widest + weight
+
+
+def _weight_workspace(layer: LayerShape, tokens: Tokens) -> int:
+    """The folded weight, the dequantised one, and partial sums of the adapter's gradients."""
+    largest = max((n * k for n, k in layer.weights), default=0)
+    sides = max((n + k for n, k in layer.weights), default=0)
+    partial = _SPLITS * _FP32 * _padded(layer.rank) * sides if layer.rank else 0
+    folded = tokens.itemsize * largest if layer.rank else 0
+    unpacked = (tokens.itemsize * largest + _UNPACKING) if tokens.dense_weight else 0
+    return folded + unpacked + partial
+
+
+_UNPACKING = 2**22 * 2 * _FP32
+"""Temporaries of dequantising 4M weights at a time: indices, and their values in fp32."""
+
+
+def _padded(rank: int) -> int:
+    """Columns of H as the kernels make it: a power of two, at least 16; 0 without an adapter."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0

@@ -1,0 +1,152 @@
+"""Everything a fine-tuning run needs in memory: model, data, method, memory plan."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prodial_kernels.checkpoint import model_fingerprint
+from prodial_kernels.training.activations import AppliedLevels, apply_levels
+from prodial_kernels.training.batches import TrainingBatches
+from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.data import DataSplit, load_documents, make_batches
+from prodial_kernels.training.loop import LoopOptions
+from prodial_kernels.training.method import PreparedMethod, prepare_method
+from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
+from prodial_kernels.training.planning import RunPlan, requested_levels
+from prodial_kernels.training.progress import Progress
+from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
+from prodial_kernels.training.schemas import Example
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run needs in memory."""
+
+    config: FinetuneConfig
+    loaded: LoadedModel
+    split: DataSplit
+    batches: TrainingBatches
+    method: PreparedMethod
+    options: LoopOptions
+    device: torch.device
+    dtype: torch.dtype
+    plan: RunPlan | None
+    levels: AppliedLevels
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Sequences that are evaluated at once."""
+        return self.batch_size if self.plan is None else self.plan.plan.evaluation_batch
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences in a micro-batch."""
+        return _resolved(self.config.batch_size)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in a sequence."""
+        return _resolved(self.config.seq_len)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What forward passes run under; None where the weights are in the compute dtype."""
+        full = self.config.method == "full"
+        return self.dtype if full and self.dtype != torch.float32 else None
+
+
+def prepare(
+    config: FinetuneConfig,
+    folder: RunDirectory,
+    saved: RunIdentity | None,
+    plan: RunPlan | None,
+    display: Progress,
+) -> Run:
+    """Load model and data, check or record whose run this is, and apply the method.
+
+    Args:
+        config: A resolved configuration.
+        folder: The run's directory.
+        saved: What run is there already; None for a new one.
+        plan: The run's memory plan, if it has one.
+        display: Told what is found.
+
+    Raises:
+        DataError: The data cannot be used.
+        ModelError: The model or the device cannot be used.
+        RunError: The directory holds another run.
+        ValueError: The adapter does not fit the model.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    full = config.method == "full"
+    split = load_documents(
+        config.data,
+        held_out_fraction=config.held_out_fraction,
+        held_out_source=config.held_out,
+        max_bytes=config.max_bytes,
+    )
+    display.say(str(split))
+    loaded = load_model(config.model, device=device, dtype=torch.float32 if full else dtype)
+    batches = make_batches(
+        split.train, loaded.tokenizer,
+        seq_len=_resolved(config.seq_len), batch_size=_resolved(config.batch_size),
+        seed=config.seed,
+    )  # fmt: skip
+    identity = RunIdentity(
+        config=config.to_dict(),
+        model=model_fingerprint(loaded.model),
+        data=batches.fingerprint,
+        held_out=_fingerprint(split.held_out),
+        device=device.type,
+    )
+    if saved is not None:
+        check_same_identity(folder, saved, identity)
+    torch.manual_seed(config.seed)
+    method = prepare_method(loaded.model, config)
+    if saved is None:
+        folder.write_identity(identity)
+    display.say(str(method.report))
+    if plan is not None:
+        display.say(str(plan.plan))
+        chosen: tuple[str, ...] | None = plan.plan.levels
+    else:
+        chosen = requested_levels(loaded.model, config.chosen_activations)
+    levels = AppliedLevels([]) if chosen is None else apply_levels(loaded.model, chosen)
+    options = _loop_options(config, batches)
+    return Run(config, loaded, split, batches, method, options, device, dtype, plan, levels)
+
+
+def _loop_options(config: FinetuneConfig, batches: TrainingBatches) -> LoopOptions:
+    steps = config.steps
+    if steps is None:
+        micro_batches = math.ceil((config.epochs or 1.0) * batches.steps_per_epoch)
+        steps = math.ceil(micro_batches / config.grad_accumulation)
+    return LoopOptions(
+        steps=steps,
+        lr=config.lr or 0.0,
+        schedule=config.schedule or "constant",
+        warmup=config.warmup,
+        grad_accumulation=config.grad_accumulation,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+    )
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def _resolved(value: int | None) -> int:
+    """Narrow an option that a resolved configuration always has."""
+    if value is None:
+        raise ValueError("the configuration is not resolved; call config.resolved()")
+    return value
