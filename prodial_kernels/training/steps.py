@@ -74,6 +74,6 @@ def _obstacles(config: FinetuneConfig, checkpoints: bool) -> list[str]:
     obstacles = []
     if config.loss == "liger":
         obstacles.append("loss 'liger' waits for the device")
-    if checkpoints and config.lora_dropout:
+    if (checkpoints or config.chosen_activations == "checkpoint") and config.lora_dropout:
         obstacles.append("recomputing dropout reads the random generator's state on the host")
     return obstacles
