@@ -59,7 +59,8 @@ def _low_rank(
 ):  # fmt: skip
     """L = dropout(X) I for BLOCK_M rows, in one walk over K.
 
-    X [M, K] in either layout, L [M, R_PAD]; I = Aᵀ with A [R, K] where TRANSPOSED, else I = α B with B [K, R].
+    X [M, K] in either layout, L [M, R_PAD]; I = Aᵀ with A [R, K] where TRANSPOSED, else I = α B
+    with B [K, R].
     """
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, R_PAD)

@@ -2,10 +2,10 @@
 
 Between two calls whose operands agree in shape, strides, dtype, alignment and device and whose
 options are equal, all that the launchers compute is the same: grids, tile sizes, constants, the
-sizes of temporaries. Only addresses and the stream differ. So :func:`taped` runs a function once
-as it is and keeps a :class:`Tape` of what it launched and allocated; from then on it fills in the
-addresses and calls the driver. Nothing that Triton specialises a kernel on can differ under one
-key, because all of it is computed from what the key holds.
+sizes of temporaries. Only addresses and the stream differ. So :func:`taped` runs a function as it
+is until such a call comes back, then keeps a :class:`Tape` of what it launches and allocates; from
+then on it fills in the addresses and calls the driver. Nothing that Triton specialises a kernel on
+can differ under one key, because all of it is computed from what the key holds.
 
 A function can be taped if it only allocates, makes views and launches by :func:`launch`; whatever
 else it does with tensors, such as a library product, is seen, and then it is always run as it is.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ from triton import knobs
 from prodial_kernels.kernels.recorder import Function, Recorder, recorder
 from prodial_kernels.kernels.tape import Tape
 
-# Tapes kept: a training run has one per shape and direction.
+# Tapes kept, and calls remembered: a training run has one of each per shape and direction.
 TAPES = 512
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
+# None for a call that cannot be taped.
 _tapes: dict[Hashable, Tape | None] = {}
+_met: dict[Hashable, None] = {}
 _obstacles: dict[str, None] = {}
 
 
@@ -52,7 +55,7 @@ def taped(
         return function(*tensors, *options)
 
     addresses = []
-    described: list[Hashable] = [function, first.device, options]
+    described: list[Hashable] = [function, first.get_device(), options]
     misaligned = 0
     for tensor in tensors:
         if tensor is None:
@@ -72,11 +75,15 @@ def taped(
         return tape.replay(addresses)
     if key in _tapes:
         return function(*tensors, *options)
+    if key not in _met:
+        # Recording takes longer than launching: worth it for a call that comes back.
+        _put(_met, key, None)
+        return function(*tensors, *options)
     recording = Recorder(tensors)
     result = recording.run(function, options)
     tape = recording.tape(result)
     if not recording.ambiguous:
-        _keep(key, tape)
+        _put(_tapes, key, tape)
         if recording.obstacle is not None:
             _report(recording.obstacle)
     return result
@@ -87,11 +94,12 @@ def _on_device(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda
 
 
-def _keep(key: Hashable, tape: Tape | None) -> None:
+def _put(into: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+    """Add an entry; the oldest makes way."""
     with _lock:
-        if len(_tapes) >= TAPES:
-            del _tapes[next(iter(_tapes))]
-        _tapes[key] = tape
+        if len(into) >= TAPES:
+            del into[next(iter(into))]
+        into[key] = value
 
 
 def _report(obstacle: str) -> None:
@@ -104,6 +112,7 @@ def forget() -> None:
     """Drop every tape: for whoever changes what launchers choose, such as a tuning script."""
     with _lock:
         _tapes.clear()
+        _met.clear()
 
 
 def hooked() -> bool:

@@ -47,7 +47,8 @@ def check(projector: Projector, device: str = "cuda") -> None:
     m, k, dtype = projector.m, projector.k, projector.dtype
     sequences = projector.x_channel_first or projector.y_channel_first
     case = make_case(
-        (2, m // 2) if sequences else m, k, projector.n, block_size=projector.block_size or 1, r=projector.r or 1,
+        (2, m // 2) if sequences else m, k, projector.n,
+        block_size=projector.block_size or 1, r=projector.r or 1,
         diagonal="relu" if projector.relu else "free", device=device,
     )  # fmt: skip
     absent = {

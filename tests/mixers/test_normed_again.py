@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -56,7 +55,7 @@ class LayerNormFn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, *_, rstd = ctx.saved_tensors
+        rows, weight, *_ = ctx.saved_tensors
         with torch.enable_grad():
             leaf = rows.detach().requires_grad_()
             y, _ = _layer_norm_fwd(leaf, weight, None, ctx.eps, out_dtype=ctx.x_dtype)
@@ -112,9 +111,9 @@ def step(model: Blocks, x: Tensor, **options: Any) -> list[Tensor]:
 
 
 @pytest.fixture(params=["torch", "triton"])
-def model(request: pytest.FixtureRequest) -> Iterator[Blocks]:
+def model(request: pytest.FixtureRequest) -> Blocks:
     dtype = torch.float32 if request.param == "torch" else torch.float16
-    yield Blocks(request.param, dtype)
+    return Blocks(request.param, dtype)
 
 
 @pytest.mark.parametrize("recompute_xz", [False, True])

@@ -136,8 +136,8 @@ class MambaBlock(torch.autograd.Function):
         )
         ctx.save_for_backward(
             hidden if again is None else None, None if keeping.recompute_xz else xz, dbc, out,
-            states, y if keeps_y else None, in_h, x_h, dt_h, out_h, conv_weight, conv_bias, A, D, dt_bias,
-            *projections,
+            states, y if keeps_y else None, in_h, x_h, dt_h, out_h, conv_weight, conv_bias, A, D,
+            dt_bias, *projections,
         )  # fmt: skip
         ctx.rules, ctx.hidden_again = rules, again
         return y
