@@ -107,8 +107,6 @@ def test_a_missing_package_is_said() -> None:
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.name)
 @pytest.mark.parametrize("p", [1, 12])
 def test_every_rival_passes(rival: Rival, p: int) -> None:
-    if rival.requires:
-        pytest.importorskip(rival.requires)
     errors = Gate(replace(CASE, p=p), "cpu").check(rival)
     assert errors.output < 1e-5
     assert errors.gradient < 1e-5

@@ -1,0 +1,98 @@
+"""README.md shows what the committed results say."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import readme, store
+from benchmarks.cases import TABLE_SHAPES
+
+ENVIRONMENT = {
+    "device": "A GPU", "driver": "1", "commit": "abc", "date": "2026-01-02", "command": "run",
+    "versions": {"torch": "2", "triton": "3", "numpy": "1", "mamba-ssm": None},
+}  # fmt: skip
+
+
+def row(rival: str, us: float, **more: Any) -> dict[str, Any]:
+    return {
+        **asdict(TABLE_SHAPES[0]), "part": "table", "rival": rival, "status": "ok",
+        "both_us": us, "ratio": us / 40, "memory_ratio": 1.05, "spread": 0.01, "peak_mib": 10.0,
+        "roofline_fraction": 0.5, "output_error": 1e-3, "gradient_error": 1e-3, **more,
+    }  # fmt: skip
+
+
+ROWS = [
+    row("frozen", 40), row("prodial", 60), row("concat", 70), row("peft-lora", 100),
+    row("prodial", 66, p=12, part="variants"),
+    {**row("authors", 0), "status": "failed: OutOfMemoryError: x"},
+]  # fmt: skip
+for failed in ("both_us", "ratio"):
+    del ROWS[-1][failed]
+RECORD = {
+    "name": "full", "environment": ENVIRONMENT, "rows": ROWS, "modules": [], "sweeps": {},
+    "ceilings": None, "dropped": [], "seconds": {},
+}  # fmt: skip
+
+
+def test_readme_shows_the_committed_results() -> None:
+    text = readme.README.read_text()
+    assert readme.replaced(text, readme.block()) == text, "run python -m benchmarks.run --render"
+
+
+def test_one_line_for_each_projector_of_the_table() -> None:
+    text = readme.projectors(RECORD)
+    (line,) = [line for line in text.splitlines() if line.startswith("| mamba-130m")]
+    assert [cell.strip() for cell in line.split("|")][1:-1] == [
+        "mamba-130m in_proj", "2,048", "768 → 3072", "40", "1.50", "1.75 (concat)", "2.50", "–",
+        "1.05",
+    ]  # fmt: skip
+    assert "r = 16, 1×1 blocks, bfloat16, on an A GPU" in text
+    assert text.endswith("`run`, torch 2, triton 3, 2026-01-02.")
+
+
+def test_one_line_for_each_model() -> None:
+    def model(variant: str, ms: float) -> dict[str, Any]:
+        return {
+            "model": "mamba-130m", "batch": 4, "length": 512, "variant": variant, "status": "ok",
+            "ms": ms, "mib": 100 * ms, "time_ratio": ms / 10, "memory_ratio": ms / 10,
+        }  # fmt: skip
+
+    rows = [model("frozen", 10), model("prodial", 12), model("lora-slow", 20)]
+    rows.append({**model("authors", 1), "status": "failed: x"})
+    text = readme.models({**ENVIRONMENT, "rows": rows, "notes": ["A note."]})
+    assert "A note." in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| mamba-130m")]
+    assert [cell.strip() for cell in line.split("|")][1:-1] == [
+        "mamba-130m", "4 × 512", "10.0 ms, 1,000 MiB", "1.20, 1.20", "2.00, 2.00",
+    ]  # fmt: skip
+
+
+def test_render_draws_and_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "benchmarks" / "results" / "a-gpu"
+    store.write(RECORD, folder, "")
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", folder.parent)
+    monkeypatch.setattr(readme, "README", page)
+    assert readme.render([]) == 0
+    text = page.read_text()
+    assert "old" not in text
+    assert "](benchmarks/results/a-gpu/full-cost.png)" in text
+    assert "](benchmarks/results/a-gpu/full.md)" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert (folder / "full-cost.png").stat().st_size < 150_000
+    assert "| prodial " in (folder / "full.md").read_text()
+    assert readme.replaced(text, readme.block()) == text
+
+
+def test_a_readme_without_the_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="once each"):
+        readme.replaced("nothing", "new")
