@@ -17,7 +17,7 @@ from prodial_kernels._validation import (
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
-from prodial_kernels.ops.layout import direct_length, token_matrix, unit_stride_rows
+from prodial_kernels.ops.layout import direct_length, unit_stride_rows
 from prodial_kernels.ops.reference import reference_linear
 from prodial_kernels.ops.triton_autograd import TritonProdialLinear
 
@@ -145,18 +145,16 @@ def _triton_linear(
     diagonal: str,
     channel_first: bool,
 ) -> Tensor:
-    """Hand the tokens to the kernels as a matrix, restore the leading shape."""
-    length = x.shape[-2] if channel_first else 0
-    direct = direct_length(length)
+    """Bring the operands into layouts that the kernels take, and the result into the one asked."""
+    length = x.shape[-2] if channel_first and direct_length(x.shape[-2]) else 0
     # The kernels take one stride per matrix and none per vector; what has others is copied here.
-    small = (
-        None if part is None else part.contiguous()
-        for part in (blocks, scale, lora_a, lora_b, bias)
-    )  # fmt: skip
     y = TritonProdialLinear.apply(
-        token_matrix(x), unit_stride_rows(weight), *small, seed, float(lora_scaling),
-        float(lora_dropout), diagonal, length if direct else 0,
+        x, unit_stride_rows(weight), _contiguous(blocks), _contiguous(scale),
+        _contiguous(lora_a), _contiguous(lora_b), _contiguous(bias), seed, float(lora_scaling),
+        float(lora_dropout), diagonal == "relu", length,
     )  # fmt: skip
-    if direct:
-        return y.view(*x.shape[:-2], weight.shape[0], length)
-    return lay_out(y.view(*x.shape[:-1], weight.shape[0]), channel_first)
+    return y if length else lay_out(y, channel_first)
+
+
+def _contiguous(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.contiguous()

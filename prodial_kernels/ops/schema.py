@@ -39,11 +39,15 @@ def linear_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _linear_forward(*arguments)
 
 
-def linear_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator ``linear_backward``, past the dispatcher where no one listens there."""
+def linear_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    """The operator ``linear_backward``, past the dispatcher where no one listens there.
+
+    What was not asked for is None or empty.
+    """
     if _dispatched(arguments):
-        return torch.ops.prodial_kernels.linear_backward(*arguments)
-    return _linear_backward(*arguments)
+        gradients: tuple[Tensor, ...] = torch.ops.prodial_kernels.linear_backward(*arguments)
+        return gradients
+    return _gradients(*arguments)
 
 
 def _dispatched(arguments: tuple[Any, ...]) -> bool:
@@ -66,6 +70,13 @@ def _projector() -> ModuleType:
     from prodial_kernels.kernels import projector
 
     return projector
+
+
+@cache
+def _needs(*needs: bool) -> Hashable:
+    """What the kernels' ``backward`` takes; one object for one choice."""
+    made: Hashable = _projector().Needs(*needs)
+    return made
 
 
 @cache
@@ -140,7 +151,7 @@ def _linear_forward_fake(
     return y, x.new_empty(m, padded_rank(lora_a.shape[0]))
 
 
-def _linear_backward(
+def _gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -161,8 +172,8 @@ def _linear_backward(
     need_a: bool,
     need_b: bool,
     need_bias: bool,
-) -> tuple[Tensor, ...]:
-    """The six gradients; an empty tensor for each that is not asked for.
+) -> tuple[Tensor | None, ...]:
+    """The six gradients; None for each that is not asked for.
 
     dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
     """
@@ -172,12 +183,17 @@ def _linear_backward(
         if need_blocks:
             dblocks = dense_blocks_gradient(dy, x, weight, blocks, scale, relu)
         weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
-    needs = projector.Needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
+    needs = _needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
     dx, tiled_dblocks, *rest = _launched(
         projector.backward, (dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h),
         (lora_scaling, lora_dropout, relu, needs),
     )  # fmt: skip
-    gradients = (dx, tiled_dblocks if dblocks is None else dblocks, *rest)
+    return dx, tiled_dblocks if dblocks is None else dblocks, *rest
+
+
+def _linear_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The same as an operator may return it: empty where there is nothing."""
+    gradients = _gradients(dy, *arguments)
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 

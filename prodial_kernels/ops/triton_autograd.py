@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prodial_kernels.ops.layout import unit_stride_rows
+from prodial_kernels.ops.layout import token_matrix, unit_stride_rows
 from prodial_kernels.ops.schema import linear_backward, linear_forward
 
 
 class TritonProdialLinear(torch.autograd.Function):
-    """Keeps X, the adapter, H and, where the scale trains, Y. Derivation: ``ops/README.md``."""
+    """Keeps X, the adapter, H and, where the scale trains, Y. Derivation: ``ops/README.md``.
+
+    Reshaping to the matrices that the kernels take happens in here, where autograd makes no node
+    of it.
+    """
 
     @staticmethod
     def forward(
@@ -28,32 +32,57 @@ class TritonProdialLinear(torch.autograd.Function):
         seed: Tensor | None,
         lora_scaling: float,
         lora_dropout: float,
-        diagonal: str,
+        relu: bool,
         length: int,
     ) -> Tensor:
-        """X -> Y, in the layouts of the operator; ``seed`` [1] int64 switches dropout on."""
-        relu = diagonal == "relu"
+        """X [..., l, K] -> Y [..., l, N], or channel-first [..., N, l] where ``length`` is l.
+
+        ``seed`` [1] int64 switches dropout on.
+        """
+        matrix = token_matrix(x)
         y, h = linear_forward(
-            x, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout, relu,
-            length,
+            matrix, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout,
+            relu, length,
         )  # fmt: skip
-        kept_y = y if ctx.needs_input_grad[3] else None
+        n = weight.shape[0]
+        shape = (*x.shape[:-2], n, length) if length else (*x.shape[:-1], n)
+        if y.ndim != len(shape):
+            # A view made in here could not be changed in place by whoever receives it.
+            y = torch.ops.aten._unsafe_view(y, shape)
         ctx.save_for_backward(
-            x, weight, blocks, scale, lora_a, lora_b, bias, seed, kept_y,
-            None if lora_a is None else h,
+            matrix, weight, blocks, scale, lora_a, lora_b, bias, seed,
+            y if ctx.needs_input_grad[3] else None, None if lora_a is None else h,
         )  # fmt: skip
         ctx.options = (lora_scaling, lora_dropout, relu)
+        ctx.shape, ctx.length = x.shape, length
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients towards x, blocks, scale, lora_a, lora_b and bias; only those asked for."""
-        need_x, _, *need_adapter = ctx.needs_input_grad[:7]
-        dy = unit_stride_rows(grad_output)
-        gradients = linear_backward(dy, *ctx.saved_tensors, *ctx.options, need_x, *need_adapter)
-        dx, *adapter = (
-            gradient if needed else None
-            for gradient, needed in zip(gradients, (need_x, *need_adapter), strict=True)
-        )
-        return dx, None, *adapter, None, None, None, None, None
+        x, *operands, y, h = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dy = _matrix(grad_output, ctx.length)
+        dx, *adapter = linear_backward(
+            dy, x, *operands, None if y is None else _matrix(y, ctx.length), h, *ctx.options,
+            needs[0], *needs[2:7],
+        )  # fmt: skip
+        if dx is None or not needs[0]:
+            dx = None
+        elif x.ndim == 3:
+            dx = dx.mT
+        elif len(ctx.shape) != 2:
+            dx = dx.view(ctx.shape)
+        return (
+            dx, None,
+            *[part if need else None for part, need in zip(adapter, needs[2:7], strict=True)],
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _matrix(y: Tensor, length: int) -> Tensor:
+    """Y or dY, [..., l, N] -> [M, N], or channel-first [..., N, l] -> [b, N, l]."""
+    if length:
+        return unit_stride_rows(y if y.ndim == 3 else y.reshape(-1, *y.shape[-2:]))
+    return unit_stride_rows(y if y.ndim == 2 else y.reshape(-1, y.shape[-1]))
