@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import build, randomise_adapters
 from torch import nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
@@ -28,7 +29,6 @@ from prodial_kernels.training.parameter_groups import adapter_parameter_groups
 from prodial_kernels.training.state import Position, load_state, save_state
 from prodial_kernels.training.step import EagerStep
 from prodial_kernels.training.steps import make_step
-from tests.models import build, randomise_adapters
 
 CUDA = torch.device("cuda")
 

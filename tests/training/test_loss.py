@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import FAMILIES, build, randomise_adapters, token_ids
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,6 @@ from prodial_kernels.training.loss import (
     make_loss,
     negative_log_likelihoods,
 )
-from tests.models import FAMILIES, build, randomise_adapters, token_ids
 
 # Families that multiply or divide their logits, and by what.
 SCALED = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import build
 from torch import nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
@@ -21,7 +22,6 @@ from prodial_kernels.training.optimizers import (
 )
 from prodial_kernels.training.parameter_groups import adapter_parameter_groups
 from prodial_kernels.training.state import Position, load_state, save_state
-from tests.models import build
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
