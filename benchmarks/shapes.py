@@ -37,7 +37,9 @@ def mamba2(
     )
 
 
-# From the configurations that the models are published with.
+# From the configurations that the models are published with: config.json of state-spaces/mamba-*
+# and mamba2-*, tiiuae/falcon-mamba-7b, Zyphra/Zamba2-*; vision_mamba's model definitions; and the
+# table of sizes in transformers' page on FalconH1 (d_ssm = heads × d_head; one group by default).
 MODELS: Mapping[str, Projectors] = {
     "mamba-130m": mamba1(768, 24),
     "mamba-370m": mamba1(1024, 48),
@@ -57,4 +59,6 @@ MODELS: Mapping[str, Projectors] = {
     "zamba2-2.7b": mamba2(2560, 54, 64),
     "falcon-h1-0.5b": mamba2(1024, 36, 128, inner=1536),
     "falcon-h1-1.5b": mamba2(2048, 24, 256, inner=3072),
+    "falcon-h1-3b": mamba2(2560, 32, 256, inner=4096, head=128),
+    "falcon-h1-7b": mamba2(3072, 44, 256, inner=3072, head=128),
 }

@@ -1,10 +1,11 @@
 """Sweep the kernels' launch configurations and write the table of the fastest.
 
-    python -m benchmarks.tune [--model mamba-130m] [--only backward] [--write]
+    python -m benchmarks.tune [--model mamba-130m] [--only backward] [--budget SECONDS] [--write]
 
 For each shape the search starts from what the package chooses and changes one field at a time,
 keeping what makes the whole step faster. Every configuration is checked against fp64 before it
-is timed: a compiler can get some of them wrong. Without ``--write`` the table is only printed.
+is timed: a compiler can get some of them wrong. When the budget is spent, the search ends with
+what it found. Without ``--write`` the table is only printed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,29 +33,27 @@ prepare_process()
 import torch  # noqa: E402
 
 from benchmarks.cases import TABLE_SHAPES, Case, draw, model_cases, rotating_sets  # noqa: E402
+from benchmarks.descent import Changes, Value, descend, field_of  # noqa: E402
 from benchmarks.environment import ROOT, cache_bytes, cpu_count  # noqa: E402
 from benchmarks.gate import Gate, Refusal  # noqa: E402
 from benchmarks.rivals import OURS, Rival, select  # noqa: E402
 from benchmarks.rivals.layer import Step  # noqa: E402
 from benchmarks.timing import Replay, interleave  # noqa: E402
 from prodial_kernels.kernels.launch import padded_rank  # noqa: E402
+from prodial_kernels.kernels.taped import forget  # noqa: E402
 from prodial_kernels.kernels.tuned import (  # noqa: E402
     Key,
-    Value,
     device_family,
     key_of,
     with_fields,
 )
 from prodial_kernels.kernels.tuned_table import TABLE  # noqa: E402
 
-Changes = Mapping[str, Value]
 Entries = dict[Key, dict[str, Value]]
 TABLE_FILE = ROOT / "prodial_kernels" / "kernels" / "tuned_table.py"
 # The module that asks for configurations; the choosers are replaced there and nowhere else.
 CALLER = "prodial_kernels.kernels.projector"
-# An improvement below this is not worth an entry.
-WORTHWHILE = 0.01
-
+BUDGET_S = 540.0
 _GEMM: Mapping[str, tuple[Value, ...]] = {
     "block_m": (64, 128), "block_n": (64, 128, 256), "block_k": (32, 64, 128),
     "num_warps": (4, 8), "num_stages": (2, 3, 4, 5), "group_m": (4, 8, 16),
@@ -118,57 +119,13 @@ def chosen(chooser: str, changes: Changes, caller: str = CALLER) -> Iterator[lis
         return returned[-1]
 
     setattr(module, chooser, choose)
+    # A call that was met before would be launched as it was recorded, and nothing chosen.
+    forget()
     try:
         yield returned
     finally:
         setattr(module, chooser, original)
-
-
-def descend(
-    values: Mapping[str, Sequence[Value]],
-    evaluate: Callable[[Sequence[Changes]], Sequence[float | None]],
-    start: Mapping[str, Value],
-    passes: int = 2,
-) -> dict[str, Value]:
-    """Change one field at a time, keeping the best, until a pass over all fields finds nothing.
-
-    Args:
-        values: What to try, by field.
-        evaluate: Gives the time of each of several sets of changes relative to no change at all,
-            or None for one that cannot run or computes something else.
-        start: The fields' values where the search starts.
-        passes: At most so many passes.
-
-    Returns:
-        The changes to the start, empty where nothing was worth it.
-    """
-    best: dict[str, Value] = {}
-    best_time = 1.0
-    for _ in range(passes):
-        before = dict(best)
-        for name, candidates in values.items():
-            now = best.get(name, start[name])
-            tried = [{**best, name: value} for value in candidates if value != now]
-            for changes, time in zip(tried, evaluate(tried), strict=True):
-                if time is not None and time < best_time * (1 - WORTHWHILE):
-                    best, best_time = dict(changes), time
-        if best == before:
-            break
-    return {name: value for name, value in best.items() if value != start[name]}
-
-
-def field_of(config: Any, name: str) -> Value:
-    """The value of ``outer.inner`` in nested dataclasses.
-
-    Raises:
-        ValueError: No such field.
-    """
-    for part in name.split("."):
-        if not hasattr(config, part):
-            raise ValueError(f"values: {type(config).__name__} has no field {part!r}")
-        config = getattr(config, part)
-    value: Value = config
-    return value
+        forget()
 
 
 class Search:
@@ -182,22 +139,39 @@ class Search:
         count = rotating_sets(case, cache_bytes(device))
         self.sets = [draw(case, device, seed) for seed in range(count)]
 
-    def tune(self, sweep: Sweep) -> dict[str, Value]:
-        """Return the worthwhile changes to what ``sweep.chooser`` returns on this case."""
+    def tune(self, sweep: Sweep, until: float = math.inf) -> dict[str, Value]:
+        """Return the worthwhile changes to what ``sweep.chooser`` returns on this case.
+
+        Args:
+            sweep: What to try.
+            until: When to stop, on :func:`time.monotonic`'s clock.
+        """
         with chosen(sweep.chooser, {}) as returned:
             unchanged = self._replay()
         if not returned:
             raise ValueError(f"chooser: {sweep.chooser} was not asked on {self.case}")
         start = {name: field_of(returned[0], name) for name in sweep.values}
+        # All single changes at once fill every process; most of the search is among them.
+        singles = [
+            {name: value}
+            for name, values in sweep.values.items()
+            for value in values
+            if value != start[name]
+        ]
+        ran = dict(zip(map(_frozen, singles), self._compile(sweep, singles), strict=True))
 
         def evaluate(candidates: Sequence[Changes]) -> list[float | None]:
-            runs = self.compile(self.case, sweep.chooser, candidates)
+            new = [changes for changes in candidates if _frozen(changes) not in ran]
+            ran.update(zip(map(_frozen, new), self._compile(sweep, new), strict=True))
             return [
-                self._relative(sweep.chooser, changes, unchanged) if good else None
-                for changes, good in zip(candidates, runs, strict=True)
+                self._relative(sweep.chooser, changes, unchanged) if ran[_frozen(changes)] else None
+                for changes in candidates
             ]
 
-        return descend(sweep.values, evaluate, start)
+        return descend(sweep.values, evaluate, start, until=until)
+
+    def _compile(self, sweep: Sweep, candidates: Sequence[Changes]) -> list[bool]:
+        return self.compile(self.case, sweep.chooser, candidates) if candidates else []
 
     def _relative(self, chooser: str, changes: Changes, unchanged: Replay) -> float | None:
         try:
@@ -215,6 +189,10 @@ class Search:
         for step in steps:
             step()
         return Replay(steps, self.device)
+
+
+def _frozen(changes: Changes) -> frozenset[tuple[str, Value]]:
+    return frozenset(changes.items())
 
 
 class Compilers:
@@ -285,9 +263,13 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = [sweep.kernel for sweep in SWEEPS]
     parser.add_argument("--model", help="shapes of one model (default: those of the table)")
     parser.add_argument("--only", choices=kernels, action="append", help="may be repeated")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET_S, metavar="SECONDS", help="for the whole search"
+    )
     parser.add_argument("--write", action="store_true", help=f"update {TABLE_FILE.name}")
     parser.add_argument("--output", type=Path, default=TABLE_FILE, help="where --write writes")
     options = parser.parse_args(arguments)
+    until = time.monotonic() + options.budget
     if not torch.cuda.is_available():
         print("benchmarks.tune: needs a CUDA device, found none", file=sys.stderr)
         return 2
@@ -298,13 +280,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     entries: Entries = {key: dict(entry) for key, entry in TABLE.items()}
     compilers = Compilers()
-    for case in cases:
+    sweeps = [s for s in SWEEPS if not options.only or s.kernel in options.only]
+    for count, case in enumerate(cases):
+        if time.monotonic() > until:
+            left = "; ".join(str(case) for case in cases[count:])
+            print(f"the time is over, not searched: {left}", flush=True)
+            break
         search = Search(case, "cuda", compilers)
-        for sweep in SWEEPS:
-            if options.only and sweep.kernel not in options.only:
-                continue
+        for sweep in sweeps:
             key = key_for(sweep, case)
-            entry = {**entries.get(key, {}), **search.tune(sweep)}
+            # Every shape gets its share of what is left.
+            share = (until - time.monotonic()) / (len(cases) - count) / len(sweeps)
+            found = search.tune(sweep, time.monotonic() + share)
+            entry = {**entries.get(key, {}), **found}
             print(f"{case} {sweep.kernel}: {json.dumps(entry)}", flush=True)
             if entry:
                 entries[key] = entry

@@ -13,7 +13,7 @@ from typing import get_type_hints
 import pytest
 
 from benchmarks import tune
-from prodial_kernels.kernels import projector, tuned
+from prodial_kernels.kernels import projector, taped, tuned
 from prodial_kernels.kernels.tuned_table import TABLE
 
 
@@ -52,6 +52,28 @@ def test_descent_returns_nothing_for_nothing() -> None:
     values = {"block": (32, 64)}
     assert tune.descend(values, lambda c: [0.995] * len(c), {"block": 64}, passes=1) == {}
     assert tune.descend(values, lambda c: [0.98] * len(c), {"block": 64}, passes=1) == {"block": 32}
+
+
+def test_descent_ends_when_the_time_is_over() -> None:
+    def evaluate(candidates: Sequence[Mapping[str, object]]) -> list[float | None]:
+        raise AssertionError("nothing is evaluated")
+
+    assert tune.descend({"block": (32, 64)}, evaluate, {"block": 64}, until=0.0) == {}
+
+
+def test_a_changed_choice_is_not_overruled_by_a_recorded_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = types.ModuleType("caller_with_tapes")
+    module.choose = lambda: Config()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for known in (taped._tapes, taped._met):
+        monkeypatch.setitem(known, "a call", None)
+    with tune.chosen("choose", {}, caller=module.__name__):
+        assert "a call" not in taped._tapes
+        assert "a call" not in taped._met
+        taped._tapes["a call"] = None
+    assert "a call" not in taped._tapes
 
 
 def test_every_sweep_names_a_chooser_and_its_fields() -> None:
