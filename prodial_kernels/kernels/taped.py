@@ -54,22 +54,7 @@ def taped(
     if first is None or not _on_device(first) or hooked() or recorder() is not None:
         return function(*tensors, *options)
 
-    addresses = []
-    described: list[Hashable] = [function, first.get_device(), options]
-    misaligned = 0
-    for tensor in tensors:
-        if tensor is None:
-            addresses.append(0)
-            described.append(None)
-        else:
-            address = tensor.data_ptr()
-            addresses.append(address)
-            described.append((tensor.shape, tensor.stride(), tensor.dtype))
-            misaligned |= address
-    if misaligned & 15:
-        described.append(tuple(address & 15 for address in addresses))
-    key = tuple(described)
-
+    key, addresses = call_key(function, tensors, options)
     tape = _tapes.get(key)
     if tape is not None:
         return tape.replay(addresses)
@@ -87,6 +72,31 @@ def taped(
         if recording.obstacle is not None:
             _report(recording.obstacle)
     return result
+
+
+def call_key(
+    function: Function, tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
+) -> tuple[Hashable, list[int]]:
+    """Return what calls have in common that one tape is for, and the operands' addresses.
+
+    The tensors' device is the first one's. Addresses divide by 16 unless the key says otherwise.
+    """
+    addresses = []
+    first = tensors[0]
+    described: list[Hashable] = [function, -1 if first is None else first.get_device(), options]
+    misaligned = 0
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(0)
+            described.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            described.append((tensor.shape, tensor.stride(), tensor.dtype))
+            misaligned |= address
+    if misaligned & 15:
+        described.append(tuple(address & 15 for address in addresses))
+    return tuple(described), addresses
 
 
 def _on_device(tensor: Tensor) -> bool:
