@@ -85,9 +85,19 @@ def apply_levels(model: nn.Module, levels: Sequence[str]) -> AppliedLevels:
 
 def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: Any,
                          **kwargs: Any) -> Any:  # fmt: skip
-    """``block(*args, **kwargs)``, computed again in backward; first argument: hidden states."""
+    """``block(*args, **kwargs)``, computed again in backward; first argument: hidden states.
+
+    Raises:
+        ValueError: A cache is passed.
+    """
     if not (block.training and torch.is_grad_enabled() and args):
         return upstream(block, *args, **kwargs)
+    cached = [name for name in _CACHES if kwargs.get(name) is not None]
+    if cached:
+        raise ValueError(
+            f"{cached[0]} in training: a block that runs again in backward would write its cache "
+            "twice; call the model with use_cache=False"
+        )
     rounded_to = _dtype_of_norm(block) if has_separate_norm(block) else None
     hidden = _Input(args[0], rounded_to)
 
@@ -99,6 +109,10 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
     )
     hidden.shrink()
     return output
+
+
+# What the families call a cache.
+_CACHES = ("cache_params", "past_key_values", "past_key_value", "inference_params")
 
 
 def norm_again_forward(block: nn.Module, upstream: Callable[..., Any], *args: Any,

@@ -73,6 +73,9 @@ def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
     if level == KEEP or not layer.separate_norm:
         # fp32 copy of the norm's input (or the fp32 residual), with its output, which is X.
         norm += _FP32 * m * (layer.width + 1)
+    if level == RECOMPUTE and layer.two_streams:
+        # Made again from the residual, and out_proj's output is not kept in its place.
+        norm -= c * m * layer.width
     return norm + _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
 
 
@@ -82,11 +85,13 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
     low_rank = c * m * _padded(layer.rank)
     if layer.mixer == MAMBA:
         chunks = tokens.batch * -(-tokens.length // _SCAN_CHUNK)
-        scan = 2 * _FP32 * chunks * inner * state + _FP32 * inner * state  # states, A
+        # States; A, D and dt's bias in fp32.
+        scan = 2 * _FP32 * chunks * inner * state + _FP32 * inner * (state + 2)
         dbc = c * m * (layer.dt_rank + 2 * state)
         if layer.fused:
-            # xz with in_proj's H, x_proj's output, the ungated output.
-            return (c * m * layer.projected if xz else 0) + low_rank + dbc + c * m * inner + scan
+            # xz, x_proj's output, the ungated output, H of both projectors.
+            dense = (layer.projected if xz else 0) + inner
+            return c * m * dense + dbc + 2 * low_rank + scan
         # in_proj's output, contiguous u, delta, z, the ungated output, out_proj's input, its
         # output; the norms of dt, B and C in fp32.
         mixer = c * m * (layer.projected + 5 * inner + layer.width)
