@@ -189,7 +189,8 @@ class Crew:
         try:
             if self.ceilings is None:
                 self._ask(seat, {"do": "ceilings", "dtype": job.dtype})
-                self.ceilings = Ceilings(**seat.worker.answer(PATIENCE_S))
+                best = seat.worker.answer(PATIENCE_S)
+                self.ceilings = Ceilings(best["flops"], best["bandwidth"])
             request = {"do": "measure", "id": number, "ceilings": asdict(self.ceilings)}
             self._ask(seat, request)
             answer = seat.worker.answer(PATIENCE_S)

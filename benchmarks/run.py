@@ -17,7 +17,8 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from benchmarks.measure import Row  # noqa: E402
 from benchmarks.shapes import MODELS  # noqa: E402
 from benchmarks.task import Task  # noqa: E402
 
-BUDGET_S, QUICK_BUDGET_S = 350.0, 80.0
+BUDGET_S, QUICK_BUDGET_S = 350.0, 100.0
 # Kept back for pictures and what ends the run.
 CLOSING_S = 10.0
 # Of the device's free memory; the rest is for what checking takes on top of it.
@@ -162,9 +163,7 @@ def _measure(
     until = started + budget - CLOSING_S if budget > 0 else float("inf")
     if options.tiny and options.budget is None:
         until = float("inf")
-    # What a time limit outside ends must end the workers too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with _doing(options, jobs, device) as crew:
+    with _ended_by_signals(), _doing(options, jobs, device) as crew:
 
         def take(job: Task, rows: list[Row]) -> None:
             first = not (record["rows"] or record["modules"])
@@ -180,6 +179,16 @@ def _measure(
                 print("\n" + text, flush=True)
 
         crew.run(jobs, until, take)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A time limit outside ends the run as an error does, and so its workers too."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _doing(

@@ -123,7 +123,7 @@ def interleave(
     order = list(replays)
     samples: dict[str, list[float]] = {name: [] for name in order}
     until = time.perf_counter() + warm_s
-    while time.perf_counter() < until:
+    while order and time.perf_counter() < until:
         replays[order[0]].sample()
     shuffler = random.Random(0)
     for _ in range(rounds):

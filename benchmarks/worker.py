@@ -74,7 +74,8 @@ class Server:
                 return {"us": prepared.sample(), "rows": list(prepared.rows.values())}
             case "ceilings":
                 dtype = getattr(torch, request["dtype"])
-                return asdict(measure_ceilings(self.device, dtype, tiny=self.device == "cpu"))
+                ceilings = measure_ceilings(self.device, dtype, tiny=self.device == "cpu")
+                return {**asdict(ceilings), **self._state()}
             case other:
                 raise ValueError(f"do: got {other!r}")
 

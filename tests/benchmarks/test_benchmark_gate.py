@@ -81,6 +81,15 @@ def test_a_rival_that_trains_less_is_refused() -> None:
         Gate(CASE, "cpu").check(Rival("wrong", "ProDiaL", prepare))
 
 
+def test_a_case_of_which_nothing_runs_has_its_reasons() -> None:
+    def prepare(case: LinearCase) -> Layer:
+        raise RuntimeError("out of everything")
+
+    warm = replace(TINY_SETTINGS, warm_s=0.01)
+    (row,) = measure_case(CASE, (Rival("broken", "ProDiaL", prepare),), "cpu", CEILINGS, warm)
+    assert row["status"] == "failed: RuntimeError: out of everything"
+
+
 def test_a_rival_that_fails_does_not_end_the_run() -> None:
     def prepare(case: LinearCase) -> Layer:
         raise RuntimeError("out of everything")
