@@ -64,7 +64,7 @@ class RunPlan:
 
     def advice(self) -> str:
         """What would take clearly less memory than the plan, as a sentence."""
-        less = int(_LESS * self.plan.total)
+        less = int(_LESS * self.plan.peak.total) + self.plan.context
         budget = less if self.plan.budget is None else min(self.plan.budget, less)
         return what_would_fit(
             self.model, self.job, budget=budget, activations=self.activations, device=self.device

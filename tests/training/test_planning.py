@@ -1,0 +1,195 @@
+"""The plan of a run: from its options to levels, limits and what is printed; CUDA is feigned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import tiny_mamba2, write_text, write_tiny_model
+
+from prodial_kernels import ProdialConfig, apply_prodial, cli
+from prodial_kernels.training import FinetuneConfig, finetune, planning
+from prodial_kernels.training.device_memory import MeasuredMemory, limited, measure
+from prodial_kernels.training.memory_activations import CHECKPOINT, KEEP, NORM
+from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlanError
+from prodial_kernels.training.planning import RunPlan, comparison_text, plan_run, requested_levels
+
+GIB = 2**30
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    write_tiny_model(folder / "model")
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """An 80 GiB device, of which half is free; kernels are installed."""
+    state: dict[str, Any] = {"free": 40 * GIB, "total": 80 * GIB, "fractions": []}
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "mem_get_info", lambda device: (state["free"], state["total"]))
+    monkeypatch.setattr(cuda, "memory_reserved", lambda device: GIB)
+    monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: 3 * GIB)
+    monkeypatch.setattr(cuda, "max_memory_reserved", lambda device: 4 * GIB)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(
+        cuda, "set_per_process_memory_fraction",
+        lambda fraction, device: state["fractions"].append(fraction),
+    )  # fmt: skip
+    monkeypatch.setattr(planning, "kernels_available", lambda: True)
+    return state
+
+
+def config(place: Path, **options: Any) -> FinetuneConfig:
+    defaults = {"model": str(place / "model"), "data": str(place / "text.txt")}
+    sizes = {"batch_size": 64, "seq_len": 512}
+    return FinetuneConfig(**{**defaults, **sizes, **options}).resolved()
+
+
+def planned(place: Path, **options: Any) -> RunPlan:
+    plan = plan_run(config(place, **options), CUDA, torch.bfloat16)
+    assert plan is not None
+    return plan
+
+
+def test_without_a_budget_what_is_free_is_used(place: Path, device: dict[str, Any]) -> None:
+    plan = planned(place)
+    # What is free, what PyTorch already holds, and the context that exists.
+    assert plan.plan.budget == 41 * GIB + plan.device.context
+    assert (plan.limit, plan.allowed) == (None, None)
+    assert set(plan.plan.levels) == {KEEP}
+    device["free"] = 0
+    # Nothing fits; it is tried all the same, as small as it goes.
+    assert not planned(place, batch_size=512).plan.fits
+
+
+def test_a_budget_chooses_levels(place: Path, device: dict[str, Any]) -> None:
+    free = planned(place)
+    middle = (free.plan.total + planned(place, activations="checkpoint").plan.total) // 2
+    plan = planned(place, memory_budget=str(middle))
+    assert plan.plan.fits
+    assert plan.plan.budget == plan.limit == middle
+    assert plan.allowed == middle - plan.device.context
+    assert set(plan.plan.levels) != {KEEP}
+    assert plan.plan.total < free.plan.total
+    with pytest.raises(MemoryPlanError, match="does not fit into the memory budget of 660 MiB"):
+        planned(place, memory_budget="660MiB")
+
+
+def test_a_budget_beyond_the_device_is_what_the_device_has(
+    place: Path, device: dict[str, Any]
+) -> None:
+    plan = planned(place, memory_budget="1TiB")
+    assert plan.plan.budget == 41 * GIB + plan.device.context
+
+
+def test_a_run_is_described_as_it_will_be(place: Path, device: dict[str, Any]) -> None:
+    plan = planned(place, r=5, cuda_graph="off", grad_accumulation=2)
+    model = tiny_mamba2()
+    report = apply_prodial(model, ProdialConfig(r=5))
+    assert plan.model.trained == report.trainable
+    assert [layer.rank for layer in plan.model.layers] == [5, 5]
+    assert (plan.job.batch, plan.job.length, plan.job.itemsize) == (64, 512, 2)
+    assert (plan.job.graph, plan.job.accumulates, plan.job.full) == (False, True, False)
+    assert plan.job.loss_rows > 512
+    assert planned(place, cuda_graph="on").job.graph
+    assert planned(place, batch_size=4).job.graph
+    assert planned(place, optimizer="adamw8bit", loss="full").job.optimizer == "adamw8bit"
+    full = planned(place, method="full")
+    assert full.job.full
+    assert full.model.trained == sum(p.numel() for p in model.parameters()) - report.trainable
+    lora = planned(place, method="lora")
+    assert 0.8 < lora.model.trained / planned(place).model.trained < 1.2
+
+
+def test_cannot_keep_a_budget_that_nothing_is_known_about(
+    place: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MemoryPlanError, match=r"8GiB.*this run is on the CPU"):
+        plan_run(config(place, memory_budget="8GiB"), torch.device("cpu"), torch.float32)
+    assert plan_run(config(place), torch.device("cpu"), torch.float32) is None
+    monkeypatch.setattr(planning, "kernels_available", lambda: False)
+    with pytest.raises(MemoryPlanError, match="mamba-ssm and causal-conv1d are not installed"):
+        plan_run(config(place, memory_budget="8GiB"), CUDA, torch.bfloat16)
+    assert plan_run(config(place), CUDA, torch.bfloat16) is None
+
+
+def test_advice_is_below_the_plan(place: Path, device: dict[str, Any]) -> None:
+    plan = planned(place, activations="keep", batch_size=1024)
+    assert "What fits: activations 'auto'" in plan.advice()
+
+
+def test_measured_beside_predicted(place: Path, device: dict[str, Any]) -> None:
+    plan = planned(place)
+    measured = measure(CUDA)
+    assert measured == MeasuredMemory(3 * GIB, 4 * GIB, 39 * GIB)
+    memory = plan.compared(measured)
+    assert memory["ratio"] == 3 * GIB / plan.plan.peak.total
+    assert memory["measured"] == {"allocated": 3 * GIB, "reserved": 4 * GIB, "outside": 39 * GIB}
+    text = comparison_text(memory)
+    assert text.startswith("3.00 GiB of tensors, predicted ")
+    assert "4.00 GiB reserved, 39.00 GiB outside PyTorch (allowed for: 640 MiB)" in text
+
+
+def test_the_limit_is_taken_back(device: dict[str, Any]) -> None:
+    with limited(CUDA, None):
+        pass
+    assert device["fractions"] == []
+    with pytest.raises(KeyError), limited(CUDA, 8 * GIB):
+        raise KeyError
+    assert device["fractions"] == [0.1, 1.0]
+    with limited(CUDA, 800 * GIB):
+        pass
+    assert device["fractions"][2:] == [1.0, 1.0]
+
+
+def test_levels_without_a_plan() -> None:
+    model = tiny_mamba2()
+    apply_prodial(model, ProdialConfig(r=2))
+    assert requested_levels(model, "auto") is requested_levels(model, "keep") is None
+    assert requested_levels(model, "recompute") == (NORM, NORM)
+    assert requested_levels(model, "checkpoint") == (CHECKPOINT, CHECKPOINT)
+
+
+def test_a_planned_run_prints_and_reports(
+    place: Path, tmp_path: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The whole way with a plan, on the CPU: what a plan decides is done and reported."""
+    from prodial_kernels.training import finetuning
+
+    def plan(config: FinetuneConfig, where: torch.device, dtype: torch.dtype) -> Any:
+        return plan_run(config, CUDA, dtype)
+
+    monkeypatch.setattr(finetuning, "plan_run", plan)
+    monkeypatch.setattr(finetuning, "measure", lambda where: MeasuredMemory(GIB, GIB, 0))
+    options = {"batch_size": 2, "seq_len": 32, "steps": 2, "eval_tokens": 64}
+    run = config(
+        place, output=str(tmp_path / "run"), device="cpu", activations="recompute",
+        memory_budget="8GiB", **options,
+    )  # fmt: skip
+    result = finetune(run)
+    assert result.memory is not None
+    assert result.memory["plan"]["levels"] == {NORM: 2}
+    assert result.memory["measured"]["allocated"] == GIB
+    assert "measured / predicted" in str(result)
+    printed = capsys.readouterr().err
+    assert "memory plan: all 2 layers compute the norm before in_proj again" in printed
+    assert "peak memory: 1.00 GiB of tensors, predicted" in printed
+    # 8 GiB less the context, of 80.
+    expected = (8 * GIB - DeviceMemory().context) / (80 * GIB)
+    assert device["fractions"] == [pytest.approx(expected), 1.0]
+
+
+def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    assert "--memory-budget SIZE" in text
+    assert "--activations {auto,keep,recompute,checkpoint}" in text
