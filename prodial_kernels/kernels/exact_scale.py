@@ -38,7 +38,9 @@ def _exact_scale_kernel(
     )  # fmt: skip
     if tl.max(tl.max(tl.where(part != part, 1, 0), 0), 0) > 0:
         lane = tl.arange(0, WINDOW)
-        for span in range(tl.program_id(1), tl.cdiv(K, SPAN), tl.num_programs(1)):
+        spans = tl.cdiv(K, SPAN)
+        # Not pipelined, whatever becomes of the loop inside: of one token nothing is left of it.
+        for span in tl.range(tl.program_id(1), spans, tl.num_programs(1), num_stages=1):
             offs_k = span * SPAN + lane
             mask_k = (lane < SPAN) & (offs_k < K)
             acc = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)

@@ -16,9 +16,10 @@ from prodial_kernels.kernels.tiles import (
     token_shape,
 )
 
-# The widest slice of L, and the widest L, that the epilogue adds with pointers.
+# The widest slice of L that the epilogue adds at a time; by pointers, slices of 32 came out wrong
+# or reached outside of memory (triton 3.6.0, H100), slices of 16 are right.
+SLICE = 32
 POINTER_SLICE = 16
-POINTER_RANK = 16
 
 
 @triton.jit
@@ -253,9 +254,8 @@ def launch_gemm(
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     operands = (left, right, inner, factor if outer is not None else None, target)
     tma = config.tma and all(tma_ready(t) for t in operands if t is not None)
-    # With pointers slices of 32 of L in the epilogue came out wrong (triton 3.6.0, H100).
-    r_block = min(r_pad, 32 if tma else POINTER_SLICE)
-    wide = outer is not None and r_pad > (MAX_FUSED_RANK if tma else POINTER_RANK)
+    r_block = min(r_pad, SLICE if tma else POINTER_SLICE)
+    wide = outer is not None and r_pad > MAX_FUSED_RANK
     update = outer is not None and not wide
     if wide:
         added, r_pad, r_block = None, 16, 16
