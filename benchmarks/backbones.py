@@ -228,7 +228,8 @@ def measure(step: Callable[[], None], rounds: int = 5) -> tuple[float, float]:
     peak = torch.cuda.max_memory_allocated() / 2**20
     release()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer one, as a recording that fails leaves its stream the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         step()
     graph.replay()
     times = []

@@ -144,7 +144,9 @@ def prepare_case(
                 step.both()
             with alone:
                 errors = gate.check(rival)
-                release(device)
+                # Not also a collection, which takes longer than the check once a compiler is there.
+                if device.startswith("cuda"):
+                    torch.cuda.empty_cache()
             prepared.contenders.append(_record(steps, rival, errors, device, pool, settings))
         if row["status"]:
             # A recording that failed leaves its pool unusable; what it held is freed here.

@@ -97,9 +97,18 @@ class Replay:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
-            for step in self.steps:
-                step()
+        try:
+            # The outer one, as a recording that fails leaves its stream the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=pool),  # type: ignore[arg-type]
+            ):
+                for step in self.steps:
+                    step()
+        except RuntimeError as error:
+            # What is raised says that something went wrong before; this says what.
+            first = error.__context__ or error
+            raise RuntimeError(f"while recording: {type(first).__name__}: {first}") from error
         self.graph = graph
         self.run()
 
