@@ -150,6 +150,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     loaded = load_adapted(
         values.get("model"), values.get("adapter"),
         device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
+        quantize=values.get("quantize"),
     )  # fmt: skip
     if "lm_eval" in args:
         print(
@@ -175,6 +176,7 @@ def _merge(args: argparse.Namespace) -> int:
     agreement = merge_to_directory(
         values.get("model"), args.adapter, args.output, replace="force" in args,
         device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
+        quantize=values.get("quantize"),
     )  # fmt: skip
     print(f"wrote {args.output}; merged and unmerged {agreement}")
     return 0

@@ -16,6 +16,7 @@ from prodial_kernels.training.config import (
     LOSSES,
     METHODS,
     OPTIMIZERS,
+    QUANTIZE,
     SCHEDULES,
     STDLIB_EVAL_TOKENS,
     STDLIB_MAX_BYTES,
@@ -243,7 +244,11 @@ def add_adapter_options(group: Any) -> None:
 
 
 def add_device_options(group: Any) -> None:
-    """Add ``--device`` and ``--dtype``."""
+    """Add ``--device``, ``--dtype`` and ``--quantize``."""
+    group.add_argument(
+        "--quantize", choices=QUANTIZE,
+        help="store the base model's projectors so; an adapter keeps to what it was trained on",
+    )  # fmt: skip
     group.add_argument("--device", choices=DEVICES, help="auto: CUDA where there is one")
     group.add_argument(
         "--dtype", choices=DTYPES, help="compute dtype; auto: bfloat16 on CUDA, float32 on a CPU"

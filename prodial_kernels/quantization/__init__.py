@@ -24,14 +24,20 @@ from prodial_kernels.quantization.convert import (
     quantize_linear,
 )
 from prodial_kernels.quantization.layer import QuantizedLinear
+from prodial_kernels.quantization.loading import load_quantized
 from prodial_kernels.quantization.model import QuantizationReport, quantize_model
+from prodial_kernels.quantization.random_weights import RandomWeights
+from prodial_kernels.quantization.tensor_files import TensorFiles
 
 __all__ = [
     "FORMATS",
     "QuantizationError",
     "QuantizationReport",
     "QuantizedLinear",
+    "RandomWeights",
+    "TensorFiles",
     "from_state_dict",
+    "load_quantized",
     "quantization_error",
     "quantize_linear",
     "quantize_model",

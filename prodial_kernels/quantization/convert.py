@@ -18,7 +18,9 @@ _CLASSES: dict[str, type[QuantizedLinear]] = {
     cls.FORMAT: cls for cls in (NF4Linear, Int8Linear, FP8Linear)
 }
 FORMATS = tuple(_CLASSES)
-_SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8", "weight_scale_inv": "fp8"}
+SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8", "weight_scale_inv": "fp8"}
+"""The entry of a state dict by which a layer in a format is recognised."""
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,10 +95,10 @@ def from_state_dict(
     entries = {
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
     }
-    format = next((_SIGNS[name] for name in entries if name in _SIGNS), None)
+    format = next((SIGNS[name] for name in entries if name in SIGNS), None)
     if format is None:
         raise ValueError(
-            f"no quantised weight under prefix {prefix!r}: expected one of {', '.join(_SIGNS)} "
+            f"no quantised weight under prefix {prefix!r}: expected one of {', '.join(SIGNS)} "
             f"beside weight, found {', '.join(sorted(entries)[:8]) or 'nothing'}"
         )
     return _CLASSES[format].from_entries(entries, entries.get("bias"), dtype)

@@ -33,10 +33,12 @@ class QuantizationReport:
     bytes_after: int
 
     def __str__(self) -> str:
+        sizes = f"{self.bytes_before / 2**20:,.1f} MiB -> {self.bytes_after / 2**20:,.1f} MiB"
+        if not self.errors:
+            return f"layers stored in {self.format}: {sizes}"
         path, worst = max(self.errors.items(), key=lambda item: item[1].relative_rms)
         return (
-            f"{len(self.errors)} layers in {self.format}: {self.bytes_before / 2**20:,.1f} MiB -> "
-            f"{self.bytes_after / 2**20:,.1f} MiB; largest error in {path}: {worst}"
+            f"{len(self.errors)} layers in {self.format}: {sizes}; largest error in {path}: {worst}"
         )
 
 
@@ -63,6 +65,36 @@ def quantize_model(
             the values of the weights.
     """
     check_choice("format", format, FORMATS)
+    errors = {}
+    before = after = 0
+    for path, *others in find_layers(model, target_modules):
+        dense = model.get_submodule(path)
+        if not isinstance(dense, nn.Linear):
+            raise RuntimeError(f"{path} changed while the model was being quantised")
+        try:
+            quantized = quantize_linear(dense, format)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+        errors[path] = quantization_error(dense.weight, quantized)
+        before += dense.weight.nbytes
+        after += quantized.packed_bytes
+        place(model, (path, *others), quantized)
+        # The last name of the dense layer, which would keep its weight alive.
+        del dense
+    return QuantizationReport(format, errors, before, after)
+
+
+def find_layers(model: nn.Module, target_modules: Iterable[str]) -> list[list[str]]:
+    """Return the dotted paths of each layer to quantise, of which a shared one has several.
+
+    Args:
+        model: Dense, or on the meta device.
+        target_modules: Names, or endings of dotted paths.
+
+    Raises:
+        TypeError: A match that is not a plain ``nn.Linear``.
+        ValueError: A name that matches nothing, or a match whose weight another module shares.
+    """
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     paths: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -79,27 +111,14 @@ def quantize_model(
             raise ValueError(f"target_modules {name!r} matches no module of this model")
     for module, found in matches.items():
         _check_replaceable(module, found[0], paths)
-    errors = {}
-    before = after = 0
-    for path, *others in list(matches.values()):
-        dense = model.get_submodule(path)
-        if not isinstance(dense, nn.Linear):
-            raise RuntimeError(f"{path} changed while the model was being quantised")
-        try:
-            quantized = quantize_linear(dense, format)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
-        errors[path] = quantization_error(dense.weight, quantized)
-        before += dense.weight.nbytes
-        after += quantized.packed_bytes
-        for place in (path, *others):
-            parent, _, name = place.rpartition(".")
-            setattr(model.get_submodule(parent), name, quantized)
-        # The last names of the dense layer, which would keep its weight alive.
-        matches.pop(dense)
-        paths.pop(dense)
-        del dense
-    return QuantizationReport(format, errors, before, after)
+    return list(matches.values())
+
+
+def place(model: nn.Module, paths: Iterable[str], layer: nn.Module) -> None:
+    """Put ``layer`` at every one of the dotted ``paths``."""
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
 
 
 def _check_replaceable(module: nn.Module, path: str, owners: Iterable[nn.Module]) -> None:

@@ -97,7 +97,8 @@ class NF4Linear(QuantizedLinear):
         absmax = torch.cat(scales)
         nested = None
         if double_quantization:
-            offset = absmax.mean()
+            # In fp64, where the order of the sum, which devices choose, rounds away.
+            offset = absmax.double().mean().float()
             nested_map = dynamic_map().to(weight.device)
             absmax, outer = quantize_blocks(absmax - offset, nested_map, NESTED_BLOCKSIZE)
             nested = (outer, nested_map, offset)

@@ -32,6 +32,7 @@ def load_adapted(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
 ) -> LoadedModel:
     """Load a model, and put a saved adapter into it.
 
@@ -41,6 +42,7 @@ def load_adapted(
         adapter: Directory of an adapter; None for the model alone.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
+        quantize: As for :func:`load_model`. An adapter belongs to the format it was trained on.
 
     Raises:
         AdapterError: The adapter is damaged, or does not belong to the model.
@@ -51,7 +53,9 @@ def load_adapted(
         if model is None:
             raise ModelError(f"the adapter in {adapter} names no base model; give it as the model")
     on = resolve_device(device)
-    loaded = load_model(model or EMBEDDED, device=on, dtype=resolve_dtype(dtype, on))
+    loaded = load_model(
+        model or EMBEDDED, device=on, dtype=resolve_dtype(dtype, on), quantize=quantize
+    )
     if adapter is not None:
         load_adapter(loaded.model, adapter)
         loaded = replace(loaded, name=f"{loaded.name} with the adapter in {adapter}")
@@ -66,10 +70,12 @@ def merge_to_directory(
     replace: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
 ) -> Agreement:
     """Fold an adapter into its base model and write a plain model in transformers' format.
 
-    The written model is loaded again and compared with the adapted one.
+    The written model is dense, also where the base is quantised. It is loaded again and compared
+    with the adapted one.
 
     Args:
         model: As for :func:`load_adapted`.
@@ -78,6 +84,7 @@ def merge_to_directory(
         replace: Whether an existing ``output`` is replaced.
         device: As for :func:`load_adapted`.
         dtype: As for :func:`load_adapted`; also the dtype of the written weights.
+        quantize: As for :func:`load_adapted`.
 
     Returns:
         How well merged and adapted model agree.
@@ -93,7 +100,7 @@ def merge_to_directory(
     # Before the model is loaded, which may take minutes.
     if path.exists() and not replace:
         raise FileExistsError(errno.EEXIST, "already exists (--force replaces it)", str(path))
-    loaded = load_adapted(model, adapter, device=device, dtype=dtype)
+    loaded = load_adapted(model, adapter, device=device, dtype=dtype, quantize=quantize)
     first = next(loaded.model.parameters())
     tokens = _probe_tokens(loaded)
     expected = logits_of(loaded.model, tokens)

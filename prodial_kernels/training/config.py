@@ -25,6 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LOSSES = ("auto", "chunked", "liger", "full")
 CUDA_GRAPHS = ("auto", "on", "off")
+QUANTIZE = ("nf4", "int8", "fp8")
 ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint")
 ADAPTER_OPTIONS = (
     "r",
@@ -40,14 +41,7 @@ ADAPTER_OPTIONS = (
 # How often a run is saved, where it is kept, how its steps are launched and what they keep for
 # backward do not change what it computes.
 NOT_COMPARED_ON_RESUME = frozenset(
-    {
-        "output",
-        "save_every",
-        "cuda_graph",
-        "memory_budget",
-        "activations",
-        "gradient_checkpointing",
-    }
+    {"output", "save_every", "cuda_graph", "memory_budget", "activations", "gradient_checkpointing"}
 )
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
 # the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
@@ -111,6 +105,7 @@ class FinetuneConfig:
         eval_every: Steps between evaluations; 0 for before and after only.
         save_every: Steps between saved training states; 0 for the end only.
         log_every: Steps between lines in ``metrics.jsonl``.
+        quantize: Format of the frozen projectors, quantised while they are loaded one by one.
         memory_budget: Fit the run into so much memory of a CUDA device, such as ``"8GiB"``,
             ``"6GB"`` or a number of bytes, and allow PyTorch no more; None: what is free, as far as
             it can be.
@@ -163,6 +158,7 @@ class FinetuneConfig:
     eval_every: int = 50
     save_every: int = 50
     log_every: int = 1
+    quantize: str | None = None
     memory_budget: str | None = None
     activations: str = "auto"
     gradient_checkpointing: bool = False
@@ -186,6 +182,7 @@ class FinetuneConfig:
             ("loss", LOSSES),
             ("cuda_graph", CUDA_GRAPHS),
             ("activations", ACTIVATIONS),
+            ("quantize", QUANTIZE),
         ):
             if getattr(self, name) not in (None, *choices):
                 listed = ", ".join(map(repr, choices))
@@ -221,7 +218,7 @@ class FinetuneConfig:
                 f"gradient_checkpointing is activations 'checkpoint', and contradicts activations "
                 f"{self.activations!r}; give one of them"
             )
-        given = [name for name in ADAPTER_OPTIONS if getattr(self, name) is not None]
+        given = [name for name in (*ADAPTER_OPTIONS, "quantize") if getattr(self, name) is not None]
         if self.method == "full" and given:
             raise ConfigError(f"method 'full' trains every weight and has no adapter: drop {given}")
 

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prodial_kernels.quantization import QuantizationReport
+from prodial_kernels.training.quantized import load_by_tensors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,26 +30,35 @@ class LoadedModel:
         name: What it was loaded by.
         model: The model, on its device, in eval mode.
         tokenizer: Its tokenizer.
+        quantization: What was quantised, if anything.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    quantization: QuantizationReport | None = None
 
 
-def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def load_model(
+    name: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> LoadedModel:
     """Load a causal language model through transformers.
 
     Args:
-        name: ``"embedded"``, a directory as ``save_pretrained`` writes it, or a hub id.
+        name: ``"embedded"``, a directory as ``save_pretrained`` writes it, or a hub id. The
+            checkpoint may be quantised in a format of :mod:`prodial_kernels.quantization`.
         device: Where to put it.
-        dtype: Dtype of its weights.
+        dtype: Dtype of its weights, and what quantised ones are computed in.
+        quantize: Format to store ``in_proj`` and ``out_proj`` in. They are read one at a time, so
+            that the model is never dense as a whole.
 
     Raises:
         ModelError: There is no such model, or it cannot be read; the message says what to do.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    model: Any
+    report = None
     source = _source(name)
     try:
         config = AutoConfig.from_pretrained(source)
@@ -55,11 +67,14 @@ def load_model(name: str, *, device: torch.device, dtype: torch.dtype) -> Loaded
         if getattr(config, "rescale_prenorm_residual", False):
             config.rescale_prenorm_residual = False
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+        if quantize is not None or hasattr(config, "quantization_config"):
+            model, report = load_by_tensors(source, config, device, dtype, quantize)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
     # Each layer below raises classes of its own for a missing, damaged or unknown model.
     except Exception as error:
         raise ModelError(_explain(name, source, error)) from error
-    return LoadedModel(name, model.to(device).eval(), tokenizer)
+    return LoadedModel(name, model.to(device).eval(), tokenizer, report)
 
 
 def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:

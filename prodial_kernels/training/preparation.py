@@ -92,7 +92,12 @@ def prepare(
         max_bytes=config.max_bytes,
     )
     display.say(str(split))
-    loaded = load_model(config.model, device=device, dtype=torch.float32 if full else dtype)
+    loaded = load_model(
+        config.model, device=device, dtype=torch.float32 if full else dtype,
+        quantize=config.quantize,
+    )  # fmt: skip
+    if loaded.quantization is not None:
+        display.say(str(loaded.quantization))
     batches = make_batches(
         split.train, loaded.tokenizer,
         seq_len=_resolved(config.seq_len), batch_size=_resolved(config.batch_size),

@@ -1,0 +1,144 @@
+"""A causal language model of transformers with quantised projectors, read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.quantization import (
+    QuantizationReport,
+    RandomWeights,
+    TensorFiles,
+    load_quantized,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_SMALL = ("*.json", "*.txt", "*.model")
+
+
+def load_by_tensors(
+    source: Path | str,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    format: str | None,
+) -> tuple[PreTrainedModel, QuantizationReport]:
+    """Load a model whose projectors are stored in ``format``, or as the checkpoint stores them.
+
+    Args:
+        source: A directory or a hub id.
+        config: The model's; what it says of quantisation is taken out, because the weights say it.
+        device: Where to put it.
+        dtype: Of the dense weights.
+        format: Of dense projectors; None leaves them dense.
+
+    Raises:
+        OSError: The checkpoint is not there or cannot be read.
+        ValueError: It does not fit the configuration, or is quantised in an unknown format.
+    """
+    from transformers import GenerationConfig
+
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    directory = source if isinstance(source, Path) else _fetched(source)
+    model = _on_meta(config, dtype)
+    tensors = TensorFiles(directory)
+    report = _load(model, tensors, device, format, _renaming(model))
+    model.config.name_or_path = str(source)
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    return model, report
+
+
+def random_quantized(
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    format: str | None,
+    *,
+    seed: int = 0,
+) -> tuple[PreTrainedModel, QuantizationReport]:
+    """Build a model of a size with random weights, to measure without a checkpoint.
+
+    Args:
+        config: The model's.
+        device: Where to put it; each weight is drawn there, quantised and dropped.
+        dtype: Of the dense weights.
+        format: Of the projectors; None leaves them dense.
+        seed: Of the draw.
+    """
+    model = _on_meta(config, dtype)
+    tensors = RandomWeights(model, device=device, seed=seed)
+    return model, _load(model, tensors, device, format, None)
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def _load(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    device: torch.device,
+    format: str | None,
+    rename: Callable[[str], str] | None,
+) -> QuantizationReport:
+    return load_quantized(
+        model, tensors, format, device=device, rename=rename,
+        ignore=model._keys_to_ignore_on_load_unexpected or (),
+        fill=partial(_compute_buffers, model),
+    )  # fmt: skip
+
+
+def _fetched(hub_id: str) -> Path:
+    """Download a checkpoint, in safetensors where it has them."""
+    from huggingface_hub import snapshot_download
+
+    directory = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, "*.safetensors"]))
+    if not any(directory.glob("*.safetensors")):
+        directory = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, "pytorch_model*.bin"]))
+    return directory
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute rotary frequencies and the like, which checkpoints do not hold."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        # transformers' sign that a tensor has its values already.
+        tensor._is_hf_initialized = True
+    model.apply(model._init_weights)
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """How transformers turns names of this model's checkpoints into its own."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    own = model.state_dict()
+
+    def rename(name: str) -> str:
+        renamed, converted = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, own
+        )
+        if converted is not None:
+            raise ValueError(
+                f"{name} of this checkpoint is merged with others when it is loaded "
+                f"({type(model).__name__}), which is not done while quantising; load this model "
+                "without quantize"
+            )
+        return str(renamed)
+
+    return rename
