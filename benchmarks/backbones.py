@@ -41,7 +41,7 @@ class ModelCase:
         """About the peak of one step."""
         width, layers, _ = MODELS[self.model]
         weights = 2 * (6 * width * width * layers + 50280 * width)
-        return 2 * weights + 52 * self.batch * self.length * width * layers + (1 << 30)
+        return 2 * weights + 20 * self.batch * self.length * width * layers + (1 << 30)
 
     def __str__(self) -> str:
         return f"{self.model} {self.batch}×{self.length}"
@@ -113,7 +113,7 @@ class TuneJob:
     part: str = "tune"
     dtype: str = "bfloat16"
     seconds: float = 0.1
-    bytes: int = 2 << 30
+    bytes: int = 1 << 29
 
     def __str__(self) -> str:
         return f"tuning of {self.case.model}, configuration {self.number}"

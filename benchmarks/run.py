@@ -128,7 +128,11 @@ def _run(options: argparse.Namespace, arguments: list[str], started: float) -> i
     with ExitStack() as stack:
         # A reference that does not exist is found out before the measurement.
         base = stack.enter_context(checked_out(options.base)) if options.base else None
-        _measure(options, jobs, device, record, folder, started)
+        try:
+            _measure(options, jobs, device, record, folder, started)
+        except (KeyboardInterrupt, SystemExit):
+            print("\n" + report.summary(record), flush=True)
+            raise
         if base is not None:
             start = time.monotonic()
             cases = wanted.cases().cases

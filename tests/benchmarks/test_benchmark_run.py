@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_dropped_and_said(
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     of_job = run.report.of_job
 
@@ -81,6 +81,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(
     options = ["--tiny", "--level", "projector", "--only", "prodial", "--output", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         run.main(options)
+    assert "| 16,24,40 |" in capsys.readouterr().out
     record = json.loads((tmp_path / "projector-only.json").read_text())
     assert [row["part"] for row in record["rows"]] == ["table"] * 2 + ["variants"] * 2
     assert [name.split()[0] for name in record["dropped"]] == ["scaling", "breakdown"]
