@@ -16,7 +16,7 @@ from prodial_kernels.training.config import (
     LOSSES,
     METHODS,
     OPTIMIZERS,
-    QUANTIZE,
+    PACKINGS,
     SCHEDULES,
     STDLIB_EVAL_TOKENS,
     STDLIB_MAX_BYTES,
@@ -83,6 +83,10 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--seq-len", type=int, metavar="N", help=f"tokens in a sequence ({DEFAULTS['seq_len']})"
     )
+    training.add_argument(
+        "--packing", choices=PACKINGS,
+        help="texts in a row (stream, default), or each by itself (documents)",
+    )  # fmt: skip
     training.add_argument(
         "--grad-accumulation",
         type=int,

@@ -19,10 +19,13 @@ class Batch(NamedTuple):
         input_ids: int64 ``[batch, length]``.
         labels: int64 ``[batch, length]``: the input ids, or :data:`IGNORED` where nothing is
             learned. They are **not** shifted: causal language models of transformers shift.
+        seq_idx: int32 ``[batch, length]``: which document of its row a token belongs to, for models
+            that reset their state where it changes; None where rows are one sequence each.
     """
 
     input_ids: Tensor
     labels: Tensor
+    seq_idx: Tensor | None = None
 
 
 class TrainingBatches(Protocol):

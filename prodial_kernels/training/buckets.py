@@ -57,22 +57,27 @@ class Buckets:
         return Shape(len(parts), self.batch_size, fitting[0])
 
 
-def fill(parts: Sequence[Batch], input_ids: Tensor, labels: Tensor) -> None:
-    """Write micro-batches into two tensors ``[parts, batch, length]`` that may be larger."""
-    input_ids.zero_()
-    labels.fill_(IGNORED)
-    for place, part in enumerate(parts):
-        n, length = part.input_ids.shape
-        input_ids[place, :n, :length] = part.input_ids
-        labels[place, :n, :length] = part.labels
+def fill(parts: Sequence[Batch], held: Batch) -> None:
+    """Write micro-batches into tensors ``[parts, batch, length]`` that may be larger."""
+    for target, name in zip(held, Batch._fields, strict=True):
+        if target is None:
+            continue
+        target.fill_(IGNORED if name == "labels" else 0)
+        for place, part in enumerate(parts):
+            source = getattr(part, name)
+            target[place, : source.shape[0], : source.shape[1]] = source
+
+
+def buffers(shape: Shape, like: Batch, device: torch.device | str) -> Batch:
+    """Return what :func:`fill` writes to; on the CPU in pinned memory where there is CUDA."""
+    pinned = torch.device(device).type == "cpu" and torch.cuda.is_available()
+
+    def make(tensor: Tensor) -> Tensor:
+        return torch.zeros(shape, dtype=tensor.dtype, device=device, pin_memory=pinned)
+
+    seq_idx = None if like.seq_idx is None else make(like.seq_idx)
+    return Batch(make(like.input_ids), make(like.labels), seq_idx)
 
 
 def _rounded(length: float) -> int:
     return max(_MULTIPLE, math.ceil(length / _MULTIPLE) * _MULTIPLE)
-
-
-def buffers(shape: Shape, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Return what :func:`fill` writes to; on the CPU in pinned memory where there is CUDA."""
-    pinned = torch.device(device).type == "cpu" and torch.cuda.is_available()
-    ids = torch.zeros(shape, dtype=torch.int64, device=device, pin_memory=pinned)
-    return ids, torch.full_like(ids, IGNORED, pin_memory=pinned)

@@ -25,6 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LOSSES = ("auto", "chunked", "liger", "full")
 CUDA_GRAPHS = ("auto", "on", "off")
+PACKINGS = ("stream", "documents")
 QUANTIZE = ("nf4", "int8", "fp8")
 ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint")
 ADAPTER_OPTIONS = (
@@ -37,11 +38,6 @@ ADAPTER_OPTIONS = (
     "target_modules",
     "train_scale",
     "train_diagonal",
-)
-# How often a run is saved, where it is kept, how its steps are launched and what they keep for
-# backward do not change what it computes.
-NOT_COMPARED_ON_RESUME = frozenset(
-    {"output", "save_every", "cuda_graph", "memory_budget", "activations", "gradient_checkpointing"}
 )
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
 # the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
@@ -94,6 +90,9 @@ class FinetuneConfig:
         epochs: Passes over the training data; may be a fraction.
         batch_size: Sequences in a micro-batch.
         seq_len: Tokens in a sequence.
+        packing: Of texts: ``"stream"``: in a row, cut into windows, the state running on from each
+            document into the next; ``"documents"``: none sees another one, padded where the model
+            cannot reset its state.
         grad_accumulation: Micro-batches in an optimiser step.
         weight_decay: AdamW's decay; it never pulls the scale s toward 0.
         schedule: After the warm-up: ``"constant"``, or ``"cosine"`` or ``"linear"`` decay to 0.
@@ -149,6 +148,7 @@ class FinetuneConfig:
     epochs: float | None = None
     batch_size: int | None = None
     seq_len: int | None = None
+    packing: str = "stream"
     grad_accumulation: int = 1
     weight_decay: float | None = None
     schedule: str | None = None
@@ -181,6 +181,7 @@ class FinetuneConfig:
             ("optimizer", OPTIMIZERS),
             ("loss", LOSSES),
             ("cuda_graph", CUDA_GRAPHS),
+            ("packing", PACKINGS),
             ("activations", ACTIVATIONS),
             ("quantize", QUANTIZE),
         ):
@@ -359,12 +360,6 @@ _MINIMA: dict[str, float] = {
     "save_every": 0,
     "log_every": 1,
 }
-
-
-def differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return the names under which two resolved configurations differ, sorted."""
-    names = (ours.keys() | theirs.keys()) - NOT_COMPARED_ON_RESUME
-    return sorted(name for name in names if ours.get(name) != theirs.get(name))
 
 
 def _checked_type(name: str, value: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from prodial_kernels.training.batches import TrainingBatches
+from prodial_kernels.training.documents import separate_documents
 from prodial_kernels.training.hub import hub_candidates
 from prodial_kernels.training.packing import PackedBatches
 from prodial_kernels.training.padding import PaddedBatches
@@ -173,6 +174,8 @@ def make_batches(
     batch_size: int,
     seed: int = 0,
     mask_prompt: bool = True,
+    packing: str = "stream",
+    resets: bool = False,
 ) -> TrainingBatches:
     """Tokenise examples and arrange them into training batches.
 
@@ -185,6 +188,9 @@ def make_batches(
         seed: Decides the order of every epoch.
         mask_prompt: Train on the completion or choice only, not on what it follows. Not used for
             texts.
+        packing: Of texts: ``"stream"`` joins them, ``"documents"`` keeps them apart.
+        resets: Whether the model resets its state between documents of one window (see
+            ``documents.resets_state``); if not, ``"documents"`` pads.
 
     Returns:
         Batches that are addressed by step.
@@ -194,8 +200,13 @@ def make_batches(
         ValueError: A size is out of range.
     """
     if kind_of(examples) == "text":
+        texts = [example for example in examples if isinstance(example, str)]
+        if packing == "documents":
+            return separate_documents(
+                texts, tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed, shared=resets
+            )
         return PackedBatches.from_documents(
-            [example for example in examples if isinstance(example, str)],
+            texts,
             tokenizer,
             seq_len=seq_len,
             batch_size=batch_size,

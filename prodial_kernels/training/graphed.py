@@ -122,8 +122,8 @@ def choose_graph(
 class _Program:
     """A step of one shape: its inputs on host and device, and what runs it."""
 
-    host: tuple[Tensor, Tensor]
-    device: tuple[Tensor, Tensor]
+    host: Batch
+    device: Batch
     warm: int = 0
     replay: Callable[[], None] | None = None
     gradients: tuple[Tensor | None, ...] = ()
@@ -187,10 +187,11 @@ class GraphedStep:
         if self._eager is not None:
             self._eager.begin(parts, lr)
             return
-        program = self._program(self._buckets.shape_of(parts))
-        fill(parts, *program.host)
+        program = self._program(self._buckets.shape_of(parts), parts[0])
+        fill(parts, program.host)
         for host, device in zip(program.host, program.device, strict=True):
-            device.copy_(host, non_blocking=True)
+            if host is not None and device is not None:
+                device.copy_(host, non_blocking=True)
         self._weight.fill_(label_weight(parts))
         set_learning_rate(self._optimizer, lr)
         self._running = program
@@ -227,11 +228,11 @@ class GraphedStep:
         self._optimizer.zero_grad(set_to_none=True)
         self._graphs.release()
 
-    def _program(self, shape: Shape) -> _Program:
+    def _program(self, shape: Shape, like: Batch) -> _Program:
         program = self._programs.get(shape)
         if program is None:
             device = self._trained[0].device
-            program = _Program(buffers(shape, "cpu"), buffers(shape, device))
+            program = _Program(buffers(shape, like, "cpu"), buffers(shape, like, device))
             # Its eager step would need as much memory again as the graphs hold.
             for other in self._programs.values():
                 other.replay, other.gradients = None, ()
@@ -274,9 +275,14 @@ class GraphedStep:
     def _compute(self, program: _Program) -> None:
         """The step on a program's tensors; the same operations in every run."""
         self._optimizer.zero_grad(set_to_none=True)
+        ids, labels, seq_idx = program.device
+        parts = [
+            Batch(ids[i], labels[i], None if seq_idx is None else seq_idx[i])
+            for i in range(len(ids))
+        ]
         result = accumulate(
             self._loss,
-            list(zip(*program.device, strict=True)),
+            parts,
             self._weight,
             self._trained,
             clip=self._clip,

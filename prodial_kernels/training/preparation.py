@@ -14,13 +14,14 @@ from prodial_kernels.training.activations import AppliedLevels, apply_levels
 from prodial_kernels.training.batches import TrainingBatches
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data import DataSplit, load_documents, make_batches
+from prodial_kernels.training.documents import resets_state
 from prodial_kernels.training.loop import LoopOptions
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from prodial_kernels.training.planning import RunPlan, requested_levels
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
-from prodial_kernels.training.schemas import Example
+from prodial_kernels.training.schemas import Example, kind_of
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,14 @@ def prepare(
     )  # fmt: skip
     if loaded.quantization is not None:
         display.say(str(loaded.quantization))
+    apart = config.packing == "documents" and kind_of(split.train) == "text"
+    resets = apart and resets_state(loaded.model)
+    if apart and not resets:
+        display.say("documents are padded one by one: this model cannot reset its state in between")
     batches = make_batches(
         split.train, loaded.tokenizer,
         seq_len=_resolved(config.seq_len), batch_size=_resolved(config.batch_size),
-        seed=config.seed,
+        seed=config.seed, packing=config.packing, resets=resets,
     )  # fmt: skip
     identity = RunIdentity(
         config=config.to_dict(),

@@ -12,9 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from prodial_kernels.training.atomic import atomic_text
-from prodial_kernels.training.config import FinetuneConfig, differing_keys
+from prodial_kernels.training.config import FinetuneConfig
 
 FORMAT_VERSION = 1
+# How often a run is saved, where it is kept, how its steps are launched and what they keep for
+# backward do not change what it computes.
+NOT_COMPARED_ON_RESUME = frozenset(
+    {
+        "output",
+        "save_every",
+        "cuda_graph",
+        "memory_budget",
+        "activations",
+        "gradient_checkpointing",
+    }
+)
 
 
 class RunError(RuntimeError):
@@ -125,7 +137,7 @@ def check_same_config(folder: RunDirectory, saved: RunIdentity, config: Finetune
         RunError: Names every option that differs, with both values.
     """
     ours = _plain(config.to_dict())
-    keys = differing_keys(ours, saved.config)
+    keys = _differing_keys(ours, saved.config)
     if keys:
         differing = [f"{k} (run: {saved.config.get(k)!r}, now: {ours.get(k)!r})" for k in keys]
         raise RunError(_refusal(folder, ", ".join(differing)))
@@ -157,6 +169,12 @@ def _refusal(folder: RunDirectory, differing: str) -> str:
         f"cannot resume the run in {folder.path}, because these differ: {differing}. Resume with "
         "the same settings, or start a new run in another directory with --output"
     )
+
+
+def _differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return the names under which two resolved configurations differ, sorted."""
+    names = (ours.keys() | theirs.keys()) - NOT_COMPARED_ON_RESUME
+    return sorted(name for name in names if ours.get(name) != theirs.get(name))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

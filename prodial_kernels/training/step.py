@@ -69,10 +69,9 @@ class EagerStep:
         """See :class:`TrainingStep`."""
         device = self._trained[0].device
         weight = label_weight(parts)
-        # The labels stay on the CPU, where the loss drops ignored positions without waiting.
         self._result = accumulate(
             self._loss,
-            [(part.input_ids.to(device), part.labels) for part in parts],
+            [_on_device(part, device) for part in parts],
             weight,
             self._trained,
             clip=self._clip,
@@ -98,27 +97,42 @@ class EagerStep:
 
 def accumulate(
     loss: Loss,
-    parts: Sequence[tuple[Tensor, Tensor]],
+    parts: Sequence[Batch],
     weight: Tensor | float,
     trained: Sequence[nn.Parameter],
     *,
     clip: float,
     autocast_dtype: torch.dtype | None,
 ) -> Tensor:
-    """Run forward and backward of (input ids, labels) pairs and clip; wait for nothing.
+    """Run forward and backward of micro-batches and clip; wait for nothing.
+
+    Args:
+        loss: Of a micro-batch.
+        parts: Their inputs are on the device, their labels where the loss takes them.
+        weight: Of every label.
+        trained: All that is trained.
+        clip: Largest gradient norm; 0 for no clipping.
+        autocast_dtype: Run forward under autocast to this dtype.
 
     Returns:
         ``[2]``: the loss and the norm of the whole gradient before clipping.
     """
     device = trained[0].device
     total = torch.zeros((), device=device)
-    for input_ids, labels in parts:
+    for part in parts:
+        inputs = {} if part.seq_idx is None else {"seq_idx": part.seq_idx}
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            part = loss(input_ids, labels, weight)
-        part.backward()
-        total += part.detach()
+            value = loss(part.input_ids, part.labels, weight, **inputs)
+        value.backward()
+        total += value.detach()
     norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else math.inf)
     return torch.stack([total, norm.to(total)])
+
+
+def _on_device(part: Batch, device: torch.device) -> Batch:
+    # The labels stay on the CPU, where the loss drops ignored positions without waiting.
+    seq_idx = None if part.seq_idx is None else part.seq_idx.to(device)
+    return Batch(part.input_ids.to(device), part.labels, seq_idx)
 
 
 def label_weight(parts: Sequence[Batch]) -> float:

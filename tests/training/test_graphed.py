@@ -171,7 +171,8 @@ def test_inputs_and_learning_rate_stay_where_they_are() -> None:
         program = next(iter(step._programs.values()))
         rate = optimizer.param_groups[0]["lr"]
         lrs.append(float(rate))
-        seen.add((*(t.data_ptr() for t in program.device), rate.data_ptr()))
+        held = [tensor.data_ptr() for tensor in program.device if tensor is not None]
+        seen.add((*held, rate.data_ptr()))
         step.finish()
     assert len(seen) == 1
     assert lrs == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
@@ -335,10 +336,12 @@ def test_a_bucket_holds_every_part() -> None:
 
 
 def test_filling_leaves_nothing_of_the_step_before() -> None:
-    ids, labels = buffers(Shape(2, 2, 16), "cpu")
-    fill([_batch(0, length=16), _batch(1, length=16)], ids, labels)
+    held = buffers(Shape(2, 2, 16), _batch(0), "cpu")
+    fill([_batch(0, length=16), _batch(1, length=16)], held)
     parts = [_batch(2, n=1, length=5)]
-    fill(parts, ids, labels)
+    fill(parts, held)
+    ids, labels, seq_idx = held
+    assert seq_idx is None
     assert torch.equal(ids[0, :1, :5], parts[0].input_ids)
     assert torch.equal(labels[0, :1, :5], parts[0].labels)
     assert int((labels != IGNORED).sum()) == int((parts[0].labels != IGNORED).sum())

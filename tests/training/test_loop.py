@@ -96,7 +96,7 @@ def test_equals_a_plain_loop() -> None:
     for step in range(6):
         ids, labels = (
             torch.cat(x)
-            for x in zip(*(_Batches().batch(3 * step + i) for i in range(3)), strict=True)
+            for x in zip(*(_Batches().batch(3 * step + i)[:2] for i in range(3)), strict=True)
         )
         loss = functional.cross_entropy(
             plain(ids, use_cache=False).logits[:, :-1].flatten(0, 1),
