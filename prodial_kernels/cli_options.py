@@ -17,6 +17,7 @@ from prodial_kernels.training.config import (
     METHODS,
     OPTIMIZERS,
     PACKINGS,
+    QUANTIZE,
     SCHEDULES,
     STDLIB_EVAL_TOKENS,
     STDLIB_MAX_BYTES,
