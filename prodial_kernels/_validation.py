@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -104,22 +105,17 @@ def check_operands(
                 f"lora_b must have shape [out_features, r] = [{out_features}, "
                 f"{lora_a.shape[0]}], got {list(lora_b.shape)}"
             )
-    for name, operand in (
-        ("weight", weight),
-        ("blocks", blocks),
-        ("scale", scale),
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("bias", bias),
-    ):
-        if operand is None:
-            continue
-        if operand.device != x.device:
-            raise ValueError(
-                f"{name} must be on the device of x, {x.device}, got {operand.device}; "
-                "move the module or the input"
-            )
-        if not operand.is_floating_point():
+    device = x.device
+    for operand in (weight, blocks, scale, lora_a, lora_b, bias):
+        if operand is not None and (operand.device != device or not operand.is_floating_point()):
+            names = {"weight": weight, "blocks": blocks, "scale": scale, "lora_a": lora_a,
+                     "lora_b": lora_b, "bias": bias}  # fmt: skip
+            name = next(name for name, one in names.items() if one is operand)
+            if operand.device != device:
+                raise ValueError(
+                    f"{name} must be on the device of x, {device}, got {operand.device}; "
+                    "move the module or the input"
+                )
             raise TypeError(f"{name} must have a floating-point dtype, got {operand.dtype}")
 
 
@@ -149,9 +145,21 @@ def triton_obstacle(x: Tensor) -> str | None:
         return None
     if x.device.type != "cuda":
         return f"x is on {x.device}, the kernels need a CUDA device"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if device_capability(x.device) < (8, 0):
         return f"{torch.cuda.get_device_name(x.device)} is older than Ampere (sm_80)"
     return None
+
+
+def device_capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability, which PyTorch takes some microseconds to look up each time."""
+    if torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(device)
+    return _remembered_capability(device)
+
+
+@lru_cache
+def _remembered_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def check_frozen(weight: Tensor) -> None:

@@ -12,6 +12,7 @@ from prodial_kernels._validation import (
     check_frozen,
     check_operands,
     check_triton,
+    device_capability,
     triton_obstacle,
 )
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
@@ -36,7 +37,7 @@ def resolve_impl(impl: str, x: Tensor | None = None) -> str:
         return impl
     if x is None or not x.is_cuda or triton_obstacle(x) is not None:
         return "torch"
-    return "triton" if torch.cuda.get_device_capability(x.device)[0] == 9 else "torch"
+    return "triton" if device_capability(x.device)[0] == 9 else "torch"
 
 
 def prodial_linear(
@@ -102,7 +103,8 @@ def prodial_linear(
     drop = training and lora_dropout > 0.0 and lora_a is not None
     with autocast_off(x.device.type):
         if chosen == "triton":
-            check_triton(x)
+            if impl == "triton":
+                check_triton(x)
             check_frozen(weight)
             y = _triton_linear(
                 x, weight, blocks, scale, lora_a, lora_b, bias,

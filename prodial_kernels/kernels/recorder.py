@@ -75,7 +75,7 @@ def join(side: SideStream, device: torch.device) -> None:
 @dataclass
 class _Step:
     kind: int
-    direct: DirectLaunch | None = None
+    direct: Callable[[int, list[int]], None] = lambda stream, addresses: None
     operands: list[tuple[int, int]] = field(default_factory=list)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from prodial_kernels.kernels.direct import DirectLaunch
 from prodial_kernels.kernels.side_stream import current_handle, side_stream
 
 # The kinds of step on a tape; the first two also number the streams.
@@ -16,7 +15,7 @@ MAIN, SIDE, FORK, JOIN = range(4)
 # Shape, strides and dtype.
 Output = tuple[torch.Size, tuple[int, ...], torch.dtype]
 # A kind and, for a launch, the kernel and its operands: each a slot and an offset in bytes.
-Step = tuple[int, DirectLaunch | None, list[tuple[int, int]]]
+Step = tuple[int, Callable[[int, list[int]], None], list[tuple[int, int]]]
 
 
 class Tape:
@@ -44,6 +43,7 @@ class Tape:
         self._offsets = offsets
         self._size = size
         self._steps = steps
+        self._forks = any(kind == FORK for kind, _, _ in steps)
 
     def replay(self, addresses: list[int]) -> tuple[Tensor | None, ...]:
         """Do it again on operands at these addresses (0 for None); return new results."""
@@ -62,14 +62,18 @@ class Tape:
             workspace = torch.empty_strided((self._size,), (1,), dtype=torch.uint8, device=device)
             base = workspace.data_ptr()
             addresses.extend([base + offset for offset in self._offsets])
-        streams = [current_handle(device), 0]
+        if not self._forks:
+            stream = current_handle(device)
+            for _, direct, operands in self._steps:
+                direct(stream, [addresses[slot] + offset for slot, offset in operands])
+            return tuple(results)
+        current, side = torch.cuda.current_stream(device), side_stream(device)
+        streams = (current.cuda_stream, side.handle)
         for kind, direct, operands in self._steps:
-            if direct is not None:
-                direct(streams[kind], [addresses[slot] + offset for slot, offset in operands])
-            elif kind == FORK:
-                side = side_stream(device)
-                side.fork(torch.cuda.current_stream(device))
-                streams[SIDE] = side.handle
+            if kind == FORK:
+                side.fork(current)
+            elif kind == JOIN:
+                side.join(current)
             else:
-                side_stream(device).join(torch.cuda.current_stream(device))
+                direct(streams[kind], [addresses[slot] + offset for slot, offset in operands])
         return tuple(results)

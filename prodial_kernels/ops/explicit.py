@@ -21,6 +21,7 @@ from prodial_kernels.ops.layout import (
     transposed,
 )
 from prodial_kernels.ops.packed import PackedWeight
+from prodial_kernels.ops.schema import linear_backward, linear_forward
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,10 @@ def project(
     if rule.impl == "plain":
         return _plain(x, weight, operands.bias, channel_first), None
     options = (rule.lora_scaling, rule.lora_dropout)
+    h: Tensor | None
     if rule.impl == "triton":
         length = x.shape[1] if channel_first and direct_length(x.shape[1]) else 0
-        y, h = torch.ops.prodial_kernels.linear_forward(
-            token_matrix(x), *operands, *options, rule.diagonal == "relu", length
-        )
+        y, h = linear_forward(token_matrix(x), *operands, *options, rule.diagonal == "relu", length)
         if length:
             return y, h
     else:
@@ -190,7 +190,7 @@ def _triton_backward(
     options: tuple[float, float],
     relu: bool,
     needs: Needs,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """The operator's gradients; dX is [b, l, K], stored as the matrix of tokens that X is."""
     gradient, matrix = token_matrix(dy), token_matrix(x)
     length = gradient.shape[2] if gradient.ndim == 3 else 0
@@ -202,15 +202,13 @@ def _triton_backward(
         if kept.ndim != gradient.ndim:
             kept = y.mT.contiguous() if length else y.reshape(-1, y.shape[-1])
     if (needs.scale and y is None) or (lora and (needs.scale or needs.lora_b) and h is None):
-        fresh, h = torch.ops.prodial_kernels.linear_forward(
-            matrix, *operands, *options, relu, length
-        )
+        fresh, h = linear_forward(matrix, *operands, *options, relu, length)
         kept = fresh if needs.scale and y is None else kept
-    dx, *adapter = torch.ops.prodial_kernels.linear_backward(
+    dx, *adapter = linear_backward(
         gradient, matrix, *operands, kept, h if lora else None, *options, relu,
         needs.x, *needs[2:],
     )  # fmt: skip
-    if needs.x:
+    if needs.x and dx is not None:
         dx = dx.mT if matrix.ndim == 3 else dx.view(x.shape)
     return (dx, *adapter)
 

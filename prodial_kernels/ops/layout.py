@@ -45,7 +45,8 @@ def direct_length(length: int) -> bool:
 
 def unit_stride_rows(matrix: Tensor) -> Tensor:
     """Return [..., rows, columns] with unit inner stride and rows that do not overlap."""
-    return matrix if _rows_apart(matrix) else matrix.contiguous()
+    # The first question is the cheap one, and nearly always answered yes.
+    return matrix if matrix.is_contiguous() or _rows_apart(matrix) else matrix.contiguous()
 
 
 def _rows_apart(matrix: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from prodial_kernels import prodial_linear
-from prodial_kernels._validation import triton_obstacle
+from prodial_kernels._validation import _remembered_capability, triton_obstacle
 from prodial_kernels.kernels import projector
 from prodial_kernels.testing import LinearCase, make_case
 
@@ -326,9 +326,12 @@ def test_a_device_before_ampere_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
     with FakeTensorMode():
         x = torch.empty(2, 3, dtype=torch.float16, device="cuda")
+    _remembered_capability.cache_clear()
     assert triton_obstacle(x) == "Tesla T4 is older than Ampere (sm_80)"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    _remembered_capability.cache_clear()
     assert triton_obstacle(x) is None
+    _remembered_capability.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["weight", "blocks", "scale", "lora_a", "lora_b", "bias"])

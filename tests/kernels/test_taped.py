@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,7 +126,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     monkeypatch.setattr(recorder, "DirectLaunch", Direct)
     monkeypatch.setattr(taped, "_on_device", lambda _: True)
     monkeypatch.setattr(tape, "current_handle", lambda _: 7)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=7))
     for module in (tape, recorder):
         monkeypatch.setattr(module, "side_stream", lambda _: Side(made))
     taped.forget()
