@@ -8,7 +8,6 @@ Within an optimiser's update they may be half changed, and must not be saved.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,15 +113,12 @@ class GuardedStep:
 
 
 def out_of_memory(error: torch.OutOfMemoryError, doing: str, *, whole: bool = True) -> OutOfMemory:
-    """Turn PyTorch's error into one that says what was being done, and let its tensors go.
+    """Return an error that says what was being done; it does not refer to PyTorch's.
 
-    The frames that the error came through still hold the activations, which saving a state may
-    need the room of.
+    The frames that PyTorch's error came through hold the activations. Raised outside its handler,
+    the new error lets them go, and saving a state has their room.
     """
     first = (str(error).strip().splitlines() or [""])[0]
-    traceback.clear_frames(error.__traceback__)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
     return OutOfMemory(f"out of memory {doing}: {first}", whole=whole)
 
 

@@ -1,0 +1,242 @@
+"""Predicted peaks of whole training steps against measured ones, on random weights of real sizes.
+
+``python tests/gpu/test_memory_plan_on_device.py [NAME ...]`` prints a table of all cases, and of
+larger ones by name, with the largest parts of each prediction.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
+from prodial_kernels.training.activations import apply_levels
+from prodial_kernels.training.batches import Batch
+from prodial_kernels.training.device_memory import limited
+from prodial_kernels.training.head import find_head
+from prodial_kernels.training.loss import ChunkedLoss, FullLoss, chunk_rows
+from prodial_kernels.training.memory_budget import parse_budget, size_text
+from prodial_kernels.training.memory_peak import Job
+from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlan, plan_memory
+from prodial_kernels.training.memory_shapes import ModelShape, describe_model
+from prodial_kernels.training.optimizers import make_optimizer
+from prodial_kernels.training.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step import EagerStep
+
+pytestmark = pytest.mark.gpu
+
+if torch.cuda.is_available():
+    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning. Read at import.
+    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mamba_ssm  # noqa: F401
+
+_MAMBA_130M = {
+    "hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 24, "vocab_size": 50280,
+}  # fmt: skip
+_MAMBA2_130M = {
+    "hidden_size": 768, "num_hidden_layers": 24, "vocab_size": 50288, "num_heads": 24,
+    "head_dim": 64, "state_size": 128, "n_groups": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba-130m": ("Mamba", _MAMBA_130M),
+    "mamba2-130m": ("Mamba2", _MAMBA2_130M),
+    "falcon-mamba-small": ("FalconMamba", {**_MAMBA_130M, "num_hidden_layers": 8}),
+    "mamba-1.4b": (
+        "Mamba",
+        {**_MAMBA_130M, "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 48},
+    ),
+    "mamba-2.8b": (
+        "Mamba",
+        {**_MAMBA_130M, "hidden_size": 2560, "intermediate_size": 5120, "num_hidden_layers": 64},
+    ),
+    "falcon-mamba-7b": (
+        "FalconMamba",
+        {"hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 64,
+         "vocab_size": 65024, "tie_word_embeddings": False},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A job to predict and measure."""
+
+    model: str
+    batch: int
+    length: int
+    activations: str = "auto"
+    budget: str | None = None
+    quantize: str | None = None
+    loss: str = "chunked"
+
+    def __str__(self) -> str:
+        parts = (self.budget or self.activations, self.quantize or "bf16", self.loss)
+        return f"{self.model} {self.batch}x{self.length} {' '.join(parts)}"
+
+
+CASES = (
+    Case("mamba-130m", 4, 512, "keep"),
+    Case("mamba-130m", 8, 1024, "recompute"),
+    Case("mamba-130m", 8, 1024, "checkpoint"),
+    Case("mamba-130m", 4, 512, "keep", quantize="nf4"),
+    Case("mamba-130m", 4, 512, "keep", loss="full"),
+    Case("mamba-130m", 8, 1024, budget="2.5GiB"),
+    Case("mamba2-130m", 4, 512, "keep"),
+    Case("mamba2-130m", 8, 1024, "checkpoint"),
+    Case("falcon-mamba-small", 4, 512, "keep"),
+    Case("falcon-mamba-small", 8, 1024, "checkpoint"),
+)
+LARGER = {
+    "1.4b": Case("mamba-1.4b", 4, 2048, budget="8GB"),
+    "1.4b-nf4": Case("mamba-1.4b", 4, 2048, budget="5.5GB", quantize="nf4"),
+    "2.8b-nf4": Case("mamba-2.8b", 1, 2048, budget="6GB", quantize="nf4"),
+    "7b-nf4": Case("falcon-mamba-7b", 1, 2048, budget="11GB", quantize="nf4"),
+}
+
+
+def build(case: Case) -> tuple[nn.Module, ModelShape]:
+    """Random weights on the GPU, quantised a layer at a time, adapted; and the shape."""
+    import transformers
+
+    prefix, options = MODELS[case.model]
+    config = getattr(transformers, f"{prefix}Config")(**options)
+    auto: Any = transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        empty = auto.from_config(config, dtype=torch.bfloat16)
+    apply_prodial(empty, ProdialConfig(r=16))
+    shape = describe_model(empty, kernels=True)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = auto.from_config(config, dtype=torch.bfloat16)
+    if case.quantize is not None:
+        quantize_model(model, case.quantize)
+    apply_prodial(model, ProdialConfig(r=16))
+    return model.train(), shape
+
+
+def job_of(case: Case, shape: ModelShape) -> Job:
+    return Job(
+        case.batch, case.length, quantize=case.quantize, loss=case.loss,
+        loss_rows=chunk_rows(shape.vocabulary),
+    )  # fmt: skip
+
+
+def measured(case: Case, model: nn.Module, plan: MemoryPlan) -> int:
+    """Peak of the third training step, everything that the model takes included."""
+    loss = FullLoss(model) if case.loss == "full" else ChunkedLoss(find_head(model))
+    groups = adapter_parameter_groups(model, weight_decay=0.01)
+    optimizer = make_optimizer("adamw", groups, lr=1e-4, device=torch.device("cuda"))
+    step = EagerStep(loss, optimizer, clip=1.0)
+    ids = torch.randint(0, 50000, (case.batch, case.length))
+    with apply_levels(model, plan.levels):
+        for index in range(3):
+            if index == 2:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            step.begin([Batch(ids, ids)], 1e-4)
+            assert step.finish().finite
+    step.close()
+    return torch.cuda.max_memory_allocated()
+
+
+@contextmanager
+def alone() -> Iterator[int]:
+    """Yield the bytes that others in this process hold; leave nothing behind."""
+    for _ in range(2):
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+    try:
+        yield torch.cuda.memory_allocated()
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def compare(case: Case) -> tuple[int, MemoryPlan, str]:
+    """Return measured bytes, the plan, and a line that says both."""
+    with alone() as before:
+        model, shape = build(case)
+        budget = None if case.budget is None else parse_budget(case.budget)
+        major, _ = torch.cuda.get_device_capability()
+        device = DeviceMemory(library_workspace=(32 if major >= 9 else 8) * 2**20)
+        plan = plan_memory(
+            shape, job_of(case, shape), budget=budget, activations=case.activations, device=device
+        )
+        # Within the budget too, as a run is.
+        allowed = None if budget is None else budget - plan.context + before
+        with limited(torch.device("cuda"), allowed):
+            found = measured(case, model, plan) - before
+        del model
+    ratio = found / plan.peak.total
+    return (
+        found,
+        plan,
+        (
+            f"{case!s:48} measured {size_text(found):>9} predicted {size_text(plan.peak.total):>9} "
+            f"ratio {ratio:.3f}  {plan.to_dict()['levels']}"
+        ),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_prediction_is_within_a_tenth(case: Case) -> None:
+    found, plan, line = compare(case)
+    # A plan at one level evaluates nothing here, so an evaluation must not be what it predicts.
+    assert not plan.peak.in_evaluation
+    assert 0.9 < found / plan.peak.total < 1.1, f"{line}\n{plan}"
+
+
+def test_a_limited_device_runs_out_and_the_run_goes_on(tmp_path: Path) -> None:
+    from tiny_model import write_text, write_tiny_model
+
+    from prodial_kernels.training import FinetuneConfig, finetune
+    from prodial_kernels.training.oom import OutOfMemory
+
+    write_tiny_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt", documents=2000)
+    config = FinetuneConfig(
+        model=str(tmp_path / "model"), data=str(tmp_path / "text.txt"), steps=2, batch_size=64,
+        seq_len=512, eval_tokens=512, output=str(tmp_path / "run"), device="cuda",
+        cuda_graph="off",
+    )  # fmt: skip
+    with alone():
+        # What is reserved already, and too little for the activations of 64 sequences.
+        allowed = torch.cuda.memory_reserved() + 60 * 2**20
+        with (
+            limited(torch.device("cuda"), allowed),
+            pytest.raises(OutOfMemory, match="the state after step 0 is saved"),
+        ):
+            finetune(config, progress=False)
+        result = finetune(config, resume=True, progress=False)
+    assert result.steps == 2
+    assert result.memory is not None
+    assert result.memory["measured"]["allocated"] > 0
+
+
+def main(names: list[str]) -> None:
+    """Print the table of all cases, or of the larger ones named, with each plan."""
+    for case in [LARGER[name] for name in names] or CASES:
+        _, plan, line = compare(case)
+        free, total = torch.cuda.mem_get_info()
+        outside = total - free - torch.cuda.memory_reserved()
+        print(line, f"| outside PyTorch {size_text(outside)}", flush=True)
+        for row in sorted(plan.peak.rows, key=lambda row: -row.bytes)[: 4 if not names else None]:
+            print(f"    {row.what:32} {size_text(row.bytes):>9}  {row.why}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
