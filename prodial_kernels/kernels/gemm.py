@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import MAX_FUSED_RANK, GemmConfig
+from prodial_kernels.kernels.launch import MAX_FUSED_RANK, GemmConfig, pointer_gemm
 from prodial_kernels.kernels.recorder import launch
 from prodial_kernels.kernels.tiles import (
     load_tile,
@@ -251,9 +251,11 @@ def launch_gemm(
         rows, columns = length if batched else m, n
         target = y.view(batches, length, n) if batched else y
         added, factor = low, outer
-    bm, bn, bk = config.block_m, config.block_n, config.block_k
     operands = (left, right, inner, factor if outer is not None else None, target)
     tma = config.tma and all(tma_ready(t) for t in operands if t is not None)
+    if config.tma and not tma:
+        config = pointer_gemm(64 if inner is not None and r_pad > 32 else 128, config.programs)
+    bm, bn, bk = config.block_m, config.block_n, config.block_k
     r_block = min(r_pad, SLICE if tma else POINTER_SLICE)
     wide = outer is not None and r_pad > MAX_FUSED_RANK
     update = outer is not None and not wide

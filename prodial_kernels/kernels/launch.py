@@ -84,7 +84,7 @@ def choose_gemm(
     """
     if capability[0] != 9:
         # Within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
-        return GemmConfig(128, 128, 32, num_warps=8, num_stages=3, tma=False)
+        return pointer_gemm(64)
     flatten = not companion
     if ceil_div(m, 128) * ceil_div(n, 256) >= 2 * processors:
         return GemmConfig(
@@ -119,6 +119,11 @@ def turns_tokens(m: int, n: int, *, blocks: bool, scale: bool, channel_first: bo
     if channel_first:
         return scale and not blocks
     return m < n if blocks else scale
+
+
+def pointer_gemm(block_n: int, programs: int = 0) -> GemmConfig:
+    """Return the tile sizes of a product whose operands the copy engine does not load."""
+    return GemmConfig(128, block_n, 32, num_warps=8, num_stages=3, programs=programs, tma=False)
 
 
 @dataclass(frozen=True)
@@ -221,9 +226,13 @@ def choose_output_side(
         programs: Multiprocessors it may fill, one program each.
     """
     if capability[0] != 9:
-        return OutputSideConfig() if r_pad <= 64 else OutputSideConfig(block_m=16, num_stages=2)
+        if r_pad <= 64:
+            return OutputSideConfig(32, 64)
+        return OutputSideConfig(16, 64 if r_pad <= 128 else 32, num_stages=2)
     block_m = 64 if r_pad <= 128 else 16
-    block_n = 128 if r_pad <= 64 and not bias else 64
+    block_n = 64 if r_pad <= 128 else 32
+    if r_pad <= 64 and not bias:
+        block_m, block_n = 64 if r_pad <= 32 else 32, 128
     columns = ceil_div(n, block_n)
 
     def busy(splits: int) -> float:
@@ -244,16 +253,22 @@ def choose_exact_scale(capability: tuple[int, int]) -> ExactScaleConfig:
     return ExactScaleConfig(64, 128, 128, num_warps=8, num_stages=3)
 
 
-def choose_input_side(r_pad: int, block_size: int) -> InputSideConfig:
+def choose_input_side(
+    r_pad: int, block_size: int, *, dropout: bool, capability: tuple[int, int]
+) -> InputSideConfig:
     """Return the tile sizes for the walk over the inputs.
 
     Args:
         r_pad: Padded rank.
         block_size: P.
+        dropout: Whether a mask is drawn on the way.
+        capability: The device's compute capability.
     """
-    if block_size > 64 or r_pad > 64:
+    large = block_size > 64 or r_pad > 64 or (dropout and r_pad > 32)
+    if large or (capability[0] != 9 and (block_size > 1 or r_pad > 32)):
         # What a program sums is large; fewer rows and more warps keep it in registers.
-        return InputSideConfig(16, num_warps=8, num_stages=3 if r_pad <= 64 else 2)
+        stages = 3 if r_pad <= 64 else 2 if r_pad <= 128 else 1
+        return InputSideConfig(16, num_warps=8, num_stages=stages)
     return InputSideConfig()
 
 

@@ -253,9 +253,12 @@ def _launch(
     # Few tokens are shared out finely, so that every multiprocessor gets some. With dropout the
     # left operand comes from registers, which wgmma gets wrong in places (triton 3.6.0); 16 rows
     # take mma instead.
-    block_m, block_k = (64, 128) if m >= 8192 and seed is None else (16, 256)
-    if r_pad > 32:
-        block_k = 64 if r_pad == 64 else 32
+    block_m, block_k = (64, 128) if m >= 8192 else (16, 256)
+    if seed is not None:
+        block_m, block_k = 16, 128
+    if r_pad > 16:
+        # 32 columns take half the depth; a sum as wide as 128 leaves room for little.
+        block_k = min(block_k, 4096 // r_pad) if r_pad <= 64 else 32
     programs_low = ceil_div(m, block_m)
     if programs_low + rows * columns == 0:
         return
@@ -272,7 +275,7 @@ def _launch(
         HAS_SCALE=scale is not None, TURN=turn, HAS_B=b_out is not None,
         BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_N,
         WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2,
-        num_warps=4, num_stages=2, side=side,
+        num_warps=4 if seed is not None or p <= 64 else 8, num_stages=2, side=side,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The order in which the kernels are launched, forward and backward."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypedDict
 
 import torch
@@ -153,11 +153,33 @@ def backward(
     partial_a = partial_e = None
     turns = needs.x and (blocks is not None or t is not None)
     if da is not None or dblocks is not None or turns:
-        partial_a, partial_e = launch_input_side(
-            du, x, t, lora_a, blocks, seed=seed, dropout=dropout, relu=relu, need_x=turns,
-            need_a=da is not None, need_blocks=dblocks is not None,
-            config=choose_input_side(r_pad, 1 if blocks is None else blocks.shape[-1]),
-        )  # fmt: skip
+        p = 1 if blocks is None else blocks.shape[-1]
+        # A wide block beside a wide rank is too much for one program: then dA, which reads no dU,
+        # the blocks' part of dX and the LoRA part come one after the other.
+        apart = t is not None and p > 64 and r_pad > (128 if seed is None else 32)
+        config = choose_input_side(
+            r_pad, p, dropout=seed is not None, capability=limits["capability"]
+        )
+        walk = partial(launch_input_side, dropout=dropout, relu=relu, config=config)
+        if apart and da is not None:
+            partial_a, _ = walk(
+                None, x, t, lora_a, blocks, seed=seed, need_x=False, need_a=True, need_blocks=False
+            )
+        if not apart:
+            partial_a, partial_e = walk(
+                du, x, t, lora_a, blocks, seed=seed, need_x=turns, need_a=da is not None,
+                need_blocks=dblocks is not None,
+            )  # fmt: skip
+        elif turns or dblocks is not None:
+            _, partial_e = walk(
+                du, x, None, None, blocks, seed=None, need_x=needs.x, need_a=False,
+                need_blocks=dblocks is not None,
+            )  # fmt: skip
+            if needs.x:
+                walk(
+                    du, x, t, lora_a, None, seed=seed, need_x=True, need_a=False,
+                    need_blocks=False,
+                )  # fmt: skip
     launch_reduce(
         partial_b, partial_scale, exact, partial_bias, partial_a, partial_e,
         blocks=blocks, db=db, dscale=dscale, dbias=dbias, da=da, dblocks=dblocks,
