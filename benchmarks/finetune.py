@@ -57,10 +57,11 @@ class Child:
 
 def be_child(options: argparse.Namespace) -> int:
     """Load everything, wait for the word, measure one job."""
-    from benchmarks.finetune_jobs import JOBS, MODELS, TINY_JOBS, measure
+    from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS, measure
 
-    job = next(job for job in (*JOBS, *TINY_JOBS) if job.name == options.child)
-    if MODELS[job.model].library == "mamba_ssm":
+    job = next(job for job in (*JOBS, *MORE_JOBS, *TINY_JOBS) if job.name == options.child)
+    # transformers runs mamba_ssm's kernels too.
+    if not options.tiny:
         import mamba_ssm  # noqa: F401
     import transformers  # noqa: F401
 
@@ -90,16 +91,16 @@ def row_text(row: dict[str, Any]) -> str:
     return (
         f"{row['name']:14} {row['title']:28} {row['ms']:9.2f} ms {peak}{gib}  "
         f"must {limits(row['must'])}  aim {limits(row['aim'])}  "
-        f"{kept if limited else '':6} {row['how']}"
+        f"{kept if limited else '':6} {row['library']}, {row['how']}"
     )
 
 
 def run_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the chosen jobs, one after the other."""
-    from benchmarks.finetune_jobs import JOBS, TINY_JOBS
+    from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS
 
-    known = TINY_JOBS if options.tiny else JOBS
-    names = options.jobs or [job.name for job in known]
+    known = TINY_JOBS if options.tiny else (*JOBS, *MORE_JOBS)
+    names = options.jobs or [job.name for job in (TINY_JOBS if options.tiny else JOBS)]
     unknown = set(names) - {job.name for job in known}
     if unknown:
         listed = ", ".join(job.name for job in known)
@@ -123,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser("python -m benchmarks.finetune", description=__doc__)
     option = parser.add_argument
-    option("--jobs", nargs="+", metavar="NAME", help="only these jobs")
+    option("--jobs", nargs="+", metavar="NAME", help="only these jobs; MORE_JOBS can be named too")
     option("--output", type=Path, metavar="DIR", help="folder for finetune.json or curves.json")
     option("--steps", type=int, metavar="N", help="timed steps (10; with --curves 200)")
     option("--loss", default="auto", help="as of prodial finetune")

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.quantization.blocks import dynamic_map
 from prodial_kernels.quantization.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE, NF4_TABLE, NF4Linear
+from prodial_kernels.training.activations import apply_levels
 from prodial_kernels.training.batches import TrainingBatches
 from prodial_kernels.training.buckets import Buckets
 from prodial_kernels.training.graphed import WARM_UP, GraphedStep, choose_graph
@@ -63,8 +64,10 @@ class Job:
         length: Tokens of one.
         base: ``"bf16"`` or ``"nf4"``.
         cuda_graph: ``"on"``, ``"off"`` or ``"auto"``.
-        segment: Blocks that are recomputed together from one residual; 0 keeps activations.
-        recompute_xz: Make ``in_proj``'s output again in backward.
+        level: What every block keeps for backward, as ``prodial finetune --activations`` has it.
+        segment: Blocks that are recomputed together from what enters them, instead of a level.
+        recompute_xz: Make ``in_proj``'s output again in backward, within a segment.
+        library: Whose blocks, where not those of :data:`MODELS`.
         must: Most (ms, GB of 1e9 bytes); None for no limit.
         aim: Likewise.
     """
@@ -75,8 +78,10 @@ class Job:
     length: int
     base: str = "bf16"
     cuda_graph: str = "auto"
+    level: str = "keep"
     segment: int = 0
     recompute_xz: bool = False
+    library: str | None = None
     must: tuple[float | None, float | None] = (None, None)
     aim: tuple[float | None, float | None] = (None, None)
 
@@ -86,32 +91,59 @@ class Job:
         return f"{self.model} {self.batch}×{self.length} {self.base}"
 
 
+_HF, _SSM = "transformers", "mamba_ssm"
+_SEGMENTS: dict[str, Any] = {"segment": 4, "recompute_xz": True}
 JOBS = (
+    # What must be small runs as the command line runs it: transformers' blocks, levels of the plan.
     Job(
-        "1.4b-bf16", "mamba-1.4b", 4, 2048, segment=4, recompute_xz=True,
+        "1.4b-bf16", "mamba-1.4b", 4, 2048, level="checkpoint", library=_HF,
         must=(350, 8), aim=(300, 6),
     ),
     Job(
-        "1.4b-nf4", "mamba-1.4b", 4, 2048, "nf4", segment=4, recompute_xz=True,
+        "1.4b-nf4", "mamba-1.4b", 4, 2048, "nf4", level="checkpoint", library=_HF,
         must=(380, 5.5), aim=(320, 4),
     ),
     Job(
-        "2.8b-nf4", "mamba-2.8b", 1, 2048, "nf4", segment=4, recompute_xz=True,
+        "2.8b-nf4", "mamba-2.8b", 1, 2048, "nf4", level="checkpoint", library=_HF,
         must=(None, 6), aim=(None, 4),
     ),
     Job(
-        "7b-nf4", "falcon-mamba-7b", 1, 2048, "nf4", segment=1,
+        "7b-nf4", "falcon-mamba-7b", 1, 2048, "nf4", level="checkpoint",
         must=(None, 11), aim=(None, 8),
     ),
     Job("130m-graphed", "mamba-130m", 4, 512, cuda_graph="on", must=(16, None), aim=(14, None)),
     Job("130m-eager", "mamba-130m", 4, 512, cuda_graph="off"),
     Job("1.4b-graphed", "mamba-1.4b", 4, 512, cuda_graph="on", must=(78, None), aim=(65, None)),
     Job("1.4b-eager", "mamba-1.4b", 4, 512, cuda_graph="off"),
-    Job("130m-32k", "mamba-130m", 1, 32768, segment=4, recompute_xz=True),
+    Job("130m-32k", "mamba-130m", 1, 32768, level="checkpoint", library=_HF),
+)  # fmt: skip
+MORE_JOBS = (
+    # Asked for by name: the same on the other library's blocks.
+    Job(
+        "1.4b-bf16-ssm", "mamba-1.4b", 4, 2048, **_SEGMENTS, library=_SSM,
+        must=(350, 8), aim=(300, 6),
+    ),
+    Job(
+        "1.4b-nf4-ssm", "mamba-1.4b", 4, 2048, "nf4", **_SEGMENTS, library=_SSM,
+        must=(380, 5.5), aim=(320, 4),
+    ),
+    Job(
+        "2.8b-nf4-ssm", "mamba-2.8b", 1, 2048, "nf4", **_SEGMENTS, library=_SSM,
+        must=(None, 6), aim=(None, 4),
+    ),
+    Job("130m-32k-ssm", "mamba-130m", 1, 32768, **_SEGMENTS, library=_SSM),
+    Job(
+        "130m-graphed-hf", "mamba-130m", 4, 512, cuda_graph="on", library=_HF,
+        must=(16, None), aim=(14, None),
+    ),
+    Job(
+        "1.4b-graphed-hf", "mamba-1.4b", 4, 512, cuda_graph="on", library=_HF,
+        must=(78, None), aim=(65, None),
+    ),
 )  # fmt: skip
 TINY_JOBS = (
     Job("tiny", "tiny", 2, 32, must=(60_000, 8), aim=(1e-3, 8)),
-    Job("tiny-nf4", "tiny", 2, 32, "nf4", segment=2),
+    Job("tiny-nf4", "tiny", 2, 32, "nf4", level="checkpoint"),
 )
 
 
@@ -120,7 +152,7 @@ def build(job: Job, device: str) -> nn.Module:
     sizes = MODELS[job.model]
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = _BUILDERS[sizes.library](sizes, device, dtype)
+    model = _BUILDERS[library_of(job)](sizes, device, dtype)
     if job.base == "nf4":
         randomly_quantise(model)
     apply_prodial(model, ProdialConfig(r=RANK))
@@ -129,7 +161,14 @@ def build(job: Job, device: str) -> nn.Module:
             module.prodial_recompute_xz = True  # type: ignore[assignment]
     if job.segment:
         recompute_in_segments(model, job.segment)
+    else:
+        apply_levels(model, [job.level] * sizes.layers)
     return model.train()
+
+
+def library_of(job: Job) -> str:
+    """Whose blocks the job's model is made of."""
+    return job.library or MODELS[job.model].library
 
 
 def _mamba_ssm(sizes: Sizes, device: str, dtype: torch.dtype) -> nn.Module:
@@ -276,7 +315,8 @@ def measure(
     take(WARM_UP + 1)
     times = [take(WARM_UP + 2 + i) for i in range(steps)]
     return {
-        **asdict(job), "title": job.title, "how": how, "ms": statistics.median(times) * 1e3,
+        **asdict(job), "library": library_of(job), "title": job.title, "how": how,
+        "ms": statistics.median(times) * 1e3,
         "slowest_ms": max(times) * 1e3, "steps": steps,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,

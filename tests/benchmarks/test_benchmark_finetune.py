@@ -107,12 +107,12 @@ def test_limits(ms: float, gb: float | None, must: Any, kept: bool) -> None:
 def test_rows_as_text() -> None:
     row = {
         "name": "a", "title": "m 1×2 nf4", "ms": 12.5, "peak_bytes": 5e9, "must": [20, 6],
-        "aim": [10, 4], "how": "graphed",
+        "aim": [10, 4], "how": "graphed", "library": "mamba_ssm",
     }  # fmt: skip
     text = finetune.row_text(row)
     assert "12.50 ms" in text
     assert "5.00 GB ( 4.66 GiB)" in text
-    assert "must    20 ms    6 GB  aim    10 ms    4 GB  ok     graphed" in text
+    assert "must    20 ms    6 GB  aim    10 ms    4 GB  ok     mamba_ssm, graphed" in text
     assert "MISSED" in finetune.row_text({**row, "ms": 21})
     assert "4 GB  aim " in finetune.row_text({**row, "ms": 9, "peak_bytes": 3e9})
     assert "FAILED: no memory" in finetune.row_text({"name": "a", "error": "no memory"})
