@@ -9,8 +9,18 @@ if TYPE_CHECKING:
     from prodial_kernels.config import ProdialConfig
     from prodial_kernels.functional import prodial_linear, resolve_impl
     from prodial_kernels.linear import ProdialLinear, adapter_disabled
-    from prodial_kernels.mixers.inject import apply_prodial, merge_prodial, remove_prodial
-    from prodial_kernels.quantization import QuantizedLinear, quantize_linear, quantize_model
+    from prodial_kernels.mixers.inject import (
+        apply_prodial,
+        merge_prodial,
+        merge_quantized,
+        remove_prodial,
+    )
+    from prodial_kernels.quantization import (
+        QuantizedLinear,
+        load_quantized,
+        quantize_linear,
+        quantize_model,
+    )
     from prodial_kernels.vision import VisionMamba
 
 __version__ = "0.1.0"
@@ -24,7 +34,9 @@ __all__ = [
     "adapter_disabled",
     "apply_prodial",
     "load_adapter",
+    "load_quantized",
     "merge_prodial",
+    "merge_quantized",
     "prodial_linear",
     "quantize_linear",
     "quantize_model",
@@ -41,7 +53,9 @@ _HOMES = {
     "adapter_disabled": "linear",
     "apply_prodial": "mixers.inject",
     "load_adapter": "checkpoint",
+    "load_quantized": "quantization",
     "merge_prodial": "mixers.inject",
+    "merge_quantized": "mixers.inject",
     "prodial_linear": "functional",
     "quantize_linear": "quantization",
     "quantize_model": "quantization",

@@ -8,12 +8,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from prodial_kernels._validation import check_choice
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ProdialLinear, weight_like
 from prodial_kernels.mixers.families import adapt_mixers, check_mixers
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.seam import Undo
 from prodial_kernels.mixers.targets import Target, find_saved, find_targets, module_paths
+from prodial_kernels.quantization import FORMATS, QuantizationError, QuantizationReport
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -104,6 +106,36 @@ def merge_prodial(model: ModelT) -> ModelT:
         # No name may hold on to the old layer, or all of them would live until the end.
         _place(model, paths, _adapted_at(model, paths).to_linear())
     return _detach(model, state)
+
+
+def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
+    """Merge as :func:`merge_prodial` does, into layers stored in ``format``, in place.
+
+    One dense weight exists at a time. W' lies between the values that a format has, even where W
+    was one of them, so this loses part of what was trained: compare before it is used.
+
+    Args:
+        model: An adapted model, on a dense or a quantised base.
+        format: ``"nf4"``, ``"int8"`` or ``"fp8"``.
+
+    Returns:
+        What quantising each W' lost.
+
+    Raises:
+        ValueError: ``apply_prodial`` was not called on this model, or an unknown format.
+    """
+    check_choice("format", format, FORMATS)
+    state = _get_state(model)
+    errors: dict[str, QuantizationError] = {}
+    before = after = 0
+    for paths in _adapted_paths(model):
+        layer, error = _adapted_at(model, paths).to_quantized(format)
+        _place(model, paths, layer)
+        errors[paths[0]] = error
+        before += layer.in_features * layer.out_features * layer.dtype.itemsize
+        after += layer.packed_bytes
+    _detach(model, state)
+    return QuantizationReport(format, errors, before, after)
 
 
 def remove_prodial(model: ModelT) -> ModelT:

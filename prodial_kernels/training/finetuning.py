@@ -20,7 +20,13 @@ from prodial_kernels.training.device_memory import limited, measure
 from prodial_kernels.training.evaluate import evaluate_examples
 from prodial_kernels.training.interrupt import StopSignals
 from prodial_kernels.training.loop import NonFiniteLossError, StepRecord, train
-from prodial_kernels.training.merging import Agreement, check_written_model, logits_of, write_model
+from prodial_kernels.training.merging import (
+    Agreement,
+    check_written_model,
+    has_room_dense,
+    logits_of,
+    write_model,
+)
 from prodial_kernels.training.metrics import MetricsLog, read_metrics
 from prodial_kernels.training.model import resolve_device, resolve_dtype
 from prodial_kernels.training.oom import GuardedStep, OutOfMemory, out_of_memory
@@ -284,9 +290,16 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
     if run.plan is not None:
         # The logits of few tokens are enough, and may be all that there is room for.
         tokens = tokens[:1, :512]
+    device = run.device
+    if run.config.quantize is not None and not has_room_dense(model, device):
+        # Merged, it is dense: that is left to the host, on as few tokens as it takes to tell.
+        device, tokens = torch.device("cpu"), tokens[:1, :32]
+        model.cpu()
     expected = logits_of(model, tokens)
     full = run.config.method == "full"
     path = folder.full_model if full else folder.merged
+    if run.config.quantize is not None:
+        model.cpu()
     if not full:
         merge_prodial(model)
     write_model(model, run.loaded.tokenizer, path, replace=True)
@@ -296,4 +309,4 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
         torch.cuda.empty_cache()
     # Fully fine-tuned weights are written in float32, as they were trained.
     dtype = torch.float32 if full else run.dtype
-    return check_written_model(path, tokens, expected, device=run.device, dtype=dtype)
+    return check_written_model(path, tokens, expected, device=device, dtype=dtype)

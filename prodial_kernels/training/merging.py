@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.atomic import atomic_directory, safetensors_errors
 from prodial_kernels.training.model import load_model
 
@@ -63,6 +64,21 @@ def write_model(
     with atomic_directory(path, replace=replace) as temporary, safetensors_errors(path):
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+def has_room_dense(model: nn.Module, device: torch.device) -> bool:
+    """Whether ``device`` has room for a dense copy of a quantised ``model`` beside it."""
+    if device.type != "cuda":
+        return True
+    packed = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    dense = sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in packed)
+    dense += sum(parameter.nbytes for parameter in model.parameters())
+    free, _ = torch.cuda.mem_get_info(device)
+    limit = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    free = min(free, int(limit * total) - torch.cuda.memory_allocated(device))
+    # A tenth for activations.
+    return 1.1 * dense < free
 
 
 @torch.inference_mode()

@@ -1,0 +1,149 @@
+"""Fine-tuning on a quantised base: the run, its adapter, merging, dense and quantised."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import randomise_adapters
+from tiny_model import write_text, write_tiny_model
+from torch import nn
+
+from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
+from prodial_kernels.checkpoint import AdapterError
+from prodial_kernels.cli import main
+from prodial_kernels.mixers.inject import merge_quantized
+from prodial_kernels.quantization import FORMATS, QuantizedLinear
+from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetune, finetuning
+from prodial_kernels.training.adapted import load_adapted, merge_to_directory
+from prodial_kernels.training.config import ConfigError
+from prodial_kernels.training.merging import has_room_dense
+from prodial_kernels.training.model import load_model
+from prodial_kernels.training.run import RunError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_tiny_model(folder / "model")
+    write_text(folder / "text.txt")
+    return folder
+
+
+def run(place: Path, name: str, *, resume: bool = False, **options: Any) -> FinetuneResult:
+    defaults = {
+        "model": str(place / "model"), "data": str(place / "text.txt"), "output": str(place / name),
+        "steps": 6, "batch_size": 2, "seq_len": 32, "eval_every": 0, "save_every": 3, "lr": 0.01,
+        "device": "cpu", "quantize": "nf4",
+    }  # fmt: skip
+    return finetune(FinetuneConfig(**{**defaults, **options}), resume=resume, progress=False)
+
+
+@pytest.fixture(scope="module")
+def result(place: Path) -> FinetuneResult:
+    return run(place, "run")
+
+
+def quantised(model: nn.Module) -> list[QuantizedLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+
+def test_a_run_learns_and_merges_into_a_dense_model(result: FinetuneResult) -> None:
+    assert result.after["bits_per_byte"] < result.before["bits_per_byte"]
+    assert result.agreement.relative < 1e-5
+    merged = load_model(str(result.model_dir), device=CPU, dtype=torch.float32)
+    assert merged.quantization is None
+    assert not quantised(merged.model)
+
+
+def test_the_adapter_belongs_to_the_quantised_base(place: Path, result: FinetuneResult) -> None:
+    adapted = load_adapted(None, result.adapter_dir, device="cpu", quantize="nf4").model
+    assert len(quantised(adapted)) == 4
+    with pytest.raises(AdapterError, match="was trained on other weights"):
+        load_adapted(None, result.adapter_dir, device="cpu")
+    for output, options in (("by-api", {}), ("by-cli", {"cli": True})):
+        path = place / output
+        if options:
+            assert not main(
+                ["merge", "--adapter", str(result.adapter_dir), "--output", str(path),
+                 "--quantize", "nf4", "--device", "cpu"]
+            )  # fmt: skip
+        else:
+            agreement = merge_to_directory(
+                None, result.adapter_dir, path, device="cpu", quantize="nf4"
+            )
+            assert agreement.relative < 1e-5
+        found = load_model(str(path), device=CPU, dtype=torch.float32).model.state_dict()
+        kept = load_model(str(result.model_dir), device=CPU, dtype=torch.float32).model.state_dict()
+        assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+def test_resuming_keeps_to_the_format(place: Path, result: FinetuneResult) -> None:
+    with pytest.raises(RunError, match=r"quantize \(run: 'nf4', now: 'int8'\)"):
+        run(place, "run", resume=True, quantize="int8")
+    with pytest.raises(ConfigError, match=r"'full' trains every weight.*quantize"):
+        FinetuneConfig(method="full", quantize="nf4")
+    with pytest.raises(ConfigError, match="quantize must be one of 'nf4', 'int8', 'fp8'"):
+        FinetuneConfig(quantize="int4")
+
+
+def test_without_room_for_the_dense_model_the_host_merges(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Any] = []
+    check = finetuning.check_written_model
+
+    def watched(path: Path, tokens: Any, expected: Any, **options: Any) -> Any:
+        checked.append((tuple(tokens.shape), options["device"]))
+        return check(path, tokens, expected, **options)
+
+    monkeypatch.setattr(finetuning, "has_room_dense", lambda *_: False)
+    monkeypatch.setattr(finetuning, "check_written_model", watched)
+    assert run(place, "small").agreement.relative < 1e-5
+    assert checked == [((1, 32), CPU)]
+
+
+def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 10, bias=False))
+    quantize_model(model, "nf4", target_modules=["0"])
+    assert has_room_dense(model, CPU)
+    dense = 4 * (1000 * 1000 + 1000 * 10)
+    properties = type("", (), {"total_memory": 10 * dense})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: dense)
+    for free, fraction, expected in ((2.0, 1.0, True), (1.05, 1.0, False), (2.0, 0.2, False)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, f=free: (int(f * dense), 0))
+        monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _, f=fraction: f)
+        assert has_room_dense(model, torch.device("cuda")) is expected
+
+
+@pytest.mark.parametrize("base", [None, "nf4"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_merging_into_quantised_layers(format: str, base: str | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(2)))
+    if base is not None:
+        quantize_model(model, base, target_modules=["0", "1"])
+    apply_prodial(model, ProdialConfig(r=2, target_modules=("0", "1")))
+    randomise_adapters(model)
+    x = torch.randn(5, 64)
+    trained = model(x)
+    wanted = {str(i): copy.deepcopy(model[i]).to_quantized(format) for i in range(2)}
+    report = merge_quantized(model, format)
+    assert report.errors == {name: error for name, (_, error) in wanted.items()}
+    assert report.bytes_before == 2 * 4 * 64 * 64
+    assert report.bytes_after == sum(layer.packed_bytes for layer in quantised(model))
+    for name, (layer, _) in wanted.items():
+        assert torch.equal(model.get_submodule(name).dequantize(), layer.dequantize())
+    assert not any(isinstance(module, ProdialLinear) for module in model.modules())
+    lost = float(((model(x) - trained).norm() / trained.norm()).detach())
+    assert 0 < lost < 0.3
+    with pytest.raises(ValueError, match="has no ProDiaL adapter"):
+        merge_quantized(model, format)
+    with pytest.raises(ValueError, match="format must be one of"):
+        merge_quantized(model, "int4")
