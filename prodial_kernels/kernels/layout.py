@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.launch import ceil_div
 from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.taped import taped
 
 # A tile's side: 128 bytes of a 16-bit row in both layouts.
 SIDE = 64
@@ -59,27 +60,35 @@ def _gate_kernel(
 
 def launch_transpose(x: Tensor) -> Tensor:
     """Return ``x.mT``, contiguous; x [b, rows, columns]."""
-    batch, rows, columns = x.shape
-    y = torch.empty(batch, columns, rows, device=x.device, dtype=x.dtype)
-    if y.numel() == 0:
-        return y
-    launch(
-        _transpose_kernel, (ceil_div(rows, SIDE) * ceil_div(columns, SIDE), batch),
-        x, y, rows, columns, x.stride(0), x.stride(1), SIDE=SIDE, num_warps=4,
-    )  # fmt: skip
+    (y,) = taped(_transpose, (x,), ())
     return y
 
 
 def launch_gate(x: Tensor, z: Tensor) -> Tensor:
     """Return ``x * silu(z)``, contiguous; x, z [b, rows, columns]."""
+    (y,) = taped(_gate, (x, z), ())
+    return y
+
+
+def _transpose(x: Tensor) -> tuple[Tensor]:
+    batch, rows, columns = x.shape
+    y = torch.empty(batch, columns, rows, device=x.device, dtype=x.dtype)
+    if y.numel() != 0:
+        launch(
+            _transpose_kernel, (ceil_div(rows, SIDE) * ceil_div(columns, SIDE), batch),
+            x, y, rows, columns, x.stride(0), x.stride(1), SIDE=SIDE, num_warps=4,
+        )  # fmt: skip
+    return (y,)
+
+
+def _gate(x: Tensor, z: Tensor) -> tuple[Tensor]:
     batch, rows, columns = x.shape
     y = torch.empty(batch, rows, columns, device=x.device, dtype=x.dtype)
-    if y.numel() == 0:
-        return y
-    span = min(SPAN, triton.next_power_of_2(columns))
-    launch(
-        _gate_kernel, (rows * ceil_div(columns, span), batch),
-        x, z, y, rows, columns, x.stride(0), x.stride(1), z.stride(0), z.stride(1),
-        SPAN=span, num_warps=4,
-    )  # fmt: skip
-    return y
+    if y.numel() != 0:
+        span = min(SPAN, triton.next_power_of_2(columns))
+        launch(
+            _gate_kernel, (rows * ceil_div(columns, span), batch),
+            x, z, y, rows, columns, x.stride(0), x.stride(1), z.stride(0), z.stride(1),
+            SPAN=span, num_warps=4,
+        )  # fmt: skip
+    return (y,)

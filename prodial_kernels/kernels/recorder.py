@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ _ALLOCATIONS = (
 )  # fmt: skip
 
 Function = Callable[..., Sequence[Tensor | None]]
+
+Result = TypeVar("Result")
 
 _recording = threading.local()
 
@@ -99,7 +101,7 @@ class Recorder(TorchDispatchMode):
         # An operand given twice cannot be told apart; it need not be given twice the next time.
         self.ambiguous = len(self._slots) < len(given)
 
-    def run(self, function: Function, options: tuple[Hashable, ...]) -> Sequence[Tensor | None]:
+    def run(self, function: Callable[..., Result], options: tuple[Hashable, ...]) -> Result:
         """Run the function and watch it."""
         _recording.active = self
         try:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from prodial_kernels.kernels.tape import Tape
 # Tapes kept, and calls remembered: a training run has one of each per shape and direction.
 TAPES = 512
 
+Result = TypeVar("Result", bound=Sequence[Tensor | None])
+
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 # None for a call that cannot be taped.
@@ -39,26 +41,31 @@ _obstacles: dict[str, None] = {}
 
 
 def taped(
-    function: Function, tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
-) -> Sequence[Tensor | None]:
+    function: Callable[..., Result], tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
+) -> Result:
     """``function(*tensors, *options)``, from a tape where there is one for such a call.
 
-    The first tensor's device has to be the current one.
+    The first tensor's device is made the current one, on which Triton launches.
 
     Args:
         function: Returns new tensors, or None for some.
-        tensors: On one device; None for those not given.
+        tensors: On one device; None for those not given, but the first has to be.
         options: What else the result depends on, hashable.
     """
     first = tensors[0]
-    if first is None or not _on_device(first) or hooked() or recorder() is not None:
+    if first is None:
+        raise ValueError("tensors: the first, which says on which device to launch, is None")
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(first):
+            return taped(function, tensors, options)
+    if not _on_device(first) or hooked() or recorder() is not None:
         return function(*tensors, *options)
 
     key, addresses = call_key(function, tensors, options)
     tape = _tapes.get(key)
     if tape is not None:
-        return tape.replay(addresses)
-    if key in _tapes:
+        return tape.replay(addresses)  # type: ignore[return-value]
+    if key in _tapes or first.numel() == 0:
         return function(*tensors, *options)
     if key not in _met:
         # Recording takes longer than launching: worth it for a call that comes back.
@@ -83,7 +90,7 @@ def call_key(
     """
     addresses = []
     first = tensors[0]
-    described: list[Hashable] = [function, -1 if first is None else first.get_device(), options]
+    described: list[Hashable] = [function, None if first is None else first.get_device(), options]
     misaligned = 0
     for tensor in tensors:
         if tensor is None:

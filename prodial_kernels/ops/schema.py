@@ -87,21 +87,6 @@ def _taped() -> Callable[..., Sequence[Any]]:
     return taped
 
 
-def _launched(
-    function: Callable[..., Sequence[Tensor | None]],
-    tensors: tuple[Tensor | None, ...],
-    options: tuple[Hashable, ...],
-) -> Sequence[Any]:
-    """``function(*tensors, *options)``, of :mod:`prodial_kernels.kernels.projector`."""
-    taped = _taped()
-    first = tensors[0]
-    if first is None or not first.is_cuda or first.get_device() == torch.cuda.current_device():
-        return taped(function, tensors, options)
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device_of(first):
-        return taped(function, tensors, options)
-
-
 def _linear_forward(
     x: Tensor,
     weight: Tensor,
@@ -123,7 +108,7 @@ def _linear_forward(
     projector = _projector()
     if blocks is not None and is_dense(blocks):
         weight, blocks = turned_weight(weight, blocks, relu), None
-    y, h = _launched(
+    y, h = _taped()(
         projector.forward, (x, weight, blocks, scale, lora_a, lora_b, bias, seed),
         (lora_scaling, lora_dropout, relu, length),
     )  # fmt: skip
@@ -184,7 +169,7 @@ def _gradients(
             dblocks = dense_blocks_gradient(dy, x, weight, blocks, scale, relu)
         weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
     needs = _needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
-    dx, tiled_dblocks, *rest = _launched(
+    dx, tiled_dblocks, *rest = _taped()(
         projector.backward, (dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h),
         (lora_scaling, lora_dropout, relu, needs),
     )  # fmt: skip

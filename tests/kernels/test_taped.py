@@ -240,6 +240,13 @@ def test_what_a_tape_cannot_repeat_is_run_as_it_is(
     assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
 
 
+def test_nothing_is_taped_for_no_tokens(kernel: Kernel) -> None:
+    function = two_steps(kernel)
+    x = torch.empty(0, 3)
+    assert not any(by_tape(kernel, lambda: taped.taped(function, (x,), ())) for _ in range(4))
+    assert not taped.obstacles()
+
+
 def test_a_foreign_tensor_is_no_operand(kernel: Kernel) -> None:
     table = torch.empty(4)
 
