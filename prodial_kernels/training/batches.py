@@ -47,6 +47,13 @@ class TrainingBatches(Protocol):
         """Return the batch of a step (from 0, without bound: epochs follow on each other)."""
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting for what the device is at."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """Return the random generator of one epoch, independent of all other epochs' ones."""
     digest = hashlib.blake2b(f"{seed}/{epoch}".encode(), digest_size=8).digest()

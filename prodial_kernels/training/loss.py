@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from prodial_kernels.training.batches import IGNORED
+from prodial_kernels.training.batches import IGNORED, to_device
 from prodial_kernels.training.config import LOSSES
 from prodial_kernels.training.head import HeadError, OutputHead, find_head, run_model
 
@@ -75,12 +75,13 @@ class FullLoss:
         self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
     ) -> Tensor:
         """See :class:`Loss`."""
+        targets = to_device(labels[:, 1:].flatten(), input_ids.device)
         logits = run_model(self.model, input_ids, **inputs).logits
         # The last position predicts what no label holds.
         logits = logits[:, :-1].flatten(0, 1)
         return weight * functional.cross_entropy(
             logits.to(torch.promote_types(logits.dtype, torch.float32)),
-            labels[:, 1:].flatten().to(logits.device),
+            targets,
             ignore_index=IGNORED,
             reduction="sum",
         )
@@ -100,8 +101,8 @@ class ChunkedLoss:
         self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
     ) -> Tensor:
         """See :class:`Loss`."""
+        targets, positions = _targets(labels, input_ids.device)
         hidden = self.head.hidden(input_ids, **inputs).flatten(0, 1)
-        targets, positions = _targets(labels, hidden.device)
         layer, matrix = self.head.layer, self.head.weight()
         return _ChunkedCrossEntropy.apply(
             hidden.to(matrix.dtype), matrix,
@@ -128,8 +129,8 @@ class LigerLoss:
         self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
     ) -> Tensor:
         """See :class:`Loss`."""
+        targets, positions = _targets(labels, input_ids.device)
         hidden = self.head.hidden(input_ids, **inputs).flatten(0, 1)
-        targets, positions = _targets(labels, hidden.device)
         if positions is not None:
             hidden = hidden[positions]
         layer, matrix = self.head.layer, self.head.weight()
@@ -223,7 +224,7 @@ def _targets(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor | Non
     if labels.device.type != "cpu":
         return targets, None
     positions = (targets != IGNORED).nonzero().squeeze(1)
-    return targets[positions].to(device), positions.to(device)
+    return to_device(targets[positions], device), to_device(positions, device)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

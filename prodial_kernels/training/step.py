@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.training.batches import IGNORED, Batch
+from prodial_kernels.training.batches import IGNORED, Batch, to_device
 from prodial_kernels.training.loss import Loss
 from prodial_kernels.training.optimizers import set_learning_rate
 
@@ -131,8 +131,8 @@ def accumulate(
 
 def _on_device(part: Batch, device: torch.device) -> Batch:
     # The labels stay on the CPU, where the loss drops ignored positions without waiting.
-    seq_idx = None if part.seq_idx is None else part.seq_idx.to(device)
-    return Batch(part.input_ids.to(device), part.labels, seq_idx)
+    seq_idx = None if part.seq_idx is None else to_device(part.seq_idx, device)
+    return Batch(to_device(part.input_ids, device), part.labels, seq_idx)
 
 
 def label_weight(parts: Sequence[Batch]) -> float:

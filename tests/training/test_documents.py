@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import build
+from tiny_model import write_text, write_tiny_model
 from torch import Tensor, nn
 
 from prodial_kernels.training.batches import IGNORED, Batch
 from prodial_kernels.training.buckets import Buckets
+from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data import make_batches
 from prodial_kernels.training.documents import (
     SharedWindows,
@@ -20,6 +23,7 @@ from prodial_kernels.training.documents import (
     resets_state,
     separate_documents,
 )
+from prodial_kernels.training.finetuning import finetune
 from prodial_kernels.training.graphed import GraphedStep
 from prodial_kernels.training.loss import ChunkedLoss, FullLoss, find_head
 from prodial_kernels.training.padding import PaddedBatches
@@ -202,6 +206,19 @@ def test_documents_of_a_model_that_cannot_reset_are_padded(byte_tokenizer: Any) 
         for packing, resets in (("stream", True), ("documents", False), ("documents", True))
     ]
     assert [kind.__name__ for kind in kinds] == ["PackedBatches", "PaddedBatches", "SharedWindows"]
+
+
+def test_a_run_on_documents_says_how_they_are_kept_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = FinetuneConfig(
+        model=str(write_tiny_model(tmp_path / "model")), data=str(write_text(tmp_path / "a.txt")),
+        output=str(tmp_path / "run"), packing="documents", steps=2, seq_len=32, batch_size=2,
+        eval_every=0, warmup=0,
+    )  # fmt: skip
+    result = finetune(config)
+    assert "padded one by one: this model cannot reset its state" in capsys.readouterr().err
+    assert result.steps == 2
 
 
 def test_nothing_to_learn(byte_tokenizer: Any) -> None:
