@@ -131,6 +131,8 @@ class Recorder(TorchDispatchMode):
         side: bool,
     ) -> None:
         """Keep a launch that was just made."""
+        if getattr(kernel, "pre_run_hooks", None):
+            self._stop(f"{kernel.__name__} has hooks of its own that run before it")
         bound = dict(zip(kernel.arg_names, positional, strict=False)) | named
         arguments = [bound[name] for name in kernel.arg_names if name in bound]
         try:

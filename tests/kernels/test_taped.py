@@ -203,6 +203,16 @@ def test_a_hook_sees_every_launch(kernel: Kernel) -> None:
     assert call()
 
 
+def test_a_kernel_with_hooks_of_its_own_is_left_to_triton(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Kernel, "pre_run_hooks", [print], raising=False)
+    function = two_steps(kernel)
+    x = torch.empty(4)
+    assert not any(by_tape(kernel, lambda: taped.taped(function, (x,), ())) for _ in range(4))
+    assert "hooks of its own" in taped.obstacles()[0]
+
+
 def test_tapes_are_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taped, "TAPES", 3)
     function = two_steps(kernel)
