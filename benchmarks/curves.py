@@ -9,7 +9,7 @@ NF4 is another base model, and its gap is reported, not judged.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -144,8 +144,15 @@ def _step(model: nn.Module, variant: Variant, device: str) -> TrainingStep:
     return GraphedStep(loss, optimizer, Buckets(BATCH, LENGTH), graphs, clip=1.0, required=True)
 
 
-def run_curves(device: str, steps: int) -> tuple[list[dict[str, Any]], bool]:
-    """Compare every variant with the plain run on both models; print as it goes.
+def run_curves(
+    device: str, steps: int, names: Sequence[str] | None = None
+) -> tuple[list[dict[str, Any]], bool]:
+    """Compare every variant with the plain run on each model; print as it goes.
+
+    Args:
+        device: ``"cuda"``, or ``"cpu"`` to try it out.
+        steps: Of every run.
+        names: Keys of :data:`MAKERS`; None for all.
 
     Returns:
         A row for each model and variant, and whether every saving of the dense base stays within
@@ -153,7 +160,7 @@ def run_curves(device: str, steps: int) -> tuple[list[dict[str, Any]], bool]:
     """
     rows: list[dict[str, Any]] = []
     good = True
-    for maker in MAKERS:
+    for maker in names or MAKERS:
         plain = losses_of(maker, PLAIN, device, steps)
         rows.append({"model": maker, "variant": PLAIN.name, "losses": plain})
         print(f"{maker}: {steps} steps, loss {plain[0]:.4f} -> {plain[-1]:.4f}", flush=True)

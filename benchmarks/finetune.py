@@ -124,7 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
     parser = argparse.ArgumentParser("python -m benchmarks.finetune", description=__doc__)
     option = parser.add_argument
-    option("--jobs", nargs="+", metavar="NAME", help="only these jobs; MORE_JOBS can be named too")
+    option(
+        "--jobs", nargs="+", metavar="NAME", help="only these, MORE_JOBS too; with --curves: models"
+    )
     option("--output", type=Path, metavar="DIR", help="folder for finetune.json or curves.json")
     option("--steps", type=int, metavar="N", help="timed steps (10; with --curves 200)")
     option("--loss", default="auto", help="as of prodial finetune")
@@ -149,9 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     started = time.perf_counter()
     if options.curves:
-        from benchmarks.curves import run_curves
+        from benchmarks.curves import MAKERS, run_curves
 
-        rows, good = run_curves("cpu" if options.tiny else "cuda", options.steps)
+        if unknown := set(options.jobs or ()) - MAKERS.keys():
+            raise SystemExit(f"benchmarks.finetune: unknown models {sorted(unknown)}: {[*MAKERS]}")
+        rows, good = run_curves("cpu" if options.tiny else "cuda", options.steps, options.jobs)
     else:
         from benchmarks.finetune_jobs import keeps
 
