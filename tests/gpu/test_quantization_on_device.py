@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from models import randomise_adapters
 from torch import Tensor, nn
 
-from prodial_kernels import ProdialLinear
-from prodial_kernels.quantization import FORMATS, quantize_linear
+from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
+from prodial_kernels.quantization import (
+    FORMATS,
+    RandomWeights,
+    load_quantized,
+    quantize_linear,
+)
 from prodial_kernels.quantization.project import quantized_prodial_linear
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
 
@@ -53,16 +62,25 @@ def test_gradients(format: str, dtype: torch.dtype) -> None:
     assert_case_accurate(case, run, compute=dtype)
 
 
-def microseconds(function: Callable[[], object], times: int = 30) -> float:
-    """The best of ``times`` runs: others may use the device too."""
+def microseconds(function: Callable[[], object], calls: int = 20) -> float:
+    """Of one call, launched by a CUDA graph; the best of some, as others may use the device too."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            function()
     best = float("inf")
-    for _ in range(times):
+    for _ in range(10):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        function()
+        graph.replay()
         end.record()
         end.synchronize()
-        best = min(best, 1000 * start.elapsed_time(end))
+        best = min(best, 1000 * start.elapsed_time(end) / calls)
     return best
 
 
@@ -86,7 +104,7 @@ def dequantising_and_copying(format: str, shape: tuple[int, int]) -> tuple[float
 def test_dequantising_runs_at_the_speed_of_memory(format: str) -> None:
     """Beside other tests on the same device, so with room above what it takes alone."""
     kernel, copy, _ = dequantising_and_copying(format, (16384, 4096))
-    assert kernel < 2.5 * copy + 30, f"{kernel:.0f} µs, a copy of the same bytes {copy:.0f} µs"
+    assert kernel < 2.5 * copy, f"{kernel:.0f} µs, a copy of the same bytes {copy:.0f} µs"
 
 
 def stack(format: str, depth: int, width: int = 2048) -> nn.Sequential:
@@ -97,6 +115,53 @@ def stack(format: str, depth: int, width: int = 2048) -> nn.Sequential:
         for _ in range(depth)
     ]
     return nn.Sequential(*(ProdialLinear.from_linear(layer, r=16) for layer in layers))
+
+
+def mixer_step(mixer: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    trained = [p for p in mixer.parameters() if p.requires_grad]
+    y = mixer(x)
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *trained])]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_mixers_on_upstreams_kernels(format: str, name: str) -> None:
+    """The fused path on quantised projectors is the one on the dense layers they stand for."""
+    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+    mamba_ssm = importlib.import_module("mamba_ssm")
+    targets = ["in_proj", "out_proj", *(["x_proj", "dt_proj"] if name == "Mamba" else [])]
+    torch.manual_seed(0)
+    model = nn.Sequential(getattr(mamba_ssm, name)(256, device="cuda", dtype=torch.bfloat16))
+    quantize_model(model, format, target_modules=targets)
+    dense = copy.deepcopy(model)
+    for target in targets:
+        setattr(dense[0], target, getattr(dense[0], target).to_linear())
+    for each in (model, dense):
+        apply_prodial(each, ProdialConfig(r=8))
+        randomise_adapters(each)
+    x = torch.randn(2, 512, 256, device="cuda", dtype=torch.bfloat16)
+    for ours, theirs in zip(mixer_step(model, x), mixer_step(dense, x), strict=True):
+        # Upstream's backward adds some gradients up in an order that differs from run to run.
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < 1e-2
+
+
+def test_random_models_take_no_more_than_they_keep() -> None:
+    """A model of 300 MB in bf16 that is quantised while it is drawn, a weight at a time."""
+    with torch.device("meta"):
+        layers = [nn.ModuleDict({"in_proj": nn.Linear(4096, 4096)}) for _ in range(9)]
+        model = nn.Sequential(*layers).bfloat16()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    weights = RandomWeights(model, device="cuda")
+    load_quantized(model, weights, "nf4", device="cuda", target_modules=["in_proj"])
+    kept = torch.cuda.memory_allocated() - before
+    assert kept < 9 * 4096 * 4096 * 0.53
+    # bf16, the finished codes, fp32 pieces and their indices, and the comparison's fp32 copies.
+    assert torch.cuda.max_memory_allocated() - before - kept < 5 * 4 * 4096 * 4096
 
 
 @pytest.mark.parametrize("format", FORMATS)
