@@ -129,6 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if options.profile:
             profile(compared["prodial_linear"], options.calls, rows=20)
+    if cuda:
+        from prodial_kernels.kernels.taped import obstacles
+
+        print("\n".join(f"launched by Triton's JIT each time: {reason}" for reason in obstacles()))
     return 0
 
 

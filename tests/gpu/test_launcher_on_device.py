@@ -69,11 +69,9 @@ def operands(call: Call, device: str) -> LinearCase:
 # Few, because each compiles all of its kernels.
 CALLS = [
     Call(2048, 768, 3072),
-    Call(2048, 1536, 768, p=24, dtype=torch.float16),
-    Call(1008, 768, 512, bias=True, channel_first=True),
+    Call(1008, 768, 512, p=24, dtype=torch.float16, bias=True, channel_first=True),
     Call(333, 192, 250, p=12, r=5, bias=True),
     Call(2048, 768, 3072, skew=1),
-    Call(512, 768, 512, absent=("blocks", "scale")),
     Call(512, 768, 512, absent=("lora_a", "lora_b")),
 ]
 
@@ -125,7 +123,7 @@ def test_a_call_that_comes_back_is_launched_past_the_jit(monkeypatch: pytest.Mon
 def test_random_sequences_give_the_bits_of_the_jit(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(0)
     held: list[Any] = []
-    for turn in range(80):
+    for turn in range(60):
         call = draw.choice(CALLS)
         case = call.case()
         expected = by_jit(case, call.channel_first, monkeypatch)
