@@ -1,4 +1,4 @@
-"""Quantised projectors in the mixers' fused paths: as accurate as dense ones, and never dense."""
+"""Quantised projectors in the mixers' fused paths: as on dense ones, and never dense."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
 from prodial_kernels.quantization import FORMATS, QuantizedLinear
-from prodial_kernels.testing import assert_all_accurate
 from prodial_kernels.vision.mixer import BidirectionalMamba
 
 EVERY = ("in_proj", "out_proj", "x_proj", "dt_proj")
@@ -92,20 +91,21 @@ def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), **gradients, **({} if x.grad is None else {"x": x.grad})}
 
 
-def assert_accurate(model: nn.Module, dense: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """As the definition on separate kernels: equal in fp64, else by the accuracy rule."""
+def assert_accurate(model: nn.Module, dense: nn.Module, x: Tensor) -> None:
+    """As the fused path on dense layers, every bit, and as the definition on separate kernels.
+
+    How accurate the fused path is in 16 bits is for the tests of dense layers.
+    """
     dtype = next(m.dtype for m in model.modules() if isinstance(m, QuantizedLinear))
-    exact = step(unfused(copy.deepcopy(dense).double()), x.double() if x.dtype == dtype else x)
     found = step(model, x)
-    if dtype != torch.float64:
-        assert_all_accurate(found, step(unfused(dense), x), exact, dtype)
-        return found
+    assert_equal(found, step(copy.deepcopy(dense), x))
+    exact = step(unfused(dense).double(), x.double() if x.dtype == dtype else x)
     assert found.keys() == exact.keys()
+    # In fp64 too, A, D and the bias of delta go through fp32 in the fused path.
+    allowed = 1e-6 if dtype == torch.float64 else 0.1
     for name, tensor in found.items():
-        # A, D and the bias of delta go through fp32 in the fused path.
-        error = (tensor - exact[name]).norm() / exact[name].norm()
-        assert error < 1e-6, f"{name}: relative error {error:.1e}"
-    return found
+        error = (tensor.double() - exact[name]).norm() / exact[name].norm()
+        assert error < allowed, f"{name}: relative error {error:.1e}"
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -131,10 +131,7 @@ def test_fused_on_quantised_weights(
     mixer: type[nn.Module], format: str, quantised: tuple[str, ...], dtype: torch.dtype
 ) -> None:
     model, dense = adapted(lambda: Model(mixer), format, quantised, dtype=dtype)
-    twin = copy.deepcopy(dense)
-    found = assert_accurate(model, dense, ids(33))
-    # Nothing but where the weight comes from differs from the fused path on dense layers.
-    assert_equal(found, step(twin, ids(33)))
+    assert_accurate(model, dense, ids())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -174,7 +171,7 @@ def bidirectional(scan: str) -> nn.Module:
 def test_vision(targets: tuple[str, ...]) -> None:
     model, dense = adapted(lambda: bidirectional("cuda"), "nf4", VISION, targets=targets)
     assert_accurate(model, dense, torch.randn(2, 10, 32, dtype=torch.float64))
-    assert cuda_stand_ins.calls["scan_bwd"] == 2
+    assert cuda_stand_ins.calls["scan_bwd"] == 2 * 2  # both models, both directions
 
 
 @pytest.mark.parametrize("enabled", [True, False])
