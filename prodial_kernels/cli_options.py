@@ -136,7 +136,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--cuda-graph", choices=CUDA_GRAPHS,
         help="launch a step as one CUDA graph; auto (default): where the GPU would wait otherwise",
     )  # fmt: skip
-    add_device_options(training)
+    add_device_options(training, formats=(*QUANTIZE, "auto"))
 
     records = parser.add_argument_group("how often")
     records.add_argument(
@@ -248,11 +248,13 @@ def add_adapter_options(group: Any) -> None:
     )  # fmt: skip
 
 
-def add_device_options(group: Any) -> None:
-    """Add ``--device``, ``--dtype`` and ``--quantize``."""
+def add_device_options(group: Any, *, formats: tuple[str, ...] = QUANTIZE) -> None:
+    """Add ``--device``, ``--dtype`` and ``--quantize``, which takes ``formats``."""
+    automatic = "; auto: in nf4 if they do not fit otherwise" if "auto" in formats else ""
     group.add_argument(
-        "--quantize", choices=QUANTIZE,
-        help="store the base model's projectors so; an adapter keeps to what it was trained on",
+        "--quantize", choices=formats,
+        help="store the base model's projectors so; an adapter keeps to what it was trained on"
+        f"{automatic}",
     )  # fmt: skip
     group.add_argument("--device", choices=DEVICES, help="auto: CUDA where there is one")
     group.add_argument(

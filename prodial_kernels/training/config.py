@@ -104,7 +104,8 @@ class FinetuneConfig:
         eval_every: Steps between evaluations; 0 for before and after only.
         save_every: Steps between saved training states; 0 for the end only.
         log_every: Steps between lines in ``metrics.jsonl``.
-        quantize: Format of the frozen projectors, quantised while they are loaded one by one.
+        quantize: Format of the frozen projectors, quantised while they are loaded one by one;
+            ``"auto"``: ``"nf4"`` if nothing else fits the run into memory.
         memory_budget: Fit the run into so much memory of a CUDA device, such as ``"8GiB"``,
             ``"6GB"`` or a number of bytes, and allow PyTorch no more; None: what is free, as far as
             it can be.
@@ -183,7 +184,7 @@ class FinetuneConfig:
             ("cuda_graph", CUDA_GRAPHS),
             ("packing", PACKINGS),
             ("activations", ACTIVATIONS),
-            ("quantize", QUANTIZE),
+            ("quantize", (*QUANTIZE, "auto")),
         ):
             if getattr(self, name) not in (None, *choices):
                 listed = ", ".join(map(repr, choices))

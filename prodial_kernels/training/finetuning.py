@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,12 +85,18 @@ def finetune(
     with StopSignals() as signals:
         config = config.resolved()
         folder = RunDirectory(config.output)
-        saved = _open_run(folder, config, resume)
+        saved = folder.read_identity() if resume else None
+        if saved is not None and config.quantize == "auto":
+            # What was chosen when the run began.
+            config = replace(config, quantize=saved.config.get("quantize"))
+        _check_open(folder, saved, config)
         display = Progress(enabled=progress)
         display.say(f"loading model {config.model!r} and data {config.data!r}")
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         plan = plan_run(config, device, dtype)
+        if config.quantize == "auto":
+            config = replace(config, quantize=None if plan is None else plan.plan.quantize)
         with limited(device, None if plan is None else plan.allowed):
             run = prepare(config, folder, saved, plan, display)
             with folder.only_one_process():
@@ -98,13 +105,11 @@ def finetune(
                 return _finish(run, folder, position, started, display)
 
 
-def _open_run(folder: RunDirectory, config: FinetuneConfig, resume: bool) -> RunIdentity | None:
-    if not resume:
+def _check_open(folder: RunDirectory, saved: RunIdentity | None, config: FinetuneConfig) -> None:
+    if saved is None:
         folder.check_startable()
-        return None
-    saved = folder.read_identity()
-    check_same_config(folder, saved, config)
-    return saved
+    else:
+        check_same_config(folder, saved, config)
 
 
 def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
@@ -287,18 +292,18 @@ def _finish(
 
 def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
     model, tokens = run.loaded.model, run.batches.batch(0).input_ids[:4]
-    if run.plan is not None:
-        # The logits of few tokens are enough, and may be all that there is room for.
+    by_blocks = run.config.quantize is not None and not has_room_dense(model, run.device)
+    if by_blocks:
+        # As few as it takes to tell.
+        tokens = tokens[:1, :32]
+    elif run.plan is not None:
+        # The logits of more may be more than there is room for.
         tokens = tokens[:1, :512]
-    device = run.device
-    if run.config.quantize is not None and not has_room_dense(model, device):
-        # Merged, it is dense: that is left to the host, on as few tokens as it takes to tell.
-        device, tokens = torch.device("cpu"), tokens[:1, :32]
-        model.cpu()
     expected = logits_of(model, tokens)
     full = run.config.method == "full"
     path = folder.full_model if full else folder.merged
     if run.config.quantize is not None:
+        # Merged, it is dense: that is left to the host.
         model.cpu()
     if not full:
         merge_prodial(model)
@@ -309,4 +314,6 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
         torch.cuda.empty_cache()
     # Fully fine-tuned weights are written in float32, as they were trained.
     dtype = torch.float32 if full else run.dtype
-    return check_written_model(path, tokens, expected, device=device, dtype=dtype)
+    return check_written_model(
+        path, tokens, expected, device=run.device, dtype=dtype, by_blocks=by_blocks
+    )

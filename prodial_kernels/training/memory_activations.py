@@ -156,12 +156,8 @@ def _weight_workspace(layer: LayerShape, tokens: Tokens) -> int:
     sides = max((n + k for n, k in layer.weights), default=0)
     partial = _SPLITS * _FP32 * _padded(layer.rank) * sides if layer.rank else 0
     folded = tokens.itemsize * largest if layer.rank else 0
-    unpacked = (tokens.itemsize * largest + _UNPACKING) if tokens.dense_weight else 0
+    unpacked = tokens.itemsize * largest if tokens.dense_weight else 0
     return folded + unpacked + partial
-
-
-_UNPACKING = 2**22 * 2 * _FP32
-"""Temporaries of dequantising 4M weights at a time: indices, and their values in fp32."""
 
 
 def _padded(rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.atomic import atomic_directory, safetensors_errors
 from prodial_kernels.training.model import load_model
+from prodial_kernels.training.offload import blocks_on_demand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -93,7 +95,13 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def check_written_model(
-    path: Path, tokens: Tensor, expected: Tensor, *, device: torch.device, dtype: torch.dtype
+    path: Path,
+    tokens: Tensor,
+    expected: Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    by_blocks: bool = False,
 ) -> Agreement:
     """Load a written model and compare its logits with those of the model in memory.
 
@@ -103,6 +111,7 @@ def check_written_model(
         expected: :func:`logits_of` the model in memory, adapter and all.
         device: Where to run it.
         dtype: The dtype to run it in.
+        by_blocks: Keep the model on the CPU and bring its blocks to the device one by one.
 
     Returns:
         The comparison.
@@ -110,8 +119,11 @@ def check_written_model(
     Raises:
         MergeError: They differ by more than rounding.
     """
-    loaded = load_model(str(path), device=device, dtype=dtype)
-    agreement = compare_logits(logits_of(loaded.model, tokens), expected, dtype=dtype)
+    home = torch.device("cpu") if by_blocks else device
+    model = load_model(str(path), device=home, dtype=dtype).model
+    with blocks_on_demand(model, device) if by_blocks else nullcontext():
+        found = logits_of(model, tokens)
+    agreement = compare_logits(found, expected, dtype=dtype)
     # "not <=" rather than ">": a NaN must fail.
     if not agreement.relative <= agreement.tolerance:
         raise MergeError(

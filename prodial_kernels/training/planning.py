@@ -183,7 +183,7 @@ def job_of(
         batch=batch,
         length=length,
         itemsize=dtype.itemsize,
-        quantize=getattr(config, "quantize", None),
+        quantize=config.quantize,
         optimizer=config.optimizer,
         loss=loss,
         loss_rows=chunk_rows(model.vocabulary),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from prodial_kernels import ProdialConfig, apply_prodial, cli
 from prodial_kernels.training import FinetuneConfig, finetune, planning
 from prodial_kernels.training.device_memory import MeasuredMemory, limited, measure
 from prodial_kernels.training.memory_activations import CHECKPOINT, KEEP, NORM
-from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlanError
+from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlanError, plan_memory
 from prodial_kernels.training.planning import RunPlan, comparison_text, plan_run, requested_levels
+from prodial_kernels.training.run import RunDirectory
 
 GIB = 2**30
 CUDA = torch.device("cuda")
@@ -185,6 +187,57 @@ def test_a_planned_run_prints_and_reports(
     # 8 GiB less the context, of 80.
     expected = (8 * GIB - DeviceMemory().context) / (80 * GIB)
     assert device["fractions"] == [pytest.approx(expected), 1.0]
+
+
+def test_quantises_only_where_nothing_else_fits(
+    place: Path, tmp_path: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prodial_kernels.training import finetuning
+
+    dense = planned(place, quantize="auto")
+    assert dense.plan.quantize is None
+    smallest = plan_memory(
+        dense.model, replace(dense.job, quantize=None), budget=0, device=dense.device, strict=False
+    )
+    budget = smallest.total + smallest.reserve - 1
+    plan = planned(place, quantize="auto", memory_budget=str(budget))
+    assert plan.plan.quantize == "nf4"
+
+    # A run does what the plan chose, and goes on with it without choosing again.
+    chosen = iter([plan_run(config(place, quantize="nf4"), CUDA, torch.bfloat16)])
+
+    def choose(config: FinetuneConfig, where: torch.device, dtype: torch.dtype) -> Any:
+        return next(chosen, None)
+
+    monkeypatch.setattr(finetuning, "plan_run", choose)
+    monkeypatch.setattr(finetuning, "measure", lambda where: MeasuredMemory(GIB, GIB, 0))
+    options = {"batch_size": 2, "seq_len": 32, "steps": 1, "eval_tokens": 64, "device": "cpu"}
+    automatic = config(place, output=str(tmp_path / "run"), quantize="auto", **options)
+    finetune(automatic, progress=False)
+    saved = RunDirectory(tmp_path / "run").read_identity()
+    assert saved.config["quantize"] == "nf4"
+    finetune(automatic, resume=True, progress=False)
+
+
+def test_the_written_model_is_checked_by_blocks_where_it_does_not_fit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prodial_kernels.training import finetuning, merging
+
+    monkeypatch.setattr(finetuning, "has_room_dense", lambda *_: False)
+    visited = []
+    by_blocks = merging.blocks_on_demand
+
+    def noting(model: Any, where: torch.device) -> Any:
+        visited.append(where)
+        return by_blocks(model, where)
+
+    monkeypatch.setattr(merging, "blocks_on_demand", noting)
+    options = {"batch_size": 1, "seq_len": 32, "steps": 1, "eval_tokens": 64, "device": "cpu"}
+    run = config(place, output=str(tmp_path / "run"), quantize="nf4", **options)
+    result = finetune(run, progress=False)
+    assert visited == [torch.device("cpu")]
+    assert result.agreement.relative <= result.agreement.tolerance
 
 
 def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
