@@ -7,12 +7,13 @@ by :meth:`FinetuneConfig.resolved`: from the preset, else from the defaults of t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prodial_kernels.training.config_values import MINIMA, checked_value
+from prodial_kernels.training.config_values import ConfigError as ConfigError
 from prodial_kernels.training.memory_budget import parse_budget
 
 if TYPE_CHECKING:
@@ -54,10 +55,6 @@ DEFAULTS = {
 }
 STDLIB_MAX_BYTES = 4_000_000
 STDLIB_EVAL_TOKENS = 32_768
-
-
-class ConfigError(ValueError):
-    """An option is unknown, contradicts another, or has a value that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +168,8 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            object.__setattr__(
-                self, field.name, _checked_type(field.name, getattr(self, field.name))
-            )
+            value = checked_value(field.name, getattr(self, field.name), str(field.type))
+            object.__setattr__(self, field.name, value)
         for name, choices in (
             ("method", METHODS),
             ("schedule", SCHEDULES),
@@ -189,7 +185,7 @@ class FinetuneConfig:
             if getattr(self, name) not in (None, *choices):
                 listed = ", ".join(map(repr, choices))
                 raise ConfigError(f"{name} must be one of {listed}, got {getattr(self, name)!r}")
-        for name, minimum in _MINIMA.items():
+        for name, minimum in MINIMA.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ConfigError(f"{name} must be at least {minimum}, got {value}")
@@ -344,49 +340,3 @@ class FinetuneConfig:
         if self.method == "lora":
             values |= {"train_scale": False, "train_diagonal": False, "r": None}
         return values
-
-
-_MINIMA: dict[str, float] = {
-    "max_bytes": 2,
-    "eval_tokens": 1,
-    "r": 0,
-    "steps": 1,
-    "batch_size": 1,
-    "seq_len": 2,
-    "grad_accumulation": 1,
-    "weight_decay": 0,
-    "warmup": 0,
-    "clip": 0,
-    "eval_every": 0,
-    "save_every": 0,
-    "log_every": 1,
-}
-
-
-def _checked_type(name: str, value: Any) -> Any:
-    """Check one value against its field's annotation; integers pass as floats, lists as tuples."""
-    annotation = FinetuneConfig.__annotations__[name]
-    if value is None and "None" in annotation:
-        return None
-    if name == "memory_budget" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if name == "target_modules":
-        if isinstance(value, str):
-            return value
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise ConfigError(f"{name} must be a string or a list of strings, got {value!r}")
-    if isinstance(value, Mapping) and "Mapping" in annotation:
-        return dict(value)
-    expected = annotation.split(" | ")[0]
-    fits = {
-        "str": isinstance(value, str),
-        "bool": isinstance(value, bool),
-        "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value),
-    }[expected]
-    if not fits:
-        raise ConfigError(f"{name} must be {annotation}, got {value!r}")
-    return float(value) if expected == "float" else value
