@@ -91,8 +91,8 @@ def plan_run(config: FinetuneConfig, device: torch.device, dtype: torch.dtype) -
         dtype: What it will compute in.
 
     Returns:
-        None where nothing can be predicted and no budget asks for it: on a CPU, and for mixers
-        whose kernels are not installed.
+        None where nothing can be predicted and no budget asks for it: on a CPU, for mixers whose
+        kernels are not installed, and for models without a list of blocks.
 
     Raises:
         MemoryPlanError: The job does not fit into ``memory_budget``, or its memory cannot be
@@ -107,7 +107,13 @@ def plan_run(config: FinetuneConfig, device: torch.device, dtype: torch.dtype) -
         raise MemoryPlanError(
             f"memory_budget {config.memory_budget!r} cannot be kept: {_why_unknown(device)}"
         )
-    model = shape_of(config, dtype, kernels=kernels)
+    try:
+        model = shape_of(config, dtype, kernels=kernels)
+    except ValueError:
+        if config.memory_budget is None:
+            # What is wrong with an adapter is said when it is applied.
+            return None
+        raise
     major, _ = torch.cuda.get_device_capability(device)
     constants = DeviceMemory(library_workspace=_WORKSPACE[major >= 9])
     job = job_of(config, model, device, dtype)

@@ -86,6 +86,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "accumulation": {"grad_accumulation": 2, "lora_dropout": 0.1},
     "checkpoint": {"activations": "checkpoint", "lora_dropout": 0.2},
     "recompute": {"activations": "recompute"},
+    "nf4": {"quantize": "nf4", "activations": "checkpoint"},
     "full": {"method": "full", "lr": 1e-3},
     "lora": {"method": "lora", "loss": "full"},
 }

@@ -116,6 +116,11 @@ def test_cannot_keep_a_budget_that_nothing_is_known_about(
     with pytest.raises(MemoryPlanError, match=r"8GiB.*this run is on the CPU"):
         plan_run(config(place, memory_budget="8GiB"), torch.device("cpu"), torch.float32)
     assert plan_run(config(place), torch.device("cpu"), torch.float32) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "empty_model", lambda name, dtype: torch.nn.Linear(2, 2))
+        with pytest.raises(ValueError, match="no parent"):
+            planned(place, memory_budget="8GiB")
+        assert plan_run(config(place), CUDA, torch.bfloat16) is None
     monkeypatch.setattr(planning, "kernels_available", lambda: False)
     with pytest.raises(MemoryPlanError, match="mamba-ssm and causal-conv1d are not installed"):
         plan_run(config(place, memory_budget="8GiB"), CUDA, torch.bfloat16)
