@@ -58,27 +58,36 @@ class TritonProdialLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients towards x, blocks, scale, lora_a, lora_b and bias; only those asked for."""
-        x, *operands, y, h = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        dy = _matrix(grad_output, ctx.length)
-        dx, *adapter = linear_backward(
-            dy, x, *operands, None if y is None else _matrix(y, ctx.length), h, *ctx.options,
-            needs[0], *needs[2:7],
-        )  # fmt: skip
-        if dx is None or not needs[0]:
-            dx = None
-        elif x.ndim == 3:
-            dx = dx.mT
-        elif len(ctx.shape) != 2:
-            dx = dx.view(ctx.shape)
-        return (
-            dx, None,
-            *[part if need else None for part, need in zip(adapter, needs[2:7], strict=True)],
-            None, None, None, None, None,
-        )  # fmt: skip
+        # Gradients are recorded here for create_graph=True alone, which is what the other refuses;
+        # asking costs less than its no_grad().
+        rule = _refusing_twice if torch.is_grad_enabled() else _backward
+        return rule(ctx, grad_output)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, *operands, y, h = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dy = _matrix(grad_output, ctx.length)
+    dx, *adapter = linear_backward(
+        dy, x, *operands, None if y is None else _matrix(y, ctx.length), h, *ctx.options,
+        needs[0], *needs[2:7],
+    )  # fmt: skip
+    if dx is None or not needs[0]:
+        dx = None
+    elif x.ndim == 3:
+        dx = dx.mT
+    elif len(ctx.shape) != 2:
+        dx = dx.view(ctx.shape)
+    return (
+        dx, None,
+        *[part if need else None for part, need in zip(adapter, needs[2:7], strict=True)],
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+_refusing_twice = once_differentiable(_backward)
 
 
 def _matrix(y: Tensor, length: int) -> Tensor:
