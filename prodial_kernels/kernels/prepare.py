@@ -198,7 +198,8 @@ def launch_prepare(
     columns = ceil_div(k, window // p * p) if fold else 1
     rows = max(source.shape[0] if fold else 0, n if b_out is not None else 0)
     _launch(
-        x, lora_a, seed, low, source, blocks, row_scale, lora_b, v, b_out, k, r, alpha, dropout,
+        x, lora_a, seed, low, source if fold else weight, blocks, row_scale, lora_b, v, b_out, k, r,
+        alpha, dropout,
         columns, ceil_div(rows, FOLD_N), n=n,
         transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, window=window,
         r_pad=r_pad,

@@ -45,7 +45,9 @@ def test_output_and_gradients(
     )
 
 
-@pytest.mark.parametrize("parts", [{"bias": None}, {"lora_a": None, "lora_b": None}])
+@pytest.mark.parametrize(
+    "parts", [{"bias": None}, {"lora_a": None, "lora_b": None}, {"blocks": None}, {"scale": None}]
+)
 def test_without_a_part(kernel_device: str, parts: dict[str, None]) -> None:
     case = replace(make_case((2, 24), 24, 40, block_size=6, device=kernel_device), **parts)
     for layout in LAYOUTS:
