@@ -194,7 +194,10 @@ def test_every_tensor_may_be_the_only_one_that_trains(name: str) -> None:
         parent.requires_grad_(False)
         parameter.requires_grad_()
         (alone,) = torch.autograd.grad(parent.mixer(x), parameter, grad)
-        torch.testing.assert_close(alone, full[chosen], rtol=2e-2, atol=2e-2)
+        # Of the gradient's size: the rank-r product H is kept or made again, from the scan's
+        # output before or after it was rounded.
+        error = (alone - full[chosen]).abs().max() / full[chosen].abs().max()
+        assert error < 0.02, f"{chosen}: {error:.3f}"
 
 
 @pytest.mark.parametrize("name", MIXERS)
