@@ -171,7 +171,7 @@ def _scan_and_project(
     # As transformers does, leave out what this version of the function does not know.
     known = inspect.signature(fused).parameters
     kwargs = {name: value for name, value in kwargs.items() if name in known}
-    return scan_and_project(fused, projector, *args, **kwargs)
+    return scan_and_project(fused, projector, False, *args, **kwargs)
 
 
 class _DeferredProjector:

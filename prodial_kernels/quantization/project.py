@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prodial_kernels._validation import check_frozen, check_operands, check_triton
 from prodial_kernels.functional import lay_out, prodial_linear, resolve_impl
-from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
-from prodial_kernels.ops.explicit import Needs, Operands, Rule, project, project_backward
+from prodial_kernels.ops.autocast import autocast_dtype
+from prodial_kernels.ops.explicit import Operands, Rule
+from prodial_kernels.ops.explicit_autograd import explicit_linear
 from prodial_kernels.ops.layout import unit_stride_rows
 from prodial_kernels.ops.packed import PackedWeight
 
@@ -54,7 +54,7 @@ def quantized_linear(
         ValueError: A shape or device that does not fit.
     """
     operands, rule = plain_operands(x, layer, bias)
-    return lay_out(_call(x, operands, rule), channel_first)
+    return lay_out(explicit_linear(x, operands, rule), channel_first)
 
 
 def quantized_prodial_linear(
@@ -90,7 +90,7 @@ def quantized_prodial_linear(
         )
         weight = layer.packed_weight().dense(dtype)
         return prodial_linear(x.to(dtype), weight, channel_first=channel_first, **options)
-    return lay_out(_call(x, *adapted_operands(x, layer, **options)), channel_first)
+    return lay_out(explicit_linear(x, *adapted_operands(x, layer, **options)), channel_first)
 
 
 def plain_operands(x: Tensor, layer: PackedLinear, bias: Tensor | None) -> tuple[Operands, Rule]:
@@ -183,62 +183,8 @@ def adapted_operands(
     return operands._replace(noise=noise), rule
 
 
-class QuantizedProdialLinear(torch.autograd.Function):
-    """Keeps X, H and aliases of the adapter; with ``"triton"`` Y where s trains.
-
-    What is not asked for is not kept: a layer without an adapter keeps its packed weight alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: Rule, *tensors: Tensor | None) -> Tensor:
-        """X [..., K] -> Y [..., N]; ``tensors`` are the fields of ``Operands``."""
-        operands = Operands(*tensors)  # type: ignore[arg-type]
-        y, h = project(_tokens(x), operands, rule)
-        # view() would make the output a view, and autograd lets nobody change that in place.
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[2:8])
-        if rule.impl != "triton" and not needs.bias:
-            operands = operands._replace(bias=None)  # only the kernels' gradient of s asks for it
-        ctx.save_for_backward(
-            x if needs.input else None,
-            y if needs.scale and rule.impl == "triton" else None,
-            h if needs.scale or needs.lora_b else None,
-            *operands,
-        )
-        ctx.rule, ctx.needs = rule, needs
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        x, y, h, *tensors = ctx.saved_tensors
-        operands = Operands(*tensors)
-        with autocast_off(grad_output.device.type):
-            dx, *rest = project_backward(
-                _tokens(grad_output),
-                None if x is None else _tokens(x),
-                None if y is None else _tokens(y),
-                h, operands, ctx.rule, ctx.needs,
-            )  # fmt: skip
-        if dx is not None:
-            dx = dx.reshape(*grad_output.shape[:-1], operands.weight.shape[1])
-        return dx, None, *rest, None
-
-
-def _call(x: Tensor, operands: Operands, rule: Rule) -> Tensor:
-    with autocast_off(x.device.type):
-        y: Tensor = QuantizedProdialLinear.apply(x.to(operands.weight.dtype), rule, *operands)
-    return y
-
-
 def _contiguous(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.contiguous()
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[..., features] -> [b, l, features]; three dimensions keep their strides."""
-    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
 
 
 def _values_elsewhere(layer: PackedLinear, dtype: torch.dtype) -> Tensor:

@@ -25,6 +25,16 @@ class MeasuredMemory:
     outside: int
 
 
+def indexed(device: torch.device) -> torch.device:
+    """Return a CUDA device with its index: the current one for plain ``cuda``.
+
+    ``torch.cuda``'s functions for the share of a process take nothing else.
+    """
+    if device.index is not None:
+        return device
+    return torch.device(device.type, torch.cuda.current_device())
+
+
 def usable_bytes(device: torch.device, *, context: int) -> int:
     """Return what a process could use in all: what is free, what it has, and its context."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -40,6 +50,7 @@ def limited(device: torch.device, allowed: int | None) -> Iterator[None]:
     if allowed is None:
         yield
         return
+    device = indexed(device)
     _, total = torch.cuda.mem_get_info(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, allowed / total)), device)
     try:

@@ -3,8 +3,9 @@
 The logits of a small model with a large vocabulary are its largest tensor: 8 × 2048 tokens by
 50,280 words are 3.1 GiB in fp32, and as much again for their gradient. Three ways to the same sum:
 
-* ``chunked``: a few hundred tokens at a time; each chunk's softmax is turned into its gradient in
-  place and multiplied back to the hidden states at once, so forward leaves their gradient behind.
+* ``chunked``: a few hundred tokens at a time; each chunk's logits become their softmax and that its
+  gradient in place, beside one fp32 copy, and the gradient is multiplied back to the hidden states
+  at once, so forward leaves theirs behind.
 * ``liger``: liger-kernel's fused linear cross-entropy, the same idea with a fused kernel for the
   softmax. It waits for the device, so it cannot be part of a CUDA graph.
 * ``full``: the model's own logits and ``cross_entropy``: for models whose head does something else.
@@ -207,9 +208,8 @@ def negative_log_likelihoods(head: OutputHead, hidden: Tensor, targets: Tensor) 
     rows = chunk_rows(head.layer.out_features)
     parts = []
     for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = head.logits(part)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        parts.append(functional.cross_entropy(wide, target, reduction="none"))
+        *_, log_p = _exponentials(head.logits(part), target[:, None])
+        parts.append(-log_p.squeeze(1))
     return torch.cat(parts)
 
 
@@ -301,22 +301,39 @@ def _chunk(
     logits = functional.linear(h, matrix, bias)
     if scale != 1:
         logits *= scale
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    log_p = logits.log_softmax(-1, dtype=wide)
     learned = targets != IGNORED
     column = targets.clamp_min(0)[:, None]
-    picked = log_p.gather(1, column)
+    powers, total, picked = _exponentials(logits, column)
     loss = -torch.where(learned, picked.squeeze(1), 0).sum()
     if gradients.hidden is None and gradients.matrix is None and gradients.bias is None:
         return loss
-    # softmax − one-hot, where the logits were; the label's own entry without cancellation.
-    torch.exp(log_p, out=logits)
-    logits.scatter_(1, column, torch.expm1(picked).to(logits.dtype))
-    factor = torch.where(learned, scale * weight, 0.0)[:, None].to(wide)
+    # softmax − one-hot; the label's own entry without cancellation.
+    softmax = powers.div_(total)
+    softmax.scatter_(1, column, torch.expm1(picked))
+    logits.copy_(softmax)
+    factor = torch.where(learned, scale * weight, 0.0)[:, None].to(softmax.dtype)
     if gradients.hidden is not None:
         gradients.hidden[places] = (logits @ matrix * factor).to(hidden.dtype)
     if gradients.matrix is not None:
         gradients.matrix += logits.mT @ (h * factor).to(h.dtype)
     if gradients.bias is not None:
-        gradients.bias += (logits * factor).sum(0)
+        gradients.bias += softmax.mul_(factor).sum(0)
     return loss
+
+
+def _exponentials(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a softmax as far as a loss needs it, beside one copy of the logits in fp32.
+
+    Args:
+        logits: ``[n, v]``; not read again, overwritten where they are fp32 or fp64 themselves.
+        column: int64 ``[n, 1]``.
+
+    Returns:
+        ``exp(logits − max)`` ``[n, v]``, its sum over a row ``[n, 1]``, and ``log softmax`` at the
+        columns ``[n, 1]``, in fp32 (fp64 for fp64 logits).
+    """
+    powers = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    powers.sub_(logits.amax(-1, keepdim=True))
+    picked = powers.gather(1, column)
+    total = powers.exp_().sum(-1, keepdim=True)
+    return powers, total, picked - total.log()

@@ -228,5 +228,5 @@ def _evaluation(model: ModelShape, job: Job, batch: int) -> int:
     if job.loss == "full":
         logits = (c + _FP32) * m * model.vocabulary + _FP32 * job.length * model.vocabulary
     else:
-        logits = min(m, job.loss_rows) * model.vocabulary * (c + 2 * _FP32)
+        logits = min(m, job.loss_rows) * model.vocabulary * (c + _FP32)
     return max(block, logits + c * m * model.width)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.atomic import atomic_directory, safetensors_errors
+from prodial_kernels.training.device_memory import indexed
 from prodial_kernels.training.model import load_model
 from prodial_kernels.training.offload import blocks_on_demand
 
@@ -76,7 +77,7 @@ def has_room_dense(model: nn.Module, device: torch.device) -> bool:
     dense = sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in packed)
     dense += sum(parameter.nbytes for parameter in model.parameters())
     free, _ = torch.cuda.mem_get_info(device)
-    limit = torch.cuda.get_per_process_memory_fraction(device)
+    limit = torch.cuda.get_per_process_memory_fraction(indexed(device))
     total = torch.cuda.get_device_properties(device).total_memory
     free = min(free, int(limit * total) - torch.cuda.memory_allocated(device))
     # A tenth for activations.

@@ -9,13 +9,13 @@ from typing import Any
 import cuda_stand_ins
 import pytest
 import torch
-from mamba_ssm_stand_ins import Mamba
+from mamba_ssm_stand_ins import Mamba, Mamba2
 from models import randomise_adapters
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prodial_kernels import ProdialConfig, apply_prodial
-from prodial_kernels.mixers.mamba_ssm import block
+from prodial_kernels.mixers.mamba_ssm import block, paths
 from prodial_kernels.mixers.mamba_ssm.norm import normed_again
 
 MODULE = "mamba_ssm.ops.triton.layer_norm"
@@ -78,11 +78,11 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 class Blocks(nn.Module):
     """Norm, mixer, norm, mixer as mamba_ssm's ``Block`` chains them."""
 
-    def __init__(self, impl: str, dtype: torch.dtype) -> None:
+    def __init__(self, mixer: type[nn.Module], impl: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Module() for _ in range(2))
         for layer in self.layers:
-            layer.mixer, layer.weight = Mamba(8, dtype=dtype), nn.Parameter(torch.randn(8))
+            layer.mixer, layer.weight = mixer(8, dtype=dtype), nn.Parameter(torch.randn(8))
         self.requires_grad_(False)
         config = ProdialConfig(r=2, block_size=2, impl=impl)
         apply_prodial(self, config)
@@ -111,11 +111,15 @@ def step(model: Blocks, x: Tensor, **options: Any) -> list[Tensor]:
 
 
 @pytest.fixture(params=["torch", "triton"])
-def model(request: pytest.FixtureRequest) -> Blocks:
+def impl(request: pytest.FixtureRequest) -> str:
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("the Triton interpreter is off where there is a GPU")
-    dtype = torch.float32 if request.param == "torch" else torch.float16
-    return Blocks(request.param, dtype)
+    return request.param
+
+
+@pytest.fixture(params=[Mamba, Mamba2])
+def model(request: pytest.FixtureRequest, impl: str) -> Blocks:
+    return Blocks(request.param, impl, torch.float32 if impl == "torch" else torch.float16)
 
 
 @pytest.mark.parametrize("recompute_xz", [False, True])
@@ -139,11 +143,13 @@ def test_the_same_gradients_without_keeping_the_input(
 
         return run
 
-    monkeypatch.setattr(block, "normed_again", counted)
+    for module in (block, paths):
+        monkeypatch.setattr(module, "normed_again", counted)
     remade = step(model, x)
     # Once in each layer's backward, for xz and for in_proj's gradients alike.
     assert len(made) == 2
-    monkeypatch.setattr(block, "normed_again", lambda hidden: None)
+    for module in (block, paths):
+        monkeypatch.setattr(module, "normed_again", lambda hidden: None)
     for tensor, expected in zip(remade, step(model, x), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0 if dtype.itemsize > 2 else 4e-3)
 
@@ -154,9 +160,18 @@ def test_the_input_is_not_kept(model: Blocks) -> None:
     x = torch.randn(2, 16, 8, dtype=dtype, requires_grad=True)
     hidden, _ = LayerNormFn.apply(x, layer.weight, None, True, None, 0.0)
     y = layer.mixer(hidden)
-    saved = {t.data_ptr() for t in y.grad_fn.saved_tensors if t is not None}
+    saved = kept_by(y.grad_fn, until=hidden.grad_fn)
+    assert saved
     assert hidden.data_ptr() not in saved
     assert (y.data_ptr() in saved) is (dtype == torch.float16), "Y stands in for X in the kernels"
+
+
+def kept_by(node: Any, until: Any) -> set[int]:
+    """Addresses of what the functions between two nodes of the graph keep."""
+    if node is None or node is until:
+        return set()
+    own = {t.data_ptr() for t in getattr(node, "saved_tensors", ()) if t is not None}
+    return own.union(*(kept_by(next_node, until) for next_node, _ in node.next_functions))
 
 
 def test_checkpointing_keeps_what_it_unpacks(model: Blocks) -> None:

@@ -14,16 +14,23 @@ mamba_ssm is recognised by structure and never imported here.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
-from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
+from prodial_kernels.mixers.mamba_ssm.block import (
+    RECOMPUTE_XZ,
+    fused_mamba,
+    kernels_available,
+)
+from prodial_kernels.mixers.mamba_ssm.norm import normed_again
 from prodial_kernels.mixers.mamba_ssm.split_scan import scan_and_project
-from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit
+from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit, operands_of
 from prodial_kernels.mixers.seam import AdaptedMixer, Policy, Undo, View, rebound
+from prodial_kernels.ops.explicit_autograd import explicit_linear
 
 Method = Any
 
@@ -108,10 +115,14 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
     if getattr(mixer, "d_ssm", mixer.d_inner) < mixer.d_inner:
         # The fused function without out_proj fails in its backward here (UnboundLocalError).
         return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
-    view = View(mixer, out_proj=_NoProjection())
+    in_proj = _in_proj(mixer, arguments["u"])
+    view = View(mixer, in_proj=in_proj, out_proj=_NoProjection())
     if not is_explicit(mixer.out_proj):
         return mixer.out_proj(upstream(view, *args, **kwargs))
-    fused = partial(scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj)
+    keeps_output = isinstance(in_proj, _Remade) and not getattr(mixer, RECOMPUTE_XZ, False)
+    fused = partial(
+        scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj, keeps_output
+    )
     return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
 
 
@@ -127,6 +138,31 @@ _POLICIES: dict[str, dict[str, Policy]] = {
     "Mamba2Simple": {"forward": mamba2_forward},
     "Mamba3": _CACHE,
 }
+
+
+def _in_proj(mixer: Any, u: Tensor) -> nn.Module | _Remade:
+    """``in_proj``, or what calls it without keeping its input where that can be made again."""
+    layer = mixer.in_proj
+    # Hooks are told of a call of the module only.
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if isinstance(layer, ProdialLinear) and is_explicit(layer) and not hooked:
+        again = normed_again(u)
+        if again is not None:
+            return _Remade(layer, again)
+    return layer
+
+
+class _Remade:
+    """An adapted ``in_proj`` whose input backward makes again."""
+
+    def __init__(self, layer: ProdialLinear, again: Callable[[], Tensor]) -> None:
+        self.layer, self.again = layer, again
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return explicit_linear(u, *operands_of(self.layer, u), self.again)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
 
 
 class _NoProjection:

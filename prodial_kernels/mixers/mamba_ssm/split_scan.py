@@ -3,7 +3,7 @@
 Upstream's fused function, asked to leave ``out_proj`` out, is right, but the projector after it
 would keep its input: [b, l, E] that upstream's own path computes again in backward. So upstream's
 rule is run by hand here, and the projector's input is made again, from what that rule keeps, by
-the same gated norm.
+the same gated norm. Its output is kept instead where the mixer's input is not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.explicit import Needs, Operands, Rule, project, project_backward
 
 _OPERANDS = len(Operands._fields)
+# Where the projector's operands begin among the arguments of the rule, and its scale.
+_FIRST = 3
+_SCALE = _FIRST + Operands._fields.index("scale")
 # What upstream's rule keeps, by position.
 _KEPT, _ZXBCDT, _OUT, _NORM_WEIGHT = 13, 0, 3, 9
 
@@ -30,6 +33,7 @@ _KEPT, _ZXBCDT, _OUT, _NORM_WEIGHT = 13, 0, 3, 9
 def scan_and_project(
     upstream: Callable[..., Tensor],
     out_proj: nn.Linear | ProdialLinear,
+    keeps_output: bool,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
@@ -38,6 +42,8 @@ def scan_and_project(
     Args:
         upstream: ``mamba_split_conv1d_scan_combined``; its module has the rule and the norm.
         out_proj: The projector, adapted or not.
+        keeps_output: Keep [b, l, out_features] for the gradient of the projector's scale, which
+            else costs its product once more.
         args: As upstream's, with ``outproj_weight=None``; zxbcdt [b, l, ·] first.
         kwargs: As upstream's.
 
@@ -48,14 +54,16 @@ def scan_and_project(
     bound.apply_defaults()
     zxbcdt = bound.args[0]
     operands, rule = operands_of(out_proj, placeholder(zxbcdt, out_proj.in_features))
-    return ScanAndProject.apply(upstream.__globals__, rule, *operands, *bound.args)
+    return ScanAndProject.apply(upstream.__globals__, rule, keeps_output, *operands, *bound.args)
 
 
 class ScanAndProject(torch.autograd.Function):
     """Keeps what upstream's rule keeps, and the projector's adapter."""
 
     @staticmethod
-    def forward(ctx: Any, module: dict[str, Any], rule: Rule, *inputs: Any) -> Tensor:
+    def forward(
+        ctx: Any, module: dict[str, Any], rule: Rule, keeps_output: bool, *inputs: Any
+    ) -> Tensor:
         """``inputs``: the projector's ``Operands``, then the arguments of upstream's rule."""
         operands, arguments = Operands(*inputs[:_OPERANDS]), inputs[_OPERANDS:]
         kept = _Kept()
@@ -68,8 +76,9 @@ class ScanAndProject(torch.autograd.Function):
                 "use_mem_eff_path=False on the mixer, or install mamba_ssm 2.3"
             )
         with autocast_off(y.device.type):
-            output, _ = project(y.to(operands.weight.dtype), operands, rule)
-        ctx.save_for_backward(*operands, *saved)
+            output, h = project(y.to(operands.weight.dtype), operands, rule)
+        keeps_output &= rule.impl == "triton" and ctx.needs_input_grad[_SCALE]
+        ctx.save_for_backward(output if keeps_output else None, h, *operands, *saved)
         kept.saved_tensors = ()
         ctx.module, ctx.rule, ctx.kept = module, rule, kept
         return output
@@ -78,16 +87,16 @@ class ScanAndProject(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        tensors = ctx.saved_tensors
-        operands, saved = Operands(*tensors[:_OPERANDS]), tensors[_OPERANDS:]
-        own = ctx.needs_input_grad[2 : 1 + _OPERANDS]
-        below = ctx.needs_input_grad[2 + _OPERANDS :]
+        output, h, *tensors = ctx.saved_tensors
+        operands, saved = Operands(*tensors[:_OPERANDS]), tuple(tensors[_OPERANDS:])
+        own = ctx.needs_input_grad[_FIRST : _FIRST + _OPERANDS - 1]
+        below = ctx.needs_input_grad[_FIRST + _OPERANDS :]
         needs = Needs(any(below), *own)
         with autocast_off(dy.device.type):
             x = None
             if needs.input:
                 x = _out_proj_input(ctx.module, ctx.kept, saved).to(operands.weight.dtype)
-            dx, *adapter = project_backward(dy, x, None, None, operands, ctx.rule, needs)
+            dx, *adapter = project_backward(dy, x, output, h, operands, ctx.rule, needs)
             del x
         through: tuple[Tensor | None, ...] = (None,) * len(below)
         if dx is not None:
@@ -96,7 +105,7 @@ class ScanAndProject(torch.autograd.Function):
             through = rule.backward(ctx.kept, dx.to(saved[_OUT].dtype))
             ctx.kept.saved_tensors = ()
         wanted = (g if need else None for g, need in zip(through, below, strict=True))
-        return None, None, *adapter, None, *wanted
+        return None, None, None, *adapter, None, *wanted
 
 
 class _Kept:
