@@ -1,5 +1,7 @@
 """Gradients summed over tokens on the output side: B, s and the bias."""
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -153,6 +155,10 @@ def launch_output_side(
     [b, N, l].
     """
     m, n = token_shape(dy)
+    tma = config.tma and tma_ready(dy) and (y is None or tma_ready(y))
+    if config.tma and not tma:
+        # Addresses take the registers that a wide tile would.
+        config = replace(config, block_n=min(config.block_n, 64))
     channel_first = dy.ndim == 3
     length = dy.shape[2] if channel_first else m
     tiles_m = m // length * ceil_div(length, config.block_m)
@@ -167,7 +173,6 @@ def launch_output_side(
     partial_scale = partial(n) if need_scale else None
     partial_bias = partial(n) if need_bias else None
     items = columns * splits
-    tma = config.tma and tma_ready(dy) and (y is None or tma_ready(y))
     tile = [config.block_m, config.block_n]
     if channel_first:
         tile.reverse()
