@@ -60,7 +60,8 @@ class OutputHead:
         """[..., d] -> [..., vocabulary], as the model computes them; for few rows at a time."""
         weight = self.weight()
         bias = None if self.layer.bias is None else self.layer.bias.to(weight.dtype)
-        return F.linear(hidden.to(weight.dtype), weight, bias) * self.scale
+        logits = F.linear(hidden.to(weight.dtype), weight, bias)
+        return logits if self.scale == 1 else logits.mul_(self.scale)
 
 
 def find_head(model: nn.Module) -> OutputHead:

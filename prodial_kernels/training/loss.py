@@ -208,7 +208,8 @@ def negative_log_likelihoods(head: OutputHead, hidden: Tensor, targets: Tensor) 
     rows = chunk_rows(head.layer.out_features)
     parts = []
     for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        *_, log_p = _exponentials(head.logits(part), target[:, None])
+        # Nothing else of it is given a name: that would be there beside the next chunk.
+        log_p = _exponentials(head.logits(part), target[:, None])[2]
         parts.append(-log_p.squeeze(1))
     return torch.cat(parts)
 

@@ -11,11 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveStorages(TorchDispatchMode):
-    """Watches what is made while it is active; counts every storage once."""
+    """Watches what is made while it is active; counts every storage once.
+
+    Attributes:
+        peak: The most bytes of it that were alive after any operation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -25,6 +30,7 @@ class LiveStorages(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 self._made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.bytes(without=()))
         return result
 
     def bytes(self, *, without: Iterable[Tensor]) -> int:

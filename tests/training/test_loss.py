@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from live_storages import LiveStorages
 from models import FAMILIES, build, randomise_adapters, token_ids
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
 from prodial_kernels.testing import assert_all_accurate
+from prodial_kernels.training import loss as loss_module
 from prodial_kernels.training.batches import IGNORED
 from prodial_kernels.training.head import HeadError, OutputHead, find_head
 from prodial_kernels.training.loss import (
@@ -74,11 +76,9 @@ class _Static(ChunkedLoss):
     """Computes every position, as it does for labels on a device."""
 
     def __call__(self, input_ids: Tensor, labels: Tensor, weight: Any = 1.0, **inputs: Any) -> Any:
-        from prodial_kernels.training import loss
-
         targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss, "_targets", lambda labels, device: (targets, None))
+            patch.setattr(loss_module, "_targets", lambda labels, device: (targets, None))
             return super().__call__(input_ids, labels, weight, **inputs)
 
 
@@ -166,6 +166,30 @@ def test_no_tensor_is_larger_than_a_chunk(evaluating: bool) -> None:
             ChunkedLoss(head)(torch.zeros_like(labels), labels).backward()
     assert largest.nbytes == chunk_rows(vocabulary) * vocabulary * 4
     assert largest.nbytes <= 2**27 < tokens * vocabulary * 4 / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("what", ["frozen", "trained", "scores"])
+def test_a_chunk_is_copied_once(what: str, dtype: torch.dtype) -> None:
+    vocabulary, tokens, rows, width = 8192, 300, 128, 4
+    matrix = torch.randn(vocabulary, width).to(dtype)
+    bias = torch.randn(vocabulary).to(dtype)
+    model = _Head(torch.randn(1, tokens, width).to(dtype), matrix, bias, 1.0)
+    model.lm_head.requires_grad_(what == "trained")
+    ids = torch.randint(0, vocabulary, (1, tokens))
+    head = find_head(model)
+    head_gradients = (vocabulary * (width + 1)) * (8 + dtype.itemsize)
+    with pytest.MonkeyPatch.context() as patch, LiveStorages() as live:
+        if what == "scores":
+            patch.setattr(loss_module, "chunk_rows", lambda _: rows)
+            negative_log_likelihoods(head, model.states[0].detach(), ids[0])
+        else:
+            ChunkedLoss(head, rows=rows)(ids, ids).backward()
+    # 16-bit logits, whose storage the gradient takes, and one fp32 copy; fp32 logits alone.
+    chunk = rows * vocabulary * (6 if dtype is torch.bfloat16 else 4)
+    room = 16 * tokens * width + 2**16 + matrix.nbytes + bias.nbytes
+    room += head_gradients if what == "trained" else 0
+    assert chunk <= live.peak < chunk + room
 
 
 @pytest.mark.parametrize(("vocabulary", "rows"), [(50_280, 512), (65_024, 512), (4096, 8192)])
