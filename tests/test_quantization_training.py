@@ -116,9 +116,13 @@ def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = type("", (), {"total_memory": 10 * dense})
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: properties)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: dense)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     for free, fraction, expected in ((2.0, 1.0, True), (1.05, 1.0, False), (2.0, 0.2, False)):
         monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, f=free: (int(f * dense), 0))
-        monkeypatch.setattr("torch.cuda.get_per_process_memory_fraction", lambda _, f=fraction: f)
+        # The real one takes a device with an index only.
+        monkeypatch.setattr(
+            "torch.cuda.get_per_process_memory_fraction", lambda d, f=fraction: {0: f}[d.index]
+        )
         assert has_room_dense(model, torch.device("cuda")) is expected
 
 

@@ -12,7 +12,7 @@ from tiny_model import tiny_mamba2, write_text, write_tiny_model
 
 from prodial_kernels import ProdialConfig, apply_prodial, cli
 from prodial_kernels.training import FinetuneConfig, finetune, planning
-from prodial_kernels.training.device_memory import MeasuredMemory, limited, measure
+from prodial_kernels.training.device_memory import MeasuredMemory, indexed, limited, measure
 from prodial_kernels.training.memory_activations import CHECKPOINT, KEEP, NORM
 from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlanError, plan_memory
 from prodial_kernels.training.planning import RunPlan, comparison_text, plan_run, requested_levels
@@ -40,10 +40,14 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr(cuda, "max_memory_reserved", lambda device: 4 * GIB)
     monkeypatch.setattr(cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(
-        cuda, "set_per_process_memory_fraction",
-        lambda fraction, device: state["fractions"].append(fraction),
-    )  # fmt: skip
+    monkeypatch.setattr(cuda, "current_device", lambda: 3)
+
+    def set_fraction(fraction: float, device: torch.device) -> None:
+        # As the real one does; without an index it raises.
+        assert device.index is not None
+        state["fractions"].append(fraction)
+
+    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", set_fraction)
     monkeypatch.setattr(planning, "kernels_available", lambda: True)
     return state
 
@@ -154,6 +158,10 @@ def test_the_limit_is_taken_back(device: dict[str, Any]) -> None:
     with limited(CUDA, 800 * GIB):
         pass
     assert device["fractions"][2:] == [1.0, 1.0]
+
+
+def test_a_device_gets_the_index_of_the_current_one(device: dict[str, Any]) -> None:
+    assert [indexed(d).index for d in (CUDA, torch.device("cuda", 1))] == [3, 1]
 
 
 def test_levels_without_a_plan() -> None:
