@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prodial_kernels.ops.layout import direct_length
 from prodial_kernels.training.memory_shapes import MAMBA, MAMBA2, LayerShape
 
 KEEP, NORM, RECOMPUTE, CHECKPOINT = "keep", "norm", "recompute", "checkpoint"
@@ -87,19 +88,22 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
         chunks = tokens.batch * -(-tokens.length // _SCAN_CHUNK)
         # States; A, D and dt's bias in fp32.
         scan = 2 * _FP32 * chunks * inner * state + _FP32 * inner * (state + 2)
-        dbc = c * m * (layer.dt_rank + 2 * state)
         if layer.fused:
             # xz, x_proj's output, the ungated output, H of both projectors.
             dense = (layer.projected if xz else 0) + inner
+            dbc = c * m * (layer.dt_rank + 2 * state)
             return c * m * dense + dbc + 2 * low_rank + scan
         # in_proj's output, contiguous u, delta, z, the ungated output, out_proj's input, its
-        # output; the norms of dt, B and C in fp32.
+        # output; the inputs of the norms of dt, B and C in fp32, their deviations, and contiguous
+        # B and C.
         mixer = c * m * (layer.projected + 5 * inner + layer.width)
-        return mixer + dbc + 2 * _FP32 * m * (layer.dt_rank + 2 * state) + 2 * low_rank + scan
+        norms = _FP32 * m * (layer.dt_rank + 2 * state + 3) + c * m * 2 * state
+        return mixer + norms + 2 * low_rank + scan
     if layer.mixer == MAMBA2:
         if layer.fused:
-            # zxbcdt and the ungated output; the convolution and the states are computed again.
-            return c * m * (layer.projected + inner) + low_rank
+            # zxbcdt, the ungated output, H of both projectors; the convolution and the states are
+            # computed again.
+            return c * m * (layer.projected + inner) + 2 * low_rank
         convolved = inner + 2 * layer.groups * state
         # zxbcdt, the convolution's in- and output, the scan's output, three of the gated norm in
         # fp32, out_proj's in- and output.
@@ -111,13 +115,21 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
 
 def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
     """Bytes of the largest moment within a block's backward, beyond what is kept."""
+    m, c = tokens.count, tokens.itemsize
     again = 0
     if level == CHECKPOINT:
         # The block's forward has run again and left behind what it keeps at the first level.
         again = kept(layer, tokens, KEEP)
     elif level == RECOMPUTE:
-        again = tokens.itemsize * tokens.count * layer.projected
-    return again + max(_backward_of_mixer(layer, tokens), _backward_of_norm(layer, tokens))
+        # in_proj's output and its input.
+        again = c * m * (layer.projected + layer.width)
+    elif level == NORM and layer.fused:
+        again = c * m * layer.width
+    norm = _backward_of_norm(layer, tokens)
+    if layer.mixer in (MAMBA, MAMBA2):
+        # What the mixer kept has gone before.
+        norm -= _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+    return again + max(_backward_of_mixer(layer, tokens), norm)
 
 
 def _backward_of_norm(layer: LayerShape, tokens: Tokens) -> int:
@@ -131,11 +143,13 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
     # The gradient of the residual, and that of the mixer's output.
     stream = (_FP32 + c) * m * layer.width
     weight = _weight_workspace(layer, tokens)
+    if layer.mixer == MAMBA and not layer.fused:
+        return _backward_of_separate_kernels(layer, tokens)
     if layer.mixer == MAMBA:
         # The gated output's gradient, u, delta and their gradients, dxz; dB and dC in fp32.
         scan = c * m * (5 * inner + layer.projected) + 2 * _FP32 * m * state
-        # dxz and X's gradient.
-        project = c * m * (layer.projected + layer.width) + weight
+        # dxz, X's gradient, and X where it is not kept but made again from the residual.
+        project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
         return stream + max(scan, project)
     if layer.mixer == MAMBA2:
         convolved = inner + 2 * layer.groups * state
@@ -144,10 +158,30 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
         products = chunks * layer.groups * _SSD_CHUNK**2 * 2 * _FP32
         # The gradient from out_proj and of the norm, the convolution's output and its gradient.
         scan = c * m * (2 * inner + 2 * convolved + layer.projected) + states + products
-        project = c * m * (layer.projected + layer.width) + weight
+        project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
         return stream + max(scan, project)
     widest = max((n + k for n, k in layer.weights), default=0)
     return stream + 2 * c * m * widest + weight
+
+
+def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
+    """Of Mamba-1 by one autograd node after another: each frees what it kept when it is done."""
+    m, c = tokens.count, tokens.itemsize
+    inner, width = layer.inner, layer.width
+    residual = _FP32 * m * width
+    weight = _weight_workspace(layer, tokens)
+    # The gradient of the mixer's output, and that of out_proj's input.
+    out_proj = c * m * (width + inner) + weight
+    freed = c * m * (inner + width)
+    # That gradient, copied where the projector does not give it with the tokens side by side, and
+    # those of u, delta and z; dB and dC in fp32.
+    copies = 0 if layer.rank and direct_length(tokens.length) else 1
+    scan = c * m * (4 + copies) * inner + 2 * _FP32 * m * layer.state - freed
+    # u, delta, z and the ungated output are gone too. The gradient of in_proj's output is put
+    # together and transposed; then X's is made, and X again where it is not kept.
+    freed += c * m * 4 * inner
+    in_proj = c * m * (2 * layer.projected + 2 * width) + weight - freed
+    return residual + max(out_proj, scan, in_proj)
 
 
 def _weight_workspace(layer: LayerShape, tokens: Tokens) -> int:

@@ -106,13 +106,17 @@ def peak_of(
         job: The job; ``quantize="auto"`` must have been decided.
         levels: For each layer, what of its activations is kept.
         evaluation_batch: Sequences evaluated at once.
-        library_workspace: Bytes that cuBLAS keeps for a stream.
+        library_workspace: Bytes that cuBLAS keeps for a thread and stream.
     """
     if job.quantize == "auto":
         raise ValueError("quantize='auto' is decided by plan_memory")
     always = [*_weights(model, job), *_trained(model, job)]
-    streams = 2 if job.graph else 1
-    always.append(Row("matrix library's workspace", streams * library_workspace, "cuBLAS"))
+    # Forward and backward run on threads of their own, and a graph on a stream of its own, beside
+    # which an evaluation has had the usual one.
+    handles = 3 if job.graph else 2
+    always.append(
+        Row("matrix library's workspace", handles * library_workspace, f"cuBLAS, {handles} of them")
+    )
     moments = _moments(model, job, levels, evaluation_batch)
     peaks = [
         Peak(moment, tuple(row for row in (*always, *rows) if row.bytes), evaluation)

@@ -38,7 +38,8 @@ class DeviceMemory:
     Attributes:
         context: Bytes outside PyTorch's allocator: the CUDA context and loaded kernels. An
             allowance; what it really was is reported after a run.
-        library_workspace: Bytes that cuBLAS keeps for a stream (32 MiB from Hopper on).
+        library_workspace: Bytes that PyTorch gives cuBLAS for each thread and stream that it
+            multiplies on (32 MiB from Hopper on).
         fragmentation: Share of the allocated peak to leave free for gaps between tensors.
     """
 

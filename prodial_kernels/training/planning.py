@@ -31,7 +31,7 @@ from prodial_kernels.training.memory_shapes import ModelShape, describe_model
 from prodial_kernels.training.method import matched_lora_rank
 from prodial_kernels.training.model import empty_model
 
-# cuBLAS keeps 32 MiB for a stream from Hopper on, about 8 MiB before.
+# cuBLAS keeps 32 MiB for a thread and stream from Hopper on, about 8 MiB before.
 _WORKSPACE = {True: 32 * 2**20, False: 8 * 2**20}
 # A second plan after an out-of-memory aims below what the first one predicted.
 _LESS = 0.9

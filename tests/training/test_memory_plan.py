@@ -89,9 +89,10 @@ def test_agrees_with_measured_peaks(name: str, batch: int, length: int, mib: int
     layer = replace(model.layers[0], separate_norm=False, rounds_input=False, two_streams=True)
     tokens = Tokens(batch, length, 2)
     predicted = model.embedding_bytes + model.projector_bytes + model.other_bytes
-    predicted += model.trained_bytes + 32 * MIB
+    # A workspace of cuBLAS for the thread of forward and one for that of backward.
+    predicted += model.trained_bytes + 2 * 32 * MIB
     predicted += len(model.layers) * kept(layer, tokens, KEEP) + workspace(layer, tokens, KEEP)
-    assert predicted / MIB == pytest.approx(mib, rel=0.06)
+    assert predicted / MIB == pytest.approx(mib, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_says_what_would_fit() -> None:
         plan_memory(model, job, budget=int(5.1 * GIB))
     with pytest.raises(MemoryPlanError, match="No change of the options is enough"):
         plan_memory(model, job, budget=GIB)
-    assert "optimizer 'adamw8bit'" in what_would_fit(model, job, budget=int(5.75 * GIB))
+    assert "optimizer 'adamw8bit'" in what_would_fit(model, job, budget=int(5.82 * GIB))
     assert "loss 'chunked'" in what_would_fit(model, replace(job, loss="full"), budget=9 * GIB)
 
 
@@ -211,7 +212,7 @@ def test_whole_logits_and_full_fine_tuning_cost_what_they_do() -> None:
     )  # fmt: skip
     plan = plan_memory(everything, Job(1, 16, full=True), budget=None)
     # Weights, 16-bit copies, two moments, and their gradients in the end: 18 bytes each.
-    assert plan.peak.total == pytest.approx(18 * 129_135_360 + 32 * MIB, rel=0.02)
+    assert plan.peak.total == pytest.approx(18 * 129_135_360 + 64 * MIB, rel=0.02)
     eight = plan_memory(everything, Job(1, 16, full=True, optimizer="adamw8bit"), budget=None)
     assert plan.peak.total - eight.peak.total == pytest.approx(6 * 129_135_360, rel=0.02)
 
@@ -245,7 +246,7 @@ def test_device_constants_count() -> None:
     small = DeviceMemory(context=0, library_workspace=0, fragmentation=0.0)
     plain = plan_memory(model, job, budget=None, device=small)
     usual = plan_memory(model, job, budget=None)
-    assert usual.total - plain.total == 640 * MIB + 32 * MIB
+    assert usual.total - plain.total == 640 * MIB + 2 * 32 * MIB
     assert (plain.reserve, usual.reserve > 0) == (0, True)
     graphed = plan_memory(model, replace(job, graph=True), budget=None)
     assert graphed.peak.total > usual.peak.total
