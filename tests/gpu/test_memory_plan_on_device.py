@@ -231,9 +231,14 @@ def main(names: list[str]) -> None:
     """Print the table of all cases, or of the larger ones named, with each plan."""
     for case in [LARGER[name] for name in names] or CASES:
         _, plan, line = compare(case)
+        # Not cleared yet: compare() does so before it builds a model.
+        held = torch.cuda.memory_allocated()
+        torch._C._cuda_clearCublasWorkspaces()
+        held -= torch.cuda.memory_allocated()
         free, total = torch.cuda.mem_get_info()
         outside = total - free - torch.cuda.memory_reserved()
-        print(line, f"| outside PyTorch {size_text(outside)}", flush=True)
+        rest = f"outside PyTorch {size_text(outside)}, cuBLAS's workspaces {size_text(held)}"
+        print(line, "|", rest, flush=True)
         for row in sorted(plan.peak.rows, key=lambda row: -row.bytes)[: 4 if not names else None]:
             print(f"    {row.what:32} {size_text(row.bytes):>9}  {row.why}", flush=True)
 
