@@ -28,7 +28,8 @@ class Child:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
         # Kernels that libraries tune are tuned once per machine, not once per process.
         environment.setdefault("TRITON_CACHE_AUTOTUNING", "1")
         self._process = subprocess.Popen(

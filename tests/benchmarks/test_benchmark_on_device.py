@@ -54,7 +54,10 @@ def test_a_replay_costs_what_its_steps_cost() -> None:
         step()
     single, triple = (Replay([step], "cuda") for step in (once, thrice))
     single.sample()
-    assert triple.sample() / single.sample() == pytest.approx(3, rel=0.25)
+    # The least of several: other tests may share the device.
+    samples = [(triple.sample(), single.sample()) for _ in range(7)]
+    most, least = (min(taken) for taken in zip(*samples, strict=True))
+    assert most / least == pytest.approx(3, rel=0.25)
 
 
 def test_workers_prepare_and_measure() -> None:

@@ -168,9 +168,9 @@ def test_operators_pass_opcheck() -> None:
         case.x, case.weight, case.blocks, case.scale, case.lora_a, case.lora_b, case.bias, None,
     )  # fmt: skip
     torch.library.opcheck(
-        torch.ops.prodial_kernels.linear_forward.default, (*operands, 0.5, 0.0, True)
+        torch.ops.prodial_kernels.linear_forward.default, (*operands, 0.5, 0.0, True, 0)
     )
-    y, h = torch.ops.prodial_kernels.linear_forward(*operands, 0.5, 0.0, True)
+    y, h = torch.ops.prodial_kernels.linear_forward(*operands, 0.5, 0.0, True, 0)
     torch.library.opcheck(
         torch.ops.prodial_kernels.linear_backward.default,
         (case.grad_output, *operands, y, h, 0.5, 0.0, True, *[True] * 6),
