@@ -16,6 +16,13 @@ from torch import Tensor
 
 from prodial_kernels.kernels.launch import padded_rank
 from prodial_kernels.ops.dense_blocks import dense_blocks_gradient, is_dense, turned_weight
+from prodial_kernels.ops.wide_rank import (
+    adapter_gradients,
+    add_low_rank,
+    add_low_rank_gradient,
+    is_wide,
+    tokens_of,
+)
 
 _OPERANDS = (
     "Tensor x, Tensor weight, Tensor? blocks, Tensor? scale, Tensor? lora_a, Tensor? lora_b, "
@@ -108,10 +115,15 @@ def _linear_forward(
     projector = _projector()
     if blocks is not None and is_dense(blocks):
         weight, blocks = turned_weight(weight, blocks, relu), None
+    wide = None
+    if lora_a is not None and lora_b is not None and is_wide(lora_a, seed):
+        wide, lora_a, lora_b = (lora_a, lora_b), None, None
     y, h = _taped()(
         projector.forward, (x, weight, blocks, scale, lora_a, lora_b, bias, seed),
         (lora_scaling, lora_dropout, relu, length),
     )  # fmt: skip
+    if wide is not None:
+        h = add_low_rank(y, x, *wide, lora_scaling)
     return y, x.new_empty(0) if h is None else h
 
 
@@ -166,8 +178,22 @@ def _gradients(
     dblocks = None
     if blocks is not None and is_dense(blocks):
         if need_blocks:
-            dblocks = dense_blocks_gradient(dy, x, weight, blocks, scale, relu)
+            dblocks = dense_blocks_gradient(
+                tokens_of(dy), tokens_of(x), weight, blocks, scale, relu
+            )
         weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
+    if lora_a is not None and lora_b is not None and is_wide(lora_a, seed):
+        made = adapter_gradients(
+            dy, x, weight, blocks, scale, lora_a, lora_b, lora_scaling, relu,
+            need_blocks=need_blocks, need_scale=need_scale, need_a=need_a, need_b=need_b,
+        )  # fmt: skip
+        dx, *_, dbias = _gradients(
+            dy, x, weight, blocks, scale, None, None, bias, None, None, None, lora_scaling, 0.0,
+            relu, need_x, False, False, False, False, need_bias,
+        )  # fmt: skip
+        if dx is not None:
+            add_low_rank_gradient(dx, dy, lora_a, lora_b, lora_scaling)
+        return dx, made.blocks if dblocks is None else dblocks, *made[1:], dbias
     needs = _needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
     dx, tiled_dblocks, *rest = _taped()(
         projector.backward, (dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h),

@@ -17,6 +17,9 @@ SHAPES = [
     pytest.param(2, 40, 48, 72, 1, 4, id="b2-l40-K48-N72-P1-r4"),
     pytest.param(3, 136, 36, 40, 6, 17, id="b3-l136-K36-N40-P6-r17"),
     pytest.param(1, 8, 96, 33, 48, 70, id="b1-l8-K96-N33-P48-r70"),
+    # Blocks and ranks that library products take over.
+    pytest.param(2, 16, 288, 40, 144, 6, id="b2-l16-K288-N40-P144-r6"),
+    pytest.param(2, 24, 48, 72, 12, 130, id="b2-l24-K48-N72-P12-r130"),
     # Nothing that the copy engine can address.
     pytest.param(2, 37, 24, 40, 12, 3, id="b2-l37-K24-N40-P12-r3"),
 ]
