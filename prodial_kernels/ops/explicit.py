@@ -22,6 +22,7 @@ from prodial_kernels.ops.layout import (
 )
 from prodial_kernels.ops.packed import PackedWeight
 from prodial_kernels.ops.schema import linear_backward, linear_forward
+from prodial_kernels.ops.wide_rank import is_wide
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,15 @@ def _triton_backward(
     gradient, matrix = token_matrix(dy), token_matrix(x)
     length = gradient.shape[2] if gradient.ndim == 3 else 0
     lora = operands.lora_a is not None
+    wide = is_wide(operands.lora_a, operands.noise)  # whose gradients need neither Y nor H
     kept = None
-    if needs.scale and y is not None:
+    if needs.scale and y is not None and not wide:
         # One walk over the tokens reads dY and Y, so they share a layout.
         kept = token_matrix(y)
         if kept.ndim != gradient.ndim:
             kept = y.mT.contiguous() if length else y.reshape(-1, y.shape[-1])
-    if (needs.scale and y is None) or (lora and (needs.scale or needs.lora_b) and h is None):
+    missing = (needs.scale and y is None) or (lora and (needs.scale or needs.lora_b) and h is None)
+    if missing and not wide:
         fresh, h = linear_forward(matrix, *operands, *options, relu, length)
         kept = fresh if needs.scale and y is None else kept
     dx, *adapter = linear_backward(

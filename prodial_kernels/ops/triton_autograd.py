@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from prodial_kernels.ops.layout import token_matrix, unit_stride_rows
 from prodial_kernels.ops.schema import linear_backward, linear_forward
+from prodial_kernels.ops.wide_rank import is_wide
 
 
 class TritonProdialLinear(torch.autograd.Function):
@@ -49,9 +50,11 @@ class TritonProdialLinear(torch.autograd.Function):
         if y.ndim != len(shape):
             # A view made in here could not be changed in place by whoever receives it.
             y = torch.ops.aten._unsafe_view(y, shape)
+        wide = is_wide(lora_a, seed)  # needs neither Y nor H
         ctx.save_for_backward(
             matrix, weight, blocks, scale, lora_a, lora_b, bias, seed,
-            y if ctx.needs_input_grad[3] else None, None if lora_a is None else h,
+            y if ctx.needs_input_grad[3] and not wide else None,
+            None if lora_a is None or wide else h,
         )  # fmt: skip
         ctx.options = (lora_scaling, lora_dropout, relu)
         ctx.shape, ctx.length = x.shape, length
