@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.profile:
         for name in options.models:
             for batch, length in shapes_of(name, options.shapes):
-                print_profile(name, batch, length)
+                print_profile(name, batch, length, options.configurations)
         return 0
     command = " ".join(["python -m benchmarks.mixers", *(arguments or sys.argv[1:])])
     output = options.output or RESULTS / slug(device_name("cuda")) / "mixers.json"
@@ -233,9 +233,11 @@ def kernel_times(step: Callable[[], None]) -> dict[str, tuple[float, int]]:
     }
 
 
-def print_profile(name: str, batch: int, length: int, top: int = 40) -> None:
+def print_profile(
+    name: str, batch: int, length: int, configurations: int = 0, top: int = 40
+) -> None:
     """Print the kernels of one adapted step beside those of the frozen one, by time."""
-    model = build(name)
+    model = build(name, configurations)
     found: dict[str, dict[str, tuple[float, int]]] = {}
     for variant in ("prodial", "frozen"):
         with adapted(model, variant):
