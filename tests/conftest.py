@@ -10,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors: a second thread only waits, and spins while it does. Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -22,6 +24,18 @@ if not torch.cuda.is_available():
 def kernel_device() -> str:
     """Where the Triton kernels run: the GPU, or the CPU under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a run starts from: a tiny model in ``model``, a text in ``text.txt``."""
+    # Loads transformers, which most tests do without.
+    from tiny_model import write_text, write_tiny_model
+
+    folder = tmp_path_factory.mktemp("place")
+    write_tiny_model(folder / "model")
+    write_text(folder / "text.txt")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_model import subprocess_environment, write_text, write_tiny_model
+from tiny_model import subprocess_environment
 
 import prodial_kernels
 from prodial_kernels.cli import main
@@ -19,14 +19,6 @@ from prodial_kernels.training.config import FinetuneConfig
 
 _ON_TEXT = ["finetune", "--model", "MODEL", "--data", "TEXT"]
 _FAST = ["--steps", "6", "--batch-size", "4", "--seq-len", "32", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cli")
-    write_tiny_model(folder / "model")
-    write_text(folder / "text.txt")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from models import randomise_adapters
-from tiny_model import write_text, write_tiny_model
 from torch import nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
@@ -25,14 +24,6 @@ from prodial_kernels.training.model import load_model
 from prodial_kernels.training.run import RunError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    write_tiny_model(folder / "model")
-    write_text(folder / "text.txt")
-    return folder
 
 
 def run(place: Path, name: str, *, resume: bool = False, **options: Any) -> FinetuneResult:

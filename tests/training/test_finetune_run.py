@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import write_text, write_tiny_model
 from torch import nn
 
 from prodial_kernels import ProdialLinear, apply_prodial, load_adapter
@@ -24,14 +23,6 @@ from prodial_kernels.training.method import matched_lora_rank
 from prodial_kernels.training.metrics import read_metrics
 from prodial_kernels.training.model import load_model
 from prodial_kernels.training.run import RunError
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    write_tiny_model(folder / "model")
-    write_text(folder / "text.txt")
-    return folder
 
 
 def _config(place: Path, output: Path, **options: Any) -> FinetuneConfig:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import write_text, write_tiny_model
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialLinear, cli
@@ -22,14 +21,6 @@ from prodial_kernels.training.config import ConfigError
 from prodial_kernels.training.metrics import read_metrics
 from prodial_kernels.training.oom import GuardedStep, OutOfMemory, out_of_memory
 from prodial_kernels.training.step import StepResult
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("oom")
-    write_tiny_model(folder / "model")
-    write_text(folder / "text.txt")
-    return folder
 
 
 def config(place: Path, output: Path, **options: Any) -> FinetuneConfig:

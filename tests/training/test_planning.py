@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import tiny_mamba2, write_text, write_tiny_model
+from tiny_model import tiny_mamba2
 
 from prodial_kernels import ProdialConfig, apply_prodial, cli
 from prodial_kernels.training import FinetuneConfig, finetune, planning
@@ -20,14 +20,6 @@ from prodial_kernels.training.run import RunDirectory
 
 GIB = 2**30
 CUDA = torch.device("cuda")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plan")
-    write_tiny_model(folder / "model")
-    write_text(folder / "text.txt")
-    return folder
 
 
 @pytest.fixture
