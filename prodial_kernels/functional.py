@@ -108,7 +108,7 @@ def prodial_linear(
             check_frozen(weight)
             y = _triton_linear(
                 x, weight, blocks, scale, lora_a, lora_b, bias,
-                _draw_seed(x) if drop else None, lora_scaling, lora_dropout, diagonal,
+                draw_seed(x) if drop else None, lora_scaling, lora_dropout, diagonal,
                 channel_first,
             )  # fmt: skip
             return y
@@ -128,7 +128,7 @@ def lay_out(y: Tensor, channel_first: bool) -> Tensor:
     return y.transpose(-1, -2).contiguous() if channel_first else y
 
 
-def _draw_seed(x: Tensor) -> Tensor:
+def draw_seed(x: Tensor) -> Tensor:
     """Draw the dropout mask's seed on the device, so that checkpointing and graphs replay it."""
     return torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
 

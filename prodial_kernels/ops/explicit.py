@@ -68,6 +68,11 @@ class Operands(NamedTuple):
     noise: Tensor | None = None
 
 
+def takes_output(operands: Operands, rule: Rule) -> bool:
+    """Whether the gradients of s and B are made from Y and from the kernels' H."""
+    return rule.impl == "triton" and not is_wide(operands.lora_a, operands.noise)
+
+
 class Needs(NamedTuple):
     """Which gradients are asked for, in the order of ``Operands``, the input's first."""
 
@@ -117,6 +122,8 @@ def project(
     if rule.impl == "triton":
         length = x.shape[1] if channel_first and direct_length(x.shape[1]) else 0
         y, h = linear_forward(token_matrix(x), *operands, *options, rule.diagonal == "relu", length)
+        if not takes_output(operands, rule):
+            h = None
         if length:
             return y, h
     else:

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prodial_kernels.ops.autocast import autocast_off
-from prodial_kernels.ops.explicit import Needs, Operands, Rule, project, project_backward
+from prodial_kernels.ops.explicit import (
+    Needs,
+    Operands,
+    Rule,
+    project,
+    project_backward,
+    takes_output,
+)
 
 
 def explicit_linear(
@@ -61,7 +68,7 @@ class ExplicitProdialLinear(torch.autograd.Function):
             operands = operands._replace(bias=None)  # only the kernels' gradient of s asks for it
         ctx.save_for_backward(
             x if needs.input and x_again is None else None,
-            y if needs.scale and rule.impl == "triton" else None,
+            y if needs.scale and takes_output(operands, rule) else None,
             h if needs.scale or needs.lora_b else None,
             *operands,
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels._validation import check_frozen, check_operands, check_triton
-from prodial_kernels.functional import lay_out, prodial_linear, resolve_impl
+from prodial_kernels.functional import draw_seed, lay_out, prodial_linear, resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.explicit import Operands, Rule
 from prodial_kernels.ops.explicit_autograd import explicit_linear
@@ -174,9 +174,7 @@ def adapted_operands(
         check_triton(x)
         # The kernels take one stride of a matrix and none of the others.
         operands = Operands(unit_stride_rows(weight), *(map(_contiguous, operands[1:])))
-        if dropped:
-            # On the device, so that checkpointing and CUDA graphs replay it.
-            noise = torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
+        noise = draw_seed(x) if dropped else None
     elif dropped:
         noise = torch.rand(x.shape, device=x.device) >= lora_dropout
     rule = Rule(chosen, float(lora_scaling), float(lora_dropout), diagonal, packed)

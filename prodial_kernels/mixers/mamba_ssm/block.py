@@ -36,6 +36,7 @@ from prodial_kernels.ops.explicit import (
     Rule,
     project,
     project_backward,
+    takes_output,
 )
 from prodial_kernels.ops.layout import gated_channels
 
@@ -131,7 +132,7 @@ class MambaBlock(torch.autograd.Function):
         keeps_y = (
             again is not None
             and not keeping.recompute_xz
-            and rules.out_proj.impl == "triton"
+            and takes_output(out_proj, rules.out_proj)
             and ctx.needs_input_grad[_SCALE_OF_OUT_PROJ]
         )
         ctx.save_for_backward(

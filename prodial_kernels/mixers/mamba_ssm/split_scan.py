@@ -20,7 +20,14 @@ from torch.autograd.function import once_differentiable
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.projection import operands_of, placeholder
 from prodial_kernels.ops.autocast import autocast_off
-from prodial_kernels.ops.explicit import Needs, Operands, Rule, project, project_backward
+from prodial_kernels.ops.explicit import (
+    Needs,
+    Operands,
+    Rule,
+    project,
+    project_backward,
+    takes_output,
+)
 
 _OPERANDS = len(Operands._fields)
 # Where the projector's operands begin among the arguments of the rule, and its scale.
@@ -77,7 +84,7 @@ class ScanAndProject(torch.autograd.Function):
             )
         with autocast_off(y.device.type):
             output, h = project(y.to(operands.weight.dtype), operands, rule)
-        keeps_output &= rule.impl == "triton" and ctx.needs_input_grad[_SCALE]
+        keeps_output &= takes_output(operands, rule) and ctx.needs_input_grad[_SCALE]
         ctx.save_for_backward(output if keeps_output else None, h, *operands, *saved)
         kept.saved_tensors = ()
         ctx.module, ctx.rule, ctx.kept = module, rule, kept
