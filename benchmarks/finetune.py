@@ -68,7 +68,10 @@ def be_child(options: argparse.Namespace) -> int:
 
     sys.stdin.readline()
     device = "cpu" if options.tiny else "cuda"
-    row = measure(job, device, steps=options.steps, loss=options.loss, optimizer=options.optimizer)
+    row = measure(
+        job, device, steps=options.steps, loss=options.loss, optimizer=options.optimizer,
+        profile=options.profile,
+    )  # fmt: skip
     print(_RESULT + json.dumps(row), flush=True)
     return 0
 
@@ -96,6 +99,14 @@ def row_text(row: dict[str, Any]) -> str:
     )
 
 
+def kernels_text(row: dict[str, Any], top: int = 30) -> str:
+    """The kernels of one step, by time, beside the time of the whole step."""
+    kernels = row["kernels_us"]
+    times = {"a step, by the clock": row["ms"] * 1e3, "all kernels": sum(kernels.values())}
+    times |= dict(list(kernels.items())[:top])
+    return "\n".join(f"  {us / 1e3:9.3f}  {name}" for name, us in times.items())
+
+
 def run_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the chosen jobs, one after the other."""
     from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS
@@ -108,6 +119,7 @@ def run_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise SystemExit(f"benchmarks.finetune: unknown jobs {sorted(unknown)}; known: {listed}")
     passed = ["--steps", str(options.steps), "--loss", options.loss]
     passed += ["--optimizer", options.optimizer, *(["--tiny"] if options.tiny else [])]
+    passed += ["--profile"] if options.profile else []
     children = {name: Child(["--child", name, *passed]) for name in names}
     rows = []
     try:
@@ -115,6 +127,8 @@ def run_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
             row = {"name": name, **child.measure()}
             rows.append(row)
             print(row_text(row), flush=True)
+            if "kernels_us" in row:
+                print(kernels_text(row), flush=True)
     finally:
         for child in children.values():
             child.end()
@@ -133,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--loss", default="auto", help="as of prodial finetune")
     option("--optimizer", default="adamw", help="as of prodial finetune")
     option("--curves", action="store_true", help="compare loss curves instead")
+    option("--profile", action="store_true", help="print the kernels' times of a step too")
     option("--tiny", action="store_true", help="tiny models on a CPU: tries the suite out")
     option("--child", help=argparse.SUPPRESS)
     return parser

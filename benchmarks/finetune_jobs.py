@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.breakdown import kernel_times
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.quantization.blocks import dynamic_map
 from prodial_kernels.quantization.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE, NF4_TABLE, NF4Linear
@@ -284,9 +285,10 @@ def make_step(
 
 
 def measure(
-    job: Job, device: str, *, steps: int = 10, loss: str = "auto", optimizer: str = "adamw"
-) -> dict[str, Any]:
-    """Build and train; return the row's figures."""
+    job: Job, device: str, *, steps: int = 10, loss: str = "auto", optimizer: str = "adamw",
+    profile: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Build and train; return the row's figures, with ``profile`` each kernel's time too."""
     cuda = device == "cuda"
     started = time.perf_counter()
     model = build(job, device)
@@ -314,12 +316,20 @@ def measure(
     take(WARM_UP)
     take(WARM_UP + 1)
     times = [take(WARM_UP + 2 + i) for i in range(steps)]
+    peaks = {
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+    }
+
+    def again() -> None:
+        take(WARM_UP + 2)
+
+    kernels = {"kernels_us": kernel_times(again, device)} if profile else {}
     return {
         **asdict(job), "library": library_of(job), "title": job.title, "how": how,
         "ms": statistics.median(times) * 1e3,
         "slowest_ms": max(times) * 1e3, "steps": steps,
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-        "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+        **peaks, **kernels,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "build_s": built - started, "total_s": time.perf_counter() - started,
     }  # fmt: skip
