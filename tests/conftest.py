@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 
 # Before anything imports them: no hub look-ups, no thread fight between test workers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,3 +43,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _memory_goes_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test's memory on the GPU is free for the tests of other workers when it is done."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
