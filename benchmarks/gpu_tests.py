@@ -1,8 +1,10 @@
 """Run the tests that need a GPU and record what passed: ``python -m benchmarks.gpu_tests``.
 
-Leaves out the tests marked slow, whose upstream kernels tune themselves for minutes; run them
-with ``-m "gpu and slow"``. CI has no GPU. It compares the record's hash with the sources, so that
-a change to a kernel without a new run on a device is noticed.
+Options of pytest, such as ``-n 14``, are passed on. The tests marked alone, which time the device,
+run one after another when all others are done. Leaves out the tests marked slow, whose upstream
+kernels tune themselves for minutes; run them with ``pytest -m "gpu and slow"``. CI has no GPU. It
+compares the record's hash with the sources, so that a change to a kernel without a new run on a
+device is noticed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import datetime
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,9 +45,36 @@ class _Counter:
             self.counts[outcome] += 1
 
 
+def run_tests(options: Sequence[str], counter: _Counter) -> int:
+    """Run the tests of a GPU, those that time it in the end and by themselves.
+
+    Args:
+        options: Passed on to pytest.
+        counter: Counts the outcomes of both runs.
+
+    Returns:
+        pytest's exit code of the first run that failed; 0 where none did and there were tests.
+    """
+    import pytest
+
+    one_process = ["-n", "0"] if find_spec("xdist") else []
+    codes = [
+        pytest.main(
+            ["-q", "-p", "no:benchmark", str(ROOT / "tests"), *options, *more],
+            plugins=[counter],
+        )
+        for more in (
+            ["-m", "gpu and not slow and not alone"],
+            [*one_process, "-m", "gpu and not slow and alone"],
+        )
+    ]
+    none = pytest.ExitCode.NO_TESTS_COLLECTED
+    ran = [code for code in codes if code != none]
+    return int(next((code for code in ran if code), 0) if ran else none)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the tests and write the record to ``--output``; return pytest's exit code."""
-    import pytest
     import torch
     import triton
 
@@ -51,10 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RECORD)
     options, rest = parser.parse_known_args(arguments)
     counter = _Counter()
-    code = pytest.main(
-        ["-m", "gpu and not slow", "-q", "-p", "no:benchmark", str(ROOT / "tests"), *rest],
-        plugins=[counter],
-    )
+    code = run_tests(rest, counter)
     record = {
         "status": "passed" if code == 0 and counter.counts["failed"] == 0 else "failed",
         "sources": source_hash(),
@@ -70,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     options.output.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
-    return int(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_gradients(format: str, dtype: torch.dtype) -> None:
 
 
 def microseconds(function: Callable[[], object], calls: int = 20) -> float:
-    """Of one call, launched by a CUDA graph; the best of some, as others may use the device too."""
+    """Of one call, launched by a CUDA graph; the best of some."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -100,9 +100,10 @@ def dequantising_and_copying(format: str, shape: tuple[int, int]) -> tuple[float
     )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("format", FORMATS)
 def test_dequantising_runs_at_the_speed_of_memory(format: str) -> None:
-    """Beside other tests on the same device, so with room above what it takes alone."""
+    """With room above what was measured."""
     kernel, copy, _ = dequantising_and_copying(format, (16384, 4096))
     assert kernel < 2.5 * copy, f"{kernel:.0f} µs, a copy of the same bytes {copy:.0f} µs"
 
