@@ -30,8 +30,9 @@ def _output_side_kernel(
     ds_part [splits, N] = Σ dY ⊙ Z / s with Z = Y − L B'ᵀ − bias = s ⊙ (U Wᵀ),
     from dY, Y [M, N] (CHANNEL_FIRST: [M / LENGTH, N, LENGTH]; else LENGTH = M), L [M, R_PAD],
     B [N, R], B' = α B, s, bias [N]. ``tiles_m`` tiles of tokens, none of two sequences.
-    Where Z is small beside Y, as where s = 0, the rounding of Y has spoiled it; there ds_part is
-    NaN, which asks exact_scale.py for the column.
+    Z itself is never made: Σ dY ⊙ L B'ᵀ is the sum over r of dB_part ⊙ B', and with Y in the place
+    of dY likewise. Where Z is small along Y, as where s = 0, the rounding of Y has spoiled it;
+    there ds_part is NaN, which asks exact_scale.py for the column.
     A program owns BLOCK_N columns of one split, one after another, split by split, so that it
     walks the tokens together with a product that runs beside it.
     """
@@ -47,23 +48,20 @@ def _output_side_kernel(
         stop = tl.minimum(start + tiles_per_split, tiles_m)
 
         if HAS_LORA:
-            acc_b = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
+            dy_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
             if NEED_SCALE:
-                b = tl.load(
-                    b_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
-                    mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
-                )  # fmt: skip
-                b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty)
+                y_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
         if NEED_SCALE:
+            # Z here is still Y − bias.
             dy_z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             y_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            z_z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             if HAS_BIAS:
+                y_z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
                 bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if NEED_BIAS:
             dy_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-        # Only an explicit number of stages makes the compiler run ahead with Y, which no dot reads.
+        # Only an explicit number of stages makes the compiler run ahead with what no dot reads.
         for tile_m in tl.range(start, stop, num_stages=STAGES):
             sequence, m = 0, tile_m * BLOCK_M
             if CHANNEL_FIRST:
@@ -79,22 +77,22 @@ def _output_side_kernel(
                 source = low_ptr + rows * R_PAD + offs_r[None, :]
                 low = tl.load(source, mask=(offs_m < LENGTH)[:, None], other=0.0)
                 # [BLOCK_N, BLOCK_M] @ [BLOCK_M, R_PAD] -> [BLOCK_N, R_PAD]
-                acc_b = tl.dot(dy_tile.T, low, acc_b)
+                dy_low = tl.dot(dy_tile.T, low, dy_low)
             wide_dy = dy_tile.to(tl.float32)
             if NEED_SCALE:
-                z = _load_tokens(
+                y_tile = _load_tokens(
                     y, sequence, m, column, LENGTH, N, stride_y, batch_y,
                     BLOCK_M, BLOCK_N, CHANNEL_FIRST, TMA,
-                ).to(tl.float32)  # fmt: skip
-                y_y += z * z
-                if HAS_BIAS:
-                    # A row past the last is 0 in Y; it has to be in Z as well.
-                    inside = (offs_m < LENGTH)[:, None]
-                    z = tl.where(inside, z - bias[None, :], 0.0)
+                )  # fmt: skip
                 if HAS_LORA:
-                    # [BLOCK_M, R_PAD] @ [R_PAD, BLOCK_N] -> [BLOCK_M, BLOCK_N]
-                    z -= tl.dot(low, b.T)
-                z_z += z * z
+                    y_low = tl.dot(y_tile.T, low, y_low)
+                wide_y = y_tile.to(tl.float32)
+                z = wide_y
+                if HAS_BIAS:
+                    z -= bias[None, :]
+                    y_z += wide_y * z
+                # Rows past the last are 0 in both dY and Y.
+                y_y += wide_y * wide_y
                 dy_z += wide_dy * z
             if NEED_BIAS:
                 dy_sum += wide_dy
@@ -102,15 +100,29 @@ def _output_side_kernel(
         part = split.to(tl.int64) * N + offs_n
         if HAS_LORA and NEED_B:
             target = partial_b_ptr + part[:, None] * R_PAD + offs_r[None, :]
-            tl.store(target, acc_b, mask=mask_n[:, None])
+            tl.store(target, dy_low, mask=mask_n[:, None])
         if NEED_BIAS:
             tl.store(partial_bias_ptr + part, tl.sum(dy_sum, 0), mask=mask_n)
         if NEED_SCALE:
             scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
-            # |Z| must be at least |Y| / 2: rounding Y then costs at most twice what rounding U Wᵀ
-            # would. Below 2^-60 the quotient can leave fp32's range.
-            spoiled = (4.0 * tl.sum(z_z, 0) < tl.sum(y_y, 0)) | (tl.abs(scale) <= 8.7e-19)
-            ds = tl.sum(dy_z, 0) / tl.where(spoiled, 1.0, scale)
+            ds = tl.sum(dy_z, 0)
+            norm = tl.sum(y_y, 0)
+            along = norm
+            if HAS_BIAS:
+                along = tl.sum(y_z, 0)
+            if HAS_LORA:
+                b = tl.load(
+                    b_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
+                    mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
+                )  # fmt: skip
+                # As forward rounded it.
+                b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty).to(tl.float32)
+                ds -= tl.sum(dy_low * b, 1)
+                along -= tl.sum(y_low * b, 1)
+            # ⟨Y, Z⟩ ≥ 0.4 |Y|², so |Z| ≥ 0.4 |Y|: ops/README.md. Below 2^-60 the quotient can leave
+            # fp32's range.
+            spoiled = (tl.abs(along) < 0.4 * norm) | (tl.abs(scale) <= 8.7e-19)
+            ds = ds / tl.where(spoiled, 1.0, scale)
             ds = tl.where(spoiled, float("nan"), ds)
             tl.store(partial_scale_ptr + part, ds, mask=mask_n)
 
