@@ -5,7 +5,8 @@
 * ``"recompute"``: that, and Mamba-1's block computes ``in_proj``'s output again
   (``mixer.prodial_recompute_xz``).
 * ``"checkpoint"``: a block keeps its input and runs again in backward. Where a block reads its
-  input only rounded to the dtype of its norm, the rounded input is what is kept: the same gradient.
+  input only rounded to the dtype of its norm, the rounded input is what is kept, and what it runs
+  on again: the same gradient.
 
 Everything takes part in training mode with gradients only, and gives the same gradients bit for
 bit where the kernels do.
@@ -14,6 +15,7 @@ bit where the kernels do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from prodial_kernels.mixers.mamba_ssm.block import RECOMPUTE_XZ
 from prodial_kernels.mixers.seam import AdaptedMixer, Undo, View
 from prodial_kernels.training.memory_activations import CHECKPOINT, KEEP, LEVELS, NORM, RECOMPUTE
 from prodial_kernels.training.memory_shapes import blocks_of, has_separate_norm, mixer_of
+from prodial_kernels.training.norms import is_fused
 
 
 class AppliedLevels:
@@ -98,11 +101,15 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
             f"{cached[0]} in training: a block that runs again in backward would write its cache "
             "twice; call the model with use_cache=False"
         )
-    rounded_to = _dtype_of_norm(block) if has_separate_norm(block) else None
-    hidden = _Input(args[0], rounded_to)
+    hidden = _Input(args[0])
+    forward, target = upstream, block  # type: Callable[..., Any], Any
+    if has_separate_norm(block):
+        norm = block.get_submodule("norm")
+        reading = _Calling(norm, partial(hidden.read_by, norm))
+        forward, target = _plain_forward(upstream), View(block, norm=reading)
 
     def run(*others: Any) -> Any:
-        return upstream(block, hidden.get(), *others, **kwargs)
+        return forward(target, hidden.get(), *others, **kwargs)
 
     output = checkpoint(
         run, *args[1:], use_reentrant=False, preserve_rng_state=_draws_numbers(block)
@@ -164,27 +171,33 @@ class _Attribute:
 
 
 class _Input:
-    """A block's input: itself until the forward is done, then rounded if nothing is lost."""
+    """A block's input: itself until the forward is done, then as the block's norm has read it."""
 
-    def __init__(self, tensor: Tensor, rounded_to: torch.dtype | None) -> None:
-        self.tensor = tensor
-        self.dtype = tensor.dtype
-        self.requires_grad = tensor.requires_grad
-        self.rounded_to = rounded_to
-        self.first = True
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._requires_grad = tensor.requires_grad
+        self._read: Tensor | None = None
+        self._first = True
 
     def get(self) -> Tensor:
-        """The input in its own dtype; when the block runs again, outside the graph."""
-        if self.first:
-            return self.tensor
-        return self.tensor.to(self.dtype).requires_grad_(self.requires_grad)
+        """The input; when the block runs again, outside the graph."""
+        if self._first:
+            return self._tensor
+        return self._tensor.detach().requires_grad_(self._requires_grad)
+
+    def read_by(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """``norm(x)``, where x is the input in the norm's dtype."""
+        if self._first:
+            self._read = x.detach()
+        return norm(x)
 
     def shrink(self) -> None:
-        """Keep for backward."""
-        self.first = False
-        self.tensor = self.tensor.detach()
-        if self.rounded_to is not None and self.rounded_to.itemsize < self.dtype.itemsize:
-            self.tensor = self.tensor.to(self.rounded_to)
+        """Keep the smaller one for backward."""
+        self._first = False
+        read, self._read = self._read, None
+        if read is None or read.itemsize >= self._tensor.itemsize:
+            read = self._tensor.detach()
+        self._tensor = read
 
 
 class _NormAgain:
@@ -206,7 +219,11 @@ class _NormAgain:
             "dtype": torch.get_autocast_dtype(kind),
         }
         self._input = x.detach()
-        self._output = checkpoint(self._norm, x, use_reentrant=False, preserve_rng_state=False)
+        if is_fused(self._norm):
+            # It keeps no more than x itself.
+            self._output = self._norm(x)
+        else:
+            self._output = checkpoint(self._norm, x, use_reentrant=False, preserve_rng_state=False)
         return self._output
 
     def mixer(self, *args: Any, **kwargs: Any) -> Any:
@@ -260,11 +277,6 @@ def _plain_forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
     while upstream.__code__.co_name == "forward_with_checkpointing":
         upstream = vars(upstream)["__wrapped__"]
     return upstream
-
-
-def _dtype_of_norm(block: nn.Module) -> torch.dtype:
-    weight = block.get_submodule("norm")._parameters["weight"]
-    return torch.float32 if weight is None else weight.dtype
 
 
 def _draws_numbers(block: nn.Module) -> bool:

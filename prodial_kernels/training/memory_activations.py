@@ -71,13 +71,24 @@ def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
         residual = _FP32 if layer.separate_norm and not layer.rounds_input else c
         return residual * m * layer.width
     norm = c * m * layer.width
-    if level == KEEP or not layer.separate_norm:
+    if layer.fused_norm:
+        # The norm's input in its own dtype and its deviations, with its output, which is X.
+        norm = _read_by_norm(layer, tokens) + _FP32 * m
+        if level == KEEP or not layer.separate_norm:
+            norm += c * m * layer.width
+    elif level == KEEP or not layer.separate_norm:
         # fp32 copy of the norm's input (or the fp32 residual), with its output, which is X.
         norm += _FP32 * m * (layer.width + 1)
     if level == RECOMPUTE and layer.two_streams:
         # Made again from the residual, and out_proj's output is not kept in its place.
         norm -= c * m * layer.width
     return norm + _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+
+
+def _read_by_norm(layer: LayerShape, tokens: Tokens) -> int:
+    """Of a norm's input: the fp32 residual itself where it is not rounded first."""
+    fp32 = layer.separate_norm and not layer.rounds_input
+    return (_FP32 if fp32 else tokens.itemsize) * tokens.count * layer.width
 
 
 def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
@@ -120,6 +131,9 @@ def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
     if level == CHECKPOINT:
         # The block's forward has run again and left behind what it keeps at the first level.
         again = kept(layer, tokens, KEEP)
+        if layer.fused_norm and layer.separate_norm:
+            # It reads what is kept between forward and backward, and copies it no more.
+            again -= _read_by_norm(layer, tokens)
     elif level == RECOMPUTE:
         # in_proj's output and its input.
         again = c * m * (layer.projected + layer.width)
@@ -133,6 +147,9 @@ def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
 
 
 def _backward_of_norm(layer: LayerShape, tokens: Tokens) -> int:
+    if layer.fused_norm:
+        # Gradients towards the residual, the norm's output, its input, and that in fp32.
+        return 2 * (_FP32 + tokens.itemsize) * tokens.count * layer.width
     # Gradients towards residual and norm, and three fp32 products of the norm's formula.
     return 5 * _FP32 * tokens.count * layer.width
 

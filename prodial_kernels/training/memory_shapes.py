@@ -15,6 +15,7 @@ from torch import nn
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers import transformers
+from prodial_kernels.training.norms import is_fused
 
 MAMBA, MAMBA2, OTHER = "mamba", "mamba2", "other"
 
@@ -34,6 +35,8 @@ class LayerShape:
         projected: Features that ``in_proj`` gives.
         rank: Rank of the adapters on its projectors; 0 without.
         weights: Shapes (N, K) of its linear layers.
+        fused_norm: Whether its norms run as one kernel each, as ``fuse_norms`` makes those of
+            transformers do, and keep their input as it is; else they keep it in fp32.
         separate_norm: Whether the norm is a module that the block calls on its input and whose
             output goes to the mixer alone, so that it can be computed again. Else it is one with
             the addition before it and keeps the fp32 residual, as in mamba_ssm.
@@ -52,6 +55,7 @@ class LayerShape:
     projected: int
     rank: int
     weights: tuple[tuple[int, int], ...]
+    fused_norm: bool
     separate_norm: bool
     rounds_input: bool
     two_streams: bool
@@ -100,8 +104,8 @@ def describe_model(
 
     Args:
         model: A causal language model of transformers or mamba_ssm, ready for training: with its
-            adapters, or with every weight trained. It may be on the ``meta`` device, and dense
-            although its projectors will be quantised.
+            adapters, or with every weight trained, and with its norms fused where they will be. It
+            may be on the ``meta`` device, and dense although its projectors will be quantised.
         kernels: Whether mamba_ssm's and causal_conv1d's kernels are installed where it will run.
         quantizable: Names of the linear layers that quantisation would store in fewer bits.
 
@@ -226,6 +230,7 @@ def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:
         projected=projected,
         rank=max(adapters, default=0),
         weights=shapes,
+        fused_norm=any(map(is_fused, block.modules())),
         separate_norm=separate,
         rounds_input=separate and block.get_submodule("norm").weight.dtype != torch.float32,
         two_streams=hasattr(block, "fused_add_norm"),

@@ -18,6 +18,7 @@ from prodial_kernels.training.documents import resets_state
 from prodial_kernels.training.loop import LoopOptions
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
+from prodial_kernels.training.norms import KERNEL_ON, FusedNorms, fuse_norms
 from prodial_kernels.training.planning import RunPlan, requested_levels
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
@@ -127,7 +128,11 @@ def prepare(
         chosen: tuple[str, ...] | None = plan.plan.levels
     else:
         chosen = requested_levels(loaded.model, config.chosen_activations)
-    levels = AppliedLevels([]) if chosen is None else apply_levels(loaded.model, chosen)
+    norms = fuse_norms(loaded.model) if device.type in KERNEL_ON else FusedNorms()
+    if len(norms):
+        display.say(str(norms))
+    applied = AppliedLevels([]) if chosen is None else apply_levels(loaded.model, chosen)
+    levels = AppliedLevels([norms, applied], checkpoints=applied.checkpoints)
     options = _loop_options(config, batches)
     return Run(config, loaded, split, batches, method, options, device, dtype, plan, levels)
 

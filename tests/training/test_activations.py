@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rms_norm_kernel
 import torch
 from live_storages import LiveStorages, bytes_kept
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from prodial_kernels.training.memory_activations import (
     levels_of,
 )
 from prodial_kernels.training.memory_shapes import blocks_of, describe_model, mixer_of
+from prodial_kernels.training.norms import fuse_norms
 
 sys.path.append(str(Path(__file__).parent.parent / "mixers"))
 
@@ -58,9 +60,12 @@ def adapted(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> 
     return model.train()
 
 
+@pytest.mark.parametrize("norms", ["eager", "fused"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_are_the_same_bit_for_bit(name: str) -> None:
+def test_gradients_are_the_same_bit_for_bit(name: str, norms: str) -> None:
     model, ids = adapted(name), token_ids()
+    if norms == "fused":
+        assert len(fuse_norms(model)) >= 3
     expected = gradients(model, ids)
     shapes = describe_model(model, kernels=False).layers
     tried = {level for layer in shapes for level in levels_of(layer)}
@@ -89,12 +94,16 @@ def fused_mamba(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> Any:
     return model.train()
 
 
+@pytest.mark.parametrize("norms", ["eager", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("level", [KEEP, NORM, RECOMPUTE, CHECKPOINT])
 def test_mamba_keeps_what_the_plan_counts(
-    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    level: str, dtype: torch.dtype, norms: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = fused_mamba(monkeypatch, dtype)
+    if norms == "fused":
+        rms_norm_kernel.install(monkeypatch)
+        assert len(fuse_norms(model)) == 3
     layer = describe_model(model, kernels=True).layers[1]
     x = torch.randn(2, 64, 64, requires_grad=True)
     with apply_levels(model, [level] * 2):
@@ -122,10 +131,14 @@ def test_mamba2_keeps_what_the_plan_counts() -> None:
     assert found == pytest.approx(mixer, rel=0.03)
 
 
+@pytest.mark.parametrize("norms", ["eager", "fused"])
 def test_recomputing_in_bfloat16_on_the_fused_path_changes_no_bit(
-    monkeypatch: pytest.MonkeyPatch,
+    norms: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = fused_mamba(monkeypatch, torch.bfloat16)
+    if norms == "fused":
+        rms_norm_kernel.install(monkeypatch)
+        fuse_norms(model)
     ids = torch.randint(0, 64, (2, 24))
     expected = gradients(model, ids)
     for level in (NORM, RECOMPUTE, CHECKPOINT):

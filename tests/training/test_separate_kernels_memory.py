@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import rms_norm_kernel
 import torch
 from live_storages import LiveStorages
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from prodial_kernels.training.memory_activations import (
     workspace,
 )
 from prodial_kernels.training.memory_shapes import describe_model
+from prodial_kernels.training.norms import fuse_norms
 
 WIDTH, STATE, RANK = 64, 16, 16
 
@@ -103,9 +105,15 @@ def falcon() -> Any:
     return model.train()
 
 
+@pytest.mark.parametrize("norms", ["eager", "fused"])
 @pytest.mark.parametrize("level", [KEEP, NORM, CHECKPOINT])
-def test_separate_kernels_take_what_the_plan_counts(level: str, watch: _Watch) -> None:
+def test_separate_kernels_take_what_the_plan_counts(
+    level: str, norms: str, watch: _Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = falcon()
+    if norms == "fused":
+        rms_norm_kernel.install(monkeypatch)
+        fuse_norms(model)
     layer = describe_model(model, kernels=True).layers[1]
     assert (layer.mixer, layer.fused, layer.rank) == ("mamba", False, RANK)
     # No multiple of 8: the gradient of out_proj's input comes with the features side by side.
