@@ -3,22 +3,29 @@
 The same model, data, seed and steps, each variant in turn, against the plain run: whole logits,
 eager steps, everything kept, the dense base. ``control`` is the plain run with each batch cut in
 two micro-batches: the same sums in another order, so its deviation is the noise to compare with.
-NF4 is another base model, and its gap is reported, not judged.
+Savings other than liger's loss, which no graph can hold, are taken in captured steps: these launch
+the same kernels in a fraction of the time, and ``graph`` says what capturing alone changes. NF4 is
+another base model, and its gap is reported, not judged.
 """
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib.util import find_spec
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.finetune_jobs import MODELS, recompute_in_segments
+from benchmarks.finetune_steps import release, transformers_config
 from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
+from prodial_kernels.training.activations import apply_levels
 from prodial_kernels.training.buckets import Buckets
 from prodial_kernels.training.graphed import GraphedStep
 from prodial_kernels.training.loop import LoopOptions, learning_rate
@@ -27,6 +34,7 @@ from prodial_kernels.training.model import load_model
 from prodial_kernels.training.optimizers import make_optimizer
 from prodial_kernels.training.packing import PackedBatches
 from prodial_kernels.training.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.planning import requested_levels
 from prodial_kernels.training.step import EagerStep, TrainingStep
 
 # A saving may deviate so many times as much as another order of the same sums does.
@@ -36,27 +44,46 @@ LENGTH, BATCH = 256, 4
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to take the same steps."""
+    """One way to take the same steps.
+
+    Attributes:
+        name: As printed.
+        loss: As ``prodial finetune`` has it, like the next two.
+        activations: Of every layer, or what comes closest to it.
+        base: ``"dense"``, or a format of quantisation.
+        graphed: Capture the steps, on a GPU.
+        parts: Micro-batches that a batch is cut into.
+    """
 
     name: str
     loss: str = "full"
-    graphed: bool = False
-    recompute_xz: bool = False
-    segment: int = 0
+    activations: str = "keep"
     base: str = "dense"
+    graphed: bool = True
     parts: int = 1
 
 
-PLAIN = Variant("plain")
+PLAIN = Variant("plain", graphed=False)
+CONTROL = Variant("control", graphed=False, parts=2)
+GRAPH = Variant("graph")
+LIGER = Variant("liger loss", "liger", graphed=False)
 VARIANTS = (
-    Variant("control", parts=2),
-    Variant("chunked loss", loss="chunked"),
-    Variant("graph", graphed=True),
-    Variant("recompute_xz", recompute_xz=True),
-    Variant("checkpointing", segment=2),
-    Variant("all of these", "chunked", True, True, 2),
+    CONTROL,
+    GRAPH,
+    LIGER,
+    Variant("chunked loss", "chunked"),
+    Variant("recompute", activations="recompute"),
+    Variant("checkpoint", activations="checkpoint"),
+    Variant("chunked loss, checkpoint", "chunked", "checkpoint"),
     Variant("nf4", base="nf4"),
 )
+
+
+def variants_on(device: str) -> list[Variant]:
+    """Those that there are on a device: a CPU has neither graphs nor liger-kernel."""
+    if device != "cuda":
+        return [replace(v, graphed=False) for v in VARIANTS if v not in (GRAPH, LIGER)]
+    return [v for v in VARIANTS if v is not LIGER or find_spec("liger_kernel") is not None]
 
 
 def embedded(device: str) -> tuple[nn.Module, Tensor]:
@@ -67,13 +94,11 @@ def embedded(device: str) -> tuple[nn.Module, Tensor]:
 
 def random_130m(device: str) -> tuple[nn.Module, Tensor]:
     """A random Mamba of 130M parameters (on a CPU a tiny one), and the same text."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    sizes = MODELS["mamba-130m" if device == "cuda" else "tiny"]
-    config = AutoConfig.for_model(
-        "mamba", hidden_size=sizes.width, num_hidden_layers=sizes.layers, state_size=16,
-        vocab_size=50280 if device == "cuda" else 4096, use_cache=False,
-    )  # fmt: skip
+    config = transformers_config("mamba-130m" if device == "cuda" else "tiny")
+    # The text's tokens are the embedded model's.
+    config.vocab_size = max(4096, config.vocab_size)
     torch.manual_seed(0)
     with torch.device(device):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=_dtype(device))
@@ -81,8 +106,8 @@ def random_130m(device: str) -> tuple[nn.Module, Tensor]:
 
 
 MAKERS: dict[str, Callable[[str], tuple[nn.Module, Tensor]]] = {
-    "embedded": embedded,
     "random-130m": random_130m,
+    "embedded": embedded,
 }
 
 
@@ -104,18 +129,25 @@ def _dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if device == "cuda" else torch.float32
 
 
+# Once per process: each run trains a copy of the model.
+@cache
+def made(maker: str, device: str) -> tuple[nn.Module, Tensor]:
+    """The model of one of :data:`MAKERS`, and its text."""
+    return MAKERS[maker](device)
+
+
 def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[float]:
     """Train ``steps`` steps and return their losses."""
-    model, tokens = MAKERS[maker](device)
+    release(device == "cuda")
+    model, tokens = made(maker, device)
+    model = copy.deepcopy(model)
     if variant.base != "dense":
         quantize_model(model, variant.base)
     torch.manual_seed(0)
     apply_prodial(model, ProdialConfig(r=16))
-    for module in model.modules():
-        if hasattr(module, "in_proj") and variant.recompute_xz:
-            module.prodial_recompute_xz = True  # type: ignore[assignment]
-    if variant.segment:
-        recompute_in_segments(model, variant.segment)
+    levels = requested_levels(model, variant.activations)
+    if levels is not None:
+        apply_levels(model, levels)
     model.train()
     batches = PackedBatches(tokens, seq_len=LENGTH, batch_size=BATCH // variant.parts)
     step = _step(model, variant, device)
@@ -144,8 +176,26 @@ def _step(model: nn.Module, variant: Variant, device: str) -> TrainingStep:
     return GraphedStep(loss, optimizer, Buckets(BATCH, LENGTH), graphs, clip=1.0, required=True)
 
 
+@contextmanager
+def submitting(workers: int) -> Iterator[Callable[..., Callable[[], list[float]]]]:
+    """Yield what takes :func:`losses_of`'s arguments and returns what waits for its losses.
+
+    Args:
+        workers: Processes to run in, all at once, as most of a step the device is idle; 0 for this
+            one, each run when it is waited for.
+    """
+    if workers == 0:
+        yield lambda *arguments: partial(losses_of, *arguments)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        yield lambda *arguments: pool.submit(losses_of, *arguments).result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def run_curves(
-    device: str, steps: int, names: Sequence[str] | None = None
+    device: str, steps: int, names: Sequence[str] | None = None, *, workers: int = 0
 ) -> tuple[list[dict[str, Any]], bool]:
     """Compare every variant with the plain run on each model; print as it goes.
 
@@ -153,39 +203,52 @@ def run_curves(
         device: ``"cuda"``, or ``"cpu"`` to try it out.
         steps: Of every run.
         names: Keys of :data:`MAKERS`; None for all.
+        workers: As for :func:`submitting`.
 
     Returns:
         A row for each model and variant, and whether every saving of the dense base stays within
         :data:`NOISE_FACTOR` times the control's deviation.
     """
     rows: list[dict[str, Any]] = []
-    good = True
-    for maker in names or MAKERS:
-        plain = losses_of(maker, PLAIN, device, steps)
-        rows.append({"model": maker, "variant": PLAIN.name, "losses": plain})
-        print(f"{maker}: {steps} steps, loss {plain[0]:.4f} -> {plain[-1]:.4f}", flush=True)
-        noise = 0.0
-        for variant in VARIANTS:
-            if variant.graphed and device != "cuda":
-                continue
-            gc.collect()
-            losses = losses_of(maker, variant, device, steps)
-            apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
-            largest, final = max(apart), losses[-1] - plain[-1]
-            if variant.name == "control":
-                # At least a rounding of the loss itself.
-                noise = max(largest, 1e-6 * max(plain))
-            judged = variant.base == "dense" and variant.name != "control"
-            kept = not judged or largest <= NOISE_FACTOR * noise
-            good &= kept
-            rows.append(
-                {"model": maker, "variant": variant.name, "losses": losses, "largest": largest,
-                 "mean": sum(apart) / steps, "final": final, "noise": noise, "ok": kept}
-            )  # fmt: skip
-            print(
-                f"  {variant.name:14} largest deviation {largest:.2e} nats "
-                f"({largest / noise:5.2f} × control), at the end {final:+.2e}"
-                f"{'' if not judged else '  ok' if kept else '  MISSED'}",
-                flush=True,
-            )
-    return rows, good
+    with submitting(workers) as submit:
+        runs = {
+            maker: {
+                variant: submit(maker, variant, device, steps)
+                for variant in (PLAIN, *variants_on(device))
+            }
+            for maker in names or MAKERS
+        }
+        for maker, waiting in runs.items():
+            rows += compare(maker, waiting)
+    return rows, all(row["ok"] for row in rows)
+
+
+def compare(
+    model: str, waiting: Mapping[Variant, Callable[[], list[float]]]
+) -> Iterator[dict[str, Any]]:
+    """Yield and print a row for each variant, the plain one and the control first."""
+    plain = waiting[PLAIN]()
+    yield {"model": model, "variant": PLAIN.name, "losses": plain, "ok": True}
+    print(f"{model}: {len(plain)} steps, loss {plain[0]:.4f} -> {plain[-1]:.4f}", flush=True)
+    noise = 0.0
+    for variant, wait in waiting.items():
+        if variant == PLAIN:
+            continue
+        losses = wait()
+        apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
+        largest, final = max(apart), losses[-1] - plain[-1]
+        if variant == CONTROL:
+            # At least a rounding of the loss itself.
+            noise = max(largest, 1e-6 * max(plain))
+        judged = variant.base == "dense" and variant != CONTROL
+        kept = not judged or largest <= NOISE_FACTOR * noise
+        print(
+            f"  {variant.name:24} largest deviation {largest:.2e} nats "
+            f"({largest / noise:5.2f} × control), at the end {final:+.2e}"
+            f"{'' if not judged else '  ok' if kept else '  MISSED'}",
+            flush=True,
+        )
+        yield {
+            "model": model, "variant": variant.name, "losses": losses, "largest": largest,
+            "mean": sum(apart) / len(apart), "final": final, "noise": noise, "ok": kept,
+        }  # fmt: skip

@@ -1,14 +1,16 @@
 """How small and how fast fine-tuning gets: whole steps, loss and optimiser included.
 
 ``python -m benchmarks.finetune`` measures every job of ``finetune_jobs.py`` on a GPU, each in a
-process of its own, so that a peak is that job's alone. All processes load their libraries at once
-and then take the device in turn. ``--curves`` compares loss curves with and without each saving
-instead (``curves.py``). Exit code 1 where a job fails or misses what it must keep.
+process of its own, so that a peak and a limit are that job's alone. Some processes at a time build
+their models and compile side by side; then each takes the device in turn. ``--curves`` compares
+loss curves with and without each saving instead (``curves.py``). Exit code 1 where a job fails or
+misses what it must keep.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -20,11 +22,15 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-_RESULT = "RESULT "
+_READY, _RESULT = "READY", "RESULT "
+# The first jobs together are given 54 GB, contexts not counted.
+SIDE_BY_SIDE = 8
+# Of the curves, whose steps leave a GPU idle most of the time.
+WORKERS = 4
 
 
 class Child:
-    """A process that measures one job when it is told to."""
+    """A process that prepares one job, and measures it, when it is told to."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -38,27 +44,46 @@ class Child:
             stderr=self._errors,
         )  # fmt: skip
 
+    def prepare(self) -> None:
+        """Let it build its model and take the first steps; return at once."""
+        self._tell("prepare")
+
+    def wait(self) -> None:
+        """Wait until it has, or has failed."""
+        self._line(_READY)
+
     def measure(self) -> dict[str, Any]:
         """Let it measure; wait for the row."""
-        output, _ = self._process.communicate("go\n")
-        for line in output.splitlines():
-            if line.startswith(_RESULT):
-                row: dict[str, Any] = json.loads(line.removeprefix(_RESULT))
-                return row
+        self._tell("measure")
+        line = self._line(_RESULT)
+        if line is not None:
+            row: dict[str, Any] = json.loads(line.removeprefix(_RESULT))
+            return row
+        code = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines() or ["no message"]
-        return {"error": f"exit code {self._process.returncode}: {' / '.join(lines[-3:])}"}
+        return {"error": f"exit code {code}: {' / '.join(lines[-3:])}"}
 
     def end(self) -> None:
         """Make sure that it is gone."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
         self._errors.close()
+
+    def _tell(self, word: str) -> None:
+        # One that has failed says so by its exit code.
+        with contextlib.suppress(BrokenPipeError):
+            print(word, file=self._process.stdin, flush=True)
+
+    def _line(self, start: str) -> str | None:
+        """The next line of its output that starts so; None where there is none."""
+        return next((line for line in self._process.stdout or () if line.startswith(start)), None)
 
 
 def be_child(options: argparse.Namespace) -> int:
-    """Load everything, wait for the word, measure one job."""
-    from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS, measure
+    """Load everything; prepare one job and measure it, each at the word."""
+    from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS
+    from benchmarks.finetune_steps import prepared
 
     job = next(job for job in (*JOBS, *MORE_JOBS, *TINY_JOBS) if job.name == options.child)
     # transformers runs mamba_ssm's kernels too.
@@ -68,10 +93,10 @@ def be_child(options: argparse.Namespace) -> int:
 
     sys.stdin.readline()
     device = "cpu" if options.tiny else "cuda"
-    row = measure(
-        job, device, steps=options.steps, loss=options.loss, optimizer=options.optimizer,
-        profile=options.profile,
-    )  # fmt: skip
+    with prepared(job, device, loss=options.loss, optimizer=options.optimizer) as training:
+        print(_READY, flush=True)
+        sys.stdin.readline()
+        row = training.measure(options.steps, profile=options.profile)
     print(_RESULT + json.dumps(row), flush=True)
     return 0
 
@@ -79,23 +104,25 @@ def be_child(options: argparse.Namespace) -> int:
 def row_text(row: dict[str, Any]) -> str:
     """One line of the table."""
     if "error" in row:
-        return f"{row['name']:14} FAILED: {row['error']}"
-    from benchmarks.finetune_jobs import GB, keeps
+        return f"{row['name']:15} FAILED: {row['error']}"
+    from benchmarks.finetune_jobs import keeps
+    from benchmarks.finetune_table import gigabytes, levels_text
 
     def limits(values: Sequence[float | None]) -> str:
         ms, gb = ("–" if value is None else f"{value:g}" for value in values)
         return f"{ms:>5} ms {gb:>4} GB"
 
-    peak = "        –" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GB:6.2f} GB"
-    gib = "" if row["peak_bytes"] is None else f" ({row['peak_bytes'] / 2**30:5.2f} GiB)"
     limited = any(value is not None for value in row["must"])
     kept = "ok" if keeps(row, row["must"]) else "MISSED"
-    if kept == "ok" and keeps(row, row["aim"]):
+    if kept == "ok" and keeps(row, row["aim"]) and any(row["aim"]):
         kept = "aim"
+    elif not limited:
+        kept = ""
+    budget = f"budget {row['memory_budget']}, " if row["memory_budget"] else ""
     return (
-        f"{row['name']:14} {row['title']:28} {row['ms']:9.2f} ms {peak}{gib}  "
-        f"must {limits(row['must'])}  aim {limits(row['aim'])}  "
-        f"{kept if limited else '':6} {row['library']}, {row['how']}"
+        f"{row['name']:15} {row['title']:28} {row['ms']:9.2f} ms {gigabytes(row):>16}  "
+        f"must {limits(row['must'])}  aim {limits(row['aim'])}  {kept:6} "
+        f"{row['library']}, {budget}{levels_text(row['levels'])}; {row['how']}"
     )
 
 
@@ -108,7 +135,7 @@ def kernels_text(row: dict[str, Any], top: int = 30) -> str:
 
 
 def run_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure the chosen jobs, one after the other."""
+    """Measure the chosen jobs, one after the other; prepare some of them at once."""
     from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS
 
     known = TINY_JOBS if options.tiny else (*JOBS, *MORE_JOBS)
@@ -123,12 +150,19 @@ def run_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     children = {name: Child(["--child", name, *passed]) for name in names}
     rows = []
     try:
-        for name, child in children.items():
-            row = {"name": name, **child.measure()}
-            rows.append(row)
-            print(row_text(row), flush=True)
-            if "kernels_us" in row:
-                print(kernels_text(row), flush=True)
+        for first in range(0, len(names), options.side_by_side):
+            wave = names[first : first + options.side_by_side]
+            for name in wave:
+                children[name].prepare()
+            for name in wave:
+                children[name].wait()
+            for name in wave:
+                row = {"name": name, **children[name].measure()}
+                children.pop(name).end()
+                rows.append(row)
+                print(row_text(row), flush=True)
+                if "kernels_us" in row:
+                    print(kernels_text(row), flush=True)
     finally:
         for child in children.values():
             child.end()
@@ -146,6 +180,10 @@ def build_parser() -> argparse.ArgumentParser:
     option("--steps", type=int, metavar="N", help="timed steps (10; with --curves 200)")
     option("--loss", default="auto", help="as of prodial finetune")
     option("--optimizer", default="adamw", help="as of prodial finetune")
+    option(
+        "--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N",
+        help="jobs that are on the device at once, one of them running (%(default)s)",
+    )  # fmt: skip
     option("--curves", action="store_true", help="compare loss curves instead")
     option("--profile", action="store_true", help="print the kernels' times of a step too")
     option("--tiny", action="store_true", help="tiny models on a CPU: tries the suite out")
@@ -167,11 +205,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     started = time.perf_counter()
     if options.curves:
+        # One launch configuration per kernel of Mamba-2 instead of minutes of tuning; read when
+        # mamba_ssm is imported, here and in the workers.
+        os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
         from benchmarks.curves import MAKERS, run_curves
 
         if unknown := set(options.jobs or ()) - MAKERS.keys():
             raise SystemExit(f"benchmarks.finetune: unknown models {sorted(unknown)}: {[*MAKERS]}")
-        rows, good = run_curves("cpu" if options.tiny else "cuda", options.steps, options.jobs)
+        rows, good = run_curves(
+            "cpu" if options.tiny else "cuda", options.steps, options.jobs,
+            workers=0 if options.tiny else WORKERS,
+        )  # fmt: skip
     else:
         from benchmarks.finetune_jobs import keeps
 

@@ -1,6 +1,6 @@
-"""The part of README.md that is made from committed results: a picture, and tables.
+"""The parts of README.md that are made from committed results: a picture, and tables.
 
-``python -m benchmarks.run --render`` writes it; a test compares it with the results.
+``python -m benchmarks.run --render`` writes them; a test compares them with the results.
 """
 
 from __future__ import annotations
@@ -8,17 +8,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, store, views
+from benchmarks import finetune_table, report, store, views
 from benchmarks.environment import ROOT
 from benchmarks.rivals import FLOOR, OURS
 from benchmarks.store import RESULTS, find
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 # What a reader is likely to use today; the best of the others has a column of its own.
 SHOWN = ("peft-lora", "authors")
 
@@ -37,7 +36,7 @@ def render(paths: Sequence[Path]) -> int:
         page = report.tables(record)
         print(page)
         print(*store.write(record, path.parent, page), *report.draw(record, path.parent), sep="\n")
-    README.write_text(replaced(README.read_text(), block()))
+    README.write_text(rendered(README.read_text()))
     print(README)
     return 0
 
@@ -47,20 +46,32 @@ def committed(name: str) -> list[Path]:
     return sorted(RESULTS.glob(f"*/{name}"))
 
 
-def replaced(text: str, new: str) -> str:
-    """The text with ``new`` between the markers.
+def rendered(text: str) -> str:
+    """README.md's text with every part of :data:`PARTS` as the committed results have it.
+
+    Raises:
+        ValueError: The markers of a part are not there, once each.
+    """
+    for name, part in PARTS.items():
+        text = replaced(text, name, part())
+    return text
+
+
+def replaced(text: str, name: str, new: str) -> str:
+    """The text with ``new`` between the markers of a part.
 
     Raises:
         ValueError: The markers are not there, once each.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md: expected {BEGIN} and {END}, once each")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
+    begin, end = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README.md: expected {begin} and {end}, once each")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
-def block() -> str:
-    """Everything between the markers, from what is committed."""
+def costs() -> str:
+    """What one projector and whole models cost."""
     parts: list[str] = []
     for path in committed("full.json"):
         record = store.read(path)
@@ -75,6 +86,18 @@ def block() -> str:
         parts.append(f"Every figure, and more pictures: [`{_link(page)}`]({_link(page)}).")
     parts += [models(json.loads(path.read_text())) for path in committed("mixers.json")]
     return "\n\n".join(parts)
+
+
+def fine_tuning() -> str:
+    """What whole fine-tuning steps take."""
+    records = [json.loads(path.read_text()) for path in committed("finetune.json")]
+    return "\n\n".join(
+        text for record in records for text in (finetune_table.page(record), provenance(record))
+    )
+
+
+PARTS: Mapping[str, Callable[[], str]] = {"benchmarks": costs, "fine-tuning": fine_tuning}
+"""What is rendered, by the name in its markers."""
 
 
 def projectors(record: Mapping[str, Any]) -> str:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import curves, finetune, finetune_jobs
-from benchmarks.finetune_jobs import (
-    JOBS,
-    MODELS,
-    TINY_JOBS,
-    Job,
-    build,
-    keeps,
-    make_batches,
-    make_step,
-    measure,
-)
+from benchmarks import curves, finetune
+from benchmarks.finetune_jobs import GB, JOBS, LEAST, MODELS, MORE_JOBS, TINY_JOBS, Job, keeps
+from benchmarks.finetune_steps import LR, plan_of, prepared
+from prodial_kernels import cli
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.training import planning
+from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.memory_budget import parse_budget
 
-NF4 = TINY_JOBS[1]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def feigned_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device of 80 GB, as far as a plan asks, with mamba_ssm's kernels."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(planning, "kernels_available", lambda: True)
 
 
 def test_the_jobs_are_those_that_must_fit() -> None:
@@ -34,59 +40,71 @@ def test_the_jobs_are_those_that_must_fit() -> None:
     assert limits["7b-nf4"] == ((None, 11), (None, 8))
     assert limits["130m-graphed"] == ((16, None), (14, None))
     assert limits["1.4b-graphed"] == ((78, None), (65, None))
-    assert len(limits) == len(JOBS)
-    assert {job.model for job in JOBS} <= MODELS.keys()
+    assert len({job.name for job in (*JOBS, *MORE_JOBS, *TINY_JOBS)}) == len(
+        (*JOBS, *MORE_JOBS, *TINY_JOBS)
+    )
+    for job in JOBS:
+        assert job.model in MODELS
+        # What it must keep is what it is given.
+        if job.must[1] is not None:
+            assert parse_budget(str(job.memory_budget)) == job.must[1] * GB
+    with_least = {job.name.removesuffix("-least") for job in JOBS if job.memory_budget == LEAST}
+    assert with_least == {job.name for job in JOBS if job.must[1] is not None}
 
 
-def test_a_row_is_measured() -> None:
-    row = measure(NF4, "cpu", steps=2)
+@pytest.mark.parametrize(
+    "job", [job for job in JOBS if job.library == "transformers"], ids=lambda job: job.name
+)
+def test_the_command_says_what_is_planned(
+    job: Job, feigned_cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = plan_of(job, CUDA, torch.bfloat16)
+    assert run is not None
+    assert run.plan.fits
+    budget = config.memory_budget
+    if job.memory_budget == LEAST:
+        # 0.1 GB less is too little.
+        less = {"memory_budget": f"{float(str(budget).removesuffix('GB')) - 0.1:.1f}GB"}
+        with pytest.raises(planning.MemoryPlanError):
+            plan_of(replace(job, **less), CUDA, torch.bfloat16)
+    given: list[FinetuneConfig] = []
+
+    def parsed(args: Any) -> int:
+        given.append(FinetuneConfig.from_dict(cli.cli_options.config_values(args)).resolved())
+        return 0
+
+    monkeypatch.setitem(
+        cli._COMMANDS, "finetune", cli._COMMANDS["finetune"]._replace(run=parsed)
+    )  # fmt: skip
+    command = job.command(budget)
+    assert command is not None
+    assert cli.main(shlex.split(command)[1:]) == 0
+    expected = replace(
+        config, model=MODELS[job.model].published, data="notes.txt", lr=given[0].lr,
+        max_bytes=None, eval_tokens=None,
+    )  # fmt: skip
+    assert given == [expected]
+
+
+@pytest.mark.parametrize("job", TINY_JOBS, ids=lambda job: job.name)
+def test_a_row_is_measured(job: Job) -> None:
+    with prepared(job, "cpu") as training:
+        before = [p.detach().clone() for p in training.model.parameters()]
+        row = training.measure(2)
+        moved = [
+            float((p.detach() - was).abs().max())
+            for p, was in zip(training.model.parameters(), before, strict=True)
+        ]
+        layers = [m for m in training.model.modules() if isinstance(m, QuantizedLinear)]
+    # The adapter moves, and little: two steps of AdamW.
+    assert 0 < max(moved) < 3 * LR
     assert row["ms"] > 0
-    assert row["peak_bytes"] is None
-    assert row["how"] == "eager, chunked loss, adamw"
+    assert row["peak_bytes"] is row["predicted_bytes"] is None
+    assert row["how"] == "steps launched one by one"
+    assert row["levels"] == {"keep" if job.activations == "auto" else job.activations: 4}
+    assert len(layers) == (2 * MODELS["tiny"].layers if job.quantize else 0)
+    assert row["command"].startswith("prodial finetune --model embedded --data notes.txt")
     json.dumps(row)
-
-
-def test_random_codes_stand_for_weights_of_the_usual_size() -> None:
-    dense, quantised = build(TINY_JOBS[0], "cpu"), build(NF4, "cpu")
-    layers = [m for m in quantised.modules() if isinstance(m, QuantizedLinear)]
-    assert len(layers) == 2 * MODELS["tiny"].layers
-    for layer in layers:
-        rms = float(layer.dequantize().square().mean().sqrt())
-        assert rms == pytest.approx(0.5 * layer.in_features**-0.5, rel=0.15)
-    trained = [
-        sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (dense, quantised)
-    ]
-    assert trained[0] == trained[1] > 0
-
-
-@pytest.mark.parametrize("segment", [1, 3])
-def test_segments_compute_the_same_and_keep_less(segment: int) -> None:
-    def step(job: Job) -> tuple[Any, dict[str, torch.Tensor], int]:
-        model = build(job, "cpu")
-        taken, _ = make_step(model, job, "cpu", loss="full")
-        kept: set[int] = set()
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            kept.add(tensor.untyped_storage().data_ptr())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            taken.begin([make_batches(job).batch(0)], 1e-3)
-        gradients = {
-            name.split("mixer.")[-1] + str(index): parameter.grad.clone()
-            for index, (name, parameter) in enumerate(model.named_parameters())
-            if parameter.grad is not None
-        }
-        return taken.finish(), gradients, len(kept)
-
-    job = TINY_JOBS[0]
-    result, gradients, kept = step(job)
-    recomputed, others, left = step(Job("x", "tiny", job.batch, job.length, segment=segment))
-    assert recomputed == result
-    assert others.keys() == gradients.keys()
-    for name, gradient in gradients.items():
-        assert torch.equal(others[name], gradient)
-    assert left < kept
 
 
 @pytest.mark.parametrize(
@@ -107,31 +125,46 @@ def test_limits(ms: float, gb: float | None, must: Any, kept: bool) -> None:
 def test_rows_as_text() -> None:
     row = {
         "name": "a", "title": "m 1×2 nf4", "ms": 12.5, "peak_bytes": 5e9, "must": [20, 6],
-        "aim": [10, 4], "how": "graphed", "library": "mamba_ssm",
+        "aim": [10, 4], "how": "graphed", "library": "mamba_ssm", "predicted_bytes": 5.25e9,
+        "memory_budget": "6GB", "levels": {"checkpoint": 3, "keep": 1},
     }  # fmt: skip
     text = finetune.row_text(row)
     assert "12.50 ms" in text
-    assert "5.00 GB ( 4.66 GiB)" in text
-    assert "must    20 ms    6 GB  aim    10 ms    4 GB  ok     mamba_ssm, graphed" in text
+    assert "5.00 GB (5.25)" in text
+    assert "must    20 ms    6 GB  aim    10 ms    4 GB  ok     mamba_ssm, budget 6GB" in text
+    assert text.endswith("budget 6GB, 1 `keep`, 3 `checkpoint`; graphed")
+    assert "5.00 GB  must" in finetune.row_text({**row, "predicted_bytes": None})
     assert "MISSED" in finetune.row_text({**row, "ms": 21})
     assert "4 GB  aim " in finetune.row_text({**row, "ms": 9, "peak_bytes": 3e9})
+    unlimited = {**row, "must": [None, None]}
+    assert "ok " not in finetune.row_text(unlimited)
+    assert "4 GB  aim " in finetune.row_text({**unlimited, "ms": 9, "peak_bytes": 3e9})
     assert "FAILED: no memory" in finetune.row_text({"name": "a", "error": "no memory"})
 
 
 def test_a_missed_row_or_a_failed_job_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    row = {**measure(TINY_JOBS[0], "cpu", steps=1), "must": (1e-9, 8)}
+    with prepared(TINY_JOBS[0], "cpu") as training:
+        row = {**training.measure(1), "must": (1e-9, 8)}
+    done: list[str] = []
 
     class Child:
         def __init__(self, arguments: list[str]) -> None:
             self.name = arguments[1]
 
+        def prepare(self) -> None:
+            done.append(f"prepare {self.name}")
+
+        def wait(self) -> None:
+            done.append(f"wait {self.name}")
+
         def measure(self) -> dict[str, Any]:
+            done.append(f"measure {self.name}")
             return dict(row) if self.name == "tiny" else {"error": "out of memory"}
 
         def end(self) -> None:
-            pass
+            done.append(f"end {self.name}")
 
     monkeypatch.setattr(finetune, "Child", Child)
     assert finetune.main(["--tiny", "--jobs", "tiny", "--output", str(tmp_path)]) == 1
@@ -141,7 +174,15 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
     assert {"device", "versions", "date", "commit"} <= written.keys()
     row["must"] = (None, None)
     assert finetune.main(["--tiny", "--jobs", "tiny"]) == 0
+    done.clear()
     assert finetune.main(["--tiny"]) == 1
+    # Nothing is measured while another job is prepared.
+    assert [each.split()[0] for each in done] == [
+        "prepare", "prepare", "wait", "wait", "measure", "end", "measure", "end"
+    ]  # fmt: skip
+    done.clear()
+    assert finetune.main(["--tiny", "--side-by-side", "1"]) == 1
+    assert [each.split()[0] for each in done] == ["prepare", "wait", "measure", "end"] * 2
     with pytest.raises(SystemExit, match="unknown jobs"):
         finetune.main(["--tiny", "--jobs", "1.4b-bf16"])
 
@@ -149,6 +190,8 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
 def test_a_process_that_fails_says_why() -> None:
     child = finetune.Child(["--child", "tiny", "--tiny", "--loss", "fast"])
     try:
+        child.prepare()
+        child.wait()
         error = child.measure()["error"]
     finally:
         child.end()
@@ -158,24 +201,34 @@ def test_a_process_that_fails_says_why() -> None:
 
 def test_curves_are_compared_with_another_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"plain": [3.0, 2.0], "control": [3.0, 2.001], "graph": [3.0, 2.003]}
-    losses |= {"checkpointing": [3.0, 2.005], "nf4": [4.0, 3.0]}
+    losses |= {"checkpoint": [3.0, 2.005], "nf4": [4.0, 3.0]}
     monkeypatch.setattr(
         curves, "losses_of",
         lambda maker, variant, device, steps: losses.get(variant.name, losses["plain"]),
     )  # fmt: skip
     rows, good = curves.run_curves("cuda", 2)
     assert not good
-    verdicts = {r["variant"]: r["ok"] for r in rows if r["variant"] != "plain"}
-    assert [name for name, ok in verdicts.items() if not ok] == ["checkpointing"]
-    assert len(rows) == 2 * (1 + len(curves.VARIANTS))
-    del losses["checkpointing"]
+    verdicts = {r["variant"]: r["ok"] for r in rows}
+    assert [name for name, ok in verdicts.items() if not ok] == ["checkpoint"]
+    assert len(rows) == 2 * (1 + len(curves.variants_on("cuda")))
+    del losses["checkpoint"]
     assert curves.run_curves("cuda", 2)[1]
+
+
+def test_what_noise_is_measured_with_is_no_saving() -> None:
+    """A graph that computed something else would widen what graphs are judged by."""
+    assert not curves.PLAIN.graphed
+    assert not curves.CONTROL.graphed
+    assert curves.VARIANTS[0] == curves.CONTROL
+    on_a_cpu = curves.variants_on("cpu")
+    assert not any(variant.graphed for variant in on_a_cpu)
+    assert {"graph", "liger loss"}.isdisjoint(variant.name for variant in on_a_cpu)
 
 
 def test_a_curve_is_trained() -> None:
     plain = curves.losses_of("random-130m", curves.PLAIN, "cpu", 2)
-    saved = curves.losses_of(
-        "random-130m", curves.Variant("x", "chunked", segment=2, parts=2), "cpu", 2
-    )
-    assert plain == pytest.approx(saved, rel=1e-5)
-    assert finetune_jobs.MODELS["tiny"].layers == 4
+    saving = curves.Variant("x", "chunked", "checkpoint", graphed=False, parts=2)
+    assert plain == pytest.approx(curves.losses_of("random-130m", saving, "cpu", 2), rel=1e-5)
+    assert plain[0] != plain[1]
+    # Each run trains a copy.
+    assert curves.losses_of("random-130m", curves.PLAIN, "cpu", 2) == plain

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import readme, store
+from benchmarks import finetune_table, readme, store
 from benchmarks.cases import TABLE_SHAPES
+from benchmarks.finetune_jobs import JOBS, TINY_JOBS
 
 ENVIRONMENT = {
     "device": "A GPU", "driver": "1", "commit": "abc", "date": "2026-01-02", "command": "run",
@@ -38,9 +40,28 @@ RECORD = {
 }  # fmt: skip
 
 
+MARKED = """\
+<!-- benchmarks: begin -->
+before this run
+<!-- benchmarks: end -->
+between
+<!-- fine-tuning: begin -->
+<!-- fine-tuning: end -->
+"""
+
+
+def trained(name: str = "tiny", budget: str | None = None, **more: Any) -> dict[str, Any]:
+    job = next(job for job in (*TINY_JOBS, *JOBS) if job.name == name)
+    return {
+        **asdict(job), "title": job.title, "command": job.command(budget), "ms": 12.34,
+        "memory_budget": budget, "peak_bytes": 5e9, "predicted_bytes": 5_120_000_000,
+        "levels": {"checkpoint": 3, "keep": 1}, **more,
+    }  # fmt: skip
+
+
 def test_readme_shows_the_committed_results() -> None:
     text = readme.README.read_text()
-    assert readme.replaced(text, readme.block()) == text, "run python -m benchmarks.run --render"
+    assert readme.rendered(text) == text, "run python -m benchmarks.run --render"
 
 
 def test_one_line_for_each_projector_of_the_table() -> None:
@@ -76,23 +97,49 @@ def test_render_draws_and_replaces(
 ) -> None:
     folder = tmp_path / "benchmarks" / "results" / "a-gpu"
     store.write(RECORD, folder, "")
+    (folder / "finetune.json").write_text(json.dumps({**ENVIRONMENT, "rows": [trained()]}))
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    page.write_text(f"before\n{MARKED}after\n")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", folder.parent)
     monkeypatch.setattr(readme, "README", page)
     assert readme.render([]) == 0
     text = page.read_text()
-    assert "old" not in text
+    assert "before this run" not in text
     assert "](benchmarks/results/a-gpu/full-cost.png)" in text
     assert "](benchmarks/results/a-gpu/full.md)" in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert (folder / "full-cost.png").stat().st_size < 150_000
     assert "| prodial " in (folder / "full.md").read_text()
-    assert readme.replaced(text, readme.block()) == text
+    assert "| tiny 2×32 bf16 " in text
+    assert text.index("| mamba-130m in_proj") < text.index("between") < text.index("| tiny 2×32")
+    assert readme.rendered(text) == text
+
+
+def test_one_line_for_each_job_and_its_command() -> None:
+    rows = [
+        trained("tiny", "6GB"),
+        trained("130m-graphed", ms=123.4, predicted_bytes=None, levels={"keep": 24}),
+        {"name": "1.4b-bf16", "error": "no memory"},
+    ]
+    text = finetune_table.page({"device": "A GPU", "rows": rows})
+    lines = [
+        [cell.strip() for cell in line.split("|")][1:-1]
+        for line in text.splitlines()
+        if line.startswith(("| tiny", "| mamba"))
+    ]
+    assert lines == [
+        ["tiny 2×32 bf16", "90000 ms, 9.0 GB", "12.3", "5.00 (5.12)", "6GB",
+         "1 `keep`, 3 `checkpoint`"],
+        ["mamba-130m 4×512 bf16, captured, mamba_ssm", "24.2 ms", "123", "5.00", "–", "`keep`"],
+    ]  # fmt: skip
+    assert text.endswith(
+        "```bash\nprodial finetune --model embedded --data notes.txt --batch-size 2 --seq-len 32 "
+        "--memory-budget 6GB\n```"
+    )
 
 
 def test_a_readme_without_the_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="once each"):
-        readme.replaced("nothing", "new")
+        readme.replaced("nothing", "benchmarks", "new")
