@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prodial_kernels.quantization import QuantizedLinear
@@ -48,20 +47,16 @@ class OutputHead:
         """Run the model up to its head: [b, l] -> [b, l, d], in the dtype the head is given."""
         return _run_to_head(self.model, self.layer, input_ids, None, **inputs)[0]
 
-    def weight(self) -> Tensor:
-        """W [vocabulary, d] in the dtype that the model multiplies in; dense on a quantised one."""
-        weight = self.layer.weight
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """W [vocabulary, d], dense on a quantised layer, and the bias [vocabulary] or None.
+
+        In the dtype that the model multiplies in.
+        """
+        weight, bias = self.layer.weight, self.layer.bias
         device = weight.device.type
         if torch.is_autocast_enabled(device):
-            return weight.to(torch.get_autocast_dtype(device))
-        return weight
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> [..., vocabulary], as the model computes them; for few rows at a time."""
-        weight = self.weight()
-        bias = None if self.layer.bias is None else self.layer.bias.to(weight.dtype)
-        logits = F.linear(hidden.to(weight.dtype), weight, bias)
-        return logits if self.scale == 1 else logits.mul_(self.scale)
+            weight = weight.to(torch.get_autocast_dtype(device))
+        return weight, None if bias is None else bias.to(weight.dtype)
 
 
 def find_head(model: nn.Module) -> OutputHead:

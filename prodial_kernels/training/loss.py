@@ -3,9 +3,9 @@
 The logits of a small model with a large vocabulary are its largest tensor: 8 × 2048 tokens by
 50,280 words are 3.1 GiB in fp32, and as much again for their gradient. Three ways to the same sum:
 
-* ``chunked``: a few hundred tokens at a time; each chunk's logits become their softmax and that its
-  gradient in place, beside one fp32 copy, and the gradient is multiplied back to the hidden states
-  at once, so forward leaves theirs behind.
+* ``chunked``: a few hundred tokens at a time; each chunk's logits become their gradient in
+  place, which is multiplied back to the hidden states at once, so forward leaves theirs behind. See
+  :mod:`prodial_kernels.training.chunked_cross_entropy`.
 * ``liger``: liger-kernel's fused linear cross-entropy, the same idea with a fused kernel for the
   softmax. It waits for the device, so it cannot be part of a CUDA graph.
 * ``full``: the model's own logits and ``cross_entropy``: for models whose head does something else.
@@ -14,21 +14,21 @@ The logits of a small model with a large vocabulary are its largest tensor: 8 ×
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from prodial_kernels.training.batches import IGNORED, to_device
+from prodial_kernels.training.chunked_cross_entropy import (
+    Weight,
+    chunk_rows,
+    chunked_cross_entropy,
+    chunked_losses,
+)
 from prodial_kernels.training.config import LOSSES
 from prodial_kernels.training.head import HeadError, OutputHead, find_head, run_model
-
-Weight: TypeAlias = Tensor | float
-
-_CHUNK_BYTES = 2**27
-_LEAST_ROWS = 128
 
 
 class LossError(ValueError):
@@ -96,7 +96,7 @@ class ChunkedLoss:
     def __init__(self, head: OutputHead, *, rows: int | None = None) -> None:
         """Take the loss of ``head.model``; ``rows`` defaults to :func:`chunk_rows`."""
         self.head = head
-        self.rows = rows or chunk_rows(head.layer.out_features)
+        self.rows = rows
 
     def __call__(
         self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
@@ -104,11 +104,11 @@ class ChunkedLoss:
         """See :class:`Loss`."""
         targets, positions = _targets(labels, input_ids.device)
         hidden = self.head.hidden(input_ids, **inputs).flatten(0, 1)
-        layer, matrix = self.head.layer, self.head.weight()
-        return _ChunkedCrossEntropy.apply(
-            hidden.to(matrix.dtype), matrix,
-            None if layer.bias is None else layer.bias.to(matrix.dtype),
-            targets, positions, weight, self.head.scale, self.rows,
+        matrix, bias = self.head.operands()
+        rows = self.rows or chunk_rows(len(matrix), matrix.dtype, matrix.device)
+        return chunked_cross_entropy(
+            hidden.to(matrix.dtype), matrix, bias, targets, positions,
+            weight=weight, scale=self.head.scale, rows=rows,
         )  # fmt: skip
 
 
@@ -134,8 +134,9 @@ class LigerLoss:
         hidden = self.head.hidden(input_ids, **inputs).flatten(0, 1)
         if positions is not None:
             hidden = hidden[positions]
-        layer, matrix = self.head.layer, self.head.weight()
-        bias = None if layer.bias is None else layer.bias.to(matrix.dtype) * self.head.scale
+        matrix, bias = self.head.operands()
+        if bias is not None:
+            bias = bias * self.head.scale
         # It knows no factor on the logits: (c h) Wᵀ = c (h Wᵀ).
         return weight * self._loss(matrix, hidden.to(matrix.dtype) * self.head.scale, targets, bias)
 
@@ -183,16 +184,6 @@ def make_loss(model: nn.Module, kind: str = "auto", *, graphed: bool = False) ->
     return ChunkedLoss(head), "as asked for" if kind == "chunked" else "the logits are never whole"
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Return how many tokens' logits are made at a time: about 128 MiB of them in fp32.
-
-    A power of two, at least 128: 512 for vocabularies of 50,000 to 65,536, where the product is
-    still bound by arithmetic and not by reading the head's weight again for every chunk.
-    """
-    rows = max(_LEAST_ROWS, _CHUNK_BYTES // (4 * vocabulary))
-    return 1 << (rows.bit_length() - 1)
-
-
 @torch.no_grad()
 def negative_log_likelihoods(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
     """Score tokens by hidden states, a chunk at a time, without gradients.
@@ -205,13 +196,11 @@ def negative_log_likelihoods(head: OutputHead, hidden: Tensor, targets: Tensor) 
     Returns:
         fp32 ``[n]`` (fp64 for fp64 logits), nats.
     """
-    rows = chunk_rows(head.layer.out_features)
-    parts = []
-    for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        # Nothing else of it is given a name: that would be there beside the next chunk.
-        log_p = _exponentials(head.logits(part), target[:, None])[2]
-        parts.append(-log_p.squeeze(1))
-    return torch.cat(parts)
+    matrix, bias = head.operands()
+    return chunked_losses(
+        hidden.to(matrix.dtype), matrix, bias, targets,
+        scale=head.scale, rows=chunk_rows(len(matrix), matrix.dtype, matrix.device),
+    )  # fmt: skip
 
 
 def _targets(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -226,115 +215,3 @@ def _targets(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor | Non
         return targets, None
     positions = (targets != IGNORED).nonzero().squeeze(1)
     return to_device(targets[positions], device), to_device(positions, device)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """``weight · Σ −log softmax(scale (h Wᵀ + bias))[target]``, gradients computed in forward.
-
-    Kept: the gradient towards the hidden states, in their dtype, and towards W and the bias where
-    these train.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        matrix: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        positions: Tensor | None,
-        weight: Weight,
-        scale: float,
-        rows: int,
-    ) -> Tensor:
-        """Hidden [n, d], matrix [v, d], bias [v], targets [m] and positions [m], or targets [n]."""
-        asked = ctx.needs_input_grad[:3]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        # Where positions are given the others get no gradient.
-        make = torch.empty_like if positions is None else torch.zeros_like
-        gradients = _Gradients(
-            make(hidden) if asked[0] else None,
-            torch.zeros_like(matrix, dtype=wide) if asked[1] else None,
-            torch.zeros_like(matrix[:, 0], dtype=wide) if asked[2] else None,
-        )
-        for start in range(0, len(targets), rows):
-            part = slice(start, start + rows)
-            places = part if positions is None else positions[part]
-            loss += _chunk(hidden, places, matrix, bias, targets[part], weight, scale, gradients)
-        saved = (gradients.hidden, gradients.matrix, gradients.bias)
-        ctx.save_for_backward(*saved)
-        ctx.dtypes = (hidden.dtype, matrix.dtype, None if bias is None else bias.dtype)
-        return loss * weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, matrix and bias."""
-        gradients = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*gradients, None, None, None, None, None)
-
-
-class _Gradients:
-    """Where the chunks' gradients are gathered; None where none is asked for."""
-
-    def __init__(self, hidden: Tensor | None, matrix: Tensor | None, bias: Tensor | None) -> None:
-        self.hidden = hidden
-        self.matrix = matrix
-        self.bias = bias
-
-
-def _chunk(
-    hidden: Tensor,
-    places: Tensor | slice,
-    matrix: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    weight: Weight,
-    scale: float,
-    gradients: _Gradients,
-) -> Tensor:
-    """Add one chunk's gradients; return its sum. A function of its own, so that its tensors go."""
-    h = hidden[places]
-    logits = functional.linear(h, matrix, bias)
-    if scale != 1:
-        logits *= scale
-    learned = targets != IGNORED
-    column = targets.clamp_min(0)[:, None]
-    powers, total, picked = _exponentials(logits, column)
-    loss = -torch.where(learned, picked.squeeze(1), 0).sum()
-    if gradients.hidden is None and gradients.matrix is None and gradients.bias is None:
-        return loss
-    # softmax − one-hot; the label's own entry without cancellation.
-    softmax = powers.div_(total)
-    softmax.scatter_(1, column, torch.expm1(picked))
-    logits.copy_(softmax)
-    factor = torch.where(learned, scale * weight, 0.0)[:, None].to(softmax.dtype)
-    if gradients.hidden is not None:
-        gradients.hidden[places] = (logits @ matrix * factor).to(hidden.dtype)
-    if gradients.matrix is not None:
-        gradients.matrix += logits.mT @ (h * factor).to(h.dtype)
-    if gradients.bias is not None:
-        gradients.bias += softmax.mul_(factor).sum(0)
-    return loss
-
-
-def _exponentials(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a softmax as far as a loss needs it, beside one copy of the logits in fp32.
-
-    Args:
-        logits: ``[n, v]``; not read again, overwritten where they are fp32 or fp64 themselves.
-        column: int64 ``[n, 1]``.
-
-    Returns:
-        ``exp(logits − max)`` ``[n, v]``, its sum over a row ``[n, 1]``, and ``log softmax`` at the
-        columns ``[n, 1]``, in fp32 (fp64 for fp64 logits).
-    """
-    powers = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    powers.sub_(logits.amax(-1, keepdim=True))
-    picked = powers.gather(1, column)
-    total = powers.exp_().sum(-1, keepdim=True)
-    return powers, total, picked - total.log()

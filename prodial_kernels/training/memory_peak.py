@@ -44,7 +44,7 @@ class Job:
     quantize: str | None = None
     optimizer: str = "adamw"
     loss: str = "chunked"
-    loss_rows: int = 512
+    loss_rows: int = 1024
     graph: bool = False
     accumulates: bool = False
     full: bool = False
@@ -211,7 +211,8 @@ def _loss(model: ModelShape, job: Job, m: int) -> int:
         # The logits, a copy without the last position, their softmax; later two gradients.
         return 3 * _FP32 * m * vocabulary
     if job.loss == "chunked":
-        return min(m, job.loss_rows) * vocabulary * (c + _FP32) + hidden_gradient
+        # Their softmax and gradient take the place of the logits.
+        return min(m, job.loss_rows) * vocabulary * c + hidden_gradient
     return 2 * min(m, _liger_rows(m, model)) * vocabulary * c + hidden_gradient
 
 
@@ -232,5 +233,5 @@ def _evaluation(model: ModelShape, job: Job, batch: int) -> int:
     if job.loss == "full":
         logits = (c + _FP32) * m * model.vocabulary + _FP32 * job.length * model.vocabulary
     else:
-        logits = min(m, job.loss_rows) * model.vocabulary * (c + _FP32)
+        logits = min(m, job.loss_rows) * model.vocabulary * c
     return max(block, logits + c * m * model.width)

@@ -11,10 +11,10 @@ from torch import nn
 
 from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.mixers.mamba_ssm.block import kernels_available
+from prodial_kernels.training.chunked_cross_entropy import chunk_rows
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import MeasuredMemory, usable_bytes
 from prodial_kernels.training.graphed import choose_graph
-from prodial_kernels.training.loss import chunk_rows
 from prodial_kernels.training.memory_activations import KEEP
 from prodial_kernels.training.memory_budget import parse_budget, size_text
 from prodial_kernels.training.memory_peak import Job
@@ -30,6 +30,7 @@ from prodial_kernels.training.memory_plan import (
 from prodial_kernels.training.memory_shapes import ModelShape, describe_model
 from prodial_kernels.training.method import matched_lora_rank
 from prodial_kernels.training.model import empty_model
+from prodial_kernels.training.norms import fuse_norms
 
 # cuBLAS keeps 32 MiB for a thread and stream from Hopper on, about 8 MiB before.
 _WORKSPACE = {True: 32 * 2**20, False: 8 * 2**20}
@@ -156,7 +157,7 @@ def shape_of(config: FinetuneConfig, dtype: torch.dtype, *, kernels: bool) -> Mo
     Args:
         config: A resolved configuration.
         dtype: Of the frozen weights.
-        kernels: Whether mamba_ssm's and causal_conv1d's kernels are there.
+        kernels: Whether it runs on CUDA, with mamba_ssm's and causal_conv1d's kernels.
 
     Raises:
         ModelError: The model's configuration cannot be read.
@@ -169,6 +170,8 @@ def shape_of(config: FinetuneConfig, dtype: torch.dtype, *, kernels: bool) -> Mo
     else:
         rank = matched_lora_rank(model, config.reference_adapter()) if config.r is None else None
         apply_prodial(model, config.adapter(r=rank))
+    if kernels:
+        fuse_norms(model)
     return describe_model(model, kernels=kernels)
 
 
@@ -192,7 +195,7 @@ def job_of(
         quantize=config.quantize,
         optimizer=config.optimizer,
         loss=loss,
-        loss_rows=chunk_rows(model.vocabulary),
+        loss_rows=chunk_rows(model.vocabulary, dtype, device),
         graph=choice.graphed,
         accumulates=config.grad_accumulation > 1,
         full=config.method == "full",

@@ -23,9 +23,10 @@ from torch import nn
 from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
 from prodial_kernels.training.activations import apply_levels
 from prodial_kernels.training.batches import Batch
+from prodial_kernels.training.chunked_cross_entropy import chunk_rows
 from prodial_kernels.training.device_memory import limited
 from prodial_kernels.training.head import find_head
-from prodial_kernels.training.loss import ChunkedLoss, FullLoss, chunk_rows
+from prodial_kernels.training.loss import ChunkedLoss, FullLoss
 from prodial_kernels.training.memory_budget import parse_budget, size_text
 from prodial_kernels.training.memory_peak import Job
 from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlan, plan_memory
@@ -130,7 +131,7 @@ def build(case: Case) -> tuple[nn.Module, ModelShape]:
 def job_of(case: Case, shape: ModelShape) -> Job:
     return Job(
         case.batch, case.length, quantize=case.quantize, loss=case.loss,
-        loss_rows=chunk_rows(shape.vocabulary),
+        loss_rows=chunk_rows(shape.vocabulary, torch.bfloat16, torch.device("cuda")),
     )  # fmt: skip
 
 
