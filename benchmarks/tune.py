@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune [--model mamba-130m] [--only backward] [--budget SECONDS] [--write]
 
-For each shape the search starts from what the package chooses and changes one field at a time,
-keeping what makes the whole step faster. Every configuration is checked against fp64 before it
-is timed: a compiler can get some of them wrong. When the budget is spent, the search ends with
+For each shape the search starts from what the package's rules choose and changes one field at a
+time, keeping what makes the whole step faster. Every configuration is checked against fp64 before
+it is timed: a compiler can get some of them wrong. When the budget is spent, the search ends with
 what it found. Without ``--write`` the table is only printed.
 """
 
@@ -105,6 +105,8 @@ SWEEPS = (
 def chosen(chooser: str, changes: Changes, caller: str = CALLER) -> Iterator[list[Any]]:
     """Let ``chooser`` return its own choice with ``changes``; yield what it returned.
 
+    The table is left out meanwhile.
+
     Raises:
         ValueError: The caller has no such function, or its configuration no such field.
     """
@@ -119,12 +121,15 @@ def chosen(chooser: str, changes: Changes, caller: str = CALLER) -> Iterator[lis
         return returned[-1]
 
     setattr(module, chooser, choose)
+    reads_table = module.tuned
+    module.tuned = lambda default, key: default  # type: ignore[attr-defined]
     # A call that was met before would be launched as it was recorded, and nothing chosen.
     forget()
     try:
         yield returned
     finally:
         setattr(module, chooser, original)
+        module.tuned = reads_table  # type: ignore[attr-defined]
         forget()
 
 
@@ -292,10 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
             # Every shape gets its share of what is left.
             share = (until - time.monotonic()) / (len(cases) - count) / len(sweeps)
             found = search.tune(sweep, time.monotonic() + share)
-            entry = {**entries.get(key, {}), **found}
-            print(f"{case} {sweep.kernel}: {json.dumps(entry)}", flush=True)
-            if entry:
-                entries[key] = entry
+            print(f"{case} {sweep.kernel}: {json.dumps(found)}", flush=True)
+            entries.pop(key, None)
+            if found:
+                entries[key] = found
     compilers.close()
     print(table_text(entries))
     if options.write:

@@ -143,6 +143,16 @@ class BackwardPlan:
     companion: bool
     side_processors: int
 
+    def on(self, processors: int) -> BackwardPlan:
+        """Return the plan with as many programs as its share of ``processors`` takes."""
+        if not self.side_processors:
+            return self
+        return replace(
+            self,
+            gemm=replace(self.gemm, programs=processors - self.side_processors),
+            output_side=replace(self.output_side, programs=self.side_processors),
+        )
+
 
 @lru_cache(maxsize=1024)
 def choose_backward(
@@ -201,8 +211,6 @@ def choose_backward(
                     time = max(more * tile, side / (shared * 40e3))
                     plans.append((time + launch, companion, gemm, shared))
     _, companion, gemm, shared = min(plans, key=lambda plan: plan[0])
-    if shared:
-        gemm = replace(gemm, programs=processors - shared)
     return BackwardPlan(
         gemm,
         choose_output_side(
@@ -210,7 +218,7 @@ def choose_backward(
         ),
         companion,
         shared,
-    )
+    ).on(processors)
 
 
 def choose_output_side(

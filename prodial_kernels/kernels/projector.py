@@ -23,6 +23,7 @@ from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.recorder import fork, join
 from prodial_kernels.kernels.reduce import launch_reduce
 from prodial_kernels.kernels.tiles import token_shape
+from prodial_kernels.kernels.tuned import Key, device_family, key_of, tuned
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ def forward(
     )  # fmt: skip
     u, v = (v, weight) if turns else (x, v)
     shape = (n, m) if length else (m, n)
+    config = choose_gemm(*shape, companion=False, **limits)
     y, _ = launch_gemm(
-        u, v, v_transposed=True, config=choose_gemm(*shape, companion=False, **limits),
+        u, v, v_transposed=True,
+        config=tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0)),
         outer=b, low=h, scale=scale if turns else None, bias=bias, length=length,
     )  # fmt: skip
     return y, h
@@ -121,6 +124,7 @@ def backward(
         m, n, k, r_pad, wants_t=wants_t, output_side=output_side,
         through_weight=through_weight, bias=bias is not None, channel_first=x.ndim == 3, **limits,
     )  # fmt: skip
+    plan = tuned(plan, _key("backward", limits, x, weight, r_pad)).on(limits["processors"])
     side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
 
     partial_b = partial_scale = exact = partial_bias = t = du = None
@@ -162,6 +166,7 @@ def backward(
         config = choose_input_side(
             r_pad, p, dropout=seed is not None, capability=limits["capability"]
         )
+        config = tuned(config, _key("input_side", limits, x, weight, r_pad))
         walk = partial(launch_input_side, dropout=dropout, relu=relu, config=config)
         if apart and da is not None:
             partial_a, _ = walk(
@@ -201,6 +206,22 @@ class DeviceLimits(TypedDict):
 
     capability: tuple[int, int]
     processors: int
+
+
+def _key(
+    kernel: str,
+    limits: DeviceLimits,
+    x: Tensor,
+    weight: Tensor,
+    r_pad: int,
+    channel_first: bool = False,
+) -> Key:
+    """The table's key for one of the choices that ``benchmarks/tune.py`` tunes, tokens first."""
+    if channel_first or x.ndim == 3:
+        kernel += ", channel-first"
+    n, k = weight.shape
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return key_of(kernel, device_family(**limits), token_shape(x)[0], n, k, r_pad, dtype)
 
 
 @lru_cache

@@ -66,6 +66,7 @@ def test_a_changed_choice_is_not_overruled_by_a_recorded_launch(
 ) -> None:
     module = types.ModuleType("caller_with_tapes")
     module.choose = lambda: Config()
+    module.tuned = tuned.tuned
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for known in (taped._tapes, taped._met):
         monkeypatch.setitem(known, "a call", None)
@@ -89,10 +90,13 @@ def test_every_sweep_names_a_chooser_and_its_fields() -> None:
 def test_a_chooser_is_replaced_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("caller_of_choosers")
     module.choose = lambda m: Config(block=m)
+    module.tuned = tuned.tuned
     original = module.choose
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with tune.chosen("choose", {"inner.warps": 8}, caller=module.__name__) as returned:
         assert module.choose(32) == Config(32, False, Inner(8))
+        assert module.tuned(Config(), None) == Config(), "the table has no say in a search"
+    assert module.tuned is tuned.tuned
     assert returned == [Config(32, False, Inner(8))]
     assert module.choose is original
     with (

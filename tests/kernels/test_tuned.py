@@ -1,0 +1,84 @@
+"""The table of tuned launches, as the launchers read it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_projector import run_triton
+
+from prodial_kernels.kernels import projector, taped, tuned
+from prodial_kernels.kernels.launch import BackwardPlan, GemmConfig, choose_backward
+from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
+
+M, K, N, R = 40, 48, 32, 4
+
+
+def run_and_watch(
+    monkeypatch: pytest.MonkeyPatch, case: LinearCase, entries: dict[str, dict[str, Any]]
+) -> dict[str, list[Any]]:
+    """Run forward and backward with a table of these entries; return the configurations used."""
+    family = tuned.device_family(**projector.device_limits(case.x.device))
+    table = {
+        tuned.key_of(kernel, family, M, N, K, 16, "float16"): entry
+        for kernel, entry in entries.items()
+    }
+    monkeypatch.setattr(projector, "tuned", partial(tuned.tuned, table=table))
+    taped.forget()
+    used: dict[str, list[Any]] = {}
+    for name in ("launch_gemm", "launch_output_side", "launch_input_side"):
+        original = getattr(projector, name)
+
+        def watched(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            used.setdefault(name, []).append(options["config"])
+            return original(*args, **options)
+
+        monkeypatch.setattr(projector, name, watched)
+    assert_case_accurate(case, run_triton, compute=torch.float16)
+    taped.forget()
+    return used
+
+
+def test_an_entry_rules_the_launches_of_its_shape(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(M, K, N, block_size=1, r=R, device=kernel_device)
+    entries = {
+        "forward_gemm": {"block_n": 64, "num_stages": 2},
+        "backward": {"gemm.block_k": 32, "output_side.block_m": 32, "side_processors": 2},
+        "input_side": {"block_m": 16},
+    }
+    used = run_and_watch(monkeypatch, case, entries)
+    forward, backward = used["launch_gemm"]
+    assert (forward.block_n, forward.num_stages) == (64, 2)
+    processors = projector.device_limits(case.x.device)["processors"]
+    assert (backward.block_k, backward.programs) == (32, processors - 2)
+    (output_side,) = used["launch_output_side"]
+    assert (output_side.block_m, output_side.programs) == (32, 2)
+    assert {config.block_m for config in used["launch_input_side"]} == {16}
+
+
+def test_a_channel_first_layer_keeps_the_rules(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case((2, M // 2), K, N, block_size=1, r=R, device=kernel_device)
+    given = run_and_watch(monkeypatch, case, {"forward_gemm": {"num_stages": 2}})
+    assert given["launch_gemm"][0].num_stages == 2
+    x = case.x.half().mT.contiguous()
+    operands = [None if t is None else t.half() for t in (case.weight,)]
+    projector.forward(
+        x, *operands, None, None, None, None, None, None, 1.0, 0.0, True, 0
+    )  # fmt: skip
+    assert given["launch_gemm"][-1].num_stages != 2
+
+
+def test_a_plan_shares_the_device_out() -> None:
+    limits = {"capability": (9, 0), "processors": 132}
+    options = {"wants_t": True, "output_side": True, "through_weight": True, "bias": False}
+    plan = choose_backward(2048, 3072, 768, 16, **options, channel_first=False, **limits)
+    assert plan.side_processors
+    assert plan.gemm.programs + plan.output_side.programs == 132
+    alone = BackwardPlan(GemmConfig(programs=132), plan.output_side, True, 0)
+    assert alone.on(132) is alone
