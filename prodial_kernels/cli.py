@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _finetune(args: argparse.Namespace) -> int:
+    from prodial_kernels.training.allocator import grow_segments
     from prodial_kernels.training.config import FinetuneConfig
     from prodial_kernels.training.config_file import read_config_file
     from prodial_kernels.training.run import RunDirectory
@@ -126,6 +127,9 @@ def _finetune(args: argparse.Namespace) -> int:
     config = FinetuneConfig.from_dict(values)
     if "resume" not in args:
         RunDirectory(output).check_startable()
+    if config.memory_budget is not None:
+        # Gaps between tensors count too. It is read when CUDA starts, later.
+        grow_segments()
 
     from prodial_kernels.training.finetuning import finetune
     from prodial_kernels.training.oom import OutOfMemory

@@ -11,6 +11,7 @@ from torch import nn
 
 from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.mixers.mamba_ssm.block import kernels_available
+from prodial_kernels.training.allocator import SETTING, VARIABLE, segments_grow
 from prodial_kernels.training.chunked_cross_entropy import chunk_rows
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import MeasuredMemory, usable_bytes
@@ -34,6 +35,10 @@ from prodial_kernels.training.norms import fuse_norms
 
 # cuBLAS keeps 32 MiB for a thread and stream from Hopper on, about 8 MiB before.
 _WORKSPACE = {True: 32 * 2**20, False: 8 * 2**20}
+_FIXED_SEGMENTS = (
+    f"{VARIABLE} does not say {SETTING}, with which there are fewer gaps: they may take more than "
+    "is left for them. 'prodial finetune' sets it; in Python, set it before CUDA starts"
+)
 # A second plan after an out-of-memory aims below what the first one predicted.
 _LESS = 0.9
 
@@ -62,6 +67,11 @@ class RunPlan:
     def allowed(self) -> int | None:
         """Bytes that PyTorch's allocator may hold: the limit without the CUDA context."""
         return None if self.limit is None else self.limit - self.device.context
+
+    def __str__(self) -> str:
+        if self.limit is None or segments_grow():
+            return str(self.plan)
+        return f"{self.plan}\n{_FIXED_SEGMENTS}"
 
     def advice(self) -> str:
         """What would take clearly less memory than the plan, as a sentence."""

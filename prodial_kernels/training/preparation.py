@@ -124,7 +124,7 @@ def prepare(
         folder.write_identity(identity)
     display.say(str(method.report))
     if plan is not None:
-        display.say(str(plan.plan))
+        display.say(str(plan))
         chosen: tuple[str, ...] | None = plan.plan.levels
     else:
         chosen = requested_levels(loaded.model, config.chosen_activations)

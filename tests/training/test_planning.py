@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from tiny_model import tiny_mamba2
 
 from prodial_kernels import ProdialConfig, apply_prodial, cli
 from prodial_kernels.training import FinetuneConfig, finetune, planning
+from prodial_kernels.training.allocator import grow_segments
 from prodial_kernels.training.device_memory import MeasuredMemory, indexed, limited, measure
 from prodial_kernels.training.memory_activations import CHECKPOINT, KEEP, NORM
 from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlanError, plan_memory
@@ -129,6 +133,65 @@ def test_advice_is_below_the_plan(place: Path, device: dict[str, Any]) -> None:
     deep = replace(plan.model, layers=4 * plan.model.layers)
     kept = plan_memory(deep, plan.job, budget=None, activations="keep", device=plan.device)
     assert "What fits: activations 'auto'" in replace(plan, model=deep, plan=kept).advice()
+
+
+def test_says_where_gaps_may_be_larger(
+    place: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    note = "PYTORCH_ALLOC_CONF does not say expandable_segments:True"
+    assert note not in str(planned(place)), "nothing was asked to be kept"
+    limited_plan = planned(place, memory_budget="8GiB")
+    assert note in str(limited_plan)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native, Expandable_Segments:true")
+    assert str(limited_plan) == str(limited_plan.plan)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    assert note in str(limited_plan)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"},
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"},
+        ),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"},) * 2,
+        (
+            {"PYTORCH_ALLOC_CONF": "", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+        ) * 2,
+    ],
+)  # fmt: skip
+def test_segments_grow_unless_the_environment_says_otherwise(
+    given: dict[str, str], expected: dict[str, str]
+) -> None:
+    environment = dict(given)
+    grow_segments(environment)
+    assert environment == expected
+    grow_segments(environment)
+    assert environment == expected
+
+
+@pytest.mark.parametrize(("options", "grows"), [(["--memory-budget", "8GiB"], True), ([], False)])
+def test_the_command_line_lets_segments_grow_before_pytorch_is_loaded(
+    options: list[str], grows: bool, tmp_path: Path
+) -> None:
+    script = (
+        "import sys, prodial_kernels.training.allocator as allocator, prodial_kernels.cli as cli\n"
+        "grow = allocator.grow_segments\n"
+        "allocator.grow_segments = lambda: (print('torch' in sys.modules), grow())\n"
+        "cli.main(sys.argv[1:])\n"
+        "print(allocator.segments_grow())\n"
+    )
+    arguments = ["finetune", "--device", "cpu", "--model", str(tmp_path / "none"), *options]
+    clean = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments, "--output", str(tmp_path / "run")],
+        capture_output=True, text=True, env=clean, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == (["False", "True"] if grows else ["False"])
 
 
 def test_measured_beside_predicted(place: Path, device: dict[str, Any]) -> None:
