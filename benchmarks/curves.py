@@ -31,6 +31,7 @@ from prodial_kernels.training.graphed import GraphedStep
 from prodial_kernels.training.loop import LoopOptions, learning_rate
 from prodial_kernels.training.loss import make_loss
 from prodial_kernels.training.model import load_model
+from prodial_kernels.training.norms import fuse_norms
 from prodial_kernels.training.optimizers import make_optimizer
 from prodial_kernels.training.packing import PackedBatches
 from prodial_kernels.training.parameter_groups import adapter_parameter_groups
@@ -51,6 +52,7 @@ class Variant:
         loss: As ``prodial finetune`` has it, like the next two.
         activations: Of every layer, or what comes closest to it.
         base: ``"dense"``, or a format of quantisation.
+        norms: Run each norm as one kernel.
         graphed: Capture the steps, on a GPU.
         parts: Micro-batches that a batch is cut into.
     """
@@ -59,6 +61,7 @@ class Variant:
     loss: str = "full"
     activations: str = "keep"
     base: str = "dense"
+    norms: bool = False
     graphed: bool = True
     parts: int = 1
 
@@ -74,7 +77,8 @@ VARIANTS = (
     Variant("chunked loss", "chunked"),
     Variant("recompute", activations="recompute"),
     Variant("checkpoint", activations="checkpoint"),
-    Variant("chunked loss, checkpoint", "chunked", "checkpoint"),
+    Variant("fused norms", norms=True),
+    Variant("all of a run", "chunked", "checkpoint", norms=True),
     Variant("nf4", base="nf4"),
 )
 
@@ -145,6 +149,8 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
         quantize_model(model, variant.base)
     torch.manual_seed(0)
     apply_prodial(model, ProdialConfig(r=16))
+    if variant.norms:
+        fuse_norms(model)
     levels = requested_levels(model, variant.activations)
     if levels is not None:
         apply_levels(model, levels)
@@ -243,7 +249,7 @@ def compare(
         judged = variant.base == "dense" and variant != CONTROL
         kept = not judged or largest <= NOISE_FACTOR * noise
         print(
-            f"  {variant.name:24} largest deviation {largest:.2e} nats "
+            f"  {variant.name:14} largest deviation {largest:.2e} nats "
             f"({largest / noise:5.2f} × control), at the end {final:+.2e}"
             f"{'' if not judged else '  ok' if kept else '  MISSED'}",
             flush=True,

@@ -27,11 +27,13 @@ from benchmarks.breakdown import kernel_times
 from benchmarks.finetune_jobs import LEAST, MODELS, Job
 from prodial_kernels import quantize_model
 from prodial_kernels.training.activations import apply_levels
+from prodial_kernels.training.allocator import grow_segments
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import limited
-from prodial_kernels.training.graphed import WARM_UP
+from prodial_kernels.training.graphed import WARM_UP, GraphedStep
 from prodial_kernels.training.memory_activations import KEEP
 from prodial_kernels.training.method import prepare_method
+from prodial_kernels.training.norms import KERNEL_ON, fuse_norms
 from prodial_kernels.training.packing import PackedBatches
 from prodial_kernels.training.planning import RunPlan, plan_run, requested_levels
 from prodial_kernels.training.quantized import random_quantized
@@ -54,6 +56,9 @@ def prepared(job: Job, device: str, **options: Any) -> Iterator[Training]:
         MemoryPlanError: The job does not fit into its budget.
     """
     started = time.perf_counter()
+    if job.memory_budget is not None:
+        # Read when CUDA starts, which has not happened yet.
+        grow_segments()
     place = torch.device(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config, plan = plan_of(job, place, dtype, **options)
@@ -113,6 +118,8 @@ class Training:
             if plan is None
             else plan.plan.levels
         ) or (KEEP,) * layers
+        if place.type in KERNEL_ON:
+            fuse_norms(self.model)
         applied = apply_levels(self.model, self.levels)
         self._step = make_step(
             self.model, method.optimizer, config, device=place, checkpoints=applied.checkpoints,
@@ -158,6 +165,7 @@ class Training:
         row = {
             **asdict(job), "title": job.title, "memory_budget": self._config.memory_budget,
             "command": job.command(self._config.memory_budget),
+            "graphed": isinstance(self._step, GraphedStep),
             "how": "; ".join(self._said) or "steps launched one by one",
             "levels": dict(Counter(self.levels)),
             "ms": statistics.median(times) * 1e3, "slowest_ms": max(times) * 1e3, "steps": steps,

@@ -30,10 +30,11 @@ def page(record: Mapping[str, Any]) -> str:
     return "\n\n".join(
         [
             f"Whole steps, loss and optimiser included, both projectors with r = 16, random "
-            f"weights of the real dimensions, on an {record['device']}. Peaks are those of "
-            f"PyTorch's tensors, in GB of 10⁹ bytes; a budget holds the CUDA context as well. "
-            f"*LoRA before* is LoRA on the same projectors of mamba_ssm's blocks, whose fast path "
-            f"must then be off.",
+            f"weights of the real dimensions, on an {record['device']}; captured in a CUDA graph, "
+            f"but for those called eager. Peaks are those of PyTorch's tensors, in GB of 10⁹ "
+            f"bytes; a budget holds the CUDA context as well. `norm` is `recompute` with "
+            f"`in_proj`'s output kept. *LoRA before* is LoRA on the same projectors of "
+            f"mamba_ssm's blocks, whose fast path must then be off.",
             views.text_table(headers, lines),
             "The lines in the same order, without those of mamba_ssm's own blocks, which Python "
             "code trains:",
@@ -57,10 +58,8 @@ def levels_text(levels: Mapping[str, int]) -> str:
 
 
 def _title(row: Row) -> str:
-    title = str(row["title"])
-    if row["cuda_graph"] != "auto":
-        title += {"on": ", captured", "off": ", eager"}[row["cuda_graph"]]
-    return title + (", mamba_ssm" if row["library"] == "mamba_ssm" else "")
+    library = ", mamba_ssm" if row["library"] == "mamba_ssm" else ""
+    return f"{row['title']}{library}{'' if row['graphed'] else ', eager'}"
 
 
 def _before(before: Sequence[float | None]) -> str:

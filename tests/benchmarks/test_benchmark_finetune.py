@@ -101,6 +101,7 @@ def test_a_row_is_measured(job: Job) -> None:
     assert row["ms"] > 0
     assert row["peak_bytes"] is row["predicted_bytes"] is None
     assert row["how"] == "steps launched one by one"
+    assert not row["graphed"]
     assert row["levels"] == {"keep" if job.activations == "auto" else job.activations: 4}
     assert len(layers) == (2 * MODELS["tiny"].layers if job.quantize else 0)
     assert row["command"].startswith("prodial finetune --model embedded --data notes.txt")

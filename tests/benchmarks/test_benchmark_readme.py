@@ -55,7 +55,7 @@ def trained(name: str = "tiny", budget: str | None = None, **more: Any) -> dict[
     return {
         **asdict(job), "title": job.title, "command": job.command(budget), "ms": 12.34,
         "memory_budget": budget, "peak_bytes": 5e9, "predicted_bytes": 5_120_000_000,
-        "levels": {"checkpoint": 3, "keep": 1}, **more,
+        "levels": {"checkpoint": 3, "keep": 1}, "graphed": True, **more,
     }  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_render_draws_and_replaces(
 
 def test_one_line_for_each_job_and_its_command() -> None:
     rows = [
-        trained("tiny", "6GB"),
+        trained("tiny", "6GB", graphed=False),
         trained("130m-graphed", ms=123.4, predicted_bytes=None, levels={"keep": 24}),
         {"name": "1.4b-bf16", "error": "no memory"},
     ]
@@ -130,9 +130,9 @@ def test_one_line_for_each_job_and_its_command() -> None:
         if line.startswith(("| tiny", "| mamba"))
     ]
     assert lines == [
-        ["tiny 2×32 bf16", "90000 ms, 9.0 GB", "12.3", "5.00 (5.12)", "6GB",
+        ["tiny 2×32 bf16, eager", "90000 ms, 9.0 GB", "12.3", "5.00 (5.12)", "6GB",
          "1 `keep`, 3 `checkpoint`"],
-        ["mamba-130m 4×512 bf16, captured, mamba_ssm", "24.2 ms", "123", "5.00", "–", "`keep`"],
+        ["mamba-130m 4×512 bf16, mamba_ssm", "24.2 ms", "123", "5.00", "–", "`keep`"],
     ]  # fmt: skip
     assert text.endswith(
         "```bash\nprodial finetune --model embedded --data notes.txt --batch-size 2 --seq-len 32 "
