@@ -176,7 +176,7 @@ def _moments(
 
 _LOSSES = {
     "full": "whole logits in fp32, their softmax and gradient",
-    "chunked": "logits of a few hundred tokens at a time",
+    "chunked": "logits of one chunk of tokens at a time",
     "liger": "liger-kernel, logits of a few hundred tokens at a time",
 }
 

@@ -15,13 +15,12 @@ from models import build, randomise_adapters
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
-from prodial_kernels.testing import assert_all_accurate
 from prodial_kernels.training.batches import IGNORED, Batch
 from prodial_kernels.training.buckets import Buckets
 from prodial_kernels.training.cuda_graphs import CudaGraphs
 from prodial_kernels.training.graphed import GraphedStep, GraphError
-from prodial_kernels.training.head import OutputHead, eval_mode
-from prodial_kernels.training.loss import ChunkedLoss, FullLoss, Loss, make_loss
+from prodial_kernels.training.head import eval_mode
+from prodial_kernels.training.loss import Loss, make_loss
 from prodial_kernels.training.optimizers import make_optimizer
 from prodial_kernels.training.parameter_groups import adapter_parameter_groups
 from prodial_kernels.training.state import Position, load_state, save_state
@@ -113,60 +112,6 @@ def recompute_blocks(model: Any) -> None:
 
 
 # --- The loss. ------------------------------------------------------------------------------------
-
-
-class _Head(nn.Module):
-    """Hidden states are a parameter."""
-
-    def __init__(self, states: Tensor, weight: Tensor) -> None:
-        super().__init__()
-        self.states = nn.Parameter(states)
-        self.lm_head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.lm_head.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, input_ids: Tensor) -> Any:
-        class Output:
-            logits = self.lm_head(self.states)
-
-        return Output
-
-
-@pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_chunked_loss_keeps_the_accuracy_rule(labels_on: str, dtype: torch.dtype) -> None:
-    vocabulary, width = 50_280, 768
-    states = torch.randn(2, 700, width, device=DEVICE).to(dtype)
-    weight = (torch.randn(vocabulary, width, device=DEVICE) * 0.05).to(dtype)
-    labels = torch.randint(0, vocabulary, (2, 700))
-    labels[0, :50] = IGNORED
-    ids = torch.zeros(2, 700, dtype=torch.int64, device=DEVICE)
-
-    def run(loss_of: Callable[[_Head], Any], to: torch.dtype, where: str) -> dict[str, Tensor]:
-        model = _Head(states.to(to), weight.to(to))
-        value = loss_of(model)(ids, labels.to(where), torch.tensor(1 / 1000, device=DEVICE))
-        value.backward()
-        return {"loss": value.detach(), "d_states": model.states.grad}  # type: ignore[dict-item]
-
-    def chunked(model: _Head) -> ChunkedLoss:
-        return ChunkedLoss(OutputHead(model, model.lm_head, 1.0))
-
-    exact = run(FullLoss, torch.float64, "cpu")
-    assert_all_accurate(run(chunked, dtype, labels_on), run(FullLoss, dtype, "cpu"), exact, dtype)
-
-
-def test_the_chunked_loss_takes_the_memory_of_a_chunk() -> None:
-    vocabulary, width, tokens = 50_280, 256, 8192
-    weight = torch.randn(vocabulary, width, device=DEVICE, dtype=torch.bfloat16)
-    model = _Head(torch.randn(1, tokens, width, device=DEVICE, dtype=torch.bfloat16), weight)
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device=DEVICE)
-    loss = ChunkedLoss(OutputHead(model, model.lm_head, 1.0))
-    loss(ids, ids).backward()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    loss(ids, ids).backward()
-    taken = torch.cuda.max_memory_allocated() - before
-    assert taken < 512 * vocabulary * 6 + 5 * model.states.nbytes + 2**24
-    assert taken < tokens * vocabulary * 2 / 3
 
 
 def test_liger_gives_the_same_loss() -> None:
