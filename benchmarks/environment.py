@@ -18,7 +18,10 @@ import torch
 from benchmarks.gpu_tests import source_hash
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "prodial-kernels", "transformers", "peft", "mamba-ssm", "numpy")
+PACKAGES = (
+    "torch", "triton", "prodial-kernels", "transformers", "peft", "mamba-ssm", "liger-kernel",
+    "numpy",
+)  # fmt: skip
 
 
 def describe(device: str, command: str) -> dict[str, Any]:

@@ -223,7 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         good = all("error" not in row and keeps(row, row["must"]) for row in rows)
     print(f"{time.perf_counter() - started:.0f} s")
     if options.output:
-        command = " ".join(["python -m benchmarks.finetune", *(arguments or sys.argv[1:])])
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        if "--output" in given:
+            # Where it was written says nothing about the figures.
+            del given[given.index("--output") : given.index("--output") + 2]
+        command = " ".join(["python -m benchmarks.finetune", *given])
         name = "curves.json" if options.curves else "finetune.json"
         write(rows, options.output / name, command, "cpu" if options.tiny else "cuda")
     return 0 if good else 1

@@ -171,7 +171,7 @@ def models(record: Mapping[str, Any]) -> str:
 
 def provenance(environment: Mapping[str, Any]) -> str:
     """Where a table comes from, as one line."""
-    shown = ("torch", "triton", "mamba-ssm", "peft")
+    shown = ("torch", "triton", "mamba-ssm", "peft", "liger-kernel")
     versions = ", ".join(
         f"{name} {environment['versions'][name]}"
         for name in shown

@@ -54,12 +54,3 @@ def test_both_runs_count(
     assert alone[len(alone) - 1 - alone[::-1].index("-n") + 1] == "0"
     assert together[-1] == "gpu and not slow and not alone"
     assert alone[-1] == "gpu and not slow and alone"
-
-
-def test_tests_of_time_are_marked() -> None:
-    """Whoever times in a test for a GPU says so."""
-    folder = gpu_tests.ROOT / "tests"
-    for path in (*folder.glob("gpu/test_*.py"), *folder.glob("benchmarks/*_on_device.py")):
-        text = path.read_text()
-        if "elapsed_time" in text or ".sample()" in text:
-            assert "@pytest.mark.alone" in text, path
