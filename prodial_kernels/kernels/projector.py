@@ -90,7 +90,6 @@ def backward(
     seed: Tensor | None,
     y: Tensor | None,
     h: Tensor | None,
-    scaled: Tensor | None,
     alpha: float,
     dropout: float,
     relu: bool,
@@ -99,7 +98,6 @@ def backward(
     """Return the gradients towards x, blocks, scale, lora_a, lora_b and bias, or None for each.
 
     dY and Y are [M, N] or both channel-first [b, N, l]; X and dX are [M, K] or [b, K, l].
-    ``scaled`` is :func:`scaled_weight` where that has been made already.
     """
     m, n = token_shape(dy)
     k = token_shape(x)[1]
@@ -144,8 +142,8 @@ def backward(
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
     if through_weight:
         sw, b, _ = launch_prepare(
-            weight if scaled is None else scaled, None, scale if scaled is None else None,
-            lora_b if plan.companion else None, alpha=alpha, relu=relu, r_pad=r_pad,
+            weight, None, scale, lora_b if plan.companion else None, alpha=alpha, relu=relu,
+            r_pad=r_pad,
         )  # fmt: skip
         du, companion = launch_gemm(
             dy, sw, v_transposed=False, config=plan.gemm, inner=b,
@@ -194,11 +192,6 @@ def backward(
         alpha=alpha, relu=relu,
     )  # fmt: skip
     return du if needs.x else None, dblocks, dscale, da, db, dbias
-
-
-def scaled_weight(weight: Tensor, scale: Tensor) -> tuple[Tensor]:
-    """Return s ⊙ W, [N, K], as :func:`backward` makes it."""
-    return (launch_prepare(weight, None, scale, None, alpha=1.0, relu=True, r_pad=16)[0],)
 
 
 class DeviceLimits(TypedDict):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +20,11 @@ from prodial_kernels.ops.explicit import (
 )
 
 
-class Remade(Protocol):
-    """What of a projector's backward somebody else makes."""
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        """Return X [..., K] once more, and ``project_backward``'s ``scaled``."""
-
-
 def explicit_linear(
-    x: Tensor, operands: Operands, rule: Rule, remade: Remade | None = None
+    x: Tensor,
+    operands: Operands,
+    rule: Rule,
+    x_again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """``x W'ᵀ + bias``, where the weight may be packed and the input made again.
 
@@ -35,14 +32,14 @@ def explicit_linear(
         x: [..., in_features].
         operands: In the dtype that is computed in.
         rule: What of the projector is not a tensor.
-        remade: Makes ``x`` once more in backward, so that it is not kept.
+        x_again: Makes ``x`` once more in backward, so that it is not kept.
 
     Returns:
         [..., out_features].
     """
     with autocast_off(x.device.type):
         y: Tensor = ExplicitProdialLinear.apply(
-            x.to(operands.weight.dtype), remade, rule, *operands
+            x.to(operands.weight.dtype), x_again, rule, *operands
         )
     return y
 
@@ -57,7 +54,7 @@ class ExplicitProdialLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        remade: Remade | None,
+        x_again: Callable[[], Tensor] | None,
         rule: Rule,
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -70,12 +67,12 @@ class ExplicitProdialLinear(torch.autograd.Function):
         if rule.impl != "triton" and not needs.bias:
             operands = operands._replace(bias=None)  # only the kernels' gradient of s asks for it
         ctx.save_for_backward(
-            x if needs.input and remade is None else None,
+            x if needs.input and x_again is None else None,
             y if needs.scale and takes_output(operands, rule) else None,
             h if needs.scale or needs.lora_b else None,
             *operands,
         )
-        ctx.remade, ctx.rule, ctx.needs = remade, rule, needs
+        ctx.x_again, ctx.rule, ctx.needs = x_again, rule, needs
         return y
 
     @staticmethod
@@ -85,14 +82,13 @@ class ExplicitProdialLinear(torch.autograd.Function):
         x, y, h, *tensors = ctx.saved_tensors
         operands = Operands(*tensors)
         with autocast_off(grad_output.device.type):
-            scaled = None
-            if ctx.needs.input and ctx.remade is not None:
-                x, scaled = ctx.remade.take()
+            if ctx.needs.input and ctx.x_again is not None:
+                x = ctx.x_again()
             dx, *rest = project_backward(
                 _tokens(grad_output),
                 None if x is None else _tokens(x),
                 None if y is None else _tokens(y),
-                h, operands, ctx.rule, ctx.needs, scaled=scaled,
+                h, operands, ctx.rule, ctx.needs,
             )  # fmt: skip
         if dx is not None:
             dx = dx.reshape(*grad_output.shape[:-1], operands.weight.shape[1])

@@ -27,11 +27,9 @@ from prodial_kernels.mixers.mamba_ssm.block import (
     kernels_available,
 )
 from prodial_kernels.mixers.mamba_ssm.norm import normed_again
-from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, scan_and_project
+from prodial_kernels.mixers.mamba_ssm.split_scan import scan_and_project
 from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit, operands_of
 from prodial_kernels.mixers.seam import AdaptedMixer, Policy, Undo, View, rebound
-from prodial_kernels.ops.ahead import Ahead
-from prodial_kernels.ops.explicit import has_work_ahead, scaled_weight
 from prodial_kernels.ops.explicit_autograd import explicit_linear
 
 Method = Any
@@ -121,12 +119,10 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
     view = View(mixer, in_proj=in_proj, out_proj=_NoProjection())
     if not is_explicit(mixer.out_proj):
         return mixer.out_proj(upstream(view, *args, **kwargs))
-    remade = in_proj if isinstance(in_proj, _Remade) else None
-    keeping = Keeping(
-        output=remade is not None and not getattr(mixer, RECOMPUTE_XZ, False),
-        before_scan=None if remade is None else remade.begin_backward,
+    keeps_output = isinstance(in_proj, _Remade) and not getattr(mixer, RECOMPUTE_XZ, False)
+    fused = partial(
+        scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj, keeps_output
     )
-    fused = partial(scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj, keeping)
     return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
 
 
@@ -161,30 +157,12 @@ class _Remade:
 
     def __init__(self, layer: ProdialLinear, again: Callable[[], Tensor]) -> None:
         self.layer, self.again = layer, again
-        self._begin: Callable[[], Ahead[tuple[Tensor, Tensor]]] | None = None
-        self._ahead: Ahead[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
-        operands, rule = operands_of(self.layer, u)
-        if has_work_ahead(operands, rule):
-            device = u.device
-            self._begin = lambda: Ahead(device, lambda: (self.again(), scaled_weight(operands)))
-        return explicit_linear(u, operands, rule, self)
+        return explicit_linear(u, *operands_of(self.layer, u), self.again)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
-
-    def begin_backward(self) -> None:
-        """Begin what its backward starts with, beside what is launched until then."""
-        if self._begin is not None:
-            self._ahead = self._begin()
-
-    def take(self) -> tuple[Tensor, Tensor | None]:
-        """The input, and s ⊙ W where it has been made."""
-        if self._ahead is None:
-            return self.again(), None
-        made, self._ahead = self._ahead.take(), None
-        return made
 
 
 class _NoProjection:

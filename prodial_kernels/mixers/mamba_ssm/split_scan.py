@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,23 +37,10 @@ _SCALE = _FIRST + Operands._fields.index("scale")
 _KEPT, _ZXBCDT, _OUT, _NORM_WEIGHT = 13, 0, 3, 9
 
 
-class Keeping(NamedTuple):
-    """What is kept for backward, and what is done in it.
-
-    Attributes:
-        output: Keep [b, l, out_features] for the gradient of the projector's scale, which else
-            costs its product once more.
-        before_scan: Called before the scan's backward, to begin what can run beside it.
-    """
-
-    output: bool
-    before_scan: Callable[[], None] | None
-
-
 def scan_and_project(
     upstream: Callable[..., Tensor],
     out_proj: nn.Linear | ProdialLinear,
-    keeping: Keeping,
+    keeps_output: bool,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
@@ -62,7 +49,8 @@ def scan_and_project(
     Args:
         upstream: ``mamba_split_conv1d_scan_combined``; its module has the rule and the norm.
         out_proj: The projector, adapted or not.
-        keeping: What is kept, and done in backward.
+        keeps_output: Keep [b, l, out_features] for the gradient of the projector's scale, which
+            else costs its product once more.
         args: As upstream's, with ``outproj_weight=None``; zxbcdt [b, l, ·] first.
         kwargs: As upstream's.
 
@@ -73,7 +61,7 @@ def scan_and_project(
     bound.apply_defaults()
     zxbcdt = bound.args[0]
     operands, rule = operands_of(out_proj, placeholder(zxbcdt, out_proj.in_features))
-    return ScanAndProject.apply(upstream.__globals__, rule, keeping, *operands, *bound.args)
+    return ScanAndProject.apply(upstream.__globals__, rule, keeps_output, *operands, *bound.args)
 
 
 class ScanAndProject(torch.autograd.Function):
@@ -81,7 +69,7 @@ class ScanAndProject(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, module: dict[str, Any], rule: Rule, keeping: Keeping, *inputs: Any
+        ctx: Any, module: dict[str, Any], rule: Rule, keeps_output: bool, *inputs: Any
     ) -> Tensor:
         """``inputs``: the projector's ``Operands``, then the arguments of upstream's rule."""
         operands, arguments = Operands(*inputs[:_OPERANDS]), inputs[_OPERANDS:]
@@ -96,11 +84,10 @@ class ScanAndProject(torch.autograd.Function):
             )
         with autocast_off(y.device.type):
             output, h = project(y.to(operands.weight.dtype), operands, rule)
-        keeps = keeping.output and takes_output(operands, rule) and ctx.needs_input_grad[_SCALE]
-        ctx.save_for_backward(output if keeps else None, h, *operands, *saved)
+        keeps_output &= takes_output(operands, rule) and ctx.needs_input_grad[_SCALE]
+        ctx.save_for_backward(output if keeps_output else None, h, *operands, *saved)
         kept.saved_tensors = ()
         ctx.module, ctx.rule, ctx.kept = module, rule, kept
-        ctx.before_scan = keeping.before_scan
         return output
 
     @staticmethod
@@ -120,8 +107,6 @@ class ScanAndProject(torch.autograd.Function):
             del x
         through: tuple[Tensor | None, ...] = (None,) * len(below)
         if dx is not None:
-            if ctx.before_scan is not None and below[0]:
-                ctx.before_scan()
             ctx.kept.saved_tensors = saved
             rule = ctx.module["MambaSplitConv1dScanCombinedFn"]
             through = rule.backward(ctx.kept, dx.to(saved[_OUT].dtype))
