@@ -183,6 +183,17 @@ def microseconds(function: Callable[[], object]) -> float:
     return best
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_weight_is_not_rounded(as_tensor: bool) -> None:
+    """Hidden states of 16 bits get their gradient times the weight, rounded once."""
+    model = model_of(1003, 64, 32)
+    labels = labels_of(1003, 64)
+    weight = torch.tensor(1 / 30_000_000, device=DEVICE)
+    plain = step(model, chunked(model), labels, 1.0)["d_states"]
+    found = step(model, chunked(model), labels, weight if as_tensor else 1 / 30_000_000)
+    assert torch.equal(found["d_states"], (plain.float() * weight).to(plain.dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_every_dtype_takes_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
