@@ -82,7 +82,6 @@ def test_is_the_kernel_and_keeps_little(
 
 
 @pytest.mark.alone
-@pytest.mark.alone
 def test_takes_a_fraction_of_the_time() -> None:
     norm = one_norm(2048, torch.bfloat16).requires_grad_(False)
     x = torch.randn(8192, 2048, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
