@@ -86,6 +86,23 @@ def test_scale_gradient_is_exact_for_every_scale(kernel_device: str) -> None:
     assert_case_accurate(case, run_triton, compute=torch.float16)
 
 
+@pytest.mark.parametrize("part", ["lora_b", "bias"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0, 3.0, 5.0, 30.0])
+def test_scale_gradient_where_other_terms_outgrow_it(
+    kernel_device: str, factor: float, part: str
+) -> None:
+    # Y is kept rounded, so whatever it holds beside s ⊙ (U Wᵀ) costs precision.
+    case = make_case(200, 96, 64, block_size=1, device=kernel_device)
+    grown = getattr(case, part)
+    term = case.lora_scaling * case.x @ case.lora_a.T @ grown.T if part == "lora_b" else grown[None]
+    own = case.scale * (case.x @ case.weight.T)
+    times = factor * own.norm(dim=0) / term.expand_as(own).norm(dim=0)
+    grown *= times if part == "bias" else times[:, None]
+    assert_case_accurate(case, run_triton, compute=torch.float16)
+    grown[::2] *= 0.01
+    assert_case_accurate(case, run_triton, compute=torch.float16)
+
+
 @pytest.mark.parametrize("trained", LinearCase.TRAINED)
 def test_each_gradient_alone(kernel_device: str, trained: str) -> None:
     case = make_case(21, 24, 40, block_size=6, device=kernel_device)
