@@ -232,15 +232,28 @@ def run_curves(
 def compare(
     model: str, waiting: Mapping[Variant, Callable[[], list[float]]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield and print a row for each variant, the plain one and the control first."""
-    plain = waiting[PLAIN]()
-    yield {"model": model, "variant": PLAIN.name, "losses": plain, "ok": True}
-    print(f"{model}: {len(plain)} steps, loss {plain[0]:.4f} -> {plain[-1]:.4f}", flush=True)
+    """Yield and print a row for each variant; without the plain run or the control no more."""
+    plain: list[float] = []
     noise = 0.0
     for variant, wait in waiting.items():
-        if variant == PLAIN:
+        row: dict[str, Any] = {"model": model, "variant": variant.name}
+        try:
+            losses = wait()
+        # One that fails is a row, and the others are compared all the same.
+        except Exception as error:
+            row |= {"error": f"{type(error).__name__}: {error}", "ok": False}
+            print(f"  {model} {variant.name:14} FAILED: {row['error']}", flush=True)
+            yield row
+            if variant in (PLAIN, CONTROL):
+                return
             continue
-        losses = wait()
+        row["losses"] = losses
+        if variant == PLAIN:
+            plain = losses
+            text = f"{model}: {len(plain)} steps, loss {plain[0]:.4f} -> {plain[-1]:.4f}"
+            print(text, flush=True)
+            yield {**row, "ok": True}
+            continue
         apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
         largest, final = max(apart), losses[-1] - plain[-1]
         if variant == CONTROL:
@@ -255,6 +268,6 @@ def compare(
             flush=True,
         )
         yield {
-            "model": model, "variant": variant.name, "losses": losses, "largest": largest,
-            "mean": sum(apart) / len(apart), "final": final, "noise": noise, "ok": kept,
+            **row, "largest": largest, "mean": sum(apart) / len(apart), "final": final,
+            "noise": noise, "ok": kept,
         }  # fmt: skip

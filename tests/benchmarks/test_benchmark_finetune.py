@@ -216,6 +216,28 @@ def test_curves_are_compared_with_another_order_of_sums(monkeypatch: pytest.Monk
     assert curves.run_curves("cuda", 2)[1]
 
 
+def test_a_curve_that_fails_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = ["nf4"]
+
+    def losses_of(maker: str, variant: curves.Variant, device: str, steps: int) -> list[float]:
+        if variant.name in broken:
+            raise RuntimeError("no kernel")
+        return [3.0, 2.0]
+
+    monkeypatch.setattr(curves, "losses_of", losses_of)
+    rows, good = curves.run_curves("cpu", 2, ["embedded"])
+    assert not good
+    assert [row["ok"] for row in rows] == [True] * (len(rows) - 1) + [False]
+    assert rows[-1]["error"] == "RuntimeError: no kernel"
+    assert "embedded nf4            FAILED: RuntimeError: no kernel" in capsys.readouterr().out
+    broken.append("control")
+    rows, good = curves.run_curves("cpu", 2, ["embedded"])
+    assert not good
+    assert [row["variant"] for row in rows] == ["plain", "control"]
+
+
 def test_what_noise_is_measured_with_is_no_saving() -> None:
     """A graph that computed something else would widen what graphs are judged by."""
     assert not curves.PLAIN.graphed
