@@ -25,8 +25,14 @@ from torch.utils.checkpoint import checkpoint
 
 from prodial_kernels.mixers.mamba_ssm.block import RECOMPUTE_XZ
 from prodial_kernels.mixers.seam import AdaptedMixer, Undo, View
+from prodial_kernels.training.blocks import (
+    Calling,
+    blocks_of,
+    has_separate_norm,
+    mixer_of,
+    plain_forward,
+)
 from prodial_kernels.training.memory_activations import CHECKPOINT, KEEP, LEVELS, NORM, RECOMPUTE
-from prodial_kernels.training.memory_shapes import blocks_of, has_separate_norm, mixer_of
 from prodial_kernels.training.norms import is_fused
 
 
@@ -105,8 +111,8 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
     forward, target = upstream, block  # type: Callable[..., Any], Any
     if has_separate_norm(block):
         norm = block.get_submodule("norm")
-        reading = _Calling(norm, partial(hidden.read_by, norm))
-        forward, target = _plain_forward(upstream), View(block, norm=reading)
+        reading = Calling(norm, partial(hidden.read_by, norm))
+        forward, target = plain_forward(upstream), View(block, norm=reading)
 
     def run(*others: Any) -> Any:
         return forward(target, hidden.get(), *others, **kwargs)
@@ -129,8 +135,8 @@ def norm_again_forward(block: nn.Module, upstream: Callable[..., Any], *args: An
         return upstream(block, *args, **kwargs)
     norm, mixer = block.get_submodule("norm"), block.get_submodule("mixer")
     again = _NormAgain(norm, mixer)
-    view = View(block, norm=_Calling(norm, again.norm), mixer=_Calling(mixer, again.mixer))
-    return _plain_forward(upstream)(view, *args, **kwargs)
+    view = View(block, norm=Calling(norm, again.norm), mixer=Calling(mixer, again.mixer))
+    return plain_forward(upstream)(view, *args, **kwargs)
 
 
 def _changes(block: nn.Module, level: str, index: int) -> list[Undo]:
@@ -250,16 +256,6 @@ class _NormAgain:
             return packed.of(self._norm(self._input))
 
 
-class _Calling(View):
-    """A module that, when it is called, is another function."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__(module, _function=function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)["_function"](*args, **kwargs)
-
-
 class _View:
     """How a tensor lies in the storage of the norm's contiguous output."""
 
@@ -270,13 +266,6 @@ class _View:
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous().as_strided(self.size, self.stride, self.offset)
-
-
-def _plain_forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` below transformers' checkpointing, which asks more of ``self`` than a view."""
-    while upstream.__code__.co_name == "forward_with_checkpointing":
-        upstream = vars(upstream)["__wrapped__"]
-    return upstream
 
 
 def _draws_numbers(block: nn.Module) -> bool:

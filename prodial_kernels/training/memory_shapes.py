@@ -15,6 +15,7 @@ from torch import nn
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers import transformers
+from prodial_kernels.training.blocks import blocks_of, has_separate_norm, mixer_of
 from prodial_kernels.training.norms import is_fused
 
 MAMBA, MAMBA2, OTHER = "mamba", "mamba2", "other"
@@ -143,52 +144,6 @@ def describe_model(
         trained_bytes=trained_bytes,
         adapted=any(isinstance(module, ProdialLinear) for module in model.modules()),
     )
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Return the model's blocks in order: the list of modules with the most parameters.
-
-    Raises:
-        ValueError: There is no such list.
-    """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
-    if not lists or not max(sizes):
-        raise ValueError(
-            f"{type(model).__name__} holds no nn.ModuleList of blocks; its memory cannot be planned"
-        )
-    return list(lists[sizes.index(max(sizes))])
-
-
-def mixer_of(block: nn.Module) -> nn.Module | None:
-    """Return the state-space mixer of a block, if any: what owns ``A_log`` and projectors."""
-    for module in block.modules():
-        if {"in_proj", "out_proj"} <= module._modules.keys() and "A_log" in module._parameters:
-            return module
-    return None
-
-
-def has_separate_norm(block: nn.Module) -> bool:
-    """Whether a block is ``input + mixer(norm(input rounded to the norm's dtype))``, and no more.
-
-    So are the blocks of Mamba, Mamba-2 and FalconMamba in transformers; it is read off the names
-    in their ``forward``.
-    """
-    code = _own_code(type(block))
-    if code is None or {*block._modules} != {"norm", "mixer"}:
-        return False
-    return {"norm", "mixer", "to", "dtype", "weight"} <= set(code.co_names)
-
-
-def _own_code(cls: type) -> Any:
-    for base in cls.__mro__:
-        forward = vars(base).get("forward")
-        if forward is not None and base.__module__.startswith("transformers.models."):
-            while forward is not None and "residual" not in forward.__code__.co_varnames:
-                forward = getattr(forward, "__wrapped__", None)
-            if forward is not None:
-                return forward.__code__
-    return None
 
 
 def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:

@@ -3,7 +3,8 @@
 A norm there is written out in fp32: a copy of its input, a square, a mean, a product, a cast and
 the weight, each over the whole tensor, and the copy is kept for backward. On CUDA
 ``torch.nn.functional.rms_norm`` does all of it in one kernel each way, rounds once, and keeps its
-input as it came. The block around it stays transformers' own.
+input as it came. The block around it stays transformers' own; but where its fp32 input is rounded
+for the norm, the two gradients of that input are added in one pass instead of two.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prodial_kernels.mixers.seam import AdaptedMixer, Undo
+from prodial_kernels.mixers.seam import AdaptedMixer, Undo, View
 from prodial_kernels.mixers.transformers import recognises
 from prodial_kernels.ops.autocast import autocast_off
+from prodial_kernels.training.blocks import Calling, has_separate_norm, plain_forward
 
 KERNEL_ON = ("cuda",)
 """Types of devices that have the kernel; on others PyTorch composes the same from small steps."""
@@ -39,19 +41,23 @@ _COMPARED = (
 class FusedNorms:
     """Norms that run fused, until :meth:`remove`; prints as a line."""
 
-    def __init__(self, changes: Sequence[Undo] = (), refused: Sequence[str] = ()) -> None:
+    def __init__(
+        self, norms: Sequence[Undo] = (), blocks: Sequence[Undo] = (), refused: Sequence[str] = ()
+    ) -> None:
         """Remember what to undo; made by :func:`fuse_norms`.
 
         Args:
-            changes: One for each fused norm.
+            norms: One for each fused norm.
+            blocks: One for each block that goes through :func:`joined_forward`.
             refused: Names of modules that look like such a norm and compute something else.
         """
-        self._changes = list(changes)
+        self._count = len(norms)
+        self._changes = [*norms, *blocks]
         self.refused = tuple(refused)
 
     def __len__(self) -> int:
-        """How many norms run fused."""
-        return len(self._changes)
+        """How many norms were fused."""
+        return self._count
 
     def __str__(self) -> str:
         text = f"norms: {len(self)} run as one kernel each"
@@ -84,7 +90,12 @@ def fuse_norms(model: nn.Module) -> FusedNorms:
     norms = {name: m for name, m in model.named_modules() if _looks_like_one(m)}
     refused = [name for name, norm in norms.items() if not _computes_the_same(norm)]
     fused = [norm for name, norm in norms.items() if name not in refused]
-    return FusedNorms([_FusedNorm(norm) for norm in fused], refused)
+    blocks = [m for m in model.modules() if has_separate_norm(m) and m.norm in fused]
+    return FusedNorms(
+        [_FusedNorm(norm) for norm in fused],
+        [AdaptedMixer(block, {"forward": joined_forward}) for block in blocks],
+        refused,
+    )
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -105,6 +116,38 @@ def fused_forward(norm: nn.Module, upstream: Any, hidden_states: Tensor) -> Tens
     # Autocast would have it give fp32, which these norms do not.
     with autocast_off(hidden_states.device.type):
         return F.rms_norm(hidden_states, weight.shape, weight.to(dtype), _epsilon(norm))
+
+
+def joined_forward(
+    block: nn.Module, upstream: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """``block(hidden_states, ...)``, which is a residual and is rounded for the norm, at once."""
+    norm: Any = block.norm
+    dtype = norm.weight.dtype
+    # Whether transformers checkpoints the block has been decided outside; it may be a view here.
+    forward = plain_forward(upstream)
+    if (
+        not (torch.is_grad_enabled() and hidden_states.requires_grad)
+        or hidden_states.dtype == dtype
+        or torch.compiler.is_compiling()
+    ):
+        return forward(block, hidden_states, *args, **kwargs)
+    residual, rounded = _Rounded.apply(hidden_states, dtype)
+    # The block reads the weight for its dtype, to round: with this one it has no need to.
+    joined = Calling(norm, lambda _: norm(rounded), weight=residual)
+    return forward(View(block, norm=joined), residual, *args, **kwargs)
+
+
+class _Rounded(torch.autograd.Function):
+    """x -> x itself, and x rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), x.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, drounded: Tensor) -> tuple[Tensor, None]:
+        return torch.add(dx, drounded), None
 
 
 class _FusedNorm:

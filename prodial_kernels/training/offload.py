@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prodial_kernels.training.memory_shapes import blocks_of
+from prodial_kernels.training.blocks import blocks_of
 
 
 @contextmanager

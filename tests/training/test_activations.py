@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.training.activations import apply_levels
+from prodial_kernels.training.blocks import blocks_of, mixer_of
 from prodial_kernels.training.memory_activations import (
     CHECKPOINT,
     KEEP,
@@ -25,7 +26,7 @@ from prodial_kernels.training.memory_activations import (
     kept,
     levels_of,
 )
-from prodial_kernels.training.memory_shapes import blocks_of, describe_model, mixer_of
+from prodial_kernels.training.memory_shapes import describe_model
 from prodial_kernels.training.norms import fuse_norms
 
 sys.path.append(str(Path(__file__).parent.parent / "mixers"))

@@ -13,6 +13,7 @@ import torch
 from models import FAMILIES, build, randomise_adapters, token_ids
 from tiny_model import write_text, write_tiny_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prodial_kernels import ProdialConfig, apply_prodial, merge_prodial
 from prodial_kernels.testing import assert_all_accurate
@@ -145,6 +146,69 @@ def test_autocast_changes_no_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
         assert norm(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     # On CUDA autocast would have it give fp32.
     assert seen == [False]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
+def test_joining_the_gradients_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build(name).bfloat16(), token_ids()
+    apply_prodial(model, ProdialConfig(r=3))
+    randomise_adapters(model.train())
+    with monkeypatch.context() as patch:
+        patch.setattr(norms, "has_separate_norm", lambda block: False)
+        apart = fuse_norms(model)
+    expected, casts = _input_gradient(model, ids)
+    apart.remove()
+    fuse_norms(model)
+    found, fewer = _input_gradient(model, ids)
+    assert torch.equal(found, expected)
+    # One for each block whose input is the fp32 residual, which is not what the first one gets.
+    blocks = 1 if name != "nemotron_h" else 0
+    assert casts - fewer == blocks, "the gradient of a rounded input becomes fp32 by itself"
+
+
+class _Casts(TorchDispatchMode):
+    """Counts tensors of a residual's shape that are copied into fp32."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.shape == self.shape:
+            self.count += result.dtype == torch.float32
+        return result
+
+
+def _input_gradient(model: Any, ids: Tensor) -> tuple[Tensor, int]:
+    """Of the embeddings, with how often something of their shape becomes fp32 in backward."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    output = model(inputs_embeds=embedded, use_cache=False).logits.float().square().mean()
+    with _Casts(embedded.shape) as casts:
+        output.backward()
+    assert embedded.grad is not None
+    return embedded.grad, casts.count
+
+
+def test_transformers_own_checkpointing_stays() -> None:
+    model, ids = build("mamba2"), token_ids()
+    apply_prodial(model, ProdialConfig(r=2, lora_dropout=0.0))
+    randomise_adapters(model.train())
+    fuse_norms(model)
+    calls = []
+    model.backbone.layers[0].norm.register_forward_hook(lambda *_: calls.append(1))
+    model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+    expected = model.backbone.layers[0].mixer.in_proj.prodial_b.grad.clone()
+    assert len(calls) == 1
+    model.zero_grad(set_to_none=True)
+    # By its newer name where it has one.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+    assert len(calls) == 3
+    assert torch.equal(model.backbone.layers[0].mixer.in_proj.prodial_b.grad, expected)
 
 
 def test_what_only_looks_like_one_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

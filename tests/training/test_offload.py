@@ -9,7 +9,7 @@ import torch
 from tiny_model import tiny_mamba2
 from torch import nn
 
-from prodial_kernels.training.memory_shapes import blocks_of
+from prodial_kernels.training.blocks import blocks_of
 from prodial_kernels.training.merging import logits_of
 from prodial_kernels.training.offload import blocks_on_demand
 
