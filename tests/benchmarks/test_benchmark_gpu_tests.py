@@ -38,6 +38,7 @@ def test_both_runs_count(
         return code
 
     monkeypatch.setattr(pytest, "main", run)
+    monkeypatch.setattr(gpu_tests, "find_spec", lambda name: "xdist, installed or not")
     record = tmp_path / "record.json"
     assert gpu_tests.main(["--output", str(record), "-n", "14", "--durations=3"]) == expected
     written = json.loads(record.read_text())
