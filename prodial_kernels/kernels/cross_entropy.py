@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prodial_kernels.kernels.recorder import launch
+
 # Columns that a program loads at once, and those of a warp: 16 bytes of 16-bit logits a thread. The
 # rows of the few programs that a multiprocessor then holds stay in the caches between the passes.
 BLOCK, WARP = 4096, 256
@@ -138,7 +140,8 @@ def cross_entropy_(
     if rows == 0:
         return
     block = min(BLOCK, max(WARP, triton.next_power_of_2(vocabulary)))
-    _cross_entropy_kernel[(rows,)](
+    launch(
+        _cross_entropy_kernel, (rows,),
         logits, targets, losses, vocabulary, logits.stride(0), float(scale),
         IGNORED=ignored, GRADIENT=gradient, BLOCK=block, num_warps=block // WARP,
     )  # fmt: skip
