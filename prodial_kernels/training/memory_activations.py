@@ -105,10 +105,11 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
             dbc = c * m * (layer.dt_rank + 2 * state)
             return c * m * dense + dbc + 2 * low_rank + scan
         # in_proj's output, contiguous u, delta, z, the ungated output, out_proj's input, its
-        # output; the inputs of the norms of dt, B and C in fp32, their deviations, and contiguous
-        # B and C.
+        # output; the inputs of the norms of dt, B and C (x_proj's output, or fp32 copies of it),
+        # their deviations, and contiguous B and C.
         mixer = c * m * (layer.projected + 5 * inner + layer.width)
-        norms = _FP32 * m * (layer.dt_rank + 2 * state + 3) + c * m * 2 * state
+        read = (c if layer.fused_norm else _FP32) * m * (layer.dt_rank + 2 * state)
+        norms = read + _FP32 * m * 3 + c * m * 2 * state
         return mixer + norms + 2 * low_rank + scan
     if layer.mixer == MAMBA2:
         if layer.fused:

@@ -77,7 +77,8 @@ def fuse_norms(model: nn.Module) -> FusedNorms:
 
     A norm is recognised by what it is, not by its name: a forward of transformers' that takes one
     tensor, a weight [d] and an epsilon, and nothing else; and by what it computes, which is
-    compared with the fused function on a few random rows first. Take it back before adapters are
+    compared with the fused function on a few random rows first. A weight that is a buffer must
+    have no part in it, as in FalconMamba's norms of dt, B and C. Take it back before adapters are
     removed or merged.
 
     Args:
@@ -109,13 +110,15 @@ def fused_forward(norm: nn.Module, upstream: Any, hidden_states: Tensor) -> Tens
     Where the weight is wider than the input, what dtype comes out is a matter of the class: its own
     forward runs.
     """
-    weight: Any = norm.weight
-    dtype = hidden_states.dtype
-    if torch.promote_types(dtype, weight.dtype) != dtype:
+    weight, dtype = norm._parameters.get("weight"), hidden_states.dtype
+    if weight is not None and torch.promote_types(dtype, weight.dtype) != dtype:
         return upstream(norm, hidden_states)
     # Autocast would have it give fp32, which these norms do not.
     with autocast_off(hidden_states.device.type):
-        return F.rms_norm(hidden_states, weight.shape, weight.to(dtype), _epsilon(norm))
+        return F.rms_norm(
+            hidden_states, hidden_states.shape[-1:],
+            None if weight is None else weight.to(dtype), _epsilon(norm),
+        )  # fmt: skip
 
 
 def joined_forward(
@@ -167,10 +170,10 @@ class _FusedNorm:
 def _looks_like_one(module: nn.Module) -> bool:
     if is_fused(module) or not recognises(module) or _epsilon(module) is None:
         return False
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 1:
+    if {*module._parameters, *module._buffers} != {"weight"} or module._modules:
         return False
-    if len(module._parameters) != 1 or module._buffers or module._modules:
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.ndim != 1:
         return False
     return len(inspect.signature(type(module).forward).parameters) == 2
 
@@ -186,7 +189,9 @@ def _computes_the_same(norm: nn.Module) -> bool:
         weight = torch.randn(16, generator=drawn)
         for dtype, stored in _COMPARED:
             x = rows.to(dtype)
-            small._parameters = {"weight": nn.Parameter(weight.to(stored))}
+            scale = nn.Parameter(weight.to(stored))
+            small._parameters = {"weight": scale} if norm._parameters else {}
+            small._buffers = {"weight": scale.detach()} if norm._buffers else {}
             expected, found = upstream(small, x), fused_forward(small, upstream, x)
             # Twice what each may round.
             tolerance = 4 * torch.finfo(dtype).eps

@@ -52,6 +52,28 @@ def test_as_close_to_fp64_as_transformers_own(dtype: torch.dtype, width: int) ->
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("width", [16, 256])
+def test_without_a_weight_on_a_slice(width: int) -> None:
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaWeightlessRMSNorm
+
+    norm: Any = FalconMambaWeightlessRMSNorm(512, eps=1e-6).to(DEVICE, torch.bfloat16)
+    whole = torch.randn(2, 257, width + 32, device=DEVICE, dtype=torch.bfloat16)
+    x = whole[..., 8 : 8 + width].detach().requires_grad_()
+    dy = torch.randn_like(x)
+
+    def run(function: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+        y = function(x)
+        return {"y": y.detach(), "dx": torch.autograd.grad(y, x, dy.to(y.dtype))[0]}
+
+    def plain(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    eager = run(norm, x)
+    assert len(fuse_norms(norm)) == 1
+    exact = run(plain, x.detach().double().requires_grad_())
+    assert_all_accurate(run(norm, x), eager, exact, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("x_dtype", "weight_dtype", "autocast"),
     [

@@ -14,25 +14,28 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "rms_norm", rms_norm)
 
 
-def rms_norm(x: Tensor, shape: torch.Size, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, shape: torch.Size, weight: Tensor | None, eps: float) -> Tensor:
     """[..., d] -> [..., d], x and weight in one dtype, computed in fp32 and rounded once."""
-    assert x.dtype == weight.dtype
-    assert tuple(shape) == tuple(weight.shape) == x.shape[-1:]
+    assert tuple(shape) == x.shape[-1:]
+    assert weight is None or (weight.dtype, weight.shape) == (x.dtype, x.shape[-1:])
     y: Any = _Kernel.apply(x, weight, eps)
     return y
 
 
 class _Kernel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (x.float() * rstd * weight.float()).to(x.dtype)
+        y = x.float() * rstd
+        return (y if weight is None else y * weight.float()).to(x.dtype).contiguous()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        normed, scaled = x.float() * rstd, dy.float() * weight.float()
+        normed, scaled = x.float() * rstd, dy.float()
+        if weight is not None:
+            scaled = scaled * weight.float()
         dx = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
         if not ctx.needs_input_grad[1]:
             return dx.to(x.dtype), None, None

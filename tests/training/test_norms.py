@@ -22,7 +22,7 @@ from prodial_kernels.training.norms import FusedNorms, fuse_norms, is_fused
 
 # Norms of the tiny models: of the blocks, and the last one; those with a gate are other functions.
 COUNTS = {
-    "mamba": 3, "falcon_mamba": 3, "mamba2": 3, "jamba": 13, "bamba": 7, "zamba": 8, "zamba2": 6,
+    "mamba": 3, "falcon_mamba": 9, "mamba2": 3, "jamba": 13, "bamba": 7, "zamba": 8, "zamba2": 6,
     "falcon_h1": 5, "granitemoehybrid": 7, "nemotron_h": 5,
 }  # fmt: skip
 
@@ -233,15 +233,26 @@ def test_what_only_looks_like_one_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     for cls in (Shifted, Wider, Gated):
         monkeypatch.setattr(cls, "__module__", kind.__module__)
     model["torch"] = nn.RMSNorm(8)
+    # A buffer that takes part, in a class whose own does not.
+    from transformers.models.falcon_mamba import modeling_falcon_mamba
+
+    weightless: Any = modeling_falcon_mamba.FalconMambaWeightlessRMSNorm
+
+    class Weighted(weightless):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.weight
+
+    monkeypatch.setattr(Weighted, "__module__", weightless.__module__)
+    model["weighted"] = Weighted(8)
     biased = kind(8)
     biased.bias = nn.Parameter(torch.zeros(8))
     model["biased"] = biased
     fused = fuse_norms(model)
-    assert (len(fused), fused.refused) == (0, ("shifted", "wider", "own"))
-    assert str(fused).endswith("; 3 of another formula are left as they are: shifted, wider, own")
+    assert (len(fused), fused.refused) == (0, ("shifted", "wider", "own", "weighted"))
+    assert str(fused).endswith("4 of another formula are left as they are: shifted, wider, own, …")
     # Code that a checkpoint brings along is not transformers'.
     monkeypatch.setattr(Shifted, "__module__", "transformers_modules.somebody")
-    assert fuse_norms(model).refused == ("wider",)
+    assert fuse_norms(model).refused == ("wider", "weighted")
 
 
 def test_no_random_number_is_drawn() -> None:
