@@ -168,7 +168,10 @@ class _FusedNorm:
 
 
 def _looks_like_one(module: nn.Module) -> bool:
-    if is_fused(module) or not recognises(module) or _epsilon(module) is None:
+    # A forward of its own is a hook around that of its class, as accelerate sets one.
+    if is_fused(module) or "forward" in vars(module) or not recognises(module):
+        return False
+    if _epsilon(module) is None:
         return False
     if {*module._parameters, *module._buffers} != {"weight"} or module._modules:
         return False

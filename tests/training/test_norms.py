@@ -247,6 +247,8 @@ def test_what_only_looks_like_one_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     biased = kind(8)
     biased.bias = nn.Parameter(torch.zeros(8))
     model["biased"] = biased
+    hooked = model["hooked"] = kind(8)
+    hooked.forward = hooked.forward
     fused = fuse_norms(model)
     assert (len(fused), fused.refused) == (0, ("shifted", "wider", "own", "weighted"))
     assert str(fused).endswith("4 of another formula are left as they are: shifted, wider, own, …")
