@@ -2,7 +2,8 @@
 
 The same model, data, seed and steps, each variant in turn, against the plain run: whole logits,
 eager steps, everything kept, the dense base. ``control`` is the plain run with each batch cut in
-two micro-batches: the same sums in another order, so its deviation is the noise to compare with.
+two micro-batches: the same sums in another order, so its deviation is the noise to compare with. On
+average over the steps: in bf16 the loss of a single step can jump, in any of the runs.
 Savings other than liger's loss, which no graph can hold, are taken in captured steps: these launch
 the same kernels in a fraction of the time, and ``graph`` says what capturing alone changes. NF4 is
 another base model, and its gap is reported, not judged.
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ from prodial_kernels.training.planning import requested_levels
 from prodial_kernels.training.step import EagerStep, TrainingStep
 
 # A saving may deviate so many times as much as another order of the same sums does.
-NOISE_FACTOR = 4.0
+NOISE_FACTOR = 2.0
 LENGTH, BATCH = 256, 4
 
 
@@ -255,19 +257,18 @@ def compare(
             yield {**row, "ok": True}
             continue
         apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
-        largest, final = max(apart), losses[-1] - plain[-1]
+        mean, shift = fmean(apart), fmean(losses) - fmean(plain)
         if variant == CONTROL:
             # At least a rounding of the loss itself.
-            noise = max(largest, 1e-6 * max(plain))
+            noise = max(mean, 1e-6 * max(plain))
         judged = variant.base == "dense" and variant != CONTROL
-        kept = not judged or largest <= NOISE_FACTOR * noise
+        kept = not judged or mean <= NOISE_FACTOR * noise
         print(
-            f"  {variant.name:14} largest deviation {largest:.2e} nats "
-            f"({largest / noise:5.2f} × control), at the end {final:+.2e}"
+            f"  {variant.name:14} deviation {mean:.2e} nats on average ({mean / noise:5.2f} × "
+            f"control), {max(apart):.2e} at most; all in all {shift:+.2e}"
             f"{'' if not judged else '  ok' if kept else '  MISSED'}",
             flush=True,
         )
         yield {
-            **row, "largest": largest, "mean": sum(apart) / len(apart), "final": final,
-            "noise": noise, "ok": kept,
+            **row, "mean": mean, "largest": max(apart), "shift": shift, "noise": noise, "ok": kept,
         }  # fmt: skip

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +32,7 @@ from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import limited
 from prodial_kernels.training.graphed import WARM_UP, GraphedStep
 from prodial_kernels.training.memory_activations import KEEP
+from prodial_kernels.training.memory_plan import MemoryPlanError
 from prodial_kernels.training.method import prepare_method
 from prodial_kernels.training.norms import KERNEL_ON, fuse_norms
 from prodial_kernels.training.packing import PackedBatches
@@ -92,7 +93,13 @@ def least_budget(config: FinetuneConfig, place: torch.device, dtype: torch.dtype
     run = plan_run(replace(config, activations="checkpoint"), place, dtype)
     if run is None:
         return None
-    return f"{math.ceil((run.plan.total + run.plan.reserve) / 1e8) / 10:g}GB"
+    tenths = math.ceil((run.plan.total + run.plan.reserve) / 1e8)
+    # A mixture of levels can take a little less than the leanest one everywhere.
+    with suppress(MemoryPlanError):
+        while True:
+            plan_run(replace(config, memory_budget=f"{(tenths - 1) / 10:g}GB"), place, dtype)
+            tenths -= 1
+    return f"{tenths / 10:g}GB"
 
 
 class Training:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import views
-from benchmarks.finetune_jobs import GB
+from benchmarks.finetune_jobs import GB, LEAST
 from prodial_kernels.training.memory_activations import LEVELS
 
 Row = Mapping[str, Any]
@@ -26,7 +26,10 @@ def page(record: Mapping[str, Any]) -> str:
         ]
         for row in rows
     ]  # fmt: skip
-    commands = [row["command"] for row in rows if row["command"] is not None]
+    # What the least budget is depends on what the plan of the day leaves free.
+    commands = [
+        row["command"] for row in rows if row["command"] and not row["name"].endswith(LEAST)
+    ]
     return "\n\n".join(
         [
             f"Whole steps, loss and optimiser included, both projectors with r = 16, random "
@@ -36,8 +39,10 @@ def page(record: Mapping[str, Any]) -> str:
             f"`in_proj`'s output kept. *LoRA before* is LoRA on the same projectors of "
             f"mamba_ssm's blocks, whose fast path must then be off.",
             views.text_table(headers, lines),
+            *record.get("notes", ()),
             "The lines in the same order, without those of mamba_ssm's own blocks, which Python "
-            "code trains:",
+            "code trains, and of the smallest budgets: a smaller one is refused with the least "
+            "that would do.",
             "\n".join(["```bash", *commands, "```"]),
         ]
     )

@@ -68,7 +68,11 @@ def write_text(file: Path, *, documents: int = 60) -> Path:
 def subprocess_environment() -> dict[str, str]:
     """An environment in which ``python -m prodial_kernels`` is this package, on one thread.
 
-    Sums depend on the number of threads, so processes that are compared must share it.
+    Modules of the tests and what the caller's ``PYTHONPATH`` has can be imported too. Sums depend
+    on the number of threads, so processes that are compared must share it.
     """
     root = str(Path(prodial_kernels.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    paths = [root, str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    return {
+        **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"
+    }  # fmt: skip

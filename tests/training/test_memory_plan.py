@@ -123,7 +123,8 @@ def test_fits_the_jobs_it_is_for(name: str, batch: int, quantize: str | None, bu
     if eased[index] == RECOMPUTE and not shape(name).layers[0].fused:
         eased[index] = NORM
     peak = peak_of(shape(name), job, tuple(eased), evaluation_batch=1, library_workspace=32 * MIB)
-    assert 1.03 * peak.total + plan.context > parse_budget(budget)
+    reserve = DeviceMemory().fragmentation * peak.total
+    assert peak.total + reserve + plan.context > parse_budget(budget)
 
 
 def test_uses_levels_only_as_far_as_needed() -> None:
@@ -186,7 +187,9 @@ def test_says_what_would_fit() -> None:
         plan_memory(model, job, budget=int(5.1 * GIB))
     with pytest.raises(MemoryPlanError, match="No change of the options is enough"):
         plan_memory(model, job, budget=GIB)
-    assert "optimizer 'adamw8bit'" in what_would_fit(model, job, budget=int(5.82 * GIB))
+    least = plan_memory(model, job, budget=None, activations="checkpoint")
+    hardly = least.total + least.reserve - 24 * MIB
+    assert "optimizer 'adamw8bit'" in what_would_fit(model, job, budget=hardly)
     assert "loss 'chunked'" in what_would_fit(model, replace(job, loss="full"), budget=9 * GIB)
 
 
@@ -251,7 +254,7 @@ def test_device_constants_count() -> None:
     small = DeviceMemory(context=0, library_workspace=0, fragmentation=0.0)
     plain = plan_memory(model, job, budget=None, device=small)
     usual = plan_memory(model, job, budget=None)
-    assert usual.total - plain.total == 640 * MIB + 2 * 32 * MIB
+    assert usual.total - plain.total == DeviceMemory().context + 2 * 32 * MIB
     assert (plain.reserve, usual.reserve > 0) == (0, True)
     graphed = plan_memory(model, replace(job, graph=True), budget=None)
     assert graphed.peak.total > usual.peak.total
