@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -238,7 +238,14 @@ def write(rows: Sequence[dict[str, Any]], path: Path, command: str, device: str)
     from benchmarks.environment import describe
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**describe(device, command), "rows": rows}, indent=2) + "\n")
+    path.write_text(text_of(describe(device, command), rows))
+
+
+def text_of(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """JSON with a row in each line: of the curves, one holds hundreds of numbers."""
+    lines = ",\n    ".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    head = json.dumps({**record}, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{head},\n  "rows": [\n    {lines}\n  ]\n}}\n'
 
 
 if __name__ == "__main__":

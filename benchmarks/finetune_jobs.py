@@ -112,6 +112,7 @@ JOBS = (
     Job("1.4b-graphed", "mamba-1.4b", 4, 512, **_1B, **_SSM, before=(113, None)),
     Job("1.4b-graphed-hf", "mamba-1.4b", 4, 512, **_1B, before=(113, None)),
     Job("130m-32k", "mamba-130m", 1, 32768, activations="checkpoint"),
+    Job("1.4b-32k", "mamba-1.4b", 1, 32768, activations="checkpoint"),
 )  # fmt: skip
 MORE_JOBS = (
     # The host's time, which other processes spoil: by name, and alone.
