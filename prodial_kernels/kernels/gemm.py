@@ -86,25 +86,17 @@ def _gemm_kernel(
                 target = low_ptr + low_rows * R_PAD + offs_r[None, :]
                 tl.store(target, acc_low.to(dtype), mask=(offs_m < M)[:, None])
             else:
-                for k in range(0, K, BLOCK_K):
-                    x_tile = _load_left(
-                        left, batch, row, k, M, K, stride_left, batch_left,
-                        LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
-                    )  # fmt: skip
-                    acc = _accumulate(
-                        acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
-                        RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
-                    )  # fmt: skip
+                acc = _multiply(
+                    acc, left, right, batch, row, column, M, N, K,
+                    stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
+                    ROWS_BATCHED, COLUMNS_BATCHED, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+                )  # fmt: skip
         else:
-            for k in range(0, K, BLOCK_K):
-                x_tile = _load_left(
-                    left, batch, row, k, M, K, stride_left, batch_left,
-                    LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
-                )  # fmt: skip
-                acc = _accumulate(
-                    acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
-                    RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
-                )  # fmt: skip
+            acc = _multiply(
+                acc, left, right, batch, row, column, M, N, K,
+                stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
+                ROWS_BATCHED, COLUMNS_BATCHED, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
+            )  # fmt: skip
         if HAS_SCALE:
             acc *= _along_features(scale_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N)
         if UPDATE:
@@ -137,6 +129,27 @@ def _gemm_kernel(
                 y, batch, row, column, M, N, stride_y, batch_y, acc.to(dtype),
                 BLOCK_M, BLOCK_N, BATCHED, TMA,
             )  # fmt: skip
+
+
+@triton.jit
+def _multiply(
+    acc, left, right, batch, row, column, M, N, K,
+    stride_left, stride_right, batch_left, batch_right,
+    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
+    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """acc += X V for the tile of Y that begins at (row, column): the walk along K."""
+    for k in range(0, K, BLOCK_K):
+        x_tile = _load_left(
+            left, batch, row, k, M, K, stride_left, batch_left,
+            LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
+        )  # fmt: skip
+        acc = _accumulate(
+            acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
+            RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
+        )  # fmt: skip
+    return acc
 
 
 @triton.jit
