@@ -251,10 +251,10 @@ def _launch(
     height, k = source.shape
     m = 0 if x is None else token_shape(x)[0]
     channel_first = x is not None and x.ndim == 3
-    # Few tokens are shared out finely, so that every multiprocessor gets some. With dropout the
-    # left operand comes from registers, which wgmma gets wrong in places (triton 3.6.0); 16 rows
-    # take mma instead.
-    block_m, block_k = (64, 128) if m >= 8192 else (16, 256)
+    # Few tokens are shared out finely, so that every multiprocessor gets some; of a wide rank, many
+    # spill. With dropout the left operand comes from registers, which wgmma gets wrong in places
+    # (triton 3.6.0); 16 rows take mma instead.
+    block_m, block_k = (64, 128) if m >= 8192 and r_pad <= 64 else (16, 256)
     if seed is not None:
         block_m, block_k = 16, 128
     if r_pad > 16:

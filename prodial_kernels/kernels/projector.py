@@ -160,7 +160,7 @@ def backward(
         p = 1 if blocks is None else blocks.shape[-1]
         # A wide block beside a wide rank is too much for one program: then dA, which reads no dU,
         # the blocks' part of dX and the LoRA part come one after the other.
-        apart = t is not None and p > 64 and r_pad > (128 if seed is None else 32)
+        apart = t is not None and seed is not None and p > 64 and r_pad > 32
         config = choose_input_side(
             r_pad, p, dropout=seed is not None, capability=limits["capability"]
         )

@@ -12,6 +12,7 @@ from launch_recorder import Launch, Recorder
 from torch import Tensor
 
 from prodial_kernels.kernels import projector
+from prodial_kernels.kernels.launch import MAX_FUSED_RANK
 
 # Gradients: x, blocks, scale, lora_a, lora_b, bias.
 ALL_NEEDS = (True,) * 6
@@ -107,9 +108,17 @@ class Projector:
 def matrix(quick: bool = False) -> Iterator[Projector]:
     """Every projector of the check; the launches they share are compiled once.
 
+    Without those whose ranks are left to library products.
+
     Args:
         quick: Fewer block sizes and ranks: those that put the least and the most on the chip.
     """
+    for each in _all_of_them(quick):
+        if each.r is None or each.dropout or each.r <= MAX_FUSED_RANK:
+            yield each
+
+
+def _all_of_them(quick: bool) -> Iterator[Projector]:
     plain = Projector()
     block_sizes = (None, 1, 48, 128) if quick else BLOCK_SIZES
     ranks = (None, 4, 64, 256) if quick else RANKS
@@ -143,12 +152,15 @@ def matrix(quick: bool = False) -> Iterator[Projector]:
     ):
         yield replace(plain, m=777, k=k, n=n, block_size=p, r=r, columns_before_x=before).fits()
     # What is trained, and what is there at all.
-    for p, r, scale, bias in itertools.product(
-        (None, 1, 48), (None, 16, 256), (False, True), (False, True)
-    ):
+    for p, (r, dropout), scale, bias in itertools.product(
+        (None, 1, 48), ((None, False), (16, False), (64, False), (256, True)), (False, True),
+        (False, True),
+    ):  # fmt: skip
         there = (True, p is not None, scale, r is not None, r is not None, bias)
         for needs in itertools.product(*((False, True) if part else (False,) for part in there)):
-            yield replace(plain, block_size=p, r=r, scale=scale, bias=bias, needs=needs)
+            yield replace(
+                plain, block_size=p, r=r, dropout=dropout, scale=scale, bias=bias, needs=needs
+            )
 
 
 def record(recorder: Recorder, projectors: Iterator[Projector]) -> list[Launch]:
