@@ -267,7 +267,9 @@ def launch_gemm(
     operands = (left, right, inner, factor if outer is not None else None, target)
     tma = config.tma and all(tma_ready(t) for t in operands if t is not None)
     if config.tma and not tma:
-        config = pointer_gemm(64 if inner is not None and r_pad > 32 else 128, config.programs)
+        # A wide companion or a bias takes the registers of a wide tile.
+        narrow = bias is not None or (inner is not None and r_pad > 32)
+        config = pointer_gemm(64 if narrow else 128, config.programs)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     r_block = min(r_pad, SLICE if tma else POINTER_SLICE)
     wide = outer is not None and r_pad > MAX_FUSED_RANK

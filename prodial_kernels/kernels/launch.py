@@ -255,15 +255,26 @@ def choose_output_side(
     )
 
 
-def choose_exact_scale(capability: tuple[int, int]) -> ExactScaleConfig:
-    """Return the tile sizes for the scale's gradient computed anew."""
+def choose_exact_scale(capability: tuple[int, int], *, even: bool) -> ExactScaleConfig:
+    """Return the tile sizes for the scale's gradient computed anew.
+
+    Args:
+        capability: The device's compute capability.
+        even: Whether all rows are tokens and begin at multiples of 16 elements; other addresses
+            take the registers that a wide tile would.
+    """
     if capability[0] != 9:
         return ExactScaleConfig()
-    return ExactScaleConfig(64, 128, 128, num_warps=8, num_stages=3)
+    return ExactScaleConfig(64, 128 if even else 64, 128, num_warps=8, num_stages=3)
 
 
 def choose_input_side(
-    r_pad: int, block_size: int, *, dropout: bool, capability: tuple[int, int]
+    r_pad: int,
+    block_size: int,
+    *,
+    dropout: bool,
+    channel_first: bool,
+    capability: tuple[int, int],
 ) -> InputSideConfig:
     """Return the tile sizes for the walk over the inputs.
 
@@ -271,9 +282,10 @@ def choose_input_side(
         r_pad: Padded rank.
         block_size: P.
         dropout: Whether a mask is drawn on the way.
+        channel_first: Whether the inputs are.
         capability: The device's compute capability.
     """
-    large = block_size > 64 or r_pad > 64 or (dropout and r_pad > 32)
+    large = block_size > 64 or r_pad > 64 or (dropout and (r_pad > 32 or channel_first))
     if large or (capability[0] != 9 and (block_size > 1 or r_pad > 32)):
         # What a program sums is large; fewer rows and more warps keep it in registers.
         stages = 3 if r_pad <= 64 else 2 if r_pad <= 128 else 1

@@ -136,7 +136,8 @@ def backward(
         if partial_scale is not None:
             exact = launch_exact_scale(
                 dy, x, weight, blocks, partial_scale, relu=relu,
-                config=choose_exact_scale(limits["capability"]), side=side,
+                config=choose_exact_scale(limits["capability"], even=_even(dy, x, weight)),
+                side=side,
             )  # fmt: skip
     if wants_t and not plan.companion and lora_b is not None:
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
@@ -162,8 +163,9 @@ def backward(
         # the blocks' part of dX and the LoRA part come one after the other.
         apart = t is not None and seed is not None and p > 64 and r_pad > 32
         config = choose_input_side(
-            r_pad, p, dropout=seed is not None, capability=limits["capability"]
-        )
+            r_pad, p, dropout=seed is not None, channel_first=x.ndim == 3,
+            capability=limits["capability"],
+        )  # fmt: skip
         config = tuned(config, _key("input_side", limits, x, weight, r_pad))
         walk = partial(launch_input_side, dropout=dropout, relu=relu, config=config)
         if apart and da is not None:
@@ -192,6 +194,11 @@ def backward(
         alpha=alpha, relu=relu,
     )  # fmt: skip
     return du if needs.x else None, dblocks, dscale, da, db, dbias
+
+
+def _even(*matrices: Tensor) -> bool:
+    """Whether the rows of all are tokens, and begin at multiples of 16 elements."""
+    return all(matrix.ndim == 2 and matrix.stride(0) % 16 == 0 for matrix in matrices)
 
 
 class DeviceLimits(TypedDict):
