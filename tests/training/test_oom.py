@@ -78,6 +78,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"activations": "checkpoint", "lora_dropout": 0.2},
     "recompute": {"activations": "recompute"},
     "nf4": {"quantize": "nf4", "activations": "checkpoint"},
+    "int8": {"quantize": "int8", "lora_dropout": 0.1},
+    "fp8": {"quantize": "fp8", "activations": "recompute"},
+    "chunked": {"loss": "chunked", "schedule": "cosine"},
+    "documents": {"packing": "documents", "grad_accumulation": 2},
+    "blocks": {"block_size": 2, "diagonal": "free", "clip": 0.0},
     "full": {"method": "full", "lr": 1e-3},
     "lora": {"method": "lora", "loss": "full"},
 }
