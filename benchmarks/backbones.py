@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.measure import Unavailable, reported
+from benchmarks.measure import Unavailable, release, reported
 from benchmarks.roofline import Ceilings
 from benchmarks.upstream import limit_configurations, one_configuration
 from benchmarks.variants import adapted
@@ -221,12 +220,12 @@ def measure(step: Callable[[], None], rounds: int = 5) -> tuple[float, float]:
         step()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    release()
+    release("cuda", workspaces=True)
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() / 2**20
-    release()
+    release("cuda", workspaces=True)
     graph = torch.cuda.CUDAGraph()
     # The outer one, as a recording that fails leaves its stream the current one.
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
@@ -243,18 +242,8 @@ def measure(step: Callable[[], None], rounds: int = 5) -> tuple[float, float]:
     return statistics.median(times), peak
 
 
-def release() -> None:
-    """Return what nothing refers to any more to the device, cuBLAS's workspaces among it.
-
-    cuBLAS keeps one of 32 MiB for every stream it has seen; what ran before would count otherwise.
-    """
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-
-
 def clear(model: nn.Module) -> None:
     """Drop gradients, and what the last variant left."""
     for parameter in model.parameters():
         parameter.grad = None
-    release()
+    release("cuda", workspaces=True)

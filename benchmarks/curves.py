@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.finetune_steps import release, transformers_config
+from benchmarks.finetune_steps import transformers_config
+from benchmarks.measure import release
 from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
 from prodial_kernels.training.activations import apply_levels
 from prodial_kernels.training.buckets import Buckets
@@ -144,7 +145,7 @@ def made(maker: str, device: str) -> tuple[nn.Module, Tensor]:
 
 def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[float]:
     """Train ``steps`` steps and return their losses."""
-    release(device == "cuda")
+    release(device, workspaces=True)
     model, tokens = made(maker, device)
     model = copy.deepcopy(model)
     if variant.base != "dense":

@@ -9,7 +9,6 @@ the scale's gradient by another, slower way.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -25,6 +24,7 @@ from torch import nn
 
 from benchmarks.breakdown import kernel_times
 from benchmarks.finetune_jobs import LEAST, MODELS, Job
+from benchmarks.measure import release
 from prodial_kernels import quantize_model
 from prodial_kernels.training.activations import apply_levels
 from prodial_kernels.training.allocator import grow_segments
@@ -136,13 +136,13 @@ class Training:
         tokens = torch.randint(0, vocabulary, (job.batch * job.length * 4,), dtype=torch.int32)
         self._batches = PackedBatches(tokens, seq_len=job.length, batch_size=job.batch)
         self.model.train()
-        release(self._cuda)
+        release(place.type, workspaces=True)
         self._built = time.perf_counter()
         self._taken = 0
         # These compile, make the moments and, where steps are captured, are the eager ones.
         for _ in range(WARM_UP):
             self.take()
-        release(self._cuda)
+        release(place.type, workspaces=True)
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         self.take()
@@ -222,12 +222,3 @@ def transformers_config(model: str) -> Any:
         vocab_size=sizes.vocabulary, use_cache=False,
         tie_word_embeddings=sizes.family == "mamba",
     )  # fmt: skip
-
-
-def release(cuda: bool) -> None:
-    """Return what nothing refers to any more, so that no build or warm-up counts for a peak."""
-    gc.collect()
-    if cuda:
-        torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()

@@ -227,10 +227,19 @@ def add_ratios(rows: dict[str, Row]) -> None:
                 row["memory_ratio"] = row["peak_mib"] / floor["peak_mib"]
 
 
-def release(device: str) -> None:
-    """Give the device back what is no longer referred to."""
+def release(device: str, *, workspaces: bool = False) -> None:
+    """Give the device back what is no longer referred to.
+
+    Args:
+        device: Where.
+        workspaces: cuBLAS's too, of which it keeps one of 32 MiB for every stream it has seen; what
+            ran before would count for a peak otherwise.
+    """
     gc.collect()
     if device.startswith("cuda"):
+        if workspaces:
+            torch.cuda.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 

@@ -36,10 +36,10 @@ from benchmarks.backbones import (  # noqa: E402
     TuneJob,
     build,
     make_step,
-    release,
 )
 from benchmarks.crew import Crew  # noqa: E402
 from benchmarks.environment import cpu_count, describe, device_name, slug  # noqa: E402
+from benchmarks.measure import release  # noqa: E402
 from benchmarks.store import RESULTS  # noqa: E402
 from benchmarks.task import Task  # noqa: E402
 from benchmarks.variants import VARIANTS, adapted  # noqa: E402
@@ -242,7 +242,7 @@ def print_profile(
     for variant in ("prodial", "frozen"):
         with adapted(model, variant):
             found[variant] = kernel_times(make_step(model, batch, length))
-        release()
+        release("cuda", workspaces=True)
     totals = {variant: sum(ms for ms, _ in times.values()) for variant, times in found.items()}
     print(f"{name} {batch}x{length}: ms (calls) of prodial, of frozen")
     print("  " + "  ".join(f"{total:8.3f} (   -)" for total in totals.values()) + "  all kernels")
