@@ -15,7 +15,7 @@ def _input_side_kernel(
     du_ptr, x_ptr, t_ptr, a_ptr, blocks_ptr, seed_ptr,
     partial_a_ptr, partial_e_ptr,
     M, K, R, LENGTH,
-    stride_du, stride_x, batch_du, batch_x, rows_per_split, dropout,
+    stride_du, stride_x, batch_du, batch_x, splits, dropout,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, HAS_LORA: tl.constexpr, DROPOUT: tl.constexpr,
     NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
@@ -29,7 +29,9 @@ def _input_side_kernel(
     T = α dY B [M, R_PAD], A [R, K],
     E = D_b − I from D_a [K / P, P, P];
     dA_part [splits, R_PAD, K], dE_part [splits, K / P, P, P].
-    One program owns whole blocks within WINDOW columns of one split of the tokens.
+    One program owns whole blocks within WINDOW columns of one split of the tokens: every
+    ``splits``-th tile. All walk from the last tokens to the first, so that dU is met while L2 still
+    holds what the product wrote last.
     """
     SPAN: tl.constexpr = (WINDOW // P) * P
     pid_k = tl.program_id(0)
@@ -38,8 +40,7 @@ def _input_side_kernel(
     offs_k = pid_k * SPAN + lane
     mask_k = (lane < SPAN) & (offs_k < K)
     offs_r = tl.arange(0, R_PAD)
-    start = split * rows_per_split
-    stop = tl.minimum(start + rows_per_split, M)
+    tiles = tl.cdiv(M, BLOCK_M)
 
     if HAS_LORA:
         mask_a = (offs_r < R)[:, None] & mask_k[None, :]
@@ -56,9 +57,9 @@ def _input_side_kernel(
             e = e.to(x_ptr.dtype.element_ty)
             acc_e = tl.zeros((WINDOW, WINDOW), dtype=tl.float32)
 
-    for m in tl.range(start, stop, BLOCK_M, num_stages=STAGES):
-        offs_m = m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < stop
+    for tile in tl.range(split, tiles, splits, num_stages=STAGES):
+        offs_m = (tiles - 1 - tile) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
         mask = mask_m[:, None] & mask_k[None, :]
         rows = offs_m.to(tl.int64)[:, None]
         if NEED_A or NEED_BLOCKS:
@@ -138,7 +139,7 @@ def launch_input_side(
     r_pad = t.shape[1] if t is not None else 16
     window = max(config.window, triton.next_power_of_2(p))
     columns = triton.cdiv(k, window // p * p)
-    splits, rows = split_tokens(m, columns, config.block_m, config.programs)
+    splits, _ = split_tokens(m, columns, config.block_m, config.programs)
 
     def partial(*shape: int) -> Tensor:
         return torch.empty((splits, *shape), dtype=torch.float32, device=x.device)
@@ -150,7 +151,7 @@ def launch_input_side(
         du, x, t, lora_a, blocks, seed, partial_a, partial_e,
         m, k, 0 if lora_a is None else lora_a.shape[0], x.shape[2] if x.ndim == 3 else m,
         0 if du is None else du.stride(-2), x.stride(-2),
-        0 if du is None else du.stride(0), x.stride(0), rows, dropout,
+        0 if du is None else du.stride(0), x.stride(0), splits, dropout,
         P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_LORA=t is not None,
         DROPOUT=seed is not None,
         NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks, CHANNEL_FIRST=x.ndim == 3,

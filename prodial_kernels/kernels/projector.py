@@ -7,11 +7,11 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from prodial_kernels.kernels.backward_plan import choose_backward
 from prodial_kernels.kernels.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.gemm import launch_gemm
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import (
-    choose_backward,
     choose_exact_scale,
     choose_gemm,
     choose_input_side,
@@ -69,7 +69,7 @@ def forward(
     )  # fmt: skip
     u, v = (v, weight) if turns else (x, v)
     shape = (n, m) if length else (m, n)
-    config = choose_gemm(*shape, companion=False, **limits)
+    config = choose_gemm(*shape, **limits)
     y, _ = launch_gemm(
         u, v, v_transposed=True,
         config=tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0)),

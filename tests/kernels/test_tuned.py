@@ -10,7 +10,8 @@ import torch
 from test_projector import run_triton
 
 from prodial_kernels.kernels import projector, taped, tuned
-from prodial_kernels.kernels.launch import BackwardPlan, GemmConfig, choose_backward
+from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
+from prodial_kernels.kernels.launch import GemmConfig
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
 
 M, K, N, R = 40, 48, 32, 4

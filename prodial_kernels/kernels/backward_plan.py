@@ -1,0 +1,183 @@
+"""How backward divides the device between what computes and what reads. Imports no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+
+from prodial_kernels.kernels.launch import (
+    MAX_FUSED_RANK,
+    TALL,
+    WALK_ENDS,
+    WIDE,
+    GemmConfig,
+    OutputSideConfig,
+    ceil_div,
+    choose_output_side,
+    pointer_gemm,
+    tiles_of,
+)
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How backward divides the device.
+
+    Attributes:
+        gemm: Tile sizes of the product towards the input.
+        output_side: Tile sizes of the sums over the tokens of dY.
+        companion: T = α dY B rides along with the product; otherwise it is a product of its own.
+        side_processors: Multiprocessors that the output side (and T, where it is a product of its
+            own) gets beside the product; 0 where they run one after the other on all of them.
+    """
+
+    gemm: GemmConfig
+    output_side: OutputSideConfig
+    companion: bool
+    side_processors: int
+
+    def on(self, processors: int) -> BackwardPlan:
+        """Return the plan with as many programs as its share of ``processors`` takes."""
+        if not self.side_processors:
+            return self
+        return replace(
+            self,
+            gemm=replace(self.gemm, programs=processors - self.side_processors),
+            output_side=replace(self.output_side, programs=self.side_processors),
+        )
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of the product, and what it takes on one multiprocessor of an H100.
+
+    Attributes:
+        riding: Tile sizes with T riding along.
+        alone: Tile sizes without.
+        step: µs for 1000 elements of the sum along N.
+        companion: What T adds to a tile of the first column, as a share of it: a part that is
+            always there, and one for every 16 of the rank.
+    """
+
+    riding: GemmConfig
+    alone: GemmConfig
+    step: float
+    companion: tuple[float, float]
+
+
+# Without T there is room for one more stage of the widest tile.
+_WIDE = _Tile(WIDE, replace(WIDE, num_stages=4, flatten=True), 10.5, (0.17, 0.03))
+_TALL = _Tile(TALL, replace(TALL, flatten=True), 5.8, (0.07, 0.08))
+# So many rounds of the widest tile, and the others gain nothing: they read L2 at its limit.
+_FEW_ROUNDS = 4
+
+# µs on an H100: a launch with its first and last tile; fork and join; what a tile's end adds where
+# the next one has not begun, as it has not where T rides along; one tile of the output side.
+_LAUNCH, _FORK, _TILE_END, _WALK_TILE = 3.5, 2.0, 0.5, 0.63
+# Bytes per µs there: of the memory; what T's own product reads, on one multiprocessor and at most.
+_MEMORY_RATE, _T_RATE, _T_LIMIT = 2.4e6, 60e3, 2.0e6
+
+
+@lru_cache(maxsize=1024)
+def choose_backward(
+    m: int,
+    n: int,
+    k: int,
+    r_pad: int,
+    *,
+    wants_t: bool,
+    output_side: bool,
+    through_weight: bool,
+    bias: bool,
+    channel_first: bool,
+    capability: tuple[int, int],
+    processors: int,
+) -> BackwardPlan:
+    """Return the plan of backward for dY [m, n] and X [m, k].
+
+    The product is bound by arithmetic, the output side and T by memory, so side by side they can
+    cost less than in turn; but a product that runs in rounds of whole tiles loses a round or none.
+    Compares the plans by rates measured on an H100.
+
+    Args:
+        m: Tokens.
+        n: Columns of dY.
+        k: Columns of dX.
+        r_pad: Padded rank.
+        wants_t: Whether T is needed.
+        output_side: Whether a sum over the tokens of dY is needed.
+        through_weight: Whether the product is needed.
+        bias: Whether the layer has one.
+        channel_first: Whether dX is, which the product then computes as [k, m]; no companion
+            rides along with its rows of features.
+        capability: The device's compute capability.
+        processors: Its number of multiprocessors.
+    """
+    rides = wants_t and through_weight and not channel_first and r_pad <= MAX_FUSED_RANK
+
+    def walk(programs: int) -> OutputSideConfig:
+        return choose_output_side(m, n, r_pad, bias=bias, capability=capability, programs=programs)
+
+    if capability[0] != 9:
+        return BackwardPlan(pointer_gemm(64), walk(processors), rides, 0)
+    rows, columns = (k, m) if channel_first else (m, k)
+    few = ceil_div(tiles_of(WIDE, rows, columns), processors) <= _FEW_ROUNDS
+    plans: list[tuple[float, BackwardPlan]] = []
+    for tile, companion in product(
+        (_WIDE, _TALL) if few else (_WIDE,), (True, False) if rides else (False,)
+    ):
+        config = replace(tile.riding if companion else tile.alone, programs=processors)
+        tiles = tiles_of(config, rows, columns)
+        fewest = ceil_div(tiles, processors)
+        # Of the processors, those that the product leaves if it takes some more rounds.
+        for rounds in range(fewest, fewest + 3):
+            time = 0.0
+            if through_weight:
+                time = _product_time(tile, n, rounds, columns, companion, r_pad)
+            for shared in {0, processors - ceil_div(tiles, rounds)}:
+                work = walk(shared or processors)
+                side = _side_time(
+                    m, n, r_pad, work if output_side else None, wants_t and not companion,
+                    shared or processors,
+                )  # fmt: skip
+                if not shared:
+                    both = time + side
+                elif through_weight and side:
+                    both = max(time, side) + _FORK
+                else:
+                    continue
+                plans.append((both, BackwardPlan(config, work, companion, shared)))
+    return min(plans, key=lambda plan: plan[0])[1].on(processors)
+
+
+def _product_time(
+    tile: _Tile, n: int, rounds: int, columns: int, companion: bool, r_pad: int
+) -> float:
+    """µs of the product of [m, n] by [n, columns], in so many rounds of whole tiles."""
+    one = tile.step * n / 1e3
+    time = _LAUNCH + rounds * one
+    if companion:
+        # The tiles of the first column are slower; every program meets some of them.
+        met = ceil_div(rounds, ceil_div(columns, tile.riding.block_n))
+        always, by_rank = tile.companion
+        time += rounds * _TILE_END + met * one * (always + by_rank * r_pad / 16)
+    return time
+
+
+def _side_time(
+    m: int, n: int, r_pad: int, walk: OutputSideConfig | None, apart: bool, processors: int
+) -> float:
+    """µs of the output side, where there is one, and of T as a product of its own."""
+    time = 0.0
+    if walk is not None:
+        # Two launches: exact_scale follows.
+        columns, tiles = ceil_div(n, walk.block_n), ceil_div(m, walk.block_m)
+        rounds = ceil_div(walk.items, processors)
+        walked = rounds * (WALK_ENDS + ceil_div(tiles * columns, walk.items)) * _WALK_TILE
+        time += 2 * _LAUNCH + max(walked, 4 * m * n / _MEMORY_RATE)
+    if apart:
+        # A wide rank has it read less at a time.
+        slower = max(1.0, r_pad / 20)
+        time += _LAUNCH + slower * 2 * m * n / min(processors * _T_RATE, _T_LIMIT)
+    return time
