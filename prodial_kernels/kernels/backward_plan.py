@@ -67,7 +67,7 @@ class _Tile:
 
 
 # Without T there is room for one more stage of the widest tile.
-_WIDE = _Tile(WIDE, replace(WIDE, num_stages=4, flatten=True), 10.5, (0.17, 0.03))
+_WIDE = _Tile(WIDE, replace(WIDE, num_stages=4, flatten=True), 10.5, (0.30, 0.03))
 _TALL = _Tile(TALL, replace(TALL, flatten=True), 5.8, (0.07, 0.08))
 # So many rounds of the widest tile, and the others gain nothing: they read L2 at its limit.
 _FEW_ROUNDS = 4
@@ -121,6 +121,11 @@ def choose_backward(
 
     if capability[0] != 9:
         return BackwardPlan(pointer_gemm(64), walk(processors), rides, 0)
+
+    def side(programs: int, companion: bool) -> float:
+        work = walk(programs) if output_side else None
+        return _side_time(m, n, r_pad, work, wants_t and not companion, programs)
+
     rows, columns = (k, m) if channel_first else (m, k)
     few = ceil_div(tiles_of(WIDE, rows, columns), processors) <= _FEW_ROUNDS
     plans: list[tuple[float, BackwardPlan]] = []
@@ -130,38 +135,31 @@ def choose_backward(
         config = replace(tile.riding if companion else tile.alone, programs=processors)
         tiles = tiles_of(config, rows, columns)
         fewest = ceil_div(tiles, processors)
-        # Of the processors, those that the product leaves if it takes some more rounds.
+
+        def multiply(rounds: int, tile: _Tile = tile, companion: bool = companion) -> float:
+            if not through_weight:
+                return 0.0
+            return _product_time(tile, n, rounds, columns, r_pad if companion else 0)
+
+        in_turn = multiply(fewest) + side(processors, companion)
+        plans.append((in_turn, BackwardPlan(config, walk(processors), companion, 0)))
         for rounds in range(fewest, fewest + 3):
-            time = 0.0
-            if through_weight:
-                time = _product_time(tile, n, rounds, columns, companion, r_pad)
-            for shared in {0, processors - ceil_div(tiles, rounds)}:
-                work = walk(shared or processors)
-                side = _side_time(
-                    m, n, r_pad, work if output_side else None, wants_t and not companion,
-                    shared or processors,
-                )  # fmt: skip
-                if not shared:
-                    both = time + side
-                elif through_weight and side:
-                    both = max(time, side) + _FORK
-                else:
-                    continue
-                plans.append((both, BackwardPlan(config, work, companion, shared)))
+            left = processors - ceil_div(tiles, rounds)
+            if left and through_weight and (output_side or (wants_t and not companion)):
+                beside = max(multiply(rounds), side(left, companion)) + _FORK
+                plans.append((beside, BackwardPlan(config, walk(left), companion, left)))
     return min(plans, key=lambda plan: plan[0])[1].on(processors)
 
 
-def _product_time(
-    tile: _Tile, n: int, rounds: int, columns: int, companion: bool, r_pad: int
-) -> float:
-    """µs of the product of [m, n] by [n, columns], in so many rounds of whole tiles."""
+def _product_time(tile: _Tile, n: int, rounds: int, columns: int, riding: int) -> float:
+    """µs of the product of [m, n] by [n, columns] with T of rank ``riding``, 0 for none."""
     one = tile.step * n / 1e3
     time = _LAUNCH + rounds * one
-    if companion:
-        # The tiles of the first column are slower; every program meets some of them.
-        met = ceil_div(rounds, ceil_div(columns, tile.riding.block_n))
+    if riding:
+        # The tiles of the first column are slower; of them every program meets its share.
+        met = max(1.0, rounds / ceil_div(columns, tile.riding.block_n))
         always, by_rank = tile.companion
-        time += rounds * _TILE_END + met * one * (always + by_rank * r_pad / 16)
+        time += rounds * _TILE_END + met * one * (always + by_rank * riding / 16)
     return time
 
 
@@ -177,7 +175,7 @@ def _side_time(
         walked = rounds * (WALK_ENDS + ceil_div(tiles * columns, walk.items)) * _WALK_TILE
         time += 2 * _LAUNCH + max(walked, 4 * m * n / _MEMORY_RATE)
     if apart:
-        # A wide rank has it read less at a time.
-        slower = max(1.0, r_pad / 20)
+        # A wide rank leaves it room to read but little at a time.
+        slower = (r_pad / 16) ** 1.5
         time += _LAUNCH + slower * 2 * m * n / min(processors * _T_RATE, _T_LIMIT)
     return time

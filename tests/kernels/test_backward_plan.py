@@ -1,0 +1,127 @@
+"""How backward divides a Hopper, against what plans were measured to take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
+from prodial_kernels.kernels.launch import ceil_div, choose_output_side, tiles_of
+
+PROCESSORS = 132
+# (tile, whether T rides along, multiprocessors of the output side) -> µs of backward on an H100
+# 80GB HBM3, torch 2.11.0, triton 3.6.0, bf16, P = 1: the fastest plans and, of others, the best.
+MEASURED: dict[tuple[int, int, int, int, bool], dict[tuple[str, bool, int], float]] = {
+    (2048, 2048, 8512, 16, False): {
+        ("64x256", True, 0): 187.3, ("128x256", False, 0): 192.3, ("128x256", True, 0): 201.8,
+        ("64x256", False, 46): 208.4,
+    },
+    (2048, 4096, 2048, 16, False): {
+        ("64x256", False, 29): 105.5, ("128x256", False, 24): 108.4, ("128x256", True, 0): 109.2,
+        ("64x256", True, 29): 109.2,
+    },
+    (2048, 1536, 768, 16, False): {
+        ("128x256", True, 36): 34.3, ("64x256", True, 36): 34.0, ("128x256", False, 36): 36.7,
+    },
+    (2048, 768, 3072, 16, False): {("64x256", True, 36): 41.4, ("64x256", False, 36): 49.9},
+    (2048, 768, 3352, 16, False): {("64x256", True, 36): 44.1, ("64x256", True, 0): 61.0},
+    (8192, 4096, 2048, 16, False): {
+        ("128x256", False, 18): 297.8, ("128x256", True, 18): 316.2, ("64x256", False, 11): 313.1,
+    },
+    (8192, 2048, 8512, 16, False): {
+        ("128x256", False, 29): 522.9, ("128x256", True, 29): 568.2, ("64x256", False, 18): 586.4,
+    },
+    (16384, 1536, 768, 16, False): {
+        ("128x256", True, 22): 146.1, ("128x256", False, 36): 148.2, ("128x256", True, 36): 160.7,
+    },
+    (16384, 768, 3072, 16, False): {
+        ("128x256", True, 36): 207.2, ("64x256", True, 36): 222.4, ("128x256", False, 36): 237.2,
+    },
+    (16384, 4096, 2048, 16, False): {
+        ("128x256", False, 11): 551.4, ("128x256", False, 18): 572.8, ("128x256", True, 11): 625.3,
+    },
+    (2048, 4096, 2048, 16, True): {
+        ("64x256", False, 29): 108.4, ("128x256", False, 24): 110.9, ("128x256", False, 0): 113.7,
+    },
+    (2048, 2048, 8512, 64, False): {
+        ("64x256", True, 0): 206.5, ("128x256", True, 0): 215.4, ("64x256", False, 46): 237.8,
+    },
+    (16384, 768, 3072, 64, False): {
+        ("128x256", True, 36): 217.9, ("64x256", True, 36): 240.0, ("128x256", False, 55): 286.7,
+    },
+}  # fmt: skip
+
+
+def plan_of(
+    m: int, k: int, n: int, r_pad: int, channel_first: bool, **changes: Any
+) -> BackwardPlan:
+    options: dict[str, Any] = {
+        "wants_t": True, "output_side": True, "through_weight": True, "bias": False,
+        "channel_first": channel_first, "capability": (9, 0), "processors": PROCESSORS,
+    }  # fmt: skip
+    return choose_backward(m, n, k, r_pad, **options | changes)
+
+
+@pytest.mark.parametrize("shape", MEASURED, ids=str)
+def test_the_plan_is_the_fastest_measured_or_close(
+    shape: tuple[int, int, int, int, bool],
+) -> None:
+    plan = plan_of(*shape)
+    tile = f"{plan.gemm.block_m}x{plan.gemm.block_n}"
+    measured = MEASURED[shape]
+    assert measured[tile, plan.companion, plan.side_processors] <= 1.03 * min(measured.values())
+
+
+@pytest.mark.parametrize("shape", MEASURED, ids=str)
+def test_a_shared_device_is_shared_without_rest(
+    shape: tuple[int, int, int, int, bool],
+) -> None:
+    plan = plan_of(*shape)
+    if not plan.side_processors:
+        assert plan.gemm.programs == plan.output_side.programs == PROCESSORS
+        return
+    assert plan.output_side.programs == plan.side_processors
+    assert plan.gemm.programs == PROCESSORS - plan.side_processors
+    # A multiprocessor fewer on the side would not spare the product a round.
+    m, k, *_, channel_first = shape
+    tiles = tiles_of(plan.gemm, *((k, m) if channel_first else (m, k)))
+    rounds = ceil_div(tiles, plan.gemm.programs)
+    assert ceil_div(tiles, rounds) == plan.gemm.programs
+
+
+def test_what_is_not_asked_for_takes_no_processors() -> None:
+    shape = (2048, 768, 3072, 16, False)
+    nothing = plan_of(*shape, output_side=False, wants_t=False)
+    assert (nothing.side_processors, nothing.gemm.programs) == (0, PROCESSORS)
+    assert plan_of(*shape, through_weight=False).side_processors == 0
+    assert not plan_of(*shape, wants_t=False).companion
+    assert not plan_of(2048, 768, 3072, 128, False).companion
+    assert not plan_of(2048, 768, 3072, 16, True).companion
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)
+def test_other_devices_run_in_turn_without_the_copy_engine(capability: tuple[int, int]) -> None:
+    plan = plan_of(2048, 768, 3072, 16, False, capability=capability)
+    assert (plan.side_processors, plan.gemm.tma, plan.output_side.tma) == (0, False, False)
+
+
+@pytest.mark.parametrize("programs", [4, 24, 132])
+@pytest.mark.parametrize(("m", "n"), [(2048, 768), (2048, 8512), (16384, 3072), (1, 64)])
+def test_no_other_number_of_splits_takes_fewer_rounds_of_tiles(
+    m: int, n: int, programs: int
+) -> None:
+    options: dict[str, Any] = {"bias": False, "capability": (9, 0), "programs": programs}
+    config = choose_output_side(m, n, 16, **options)
+    columns, tiles = ceil_div(n, config.block_n), ceil_div(m, config.block_m)
+
+    def longest(items: int) -> float:
+        # One program walks this many tiles, and begins and ends a sum for each item.
+        each = ceil_div(tiles * columns, items)
+        return ceil_div(items, programs) * (each + 5)
+
+    # Few parts are preferred at equal cost, at most one tile's worth.
+    best = min(longest(columns * splits) for splits in range(1, 33))
+    assert longest(config.items) <= best + 1.6
+    assert config == replace(config, programs=programs)
