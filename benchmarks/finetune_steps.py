@@ -26,7 +26,6 @@ from benchmarks.breakdown import kernel_times
 from benchmarks.finetune_jobs import LEAST, MODELS, Job
 from benchmarks.measure import release
 from prodial_kernels import quantize_model
-from prodial_kernels.training.activations import apply_levels
 from prodial_kernels.training.allocator import grow_segments
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import limited
@@ -34,10 +33,10 @@ from prodial_kernels.training.graphed import WARM_UP, GraphedStep
 from prodial_kernels.training.memory_activations import KEEP
 from prodial_kernels.training.memory_plan import MemoryPlanError
 from prodial_kernels.training.method import prepare_method
-from prodial_kernels.training.norms import KERNEL_ON, fuse_norms
 from prodial_kernels.training.packing import PackedBatches
 from prodial_kernels.training.planning import RunPlan, plan_run, requested_levels
 from prodial_kernels.training.quantized import random_quantized
+from prodial_kernels.training.savings import apply_savings
 from prodial_kernels.training.steps import make_step
 
 LR = 1e-5
@@ -125,9 +124,7 @@ class Training:
             if plan is None
             else plan.plan.levels
         ) or (KEEP,) * layers
-        if place.type in KERNEL_ON:
-            fuse_norms(self.model)
-        applied = apply_levels(self.model, self.levels)
+        applied = apply_savings(self.model, self.levels, device=place)
         self._step = make_step(
             self.model, method.optimizer, config, device=place, checkpoints=applied.checkpoints,
             say=self._said.append,

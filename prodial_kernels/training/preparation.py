@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from prodial_kernels.checkpoint import model_fingerprint
-from prodial_kernels.training.activations import AppliedLevels, apply_levels
+from prodial_kernels.training.activations import AppliedLevels
 from prodial_kernels.training.batches import TrainingBatches
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data import DataSplit, load_documents, make_batches
@@ -18,10 +18,10 @@ from prodial_kernels.training.documents import resets_state
 from prodial_kernels.training.loop import LoopOptions
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
-from prodial_kernels.training.norms import KERNEL_ON, FusedNorms, fuse_norms
 from prodial_kernels.training.planning import RunPlan, requested_levels
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
+from prodial_kernels.training.savings import apply_savings
 from prodial_kernels.training.schemas import Example, kind_of
 
 
@@ -128,11 +128,7 @@ def prepare(
         chosen: tuple[str, ...] | None = plan.plan.levels
     else:
         chosen = requested_levels(loaded.model, config.chosen_activations)
-    norms = fuse_norms(loaded.model) if device.type in KERNEL_ON else FusedNorms()
-    if len(norms):
-        display.say(str(norms))
-    applied = AppliedLevels([]) if chosen is None else apply_levels(loaded.model, chosen)
-    levels = AppliedLevels([norms, applied], checkpoints=applied.checkpoints)
+    levels = apply_savings(loaded.model, chosen, device=device, say=display.say)
     options = _loop_options(config, batches)
     return Run(config, loaded, split, batches, method, options, device, dtype, plan, levels)
 
