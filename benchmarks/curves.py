@@ -27,23 +27,20 @@ from torch import Tensor, nn
 
 from benchmarks.finetune_steps import transformers_config
 from benchmarks.measure import release
-from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
+from prodial_kernels import quantize_model
 from prodial_kernels.training.activations import apply_levels
-from prodial_kernels.training.buckets import Buckets
-from prodial_kernels.training.graphed import GraphedStep
+from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.loop import LoopOptions, learning_rate
-from prodial_kernels.training.loss import make_loss
+from prodial_kernels.training.method import prepare_method
 from prodial_kernels.training.model import load_model
 from prodial_kernels.training.norms import fuse_norms
-from prodial_kernels.training.optimizers import make_optimizer
 from prodial_kernels.training.packing import PackedBatches
-from prodial_kernels.training.parameter_groups import adapter_parameter_groups
 from prodial_kernels.training.planning import requested_levels
-from prodial_kernels.training.step import EagerStep, TrainingStep
+from prodial_kernels.training.steps import make_step
 
 # A saving may deviate so many times as much as another order of the same sums does.
 NOISE_FACTOR = 2.0
-LENGTH, BATCH = 256, 4
+LENGTH, BATCH, LR = 256, 4, 3e-3
 
 
 @dataclass(frozen=True)
@@ -151,16 +148,17 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     if variant.base != "dense":
         quantize_model(model, variant.base)
     torch.manual_seed(0)
-    apply_prodial(model, ProdialConfig(r=16))
+    config = config_of(variant)
+    optimizer = prepare_method(model, config).optimizer
+    # Each by itself; a run fuses its norms whatever its blocks keep.
     if variant.norms:
         fuse_norms(model)
-    levels = requested_levels(model, variant.activations)
-    if levels is not None:
-        apply_levels(model, levels)
+    levels = requested_levels(model, config.chosen_activations)
+    checkpoints = levels is not None and apply_levels(model, levels).checkpoints
     model.train()
     batches = PackedBatches(tokens, seq_len=LENGTH, batch_size=BATCH // variant.parts)
-    step = _step(model, variant, device)
-    options = LoopOptions(steps=steps, lr=3e-3, warmup=10)
+    step = make_step(model, optimizer, config, device=torch.device(device), checkpoints=checkpoints)
+    options = LoopOptions(steps=steps, lr=LR, warmup=config.warmup)
     losses = []
     for number in range(steps):
         first = number * variant.parts
@@ -173,16 +171,13 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     return losses
 
 
-def _step(model: nn.Module, variant: Variant, device: str) -> TrainingStep:
-    groups = adapter_parameter_groups(model, weight_decay=0.01)
-    optimizer = make_optimizer("adamw", groups, lr=3e-3, device=torch.device(device))
-    loss, _ = make_loss(model, variant.loss, graphed=variant.graphed)
-    if not variant.graphed:
-        return EagerStep(loss, optimizer, clip=1.0)
-    from prodial_kernels.training.cuda_graphs import CudaGraphs
-
-    graphs = CudaGraphs(torch.device(device))
-    return GraphedStep(loss, optimizer, Buckets(BATCH, LENGTH), graphs, clip=1.0, required=True)
+def config_of(variant: Variant) -> FinetuneConfig:
+    """What ``prodial finetune`` would be told, as far as a step depends on it."""
+    return FinetuneConfig(
+        r=16, lr=LR, batch_size=BATCH // variant.parts, seq_len=LENGTH,
+        grad_accumulation=variant.parts, activations=variant.activations, loss=variant.loss,
+        cuda_graph="on" if variant.graphed else "off",
+    ).resolved()  # fmt: skip
 
 
 @contextmanager
