@@ -29,13 +29,16 @@ class BackwardPlan:
         output_side: Tile sizes of the sums over the tokens of dY.
         companion: T = α dY B rides along with the product; otherwise it is a product of its own.
         side_processors: Multiprocessors that the output side (and T, where it is a product of its
-            own) gets beside the product; 0 where they run one after the other on all of them.
+            own) gets beside the product; 0 where both run on all of them.
+        among: Where they do, whether at the same time: the output side then begins after the
+            product, with what that leaves of each multiprocessor. Else it comes before.
     """
 
     gemm: GemmConfig
     output_side: OutputSideConfig
     companion: bool
     side_processors: int
+    among: bool = False
 
     def on(self, processors: int) -> BackwardPlan:
         """Return the plan with as many programs as its share of ``processors`` takes."""
@@ -69,12 +72,18 @@ class _Tile:
 # Without T there is room for one more stage of the widest tile.
 _WIDE = _Tile(WIDE, replace(WIDE, num_stages=4, flatten=True), 10.5, (0.30, 0.03))
 _TALL = _Tile(TALL, replace(TALL, flatten=True), 5.8, (0.07, 0.08))
-# So many rounds of the widest tile, and the others gain nothing: they read L2 at its limit.
-_FEW_ROUNDS = 4
+# Where the widest tile takes more rounds, the tall one gains nothing: it reads L2 at its limit.
+_TALL_ROUNDS = 4
+# The widest rank with which a tall tile leaves room for the output side: 46 KiB of shared memory
+# and 43,000 registers, of which that takes 39 KiB and 21,000. More rounds were not faster so.
+_AMONG_RANK, _AMONG_ROUNDS = 16, 2
 
 # µs on an H100: a launch with its first and last tile; fork and join; what a tile's end adds where
 # the next one has not begun, as it has not where T rides along; one tile of the output side.
 _LAUNCH, _FORK, _TILE_END, _WALK_TILE = 3.5, 2.0, 0.5, 0.63
+# Among the product's programs the output side takes the first of these as long as alone, and the
+# product the second of that longer.
+_AMONG = (1.3, 0.15)
 # Bytes per µs there: of the memory; what T's own product reads, on one multiprocessor and at most.
 _MEMORY_RATE, _T_RATE, _T_LIMIT = 2.4e6, 60e3, 2.0e6
 
@@ -122,16 +131,14 @@ def choose_backward(
     if capability[0] != 9:
         return BackwardPlan(pointer_gemm(64), walk(processors), rides, 0)
 
-    def side(programs: int, companion: bool) -> float:
-        work = walk(programs) if output_side else None
-        return _side_time(m, n, r_pad, work, wants_t and not companion, programs)
+    def side(work: OutputSideConfig, companion: bool) -> float:
+        return _side_time(m, n, r_pad, work, output_side, wants_t and not companion)
 
     rows, columns = (k, m) if channel_first else (m, k)
-    few = ceil_div(tiles_of(WIDE, rows, columns), processors) <= _FEW_ROUNDS
+    wide_rounds = ceil_div(tiles_of(WIDE, rows, columns), processors)
+    sizes = (_WIDE, _TALL) if wide_rounds <= _TALL_ROUNDS else (_WIDE,)
     plans: list[tuple[float, BackwardPlan]] = []
-    for tile, companion in product(
-        (_WIDE, _TALL) if few else (_WIDE,), (True, False) if rides else (False,)
-    ):
+    for tile, companion in product(sizes, (True, False) if rides else (False,)):
         config = replace(tile.riding if companion else tile.alone, programs=processors)
         tiles = tiles_of(config, rows, columns)
         fewest = ceil_div(tiles, processors)
@@ -141,13 +148,22 @@ def choose_backward(
                 return 0.0
             return _product_time(tile, n, rounds, columns, r_pad if companion else 0)
 
-        in_turn = multiply(fewest) + side(processors, companion)
+        in_turn = multiply(fewest) + side(walk(processors), companion)
         plans.append((in_turn, BackwardPlan(config, walk(processors), companion, 0)))
         for rounds in range(fewest, fewest + 3):
             left = processors - ceil_div(tiles, rounds)
             if left and through_weight and (output_side or (wants_t and not companion)):
-                beside = max(multiply(rounds), side(left, companion)) + _FORK
+                beside = max(multiply(rounds), side(walk(left), companion)) + _FORK
                 plans.append((beside, BackwardPlan(config, walk(left), companion, left)))
+        roomy = r_pad <= _AMONG_RANK and wide_rounds <= _AMONG_ROUNDS and not bias
+        if tile is _TALL and companion and output_side and roomy:
+            work = choose_output_side(
+                m, n, r_pad, bias=bias, capability=capability, programs=processors, among=True
+            )
+            slowed, slowing = _AMONG
+            own = side(work, companion)
+            time = max(multiply(fewest), slowed * own) + slowing * own + _FORK
+            plans.append((time, BackwardPlan(config, work, companion, 0, among=True)))
     return min(plans, key=lambda plan: plan[0])[1].on(processors)
 
 
@@ -164,18 +180,19 @@ def _product_time(tile: _Tile, n: int, rounds: int, columns: int, riding: int) -
 
 
 def _side_time(
-    m: int, n: int, r_pad: int, walk: OutputSideConfig | None, apart: bool, processors: int
+    m: int, n: int, r_pad: int, work: OutputSideConfig, output_side: bool, apart: bool
 ) -> float:
     """µs of the output side, where there is one, and of T as a product of its own."""
     time = 0.0
-    if walk is not None:
+    if output_side:
         # Two launches: exact_scale follows.
-        columns, tiles = ceil_div(n, walk.block_n), ceil_div(m, walk.block_m)
-        rounds = ceil_div(walk.items, processors)
-        walked = rounds * (WALK_ENDS + ceil_div(tiles * columns, walk.items)) * _WALK_TILE
+        columns, tiles = ceil_div(n, work.block_n), ceil_div(m, work.block_m)
+        rounds = ceil_div(work.items, work.programs)
+        tile = _WALK_TILE * work.block_m * work.block_n / (64 * 128)
+        walked = rounds * (WALK_ENDS + ceil_div(tiles * columns, work.items)) * tile
         time += 2 * _LAUNCH + max(walked, 4 * m * n / _MEMORY_RATE)
     if apart:
         # A wide rank leaves it room to read but little at a time.
         slower = (r_pad / 16) ** 1.5
-        time += _LAUNCH + slower * 2 * m * n / min(processors * _T_RATE, _T_LIMIT)
+        time += _LAUNCH + slower * 2 * m * n / min(work.programs * _T_RATE, _T_LIMIT)
     return time

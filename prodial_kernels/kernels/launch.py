@@ -122,7 +122,14 @@ def pointer_gemm(block_n: int, programs: int = 0) -> GemmConfig:
 
 
 def choose_output_side(
-    m: int, n: int, r_pad: int, *, bias: bool, capability: tuple[int, int], programs: int
+    m: int,
+    n: int,
+    r_pad: int,
+    *,
+    bias: bool,
+    capability: tuple[int, int],
+    programs: int,
+    among: bool = False,
 ) -> OutputSideConfig:
     """Return the tile sizes for the sums over the tokens of [m, n] gradients.
 
@@ -133,6 +140,8 @@ def choose_output_side(
         bias: Whether there is one, for which a wide tile leaves no registers.
         capability: The device's compute capability.
         programs: Multiprocessors it may fill, one program each.
+        among: Whether each of them runs a program of the product too, which leaves room for half
+            the tile.
     """
     if capability[0] != 9:
         if r_pad <= 64:
@@ -140,7 +149,7 @@ def choose_output_side(
         return OutputSideConfig(16, 64 if r_pad <= 128 else 32, num_stages=2)
     block_m = 64 if r_pad <= 128 else 16
     block_n = 64 if r_pad <= 128 else 32
-    if r_pad <= 64 and not bias:
+    if r_pad <= 64 and not bias and not among:
         # At rank 64 this spills a few registers, and is still a fifth faster than half the rows.
         block_n = 128
     columns, tiles = ceil_div(n, block_n), ceil_div(m, block_m)
@@ -153,7 +162,7 @@ def choose_output_side(
 
     splits = min(range(1, 33), key=duration)
     return OutputSideConfig(
-        block_m, block_n, num_warps=8, num_stages=3, items=columns * splits,
+        block_m, block_n, num_warps=4 if among else 8, num_stages=3, items=columns * splits,
         programs=programs, tma=True,
     )  # fmt: skip
 

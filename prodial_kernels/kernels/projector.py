@@ -22,6 +22,7 @@ from prodial_kernels.kernels.output_side import launch_output_side
 from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.recorder import fork, join
 from prodial_kernels.kernels.reduce import launch_reduce
+from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import token_shape
 from prodial_kernels.kernels.tuned import Key, device_family, key_of, tuned
 
@@ -123,22 +124,31 @@ def backward(
         through_weight=through_weight, bias=bias is not None, channel_first=x.ndim == 3, **limits,
     )  # fmt: skip
     plan = tuned(plan, _key("backward", limits, x, weight, r_pad)).on(limits["processors"])
-    side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
 
-    partial_b = partial_scale = exact = partial_bias = t = du = None
-    if output_side:
+    def sums_over_tokens(side: SideStream | None) -> tuple[Tensor | None, ...]:
+        if not output_side:
+            return None, None, None, None
+        low = h if dscale is not None or db is not None else None
         partial_b, partial_scale, partial_bias = launch_output_side(
-            dy, y, h if dscale is not None or db is not None else None, scale, lora_b, bias,
+            dy, y, low, scale, lora_b, bias,
             alpha=alpha,
             need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
             config=plan.output_side, side=side,
         )  # fmt: skip
+        exact = None
         if partial_scale is not None:
             exact = launch_exact_scale(
                 dy, x, weight, blocks, partial_scale, relu=relu,
                 config=choose_exact_scale(limits["capability"], even=_even(dy, x, weight)),
                 side=side,
             )  # fmt: skip
+        return partial_b, partial_scale, exact, partial_bias
+
+    side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
+    sums: tuple[Tensor | None, ...] = ()
+    t = du = sw = None
+    if not plan.among:
+        sums = sums_over_tokens(side)
     if wants_t and not plan.companion and lora_b is not None:
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
     if through_weight:
@@ -146,14 +156,21 @@ def backward(
             weight, None, scale, lora_b if plan.companion else None, alpha=alpha, relu=relu,
             r_pad=r_pad,
         )  # fmt: skip
+        if plan.among and dy.is_cuda:
+            side = fork(dy.device)
         du, companion = launch_gemm(
             dy, sw, v_transposed=False, config=plan.gemm, inner=b,
             length=x.shape[2] if x.ndim == 3 else 0,
         )  # fmt: skip
         t = companion if plan.companion else t
-        del sw
+    if plan.among:
+        # After the product, whose programs find each a multiprocessor of its own only if first.
+        sums = sums_over_tokens(side)
     if side is not None:
         join(side, dy.device)
+    # Not before: what the side stream writes must not take its place while the product reads it.
+    del sw
+    partial_b, partial_scale, exact, partial_bias = sums
 
     partial_a = partial_e = None
     turns = needs.x and (blocks is not None or t is not None)
