@@ -1,4 +1,4 @@
-"""A byte-level tokenizer and tiny random models, made on the spot."""
+"""A byte-level tokenizer, tiny random models, and both ways to compute a cross-entropy."""
 
 from __future__ import annotations
 
@@ -70,3 +70,15 @@ def tiny_mamba2() -> Any:
         initializer_range=0.5,
     )
     return Mamba2ForCausalLM(config).eval()
+
+
+@pytest.fixture(params=["pytorch", "kernel"])
+def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the kernel computes the cross-entropy, interpreted."""
+    from prodial_kernels.training import chunked_cross_entropy
+
+    kernel: bool = request.param == "kernel"
+    if kernel and torch.cuda.is_available():
+        pytest.skip("the Triton interpreter is off where there is a GPU")
+    monkeypatch.setattr(chunked_cross_entropy, "_takes_kernel", lambda *_: kernel)
+    return kernel
