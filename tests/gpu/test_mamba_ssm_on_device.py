@@ -6,66 +6,31 @@ The exact values are those of the CPU stand-ins in fp64, which know nothing of u
 from __future__ import annotations
 
 import copy
-import os
-import sys
-import warnings
-from pathlib import Path
 from typing import Any
 
+import mamba_ssm_stand_ins as stand_ins
 import pytest
 import torch
-from models import randomise_adapters
+from adapted_families import EffectiveWeight
+from mamba_ssm_loaded import CONFIG, MARKS, WIDTH, adapt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from prodial_kernels import (
-    ProdialConfig,
-    ProdialLinear,
-    apply_prodial,
-    merge_prodial,
-    remove_prodial,
-)
-from prodial_kernels.ops.reference import effective_weight
+from prodial_kernels import ProdialConfig, ProdialLinear, remove_prodial
 from prodial_kernels.testing import assert_all_accurate
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Of mamba_ssm's own use of torch and Triton.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = MARKS
 
-sys.path.append(str(Path(__file__).parent.parent / "mixers"))
-
-if torch.cuda.is_available():
-    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning. Read at import.
-    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mamba_ssm
-
-BLOCKS = {"in_proj": 4, "out_proj": 8}
-CONFIG = ProdialConfig(r=16, block_size=BLOCKS)
 EVERY = ProdialConfig(r=4, target_modules=("in_proj", "out_proj", "x_proj", "dt_proj"))
 MIXERS = ("Mamba", "Mamba2", "Mamba2Simple")
-WIDTH = 256
-
-
-@pytest.fixture(autouse=True)
-def weight_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(layer: ProdialLinear) -> Tensor:
-        raise AssertionError("ProdialLinear.weight was read")
-
-    monkeypatch.setattr(ProdialLinear, "weight", property(read))
 
 
 def mixer_class(name: str) -> type[nn.Module]:
-    if name == "Mamba2Simple":
-        from mamba_ssm.modules.mamba2_simple import Mamba2Simple
+    import mamba_ssm
+    from mamba_ssm.modules.mamba2_simple import Mamba2Simple
 
-        return Mamba2Simple
-    return getattr(mamba_ssm, name)
+    return Mamba2Simple if name == "Mamba2Simple" else getattr(mamba_ssm, name)
 
 
 def block(name: str, config: ProdialConfig = CONFIG, **options: Any) -> nn.Module:
@@ -76,37 +41,18 @@ def block(name: str, config: ProdialConfig = CONFIG, **options: Any) -> nn.Modul
         # Upstream's unfused convolution wants rows of in_proj's output to be multiples of 8.
         options = {"headdim": 64, **options}
     parent.mixer = mixer_class(name)(WIDTH, device="cuda", dtype=torch.bfloat16, **options)
-    apply_prodial(parent, config)
-    parent.cpu()
-    randomise_adapters(parent)
-    return parent.cuda()
-
-
-class EffectiveWeight(nn.Module):
-    def __init__(self, layer: ProdialLinear) -> None:
-        super().__init__()
-        for name, parameter in layer.adapter_parameters():
-            setattr(self, name, nn.Parameter(parameter.detach().double()))
-        self.lora_scaling = layer.lora_scaling
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return effective_weight(
-            weight, self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b,
-            self.lora_scaling, "relu",
-        )  # fmt: skip
+    return adapt(parent, config)
 
 
 def exact_step(parent: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """In fp64: plain linears with W' as parametrisation, the stand-in's sequential scan."""
-    import mamba_ssm_stand_ins as stand_ins
-
     twin = copy.deepcopy(parent)
     layers = {n: m for n, m in twin.named_modules() if isinstance(m, ProdialLinear)}
     remove_prodial(twin)
     twin.double().requires_grad_(False)
     for path, layer in layers.items():
         parametrize.register_parametrization(
-            twin.get_submodule(path), "weight", EffectiveWeight(layer)
+            twin.get_submodule(path), "weight", EffectiveWeight(layer).double()
         )
     mixer = twin.mixer
     name = type(mixer).__name__
@@ -222,149 +168,6 @@ def test_dropout_trains_and_checkpointing_repeats_it(name: str) -> None:
     assert not torch.equal(results[0]["y"], without)
 
 
-def language_model(
-    layer: str, dtype: torch.dtype = torch.float32, config: ProdialConfig = CONFIG, depth: int = 2
-) -> nn.Module:
-    from mamba_ssm.models.config_mamba import MambaConfig
-
-    torch.manual_seed(0)
-    options = MambaConfig(d_model=WIDTH, n_layer=depth, vocab_size=512, ssm_cfg={"layer": layer})
-    model = mamba_ssm.MambaLMHeadModel(options, device="cuda", dtype=dtype)
-    apply_prodial(model, config)
-    model.cpu()
-    randomise_adapters(model)
-    return model.cuda()
-
-
-def token_ids(batch: int = 2, length: int = 19) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 512, (batch, length), generator=generator).cuda()
-
-
-@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
-def test_train_eval_decoded_and_merged_logits_agree(layer: str) -> None:
-    from mamba_ssm.utils.generation import InferenceParams
-
-    model, ids = language_model(layer), token_ids()
-    close = {"rtol": 2e-3, "atol": 2e-3} if layer == "Mamba1" else {"rtol": 2e-2, "atol": 2e-2}
-    trained = model.train()(ids).logits.detach()
-    model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, trained, **close)
-        cache = InferenceParams(max_seqlen=32, max_batch_size=2)
-        decoded = [model(ids[:, :7], inference_params=cache).logits]
-        for position in range(7, ids.shape[1]):
-            cache.seqlen_offset = position
-            decoded.append(model(ids[:, position : position + 1], inference_params=cache).logits)
-        torch.testing.assert_close(torch.cat(decoded, dim=1), trained, **close)
-        merged = merge_prodial(copy.deepcopy(model))
-        torch.testing.assert_close(merged(ids).logits, trained, **close)
-
-
-@pytest.mark.parametrize("graph", [False, True], ids=["eager", "cuda-graph"])
-@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
-def test_generation(layer: str, graph: bool) -> None:
-    model = language_model(layer).eval()
-    prompt = token_ids(2, 7)
-    options = {"max_length": 15, "top_k": 1, "cg": graph}
-    tokens = model.generate(prompt, **options)
-    with torch.no_grad():
-        greedy = model(tokens).logits[:, 6:-1].topk(2).values
-    settled = (greedy[..., 0] - greedy[..., 1]) > 1e-2
-    merged = merge_prodial(model).generate(prompt, **options)
-    # A tie may fall either way, and every token after it.
-    sure = settled.cumprod(dim=1).bool()
-    assert sure.any()
-    assert torch.equal(tokens[:, 7:][sure], merged[:, 7:][sure])
-
-
-@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
-def test_no_adapter_tensor_of_any_layer_is_dead(layer: str) -> None:
-    model = language_model(layer, torch.bfloat16, depth=4)
-    model(token_ids()).logits.float().square().mean().backward()
-    adapters = {n: p for n, p in model.named_parameters() if "prodial_" in n}
-    assert len(adapters) == 4 * 2 * 4
-    for name, parameter in adapters.items():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all(), name
-        assert parameter.grad.count_nonzero() > 0, name
-
-
-@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
-def test_cuda_graph_of_a_whole_step(layer: str) -> None:
-    model, ids = language_model(layer, torch.bfloat16), token_ids()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, capturable=True)
-
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=False)
-        logits = model(ids).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    start = copy.deepcopy(model.state_dict())
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-
-    def losses(run: Any) -> list[float]:
-        model.load_state_dict(start)
-        for state in optimizer.state.values():
-            for value in state.values():
-                value.zero_()
-        return [float(run()) for _ in range(4)]
-
-    def replay() -> Tensor:
-        graph.replay()
-        return captured
-
-    eager, replayed = losses(step), losses(replay)
-    assert replayed == pytest.approx(eager, rel=1e-2)
-    assert replayed[-1] < replayed[0]
-
-
-def test_peak_memory_is_within_a_tenth_of_the_frozen_fast_path() -> None:
-    from mamba_ssm.models.config_mamba import MambaConfig
-
-    options = MambaConfig(d_model=768, n_layer=6, vocab_size=512)
-    model = mamba_ssm.MambaLMHeadModel(options, device="cuda", dtype=torch.bfloat16)
-    model.requires_grad_(False)
-    ids = token_ids(8, 2048)
-
-    def peak() -> float:
-        def step() -> None:
-            hidden = model.backbone.embedding(ids).requires_grad_()
-            for parameter in model.parameters():
-                parameter.grad = None
-            residual = None
-            for layer in model.backbone.layers:
-                hidden, residual = layer(hidden, residual)
-            (hidden + residual).sum().backward()
-
-        step()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-
-    frozen = peak()
-    apply_prodial(model, ProdialConfig(r=16))
-    ours = peak()
-    for layer in model.backbone.layers:
-        layer.mixer.prodial_recompute_xz = True
-    lean = peak()
-    assert ours <= 1.10 * frozen, f"{ours / frozen:.3f} of the frozen fast path"
-    assert lean <= 0.90 * frozen, f"{lean / frozen:.3f} with recompute_xz"
-
-
 def test_mamba2_packed_sequences_equal_separate_ones() -> None:
     parent = block("Mamba2")
     x, _ = inputs(1, 96)
@@ -394,7 +197,7 @@ def test_mamba3_calls_its_projectors() -> None:
     remove_prodial(twin)
     twin.requires_grad_(False)
     for path, layer in layers.items():
-        module = EffectiveWeight(layer).float()
+        module = EffectiveWeight(layer)
         parametrize.register_parametrization(twin.get_submodule(path), "weight", module)
     expected = run(twin, twin.mixer, x, grad)
     assert got.keys() == expected.keys()
