@@ -86,7 +86,8 @@ SWEEPS = (
     Sweep(
         "backward", "choose_backward",
         {
-            "companion": (False, True), "side_processors": (0, 8, 16, 24, 32),
+            "companion": (False, True), "among": (False, True),
+            "side_processors": (0, 8, 16, 24, 32),
             **{f"gemm.{name}": values for name, values in _GEMM.items()},
             **{f"output_side.{name}": values for name, values in _SIDE.items()},
         },

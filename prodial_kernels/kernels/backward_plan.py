@@ -48,6 +48,7 @@ class BackwardPlan:
             self,
             gemm=replace(self.gemm, programs=processors - self.side_processors),
             output_side=replace(self.output_side, programs=self.side_processors),
+            among=False,
         )
 
 

@@ -91,6 +91,7 @@ def backward(
     seed: Tensor | None,
     y: Tensor | None,
     h: Tensor | None,
+    scaled: Tensor | None,
     alpha: float,
     dropout: float,
     relu: bool,
@@ -99,6 +100,7 @@ def backward(
     """Return the gradients towards x, blocks, scale, lora_a, lora_b and bias, or None for each.
 
     dY and Y are [M, N] or both channel-first [b, N, l]; X and dX are [M, K] or [b, K, l].
+    ``scaled`` is :func:`scaled_weight` where that has been made already.
     """
     m, n = token_shape(dy)
     k = token_shape(x)[1]
@@ -139,7 +141,9 @@ def backward(
         if partial_scale is not None:
             exact = launch_exact_scale(
                 dy, x, weight, blocks, partial_scale, relu=relu,
-                config=choose_exact_scale(limits["capability"], even=_even(dy, x, weight)),
+                config=choose_exact_scale(
+                    limits["capability"], even=_even(dy, x, weight), among=plan.among
+                ),
                 side=side,
             )  # fmt: skip
         return partial_b, partial_scale, exact, partial_bias
@@ -153,8 +157,8 @@ def backward(
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
     if through_weight:
         sw, b, _ = launch_prepare(
-            weight, None, scale, lora_b if plan.companion else None, alpha=alpha, relu=relu,
-            r_pad=r_pad,
+            weight if scaled is None else scaled, None, scale if scaled is None else None,
+            lora_b if plan.companion else None, alpha=alpha, relu=relu, r_pad=r_pad,
         )  # fmt: skip
         if plan.among and dy.is_cuda:
             side = fork(dy.device)
@@ -216,6 +220,11 @@ def backward(
 def _even(*matrices: Tensor) -> bool:
     """Whether the rows of all are tokens, and begin at multiples of 16 elements."""
     return all(matrix.ndim == 2 and matrix.stride(0) % 16 == 0 for matrix in matrices)
+
+
+def scaled_weight(weight: Tensor, scale: Tensor) -> tuple[Tensor]:
+    """Return s ⊙ W, [N, K], as :func:`backward` makes it."""
+    return (launch_prepare(weight, None, scale, None, alpha=1.0, relu=True, r_pad=16)[0],)
 
 
 class DeviceLimits(TypedDict):

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
-from prodial_kernels.mixers.mamba_ssm.split_scan import scan_and_project
+from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, scan_and_project
 from prodial_kernels.mixers.projection import is_explicit
 from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View, rebound
 
@@ -171,7 +171,7 @@ def _scan_and_project(
     # As transformers does, leave out what this version of the function does not know.
     known = inspect.signature(fused).parameters
     kwargs = {name: value for name, value in kwargs.items() if name in known}
-    return scan_and_project(fused, projector, False, *args, **kwargs)
+    return scan_and_project(fused, projector, Keeping(output=False), *args, **kwargs)
 
 
 class _DeferredProjector:

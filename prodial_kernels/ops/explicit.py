@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prodial_kernels.ops import schema
 from prodial_kernels.ops.autograd import torch_backward, torch_forward
+from prodial_kernels.ops.dense_blocks import is_dense
 from prodial_kernels.ops.layout import (
     direct_length,
     token_matrix,
@@ -132,6 +134,29 @@ def project(
     return (transposed(y) if channel_first else y), h
 
 
+# A pass over a smaller weight takes about as long as going to another stream and back.
+_LEAST_AHEAD = 2**22
+
+
+def has_work_ahead(operands: Operands, rule: Rule) -> bool:
+    """Whether to call :func:`scaled_weight` ahead of :func:`project_backward`."""
+    return (
+        rule.impl == "triton"
+        and rule.packed is None
+        and operands.scale is not None
+        # Of larger blocks, W D_b is in W's place.
+        and not is_dense(operands.blocks)
+        and operands.weight.numel() >= _LEAST_AHEAD
+    )
+
+
+def scaled_weight(operands: Operands) -> Tensor:
+    """Return s ⊙ W, [N, K], as :func:`project_backward` makes it; see :func:`has_work_ahead`."""
+    if operands.scale is None:
+        raise ValueError("operands: without a scale the weight itself is what is multiplied by")
+    return schema.scaled_weight(operands.weight, operands.scale)
+
+
 def project_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -143,6 +168,7 @@ def project_backward(
     *,
     channel_first: bool = False,
     into: Tensor | None = None,
+    scaled: Tensor | None = None,
 ) -> Gradients:
     """Return the gradients that are asked for.
 
@@ -156,6 +182,7 @@ def project_backward(
         needs: Which gradients to compute.
         channel_first: Return dX as contiguous [b, K, l] instead of contiguous [b, l, K].
         into: Add dX to this tensor, in the layout asked for, and return it as dX.
+        scaled: What :func:`scaled_weight` returned ahead of this.
     """
     if rule.impl == "plain":
         weight = rule.unpack(operands).weight if needs.x else operands.weight
@@ -167,7 +194,9 @@ def project_backward(
         x = dy.new_empty(shape[0], shape[2], shape[1]).mT if channel_first else dy.new_empty(shape)
     parts: tuple[Tensor | None, ...]
     if rule.impl == "triton":
-        parts = _triton_backward(dy, x, y, h, operands, options, rule.diagonal == "relu", needs)
+        parts = _triton_backward(
+            dy, x, y, h, operands, scaled, options, rule.diagonal == "relu", needs
+        )
     else:
         if needs.lora_b and h is None:
             h = torch_forward(x, *operands, *options, rule.diagonal)[1]
@@ -195,6 +224,7 @@ def _triton_backward(
     y: Tensor | None,
     h: Tensor | None,
     operands: Operands,
+    scaled: Tensor | None,
     options: tuple[float, float],
     relu: bool,
     needs: Needs,
@@ -215,7 +245,7 @@ def _triton_backward(
         fresh, h = linear_forward(matrix, *operands, *options, relu, length)
         kept = fresh if needs.scale and y is None else kept
     dx, *adapter = linear_backward(
-        gradient, matrix, *operands, kept, h if lora else None, *options, relu,
+        gradient, matrix, *operands, kept, h if lora else None, scaled, *options, relu,
         needs.x, *needs[2:],
     )  # fmt: skip
     if needs.x and dx is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,11 +19,15 @@ from prodial_kernels.ops.explicit import (
 )
 
 
+class Remade(Protocol):
+    """What of a projector's backward somebody else makes."""
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """Return X [..., K] once more, and ``project_backward``'s ``scaled``."""
+
+
 def explicit_linear(
-    x: Tensor,
-    operands: Operands,
-    rule: Rule,
-    x_again: Callable[[], Tensor] | None = None,
+    x: Tensor, operands: Operands, rule: Rule, remade: Remade | None = None
 ) -> Tensor:
     """``x W'ᵀ + bias``, where the weight may be packed and the input made again.
 
@@ -32,14 +35,14 @@ def explicit_linear(
         x: [..., in_features].
         operands: In the dtype that is computed in.
         rule: What of the projector is not a tensor.
-        x_again: Makes ``x`` once more in backward, so that it is not kept.
+        remade: Makes ``x`` once more in backward, so that it is not kept.
 
     Returns:
         [..., out_features].
     """
     with autocast_off(x.device.type):
         y: Tensor = ExplicitProdialLinear.apply(
-            x.to(operands.weight.dtype), x_again, rule, *operands
+            x.to(operands.weight.dtype), remade, rule, *operands
         )
     return y
 
@@ -54,7 +57,7 @@ class ExplicitProdialLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        x_again: Callable[[], Tensor] | None,
+        remade: Remade | None,
         rule: Rule,
         *tensors: Tensor | None,
     ) -> Tensor:
@@ -67,12 +70,12 @@ class ExplicitProdialLinear(torch.autograd.Function):
         if rule.impl != "triton" and not needs.bias:
             operands = operands._replace(bias=None)  # only the kernels' gradient of s asks for it
         ctx.save_for_backward(
-            x if needs.input and x_again is None else None,
+            x if needs.input and remade is None else None,
             y if needs.scale and takes_output(operands, rule) else None,
             h if needs.scale or needs.lora_b else None,
             *operands,
         )
-        ctx.x_again, ctx.rule, ctx.needs = x_again, rule, needs
+        ctx.remade, ctx.rule, ctx.needs = remade, rule, needs
         return y
 
     @staticmethod
@@ -82,13 +85,14 @@ class ExplicitProdialLinear(torch.autograd.Function):
         x, y, h, *tensors = ctx.saved_tensors
         operands = Operands(*tensors)
         with autocast_off(grad_output.device.type):
-            if ctx.needs.input and ctx.x_again is not None:
-                x = ctx.x_again()
+            scaled = None
+            if ctx.needs.input and ctx.remade is not None:
+                x, scaled = ctx.remade.take()
             dx, *rest = project_backward(
                 _tokens(grad_output),
                 None if x is None else _tokens(x),
                 None if y is None else _tokens(y),
-                h, operands, ctx.rule, ctx.needs,
+                h, operands, ctx.rule, ctx.needs, scaled=scaled,
             )  # fmt: skip
         if dx is not None:
             dx = dx.reshape(*grad_output.shape[:-1], operands.weight.shape[1])

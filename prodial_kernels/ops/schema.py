@@ -34,8 +34,8 @@ _NEEDS = "bool need_x, bool need_blocks, bool need_scale, bool need_a, bool need
 _library = torch.library.Library("prodial_kernels", "DEF")
 _library.define(f"linear_forward({_OPERANDS}, {_OPTIONS}, SymInt length) -> (Tensor y, Tensor h)")
 _library.define(
-    f"linear_backward(Tensor dy, {_OPERANDS}, Tensor? y, Tensor? h, {_OPTIONS}, {_NEEDS}) -> "
-    "(Tensor dx, Tensor dblocks, Tensor dscale, Tensor da, Tensor db, Tensor dbias)"
+    f"linear_backward(Tensor dy, {_OPERANDS}, Tensor? y, Tensor? h, Tensor? scaled, {_OPTIONS}, "
+    f"{_NEEDS}) -> (Tensor dx, Tensor dblocks, Tensor dscale, Tensor da, Tensor db, Tensor dbias)"
 )
 
 
@@ -55,6 +55,16 @@ def linear_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
         gradients: tuple[Tensor, ...] = torch.ops.prodial_kernels.linear_backward(*arguments)
         return gradients
     return _gradients(*arguments)
+
+
+def scaled_weight(weight: Tensor, scale: Tensor) -> Tensor:
+    """Return s ⊙ W, [N, K], which ``linear_backward`` takes instead of making it.
+
+    Only for blocks that the kernels tile: otherwise the weight there is W D_b.
+    """
+    (scaled,) = _taped()(_projector().scaled_weight, (weight, scale), ())
+    made: Tensor = scaled
+    return made
 
 
 def _dispatched(arguments: tuple[Any, ...]) -> bool:
@@ -160,6 +170,7 @@ def _gradients(
     seed: Tensor | None,
     y: Tensor | None,
     h: Tensor | None,
+    scaled: Tensor | None,
     lora_scaling: float,
     lora_dropout: float,
     relu: bool,
@@ -173,6 +184,7 @@ def _gradients(
     """The six gradients; None for each that is not asked for.
 
     dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
+    ``scaled``: what :func:`scaled_weight` made, or None.
     """
     projector = _projector()
     dblocks = None
@@ -188,17 +200,18 @@ def _gradients(
             need_blocks=need_blocks, need_scale=need_scale, need_a=need_a, need_b=need_b,
         )  # fmt: skip
         dx, *_, dbias = _gradients(
-            dy, x, weight, blocks, scale, None, None, bias, None, None, None, lora_scaling, 0.0,
-            relu, need_x, False, False, False, False, need_bias,
+            dy, x, weight, blocks, scale, None, None, bias, None, None, None, scaled, lora_scaling,
+            0.0, relu, need_x, False, False, False, False, need_bias,
         )  # fmt: skip
         if dx is not None:
             add_low_rank_gradient(dx, dy, lora_a, lora_b, lora_scaling)
         return dx, made.blocks if dblocks is None else dblocks, *made[1:], dbias
     needs = _needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
     dx, tiled_dblocks, *rest = _taped()(
-        projector.backward, (dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h),
+        projector.backward,
+        (dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h, scaled),
         (lora_scaling, lora_dropout, relu, needs),
-    )  # fmt: skip
+    )
     return dx, tiled_dblocks if dblocks is None else dblocks, *rest
 
 
@@ -220,6 +233,7 @@ def _linear_backward_fake(
     seed: Tensor | None,
     y: Tensor | None,
     h: Tensor | None,
+    scaled: Tensor | None,
     lora_scaling: float,
     lora_dropout: float,
     relu: bool,

@@ -74,7 +74,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     dy = _matrix(grad_output, ctx.length)
     dx, *adapter = linear_backward(
-        dy, x, *operands, None if y is None else _matrix(y, ctx.length), h, *ctx.options,
+        dy, x, *operands, None if y is None else _matrix(y, ctx.length), h, None, *ctx.options,
         needs[0], *needs[2:7],
     )  # fmt: skip
     if dx is None or not needs[0]:

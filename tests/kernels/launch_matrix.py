@@ -102,7 +102,7 @@ class Projector:
               for need, name in zip(self.needs, given, strict=True))
         )  # fmt: skip
         kept_y = y if needs.scale else None
-        projector.backward(dy, **operands, y=kept_y, h=h, **options, needs=needs)
+        projector.backward(dy, **operands, y=kept_y, h=h, scaled=None, **options, needs=needs)
 
 
 def matrix(quick: bool = False) -> Iterator[Projector]:

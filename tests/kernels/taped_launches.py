@@ -57,7 +57,7 @@ def both_ways(channel_first: bool, p: int, driver: StandInDriver) -> tuple[Call,
     y, h = taped.taped(projector.forward, given, options)
     forward = Call(given, [y, h], driver.taken())
     assert y is not None
-    given = [torch.empty_like(y), *given, y, h]
+    given = [torch.empty_like(y), *given, y, h, None]
     needs = projector.Needs(True, True, True, True, True, False)
     results = taped.taped(projector.backward, given, (*alpha_dropout_relu, needs))
     return forward, Call(given, list(results), driver.taken())

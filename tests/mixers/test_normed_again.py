@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.mixers.mamba_ssm import block, paths
 from prodial_kernels.mixers.mamba_ssm.norm import normed_again
+from prodial_kernels.ops import explicit
+from prodial_kernels.ops.ahead import Ahead
 
 MODULE = "mamba_ssm.ops.triton.layer_norm"
 
@@ -152,6 +154,38 @@ def test_the_same_gradients_without_keeping_the_input(
         monkeypatch.setattr(module, "normed_again", lambda hidden: None)
     for tensor, expected in zip(remade, step(model, x), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0 if dtype.itemsize > 2 else 4e-3)
+
+
+@pytest.mark.parametrize("mixer", [Mamba, Mamba2])
+def test_what_is_begun_before_the_scan_changes_nothing(
+    mixer: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the Triton interpreter is off where there is a GPU; tests/gpu has this too")
+    model = Blocks(mixer, "triton", torch.float16)
+    x = torch.randn(2, 16, 8, dtype=torch.float16)
+    expected = step(model, x)
+    calls: list[str] = []
+
+    class Counted(Ahead[Any]):
+        def __init__(self, device: torch.device, function: Any) -> None:
+            calls.append("wait")
+            super().__init__(device, function)
+
+        def begin(self) -> None:
+            calls.append("begin")
+            super().begin()
+
+        def take(self) -> Any:
+            calls.append("take")
+            return super().take()
+
+    monkeypatch.setattr(explicit, "_LEAST_AHEAD", 1)
+    for module in (block, paths):
+        monkeypatch.setattr(module, "Ahead", Counted)
+    for tensor, other in zip(step(model, x), expected, strict=True):
+        assert torch.equal(tensor, other)
+    assert calls == ["wait", "begin", "take"] * 2
 
 
 def test_the_input_is_not_kept(model: Blocks) -> None:

@@ -29,13 +29,16 @@ from torch.autograd.function import once_differentiable
 
 from prodial_kernels.mixers.mamba_ssm.norm import normed_again
 from prodial_kernels.mixers.projection import operands_of, placeholder
+from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.explicit import (
     Needs,
     Operands,
     Rule,
+    has_work_ahead,
     project,
     project_backward,
+    scaled_weight,
     takes_output,
 )
 from prodial_kernels.ops.layout import gated_channels
@@ -161,6 +164,14 @@ class MambaBlock(torch.autograd.Function):
                 xz, in_h = project(hidden, in_proj, rules.in_proj, channel_first=True)
             x, z = xz.chunk(2, dim=1)
 
+            def hidden_again() -> Tensor | None:
+                remade = hidden is None and asked.in_proj.input
+                return ctx.hidden_again() if remade else hidden
+
+            ahead = None
+            if asked.x_proj.x and has_work_ahead(in_proj, rules.in_proj):
+                # Beside out_proj's product and the scan, which leave bandwidth over.
+                ahead = Ahead(dy.device, lambda: (scaled_weight(in_proj), hidden_again()))
             gated = gated_channels(out, z).mT if asked.out_proj.input else None
             dgated, *d_out_proj = project_backward(
                 dy, gated, y, out_h, out_proj, rules.out_proj, asked.out_proj,
@@ -170,6 +181,8 @@ class MambaBlock(torch.autograd.Function):
             if dgated is None:
                 return (*[None] * _FIRST_OF_OUT_PROJ, *d_out_proj, None)
 
+            if ahead is not None:
+                ahead.begin()
             u = _convolve(x, conv_weight, conv_bias)
             dt, B, C = _parts(dbc, dt_proj, A)
             delta, _ = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
@@ -202,11 +215,11 @@ class MambaBlock(torch.autograd.Function):
                     x, conv_weight, conv_bias, du, None, None, None, dx, False, True
                 )
                 del du, u
-                if hidden is None and asked.in_proj.input:
-                    hidden = ctx.hidden_again()
+                scaled, hidden = (None, hidden_again()) if ahead is None else ahead.take()
                 d_hidden, *d_in_proj = project_backward(
-                    dxz.mT, hidden, xz.mT, in_h, in_proj, rules.in_proj, asked.in_proj
-                )
+                    dxz.mT, hidden, xz.mT, in_h, in_proj, rules.in_proj, asked.in_proj,
+                    scaled=scaled,
+                )  # fmt: skip
         gradients = (
             d_hidden, None, None, d_conv_weight, d_conv_bias, dA, dD, d_dt_bias,
             *d_in_proj, None, *d_x_proj, None, *d_dt_proj, None, *d_out_proj, None,

@@ -27,12 +27,16 @@ from prodial_kernels.mixers.mamba_ssm.block import (
     kernels_available,
 )
 from prodial_kernels.mixers.mamba_ssm.norm import normed_again
-from prodial_kernels.mixers.mamba_ssm.split_scan import scan_and_project
+from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, scan_and_project
 from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit, operands_of
 from prodial_kernels.mixers.seam import AdaptedMixer, Policy, Undo, View, rebound
+from prodial_kernels.ops.ahead import Ahead
+from prodial_kernels.ops.explicit import has_work_ahead, scaled_weight
 from prodial_kernels.ops.explicit_autograd import explicit_linear
 
 Method = Any
+# in_proj's input and s ⊙ W.
+_Prepared = tuple[Tensor, Tensor]
 
 # Of a family: the fused function in forward's code, and attributes that its paths rely on.
 _MAMBA = ("mamba_inner_fn", ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "A_log", "D"))
@@ -119,10 +123,12 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
     view = View(mixer, in_proj=in_proj, out_proj=_NoProjection())
     if not is_explicit(mixer.out_proj):
         return mixer.out_proj(upstream(view, *args, **kwargs))
-    keeps_output = isinstance(in_proj, _Remade) and not getattr(mixer, RECOMPUTE_XZ, False)
-    fused = partial(
-        scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj, keeps_output
+    remade = in_proj if isinstance(in_proj, _Remade) else None
+    keeping = Keeping(
+        output=remade is not None and not getattr(mixer, RECOMPUTE_XZ, False),
+        ahead=None if remade is None else remade.ahead,
     )
+    fused = partial(scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj, keeping)
     return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
 
 
@@ -157,12 +163,32 @@ class _Remade:
 
     def __init__(self, layer: ProdialLinear, again: Callable[[], Tensor]) -> None:
         self.layer, self.again = layer, again
+        self._prepare: Callable[[], Ahead[_Prepared]] | None = None
+        self._prepared: Ahead[_Prepared] | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
-        return explicit_linear(u, *operands_of(self.layer, u), self.again)
+        operands, rule = operands_of(self.layer, u)
+        trains = any(part is not None and part.requires_grad for part in operands[1:])
+        if trains and has_work_ahead(operands, rule):
+            # Holds no reference to this object, which would keep the graph until it is collected.
+            again, device = self.again, u.device
+            self._prepare = lambda: Ahead(device, lambda: (again(), scaled_weight(operands)))
+        return explicit_linear(u, operands, rule, self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
+
+    def ahead(self) -> Ahead[_Prepared] | None:
+        """What its backward starts with, to be begun beside what comes before; None if nothing."""
+        self._prepared = None if self._prepare is None else self._prepare()
+        return self._prepared
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """The input, and s ⊙ W where it has been made."""
+        if self._prepared is None:
+            return self.again(), None
+        made, self._prepared = self._prepared.take(), None
+        return made
 
 
 class _NoProjection:

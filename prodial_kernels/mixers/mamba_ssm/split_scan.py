@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.projection import operands_of, placeholder
+from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.explicit import (
     Needs,
@@ -37,10 +38,24 @@ _SCALE = _FIRST + Operands._fields.index("scale")
 _KEPT, _ZXBCDT, _OUT, _NORM_WEIGHT = 13, 0, 3, 9
 
 
+class Keeping(NamedTuple):
+    """What is kept for backward, and what is done in it.
+
+    Attributes:
+        output: Keep [b, l, out_features] for the gradient of the projector's scale, which else
+            costs its product once more.
+        ahead: Called in backward, returns what is to be begun beside the projector's product and
+            the scan, if there is anything.
+    """
+
+    output: bool
+    ahead: Callable[[], Ahead[Any] | None] | None = None
+
+
 def scan_and_project(
     upstream: Callable[..., Tensor],
     out_proj: nn.Linear | ProdialLinear,
-    keeps_output: bool,
+    keeping: Keeping,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
@@ -49,8 +64,7 @@ def scan_and_project(
     Args:
         upstream: ``mamba_split_conv1d_scan_combined``; its module has the rule and the norm.
         out_proj: The projector, adapted or not.
-        keeps_output: Keep [b, l, out_features] for the gradient of the projector's scale, which
-            else costs its product once more.
+        keeping: What is kept, and done in backward.
         args: As upstream's, with ``outproj_weight=None``; zxbcdt [b, l, ·] first.
         kwargs: As upstream's.
 
@@ -61,7 +75,7 @@ def scan_and_project(
     bound.apply_defaults()
     zxbcdt = bound.args[0]
     operands, rule = operands_of(out_proj, placeholder(zxbcdt, out_proj.in_features))
-    return ScanAndProject.apply(upstream.__globals__, rule, keeps_output, *operands, *bound.args)
+    return ScanAndProject.apply(upstream.__globals__, rule, keeping, *operands, *bound.args)
 
 
 class ScanAndProject(torch.autograd.Function):
@@ -69,7 +83,7 @@ class ScanAndProject(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, module: dict[str, Any], rule: Rule, keeps_output: bool, *inputs: Any
+        ctx: Any, module: dict[str, Any], rule: Rule, keeping: Keeping, *inputs: Any
     ) -> Tensor:
         """``inputs``: the projector's ``Operands``, then the arguments of upstream's rule."""
         operands, arguments = Operands(*inputs[:_OPERANDS]), inputs[_OPERANDS:]
@@ -84,10 +98,11 @@ class ScanAndProject(torch.autograd.Function):
             )
         with autocast_off(y.device.type):
             output, h = project(y.to(operands.weight.dtype), operands, rule)
-        keeps_output &= takes_output(operands, rule) and ctx.needs_input_grad[_SCALE]
-        ctx.save_for_backward(output if keeps_output else None, h, *operands, *saved)
+        keeps = keeping.output and takes_output(operands, rule) and ctx.needs_input_grad[_SCALE]
+        ctx.save_for_backward(output if keeps else None, h, *operands, *saved)
         kept.saved_tensors = ()
         ctx.module, ctx.rule, ctx.kept = module, rule, kept
+        ctx.ahead = keeping.ahead
         return output
 
     @staticmethod
@@ -99,6 +114,7 @@ class ScanAndProject(torch.autograd.Function):
         own = ctx.needs_input_grad[_FIRST : _FIRST + _OPERANDS - 1]
         below = ctx.needs_input_grad[_FIRST + _OPERANDS :]
         needs = Needs(any(below), *own)
+        ahead = ctx.ahead() if ctx.ahead is not None and below[0] else None
         with autocast_off(dy.device.type):
             x = None
             if needs.input:
@@ -107,6 +123,8 @@ class ScanAndProject(torch.autograd.Function):
             del x
         through: tuple[Tensor | None, ...] = (None,) * len(below)
         if dx is not None:
+            if ahead is not None:
+                ahead.begin()
             ctx.kept.saved_tensors = saved
             rule = ctx.module["MambaSplitConv1dScanCombinedFn"]
             through = rule.backward(ctx.kept, dx.to(saved[_OUT].dtype))

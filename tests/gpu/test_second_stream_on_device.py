@@ -1,0 +1,108 @@
+"""What backward runs on a second stream: beside the product, among its programs, ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mamba_ssm_loaded import MARKS
+from test_kernels_on_device import run
+from test_mamba_ssm_models_on_device import language_model, token_ids
+from torch import Tensor
+
+from prodial_kernels import prodial_linear
+from prodial_kernels.kernels.backward_plan import choose_backward
+from prodial_kernels.kernels.projector import device_limits
+from prodial_kernels.ops import explicit
+from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
+
+pytestmark = MARKS
+
+
+def channel_first(case: LinearCase) -> Tensor:
+    return prodial_linear(
+        case.x, case.weight, blocks=case.blocks, scale=case.scale, lora_a=case.lora_a,
+        lora_b=case.lora_b, bias=case.bias, lora_scaling=case.lora_scaling, impl="triton",
+        channel_first=True,
+    ).mT  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channel-first"])
+@pytest.mark.parametrize(("k", "n"), [(768, 3072), (768, 3352), (1024, 2064)], ids=str)
+def test_sums_among_the_products_programs(k: int, n: int, layout: str) -> None:
+    plan = choose_backward(
+        2048, n, k, 16, wants_t=True, output_side=True, through_weight=True, bias=False,
+        channel_first=False, **device_limits(torch.device("cuda", 0)),
+    )  # fmt: skip
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert plan.among
+    function = run if layout == "tokens" else channel_first
+    case = replace(make_case((4, 512), k, n, block_size=1, r=16, device="cuda"), bias=None)
+    assert_case_accurate(case, function, compute=torch.bfloat16)
+    assert case.scale is not None
+    # Columns whose gradient is computed anew, while the product still runs.
+    case.scale[::3] = 0.0
+    assert_case_accurate(case, function, compute=torch.bfloat16)
+    cast = case.cast(torch.bfloat16, torch.float32)
+    expected = cast.run(function)
+    for _ in range(30):
+        # What is freed in between is written to by whoever comes next.
+        torch.empty(int(torch.randint(2**20, 2**25, ())), device="cuda").fill_(float("nan"))
+        for name, tensor in cast.run(function).items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_what_is_begun_ahead_changes_nothing(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = language_model(layer, torch.bfloat16, depth=4), token_ids()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(ids).logits.float().square().mean(), [*trained.values()])
+
+    monkeypatch.setattr(explicit, "_LEAST_AHEAD", 2**40)
+    expected = gradients()
+    monkeypatch.setattr(explicit, "_LEAST_AHEAD", 1)
+    for _ in range(20):
+        for name, found, other in zip(trained, gradients(), expected, strict=True):
+            # Upstream's scans add up in any order.
+            assert (found - other).norm() < 1e-2 * other.norm(), name
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_what_is_begun_ahead_is_captured(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explicit, "_LEAST_AHEAD", 1)
+    model, ids = language_model(layer, torch.bfloat16, depth=4), token_ids()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> None:
+        for parameter in trained:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+        model(ids).logits.float().square().mean().backward()
+
+    def gradients() -> list[Tensor]:
+        return [p.grad.clone() for p in trained if p.grad is not None]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(3):
+        ids.copy_(token_ids().roll(1, 0))
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.mul_(1.01)
+        step()
+        launched = gradients()
+        graph.replay()
+        for found, other in zip(gradients(), launched, strict=True):
+            assert (found - other).norm() < 1e-2 * other.norm()
