@@ -160,6 +160,8 @@ def models(record: Mapping[str, Any]) -> str:
         *(titles[name] for name in variants),
     ]  # fmt: skip
     notes = "".join(f" {note}" for note in record.get("notes", ()))
+    if record.get("dropped"):
+        notes += f" Dropped, as the time was over: {'; '.join(record['dropped'])}."
     return (
         f"**A whole model**, both projectors adapted with r = 16 and 1×1 blocks, forward and "
         f"backward of mamba_ssm's `MambaLMHeadModel` backbone, CUDA-graph replay, on an "

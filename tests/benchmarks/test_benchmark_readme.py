@@ -84,8 +84,9 @@ def test_one_line_for_each_model() -> None:
 
     rows = [model("frozen", 10), model("prodial", 12), model("lora-slow", 20)]
     rows.append({**model("authors", 1), "status": "failed: x"})
-    text = readme.models({**ENVIRONMENT, "rows": rows, "notes": ["A note."]})
+    text = readme.models({**ENVIRONMENT, "rows": rows, "notes": ["A note."], "dropped": ["a", "b"]})
     assert "A note." in text
+    assert "Dropped, as the time was over: a; b." in text
     (line,) = [line for line in text.splitlines() if line.startswith("| mamba-130m")]
     assert [cell.strip() for cell in line.split("|")][1:-1] == [
         "mamba-130m", "4 × 512", "10.0 ms, 1,000 MiB", "1.20, 1.20", "2.00, 2.00",

@@ -173,7 +173,7 @@ def test_operators_pass_opcheck() -> None:
     y, h = torch.ops.prodial_kernels.linear_forward(*operands, 0.5, 0.0, True, 0)
     torch.library.opcheck(
         torch.ops.prodial_kernels.linear_backward.default,
-        (case.grad_output, *operands, y, h, 0.5, 0.0, True, *[True] * 6),
+        (case.grad_output, *operands, y, h, None, 0.5, 0.0, True, *[True] * 6),
     )
 
 
