@@ -129,10 +129,10 @@ def test_the_plan() -> None:
     first, second = mixers.plan(list(backbones.MODELS), None, None, 0)
     models = [job for job in first if job.part == "model"]
     assert [str(job) for job in models] == [
-        "mamba-130m 4×512: frozen, prodial, recompute, lora-slow, authors",
-        "mamba-130m 8×2048: frozen, prodial, recompute, lora-slow",
-        "mamba-1.4b 4×512: frozen, prodial, recompute, lora-slow",
-        "mamba-1.4b 4×2048: frozen, prodial, recompute, lora-slow",
+        "mamba-130m 4×512: frozen, prodial, lora-slow, authors",
+        "mamba-130m 8×2048: frozen, prodial, lora-slow",
+        "mamba-1.4b 4×512: frozen, prodial, lora-slow",
+        "mamba-1.4b 4×2048: frozen, prodial, lora-slow",
     ]
     assert len(first) - len(models) == 2 * mixers.CONFIGURATIONS
     assert [job.part for job in second] == ["model"] * 4
