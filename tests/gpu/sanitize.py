@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Before torch is loaded: with the caching allocator, neighbours hide what leaves a tensor.
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
@@ -36,11 +36,13 @@ class Run:
     r: int
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16
+    bias: bool = True
 
 
 RUNS = (
     Run("copy engine, ragged tiles, P = 1", 200, 200, 328, 1, 16),
     Run("copy engine, more than a wave of tiles", 1200, 192, 4224, 12, 16),
+    Run("sums among the product's programs", 600, 256, 2056, 1, 16, bias=False),
     Run("pointers, odd sizes", 77, 66, 67, 6, 5),
     Run("dropout, blocks that straddle tiles", 130, 144, 136, 48, 17, dropout=0.25),
     Run("rank beside the product, widest blocks", 65, 256, 72, 128, 100),
@@ -54,6 +56,8 @@ def run(sizes: Run) -> None:
     case = make_case(
         sizes.m, sizes.k, sizes.n, block_size=sizes.block_size, r=sizes.r, device="cuda"
     )
+    if not sizes.bias:
+        case = replace(case, bias=None)
     if case.scale is not None:
         case.scale[::3] = 0.0
     case = case.cast(sizes.dtype, torch.float32)
