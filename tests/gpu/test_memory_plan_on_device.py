@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mamba_ssm_loaded  # noqa: F401
 import pytest
 import torch
 from tiny_model import byte_tokenizer, subprocess_environment, write_text, write_tiny_model
@@ -41,13 +40,6 @@ from prodial_kernels.training.parameter_groups import adapter_parameter_groups
 from prodial_kernels.training.step import EagerStep
 
 pytestmark = pytest.mark.gpu
-
-if torch.cuda.is_available():
-    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning. Read at import.
-    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mamba_ssm  # noqa: F401
 
 _MAMBA_130M = {
     "hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 24, "vocab_size": 50280,

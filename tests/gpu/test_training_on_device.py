@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mamba_ssm_loaded  # noqa: F401
 import pytest
 import torch
 from models import build, randomise_adapters
@@ -27,13 +26,6 @@ from prodial_kernels.training.state import Position, load_state, save_state
 from prodial_kernels.training.step import EagerStep, StepResult, TrainingStep
 
 pytestmark = pytest.mark.gpu
-
-if torch.cuda.is_available():
-    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning. Read at import.
-    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mamba_ssm  # noqa: F401
 
 DEVICE = torch.device("cuda")
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -6,17 +6,16 @@ with weight W'; the same-dtype ones come from its unfused kernels, also on plain
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mamba_ssm_loaded  # noqa: F401
 import pytest
 import torch
+from adapted_families import EffectiveWeight, forbid_reading_the_weight
 from models import Step, build, randomise_adapters, token_ids, training_step
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -27,15 +26,6 @@ from prodial_kernels.mixers.seam import AdaptedMixer
 from prodial_kernels.mixers.transformers import fused_function, unfused_forward
 
 pytestmark = pytest.mark.gpu
-
-sys.path.append(str(Path(__file__).parent.parent / "mixers"))
-
-if torch.cuda.is_available():
-    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning. Read at import.
-    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mamba_ssm  # noqa: F401
 
 DEVICE = "cuda"
 CONFIG = ProdialConfig(r=8, lora_alpha=1, block_size={"in_proj": 16, "out_proj": 32})
@@ -67,8 +57,6 @@ def ids() -> Tensor:
 
 
 def oracle(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    from adapted_families import EffectiveWeight
-
     reference = plain(name, dtype).requires_grad_(False)
     for path, layer in model.named_modules():
         if isinstance(layer, ProdialLinear):
@@ -96,13 +84,6 @@ def pytorch_functions(modeling: ModuleType) -> Iterator[None]:
 def tensors(step: Step) -> dict[str, Tensor]:
     renamed = {n.replace("parametrizations.weight.0.", ""): g for n, g in step.gradients.items()}
     return {"logits": step.logits, **renamed}
-
-
-def forbid_reading_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(layer: ProdialLinear) -> Tensor:
-        raise AssertionError("ProdialLinear.weight was read")
-
-    monkeypatch.setattr(ProdialLinear, "weight", property(read))
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
+import mamba_ssm_loaded  # noqa: F401
 import pytest
 import torch
 from models import randomise_adapters
 from torch import Tensor, nn
 
-from prodial_kernels import ProdialConfig, ProdialLinear, VisionMamba, apply_prodial, merge_prodial
+from prodial_kernels import ProdialConfig, VisionMamba, apply_prodial, merge_prodial
 from prodial_kernels.vision.mixer import BidirectionalMamba
 from prodial_kernels.vision.norm import AddRMSNorm
 
-pytestmark = pytest.mark.gpu
-
-if torch.cuda.is_available():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import mamba_ssm  # noqa: F401
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("weight_is_not_read")]
 
 DEVICE = "cuda"
 CONFIG = ProdialConfig(r=8, lora_alpha=4, block_size={"in_proj": 12, "out_proj": 24})
 VIM_TINY, TOKENS = 192, 197
-
-
-@pytest.fixture(autouse=True)
-def weight_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(layer: ProdialLinear) -> Tensor:
-        raise AssertionError("ProdialLinear.weight was read")
-
-    monkeypatch.setattr(ProdialLinear, "weight", property(read))
 
 
 def mixer(dtype: torch.dtype, scan: str, adapted: bool) -> nn.Module:
