@@ -15,6 +15,8 @@ from torch.nn.utils import parametrize
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, remove_prodial
 from prodial_kernels.testing import assert_all_accurate
 
+# A, D and the bias of delta, of both directions where there are two.
+MASTERS = ("A_log", "mixer.D", "dt_bias", "A_b_log", "D_b")
 MIXERS = (Mamba, Mamba2, Mamba2Simple)
 BLOCKS = {"in_proj": 4, "out_proj": 2}
 CONFIG = ProdialConfig(r=3, lora_alpha=6, block_size=BLOCKS)
@@ -26,6 +28,15 @@ def adapted(mixer: type[nn.Module], config: ProdialConfig = CONFIG, **options: A
     model = Model(mixer, **options).double()
     apply_prodial(model, config)
     randomise_adapters(model)
+    return model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast in place; A, D and the bias of delta stay in fp32 beside 16 bits."""
+    model = model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(MASTERS) and dtype.itemsize == 2:
+            parameter.data = parameter.data.float()
     return model
 
 

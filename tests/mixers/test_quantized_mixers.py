@@ -10,6 +10,7 @@ import cuda_stand_ins
 import mamba_ssm_stand_ins as stand_ins
 import pytest
 import torch
+from adapted_mamba_ssm import cast
 from mamba_ssm_stand_ins import Mamba, Mamba2, Mamba2Simple, Model
 from models import randomise_adapters
 from torch import Tensor, nn
@@ -18,16 +19,11 @@ from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantiz
 from prodial_kernels.quantization import FORMATS, QuantizedLinear
 from prodial_kernels.vision.mixer import BidirectionalMamba
 
+pytestmark = pytest.mark.usefixtures("stand_in_kernels")
+
 EVERY = ("in_proj", "out_proj", "x_proj", "dt_proj")
 PROJECTORS = ("in_proj", "out_proj")
 VISION = (*EVERY, "x_proj_b", "dt_proj_b")
-MASTERS = ("A_log", "mixer.D", "dt_bias", "A_b_log", "D_b")
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda_stand_ins.install(monkeypatch)
-    stand_ins.fused_calls.clear()
 
 
 def densified(model: nn.Module) -> nn.Module:
@@ -50,14 +46,6 @@ def unfused(model: nn.Module) -> nn.Module:
                 setattr(module, switch, False)
         if isinstance(module, BidirectionalMamba):
             module.scan = "torch"
-    return model
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    model = model.to(dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith(MASTERS) and dtype.itemsize == 2:
-            parameter.data = parameter.data.float()
     return model
 
 
