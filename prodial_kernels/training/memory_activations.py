@@ -28,6 +28,8 @@ _FP32 = 4
 _SCAN_CHUNK, _SSD_CHUNK = 2048, 256
 # Splits of the tokens over which the projector's kernels sum gradients of the adapter.
 _SPLITS = 32
+# Elements of a weight from which on a mixer's backward begins with in_proj ahead of time.
+_AHEAD_FROM = 2**22
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
     if layer.mixer == MAMBA:
         # The gated output's gradient, u, delta and their gradients, dxz; dB and dC in fp32.
         scan = c * m * (5 * inner + layer.projected) + 2 * _FP32 * m * state
+        scan += _begun_ahead(layer, tokens)
         # dxz, X's gradient, and X where it is not kept but made again from the residual.
         project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
         return stream + max(scan, project)
@@ -176,6 +179,8 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
         products = chunks * layer.groups * _SSD_CHUNK**2 * 2 * _FP32
         # The gradient from out_proj and of the norm, the convolution's output and its gradient.
         scan = c * m * (2 * inner + 2 * convolved + layer.projected) + states + products
+        if layer.two_streams:
+            scan += _begun_ahead(layer, tokens)
         project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
         return stream + max(scan, project)
     widest = max((n + k for n, k in layer.weights), default=0)
@@ -200,6 +205,14 @@ def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
     freed += c * m * 4 * inner
     in_proj = c * m * (2 * layer.projected + 2 * width) + weight - freed
     return residual + max(out_proj, scan, in_proj)
+
+
+def _begun_ahead(layer: LayerShape, tokens: Tokens) -> int:
+    """in_proj's scaled weight, and its input where that is made again: there before the scan."""
+    weight = layer.projected * layer.width
+    if not layer.rank or tokens.dense_weight or weight < _AHEAD_FROM:
+        return 0
+    return tokens.itemsize * (weight + layer.two_streams * tokens.count * layer.width)
 
 
 def _weight_workspace(layer: LayerShape, tokens: Tokens) -> int:
