@@ -75,7 +75,7 @@ _WIDE = _Tile(WIDE, replace(WIDE, num_stages=4, flatten=True), 10.5, (0.30, 0.03
 _TALL = _Tile(TALL, replace(TALL, flatten=True), 5.8, (0.07, 0.08))
 # Where the widest tile takes more rounds, the tall one gains nothing: it reads L2 at its limit.
 _TALL_ROUNDS = 4
-# The widest rank with which a tall tile leaves room for the output side: 46 KiB of shared memory
+# The widest rank with which a tall tile leaves room for the output side: 42 KiB of shared memory
 # and 43,000 registers, of which that takes 39 KiB and 21,000. More rounds were not faster so.
 _AMONG_RANK, _AMONG_ROUNDS = 16, 2
 

@@ -180,7 +180,7 @@ def choose_exact_scale(
         capability: The device's compute capability.
         even: Whether all rows are tokens and begin at multiples of 16 elements; other addresses
             take the registers that a wide tile would.
-        among: Whether the product still runs, which leaves 46 KiB of shared memory.
+        among: Whether the product still runs, which leaves 42 KiB of shared memory.
     """
     if capability[0] != 9:
         return ExactScaleConfig()

@@ -14,7 +14,8 @@ Kept: xz, x_proj's output, the ungated scan output, the scan's states, and eithe
 X or its output Y. X is made again where the norm before the block allows it; then Y, of the same
 size, is kept for the gradient of out_proj's scale, which else costs that product once more. The
 convolution's output and delta are recomputed, as upstream does; with ``recompute_xz`` so are xz and
-Y.
+Y. What the backward of ``in_proj`` starts with is begun beside the product of ``out_proj`` and the
+scan (``ops/ahead.py``).
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Upstream's fused function, asked to leave ``out_proj`` out, is right, but the projector after it
 would keep its input: [b, l, E] that upstream's own path computes again in backward. So upstream's
 rule is run by hand here, and the projector's input is made again, from what that rule keeps, by
-the same gated norm. Its output is kept instead where the mixer's input is not.
+the same gated norm. Its output is kept instead where the mixer's input is not. What the backward of
+``in_proj`` starts with is begun in here, beside the projector's product and the scan.
 """
 
 from __future__ import annotations
