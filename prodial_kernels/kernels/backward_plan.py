@@ -9,7 +9,6 @@ from itertools import product
 from prodial_kernels.kernels.launch import (
     MAX_FUSED_RANK,
     TALL,
-    WALK_ENDS,
     WIDE,
     GemmConfig,
     OutputSideConfig,
@@ -17,6 +16,7 @@ from prodial_kernels.kernels.launch import (
     choose_output_side,
     pointer_gemm,
     tiles_of,
+    walked_tiles,
 )
 
 
@@ -126,8 +126,10 @@ def choose_backward(
     """
     rides = wants_t and through_weight and not channel_first and r_pad <= MAX_FUSED_RANK
 
-    def walk(programs: int) -> OutputSideConfig:
-        return choose_output_side(m, n, r_pad, bias=bias, capability=capability, programs=programs)
+    def walk(programs: int, among: bool = False) -> OutputSideConfig:
+        return choose_output_side(
+            m, n, r_pad, bias=bias, capability=capability, programs=programs, among=among
+        )
 
     if capability[0] != 9:
         return BackwardPlan(pointer_gemm(64), walk(processors), rides, 0)
@@ -149,18 +151,18 @@ def choose_backward(
                 return 0.0
             return _product_time(tile, n, rounds, columns, r_pad if companion else 0)
 
-        in_turn = multiply(fewest) + side(walk(processors), companion)
-        plans.append((in_turn, BackwardPlan(config, walk(processors), companion, 0)))
+        work = walk(processors)
+        in_turn = multiply(fewest) + side(work, companion)
+        plans.append((in_turn, BackwardPlan(config, work, companion, 0)))
         for rounds in range(fewest, fewest + 3):
             left = processors - ceil_div(tiles, rounds)
             if left and through_weight and (output_side or (wants_t and not companion)):
-                beside = max(multiply(rounds), side(walk(left), companion)) + _FORK
-                plans.append((beside, BackwardPlan(config, walk(left), companion, left)))
+                work = walk(left)
+                beside = max(multiply(rounds), side(work, companion)) + _FORK
+                plans.append((beside, BackwardPlan(config, work, companion, left)))
         roomy = r_pad <= _AMONG_RANK and wide_rounds <= _AMONG_ROUNDS and not bias
         if tile is _TALL and companion and output_side and roomy:
-            work = choose_output_side(
-                m, n, r_pad, bias=bias, capability=capability, programs=processors, among=True
-            )
+            work = walk(processors, among=True)
             slowed, slowing = _AMONG
             own = side(work, companion)
             time = max(multiply(fewest), slowed * own) + slowing * own + _FORK
@@ -188,9 +190,8 @@ def _side_time(
     if output_side:
         # Two launches: exact_scale follows.
         columns, tiles = ceil_div(n, work.block_n), ceil_div(m, work.block_m)
-        rounds = ceil_div(work.items, work.programs)
         tile = _WALK_TILE * work.block_m * work.block_n / (64 * 128)
-        walked = rounds * (WALK_ENDS + ceil_div(tiles * columns, work.items)) * tile
+        walked = walked_tiles(columns, tiles, work.items // columns, work.programs) * tile
         time += 2 * _LAUNCH + max(walked, 4 * m * n / _MEMORY_RATE)
     if apart:
         # A wide rank leaves it room to read but little at a time.

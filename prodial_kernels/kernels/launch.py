@@ -155,10 +155,8 @@ def choose_output_side(
     columns, tiles = ceil_div(n, block_n), ceil_div(m, block_m)
 
     def duration(splits: int) -> float:
-        # In tiles: as many rounds as the programs take for all columns and splits, each with what
-        # it costs to begin and to end a sum. Few parts are cheaper to add up.
-        rounds = ceil_div(columns * splits, programs)
-        return rounds * (WALK_ENDS + ceil_div(tiles, splits)) + 0.05 * splits
+        # Few parts are cheaper to add up.
+        return walked_tiles(columns, tiles, splits, programs) + 0.05 * splits
 
     splits = min(range(1, 33), key=duration)
     return OutputSideConfig(
@@ -167,8 +165,20 @@ def choose_output_side(
     )  # fmt: skip
 
 
-WALK_ENDS = 5
-"""What beginning and ending a sum over tokens costs, in tiles of that walk (H100)."""
+# What beginning and ending a sum over tokens costs, in tiles of that walk (H100).
+_WALK_ENDS = 5
+
+
+def walked_tiles(columns: int, tiles: int, splits: int, programs: int) -> int:
+    """How many tiles a program of the output side walks, or could in the time that it takes.
+
+    Args:
+        columns: Columns of tiles.
+        tiles: Tiles of tokens.
+        splits: Parts that the tokens are split into.
+        programs: Programs that share the columns of all parts.
+    """
+    return ceil_div(columns * splits, programs) * (_WALK_ENDS + ceil_div(tiles, splits))
 
 
 def choose_exact_scale(

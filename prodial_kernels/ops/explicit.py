@@ -134,8 +134,8 @@ def project(
     return (transposed(y) if channel_first else y), h
 
 
-# A pass over a smaller weight takes about as long as going to another stream and back.
-_LEAST_AHEAD = 2**22
+LEAST_AHEAD = 2**22
+"""Elements of a weight: a pass over fewer takes as long as going to another stream and back."""
 
 
 def has_work_ahead(operands: Operands, rule: Rule) -> bool:
@@ -146,7 +146,7 @@ def has_work_ahead(operands: Operands, rule: Rule) -> bool:
         and operands.scale is not None
         # Of larger blocks, W D_b is in W's place.
         and not is_dense(operands.blocks)
-        and operands.weight.numel() >= _LEAST_AHEAD
+        and operands.weight.numel() >= LEAST_AHEAD
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prodial_kernels.ops.explicit import LEAST_AHEAD
 from prodial_kernels.ops.layout import direct_length
 from prodial_kernels.training.memory_shapes import MAMBA, MAMBA2, LayerShape
 
@@ -28,8 +29,6 @@ _FP32 = 4
 _SCAN_CHUNK, _SSD_CHUNK = 2048, 256
 # Splits of the tokens over which the projector's kernels sum gradients of the adapter.
 _SPLITS = 32
-# Elements of a weight from which on a mixer's backward begins with in_proj ahead of time.
-_AHEAD_FROM = 2**22
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
 def _begun_ahead(layer: LayerShape, tokens: Tokens) -> int:
     """in_proj's scaled weight, and its input where that is made again: there before the scan."""
     weight = layer.projected * layer.width
-    if not layer.rank or tokens.dense_weight or weight < _AHEAD_FROM:
+    if not layer.rank or tokens.dense_weight or weight < LEAST_AHEAD:
         return 0
     return tokens.itemsize * (weight + layer.two_streams * tokens.count * layer.width)
 

@@ -180,7 +180,7 @@ def test_what_is_begun_before_the_scan_changes_nothing(
             calls.append("take")
             return super().take()
 
-    monkeypatch.setattr(explicit, "_LEAST_AHEAD", 1)
+    monkeypatch.setattr(explicit, "LEAST_AHEAD", 1)
     for module in (block, paths):
         monkeypatch.setattr(module, "Ahead", Counted)
     for tensor, other in zip(step(model, x), expected, strict=True):

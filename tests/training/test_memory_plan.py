@@ -263,14 +263,14 @@ def test_device_constants_count() -> None:
 
 
 def test_counts_what_is_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert memory_activations._AHEAD_FROM == explicit._LEAST_AHEAD
+    assert memory_activations.LEAST_AHEAD == explicit.LEAST_AHEAD
     tokens = Tokens(4, 2048, 2)
     large, small = (shape(name).layers[0] for name in ("mamba-1.4b", "mamba-130m"))
 
     def ahead(layer: LayerShape, tokens: Tokens) -> int:
         counted = workspace(layer, tokens, KEEP)
         with monkeypatch.context() as patch:
-            patch.setattr(memory_activations, "_AHEAD_FROM", 2**40)
+            patch.setattr(memory_activations, "LEAST_AHEAD", 2**40)
             return counted - workspace(layer, tokens, KEEP)
 
     weight = 2 * large.projected * large.width
