@@ -14,6 +14,7 @@ from torch import nn
 
 from benchmarks.measure import Unavailable, release, reported
 from benchmarks.roofline import Ceilings
+from benchmarks.timing import warm_up
 from benchmarks.upstream import limit_configurations, one_configuration
 from benchmarks.variants import adapted
 
@@ -213,12 +214,7 @@ def make_step(model: nn.Module, batch: int, length: int) -> Callable[[], None]:
 
 def measure(step: Callable[[], None], rounds: int = 5) -> tuple[float, float]:
     """Return GPU time of one step in ms and the allocator's peak in MiB."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(side)
+    warm_up([step, step])
     torch.cuda.synchronize()
     release("cuda", workspaces=True)
     torch.cuda.reset_peak_memory_stats()

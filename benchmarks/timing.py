@@ -44,6 +44,16 @@ class Summary:
         return (self.high - self.low) / self.median
 
 
+def warm_up(steps: Sequence[Callable[[], None]]) -> None:
+    """Run steps on a stream of their own, as must be done before they are recorded."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for step in steps:
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+
+
 class Replay:
     """Steps that take turns, one after the other: recorded once as a CUDA graph, then replayed.
 
@@ -90,12 +100,7 @@ class Replay:
             step()
 
     def _record(self, pool: object) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for step in self.steps[:2]:
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        warm_up(self.steps[:2])
         graph = torch.cuda.CUDAGraph()
         try:
             # The outer one, as a recording that fails leaves its stream the current one.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import captured
 from mamba_ssm_loaded import CONFIG, MARKS, WIDTH, adapt
 from torch import Tensor, nn
 
@@ -96,15 +97,7 @@ def test_cuda_graph_of_a_whole_step(layer: str) -> None:
         return loss.detach()
 
     start = copy.deepcopy(model.state_dict())
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured_loss = captured(step, warm_ups=2)
 
     def losses(run: Any) -> list[float]:
         model.load_state_dict(start)
@@ -114,8 +107,8 @@ def test_cuda_graph_of_a_whole_step(layer: str) -> None:
         return [float(run()) for _ in range(4)]
 
     def replay() -> Tensor:
-        graph.replay()
-        return captured
+        graph()
+        return captured_loss
 
     eager, replayed = losses(step), losses(replay)
     assert replayed == pytest.approx(eager, rel=1e-2)

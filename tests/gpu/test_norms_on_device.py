@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import microseconds
 from torch import Tensor, nn
 
 from prodial_kernels.testing import assert_all_accurate
@@ -112,30 +113,8 @@ def test_takes_a_fraction_of_the_time() -> None:
     def step() -> None:
         torch.autograd.grad(norm(x), x, dy)
 
-    eager = milliseconds(step)
+    eager = microseconds(step)
     fuse_norms(norm)
-    fused = milliseconds(step)
-    print(f"norm forward and backward, 8192 x 2048: {eager:.3f} ms eager, {fused:.3f} ms fused")
+    fused = microseconds(step)
+    print(f"norm forward and backward, 8192 x 2048: {eager:.0f} µs eager, {fused:.0f} µs fused")
     assert fused < eager / 3
-
-
-def milliseconds(function: Callable[[], None]) -> float:
-    """Median of ten replays of a CUDA graph of eight calls: the device's time, not the host's."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(8):
-            function()
-    times = []
-    for _ in range(13):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 8)
-    return sorted(times[3:])[5]

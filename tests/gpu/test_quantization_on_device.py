@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from captured import captured, microseconds
 from models import randomise_adapters
 from torch import Tensor, nn
 
@@ -58,28 +58,6 @@ def test_gradients(format: str, dtype: torch.dtype) -> None:
 
     case = replace(case, weight=layer.dequantize().double())
     assert_case_accurate(case, run, compute=dtype)
-
-
-def microseconds(function: Callable[[], object], calls: int = 20) -> float:
-    """Of one call, launched by a CUDA graph; the best of some."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
-    best = float("inf")
-    for _ in range(10):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, 1000 * start.elapsed_time(end) / calls)
-    return best
 
 
 def dequantising_and_copying(format: str, shape: tuple[int, int]) -> tuple[float, float, int]:
@@ -209,13 +187,11 @@ def test_graph_capture_and_streams(format: str) -> None:
     torch.cuda.synchronize()
     for found in (beside, here):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay, results = captured(step, warm_ups=0)
     x.copy_(torch.randn_like(x))
-    graph.replay()
+    replay()
     fresh = step()
-    assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results, fresh, strict=True))
 
 
 if __name__ == "__main__":

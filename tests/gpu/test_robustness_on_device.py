@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import captured
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -181,18 +182,11 @@ def gradients(module: ProdialLinear, x: Tensor) -> list[Tensor]:
 def test_cuda_graph_draws_a_new_mask_at_each_replay() -> None:
     module = layer(lora_dropout=0.5)
     x = torch.randn(512, 384, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        gradients(module, x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients(module, x)
+    launch, results = captured(lambda: gradients(module, x))
 
     def replay() -> list[Tensor]:
-        graph.replay()
-        return [tensor.clone() for tensor in captured]
+        launch()
+        return [tensor.clone() for tensor in results]
 
     torch.manual_seed(8)
     first, second = replay(), replay()

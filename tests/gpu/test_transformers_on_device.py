@@ -16,6 +16,7 @@ import mamba_ssm_loaded  # noqa: F401
 import pytest
 import torch
 from adapted_families import EffectiveWeight, forbid_reading_the_weight
+from captured import captured
 from models import Step, build, randomise_adapters, token_ids, training_step
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -194,15 +195,8 @@ def test_cuda_graph_replays_a_mixer(name: str) -> None:
         output = mixer(x)
         return [output, *torch.autograd.grad(output.float().square().mean(), trained)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay, results = captured(step)
     x.copy_(torch.randn_like(x))
-    graph.replay()
-    for got, expected in zip(captured, step(), strict=True):
+    replay()
+    for got, expected in zip(results, step(), strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)

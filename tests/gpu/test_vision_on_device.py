@@ -7,6 +7,7 @@ import copy
 import mamba_ssm_loaded  # noqa: F401
 import pytest
 import torch
+from captured import captured
 from models import randomise_adapters
 from torch import Tensor, nn
 
@@ -136,17 +137,10 @@ def test_cuda_graph_replays_a_training_step() -> None:
         loss = network(inputs).float().square().mean()
         return [loss, *torch.autograd.grad(loss, trained)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    replay, results = captured(step)
     inputs.copy_(torch.randn_like(inputs))
-    graph.replay()
-    for got, expected in zip(captured, step(), strict=True):
+    replay()
+    for got, expected in zip(results, step(), strict=True):
         # The scan's gradients of A and D are sums by atomics; those of adapters are not, but
         # they are made from what is.
         error = (got - expected).float().norm()
