@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 from models import randomise_adapters
 from torch import nn
@@ -16,7 +17,7 @@ from prodial_kernels.checkpoint import AdapterError
 from prodial_kernels.cli import main
 from prodial_kernels.mixers.inject import merge_quantized
 from prodial_kernels.quantization import FORMATS, QuantizedLinear
-from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetune, finetuning
+from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetuning
 from prodial_kernels.training.adapted import load_adapted, merge_to_directory
 from prodial_kernels.training.config import ConfigError
 from prodial_kernels.training.merging import has_room_dense
@@ -27,12 +28,11 @@ CPU = torch.device("cpu")
 
 
 def run(place: Path, name: str, *, resume: bool = False, **options: Any) -> FinetuneResult:
-    defaults = {
-        "model": str(place / "model"), "data": str(place / "text.txt"), "output": str(place / name),
-        "steps": 6, "batch_size": 2, "seq_len": 32, "eval_every": 0, "save_every": 3, "lr": 0.01,
-        "device": "cpu", "quantize": "nf4",
+    defaults: dict[str, Any] = {
+        "steps": 6, "batch_size": 2, "eval_every": 0, "save_every": 3, "warmup": 10,
+        "quantize": "nf4",
     }  # fmt: skip
-    return finetune(FinetuneConfig(**{**defaults, **options}), resume=resume, progress=False)
+    return tiny_run.run(place, place / name, resume=resume, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")

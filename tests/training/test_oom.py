@@ -6,15 +6,17 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialLinear, cli
-from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetune
+from prodial_kernels.training import FinetuneConfig
 from prodial_kernels.training import step as steps
 from prodial_kernels.training.batches import Batch
 from prodial_kernels.training.config import ConfigError
@@ -22,26 +24,10 @@ from prodial_kernels.training.metrics import read_metrics
 from prodial_kernels.training.oom import GuardedStep, OutOfMemory, out_of_memory
 from prodial_kernels.training.step import StepResult
 
-
-def config(place: Path, output: Path, **options: Any) -> FinetuneConfig:
-    defaults = {
-        "model": str(place / "model"),
-        "data": str(place / "text.txt"),
-        "steps": 4,
-        "batch_size": 2,
-        "seq_len": 32,
-        "eval_every": 0,
-        "eval_tokens": 64,
-        "save_every": 0,
-        "warmup": 2,
-        "lr": 0.01,
-        "device": "cpu",
-    }
-    return FinetuneConfig(output=str(output), **{**defaults, **options})
-
-
-def run(place: Path, output: Path, *, resume: bool = False, **options: Any) -> FinetuneResult:
-    return finetune(config(place, output, **options), resume=resume, progress=False)
+SHORT: dict[str, Any] = {
+    "steps": 4, "batch_size": 2, "eval_every": 0, "eval_tokens": 64, "save_every": 0,
+}  # fmt: skip
+run = partial(tiny_run.run, **SHORT)
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
