@@ -96,7 +96,7 @@ SWEEPS = (
         "input_side", "choose_input_side",
         {
             "block_m": (16, 32, 64), "window": (32, 64, 128), "num_warps": (4, 8),
-            "num_stages": (2, 3, 4), "programs": (264, 528, 660, 792, 1056),
+            "num_stages": (2, 3, 4, 5), "programs": (132, 264, 396, 528, 660),
         },
     ),
 )  # fmt: skip

@@ -60,8 +60,8 @@ class _Tile:
         riding: Tile sizes with T riding along.
         alone: Tile sizes without.
         step: µs for 1000 elements of the sum along N.
-        companion: What T adds to a tile of the first column, as a share of it: a part that is
-            always there, and one for every 16 of the rank.
+        companion: What T adds, as a share: a part that is always there, and one for every 16 of
+            the rank.
     """
 
     riding: GemmConfig
@@ -71,16 +71,20 @@ class _Tile:
 
 
 # Without T there is room for one more stage of the widest tile.
-_WIDE = _Tile(WIDE, replace(WIDE, num_stages=4, flatten=True), 10.5, (0.30, 0.03))
-_TALL = _Tile(TALL, replace(TALL, flatten=True), 5.8, (0.07, 0.08))
+_WIDE = _Tile(
+    replace(WIDE, flatten=True), replace(WIDE, num_stages=4, flatten=True), 10.5, (0.10, 0.03)
+)
+_TALL = _Tile(replace(TALL, flatten=True), replace(TALL, flatten=True), 5.8, (0.07, 0.03))
+# As long as it is not flattened, a tall tile leaves room for the output side.
+_ROOMY = replace(_TALL, riding=TALL)
 # Where the widest tile takes more rounds, the tall one gains nothing: it reads L2 at its limit.
 _TALL_ROUNDS = 4
-# The widest rank with which a tall tile leaves room for the output side: 42 KiB of shared memory
-# and 43,000 registers, of which that takes 39 KiB and 21,000. More rounds were not faster so.
+# The widest rank with which it does: 42 KiB of shared memory and 43,000 registers, of which the
+# output side takes 39 KiB and 21,000. More rounds were not faster so.
 _AMONG_RANK, _AMONG_ROUNDS = 16, 2
 
 # µs on an H100: a launch with its first and last tile; fork and join; what a tile's end adds where
-# the next one has not begun, as it has not where T rides along; one tile of the output side.
+# the next one has not begun, as it has not without flattening; one tile of the output side.
 _LAUNCH, _FORK, _TILE_END, _WALK_TILE = 3.5, 2.0, 0.5, 0.63
 # Among the product's programs the output side takes the first of these as long as alone, and the
 # product the second of that longer.
@@ -149,7 +153,7 @@ def choose_backward(
         def multiply(rounds: int, tile: _Tile = tile, companion: bool = companion) -> float:
             if not through_weight:
                 return 0.0
-            return _product_time(tile, n, rounds, columns, r_pad if companion else 0)
+            return _product_time(tile, n, rounds, r_pad if companion else 0)
 
         work = walk(processors)
         in_turn = multiply(fewest) + side(work, companion)
@@ -165,21 +169,20 @@ def choose_backward(
             work = walk(processors, among=True)
             slowed, slowing = _AMONG
             own = side(work, companion)
-            time = max(multiply(fewest), slowed * own) + slowing * own + _FORK
+            time = max(multiply(fewest, _ROOMY), slowed * own) + slowing * own + _FORK
+            config = replace(_ROOMY.riding, programs=processors)
             plans.append((time, BackwardPlan(config, work, companion, 0, among=True)))
     return min(plans, key=lambda plan: plan[0])[1].on(processors)
 
 
-def _product_time(tile: _Tile, n: int, rounds: int, columns: int, riding: int) -> float:
-    """µs of the product of [m, n] by [n, columns] with T of rank ``riding``, 0 for none."""
+def _product_time(tile: _Tile, n: int, rounds: int, riding: int) -> float:
+    """µs of a product that sums along n, with T of rank ``riding``, 0 for none."""
     one = tile.step * n / 1e3
-    time = _LAUNCH + rounds * one
     if riding:
-        # The tiles of the first column are slower; of them every program meets its share.
-        met = max(1.0, rounds / ceil_div(columns, tile.riding.block_n))
         always, by_rank = tile.companion
-        time += rounds * _TILE_END + met * one * (always + by_rank * riding / 16)
-    return time
+        one *= 1 + always + by_rank * riding / 16
+    flat = (tile.riding if riding else tile.alone).flatten
+    return _LAUNCH + rounds * (one if flat else one + _TILE_END)
 
 
 def _side_time(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.launch import MAX_FUSED_RANK, GemmConfig, pointer_gemm
 from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import (
     load_tile,
     store_tile,
@@ -35,11 +36,12 @@ def _gemm_kernel(
     R_PAD: tl.constexpr, R_BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
 ):  # fmt: skip
-    """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X I where COMPANION; X is left, V is right.
+    """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X Iᵀ where COMPANION; X is left, V is right.
 
     X [M, K], Y [M, N], V [K, N]; X is stored [K, M] where LEFT_T, V [N, K] where RIGHT_T.
-    UPDATE: L [M, R_PAD] is read and L Oᵀ added, O [N, R_PAD].
-    COMPANION: L [M, R_PAD] is written, I [K, R_PAD], accumulated by the first column of tiles.
+    COMPANION: every tile computes its rows of L [M, R_PAD], I [R_PAD, K]; the first column of
+    tiles writes them.
+    UPDATE: L Oᵀ is added, O [N, R_PAD]; without COMPANION L is read.
     ROWS_BATCHED: X, Y and L are ``batches`` such matrices, each of M rows.
     COLUMNS_BATCHED: V, Y and O are ``batches`` such matrices, and s and the bias belong to rows,
     else to columns.
@@ -67,30 +69,15 @@ def _gemm_kernel(
         low_rows = (batch * M + offs_m if ROWS_BATCHED else offs_m).to(tl.int64)[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         if COMPANION:
+            acc, acc_low = _multiply_both(
+                acc, left, right, inner, batch, row, column, M, N, K,
+                stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
+                ROWS_BATCHED, COLUMNS_BATCHED, BLOCK_M, BLOCK_N, BLOCK_K, R_PAD, TMA,
+            )  # fmt: skip
+            low_tile = acc_low.to(dtype)
             if tile_n == 0:
-                acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
-                for k in range(0, K, BLOCK_K):
-                    x_tile = _load_left(
-                        left, batch, row, k, M, K, stride_left, batch_left,
-                        LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
-                    )  # fmt: skip
-                    acc = _accumulate(
-                        acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
-                        RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
-                    )  # fmt: skip
-                    acc_low = _accumulate(
-                        acc_low, x_tile, inner, batch, k, 0, K, R_PAD, R_PAD, 0,
-                        False, R_PAD, BLOCK_K, False, TMA,
-                    )  # fmt: skip
-                offs_r = tl.arange(0, R_PAD)
-                target = low_ptr + low_rows * R_PAD + offs_r[None, :]
-                tl.store(target, acc_low.to(dtype), mask=(offs_m < M)[:, None])
-            else:
-                acc = _multiply(
-                    acc, left, right, batch, row, column, M, N, K,
-                    stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
-                    ROWS_BATCHED, COLUMNS_BATCHED, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
-                )  # fmt: skip
+                target = low_ptr + low_rows * R_PAD + tl.arange(0, R_PAD)[None, :]
+                tl.store(target, low_tile, mask=(offs_m < M)[:, None])
         else:
             acc = _multiply(
                 acc, left, right, batch, row, column, M, N, K,
@@ -99,7 +86,17 @@ def _gemm_kernel(
             )  # fmt: skip
         if HAS_SCALE:
             acc *= _along_features(scale_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N)
-        if UPDATE:
+        if COMPANION and UPDATE:
+            acc = _accumulate(
+                acc, low_tile, outer, batch, 0, column, R_PAD, N, R_PAD, 0,
+                True, BLOCK_N, R_PAD, False, TMA,
+            )  # fmt: skip
+        elif COMPANION and FLATTEN:
+            # Adds nothing: behind a flattened loop of two products ptxas wants a third, or it lets
+            # those in the loop wait for each other (its C7515), which takes twice the time.
+            nothing = tl.zeros((BLOCK_M, 16), dtype=dtype)
+            acc = tl.dot(nothing, tl.zeros((16, BLOCK_N), dtype=dtype), acc)
+        elif UPDATE:
             # Unrolled, so that the tile stays one loop and FLATTEN can work.
             for r in tl.static_range(0, R_PAD, R_BLOCK):
                 offs_r = r + tl.arange(0, R_BLOCK)
@@ -150,6 +147,34 @@ def _multiply(
             RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
         )  # fmt: skip
     return acc
+
+
+@triton.jit
+def _multiply_both(
+    acc, left, right, inner, batch, row, column, M, N, K,
+    stride_left, stride_right, batch_left, batch_right,
+    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
+    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, R_PAD: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The same walk, with X Iᵀ for the tile's rows on the way: (acc, that), I [R_PAD, K]."""
+    acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x_tile = _load_left(
+            left, batch, row, k, M, K, stride_left, batch_left,
+            LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
+        )  # fmt: skip
+        # The small product first: behind the large one it costs twice as much.
+        acc_low = _accumulate(
+            acc_low, x_tile, inner, batch, k, 0, K, R_PAD, K, 0,
+            True, R_PAD, BLOCK_K, False, TMA,
+        )  # fmt: skip
+        acc = _accumulate(
+            acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
+            RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
+        )  # fmt: skip
+    return acc, acc_low
 
 
 @triton.jit
@@ -218,6 +243,8 @@ def launch_gemm(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     length: int = 0,
+    into: Tensor | None = None,
+    side: SideStream | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel on 16-bit operands; return (Y, L [M, R_PAD] or None).
 
@@ -228,13 +255,15 @@ def launch_gemm(
         v: [N, K] where ``v_transposed``, else [K, N].
         v_transposed: Forward (True) or towards the input (False).
         config: Tile sizes, for [N, M] where the result is channel-first.
-        inner: I, [K, R_PAD]: L = X I is computed. R_PAD ≤ MAX_FUSED_RANK; not with ``length``.
-        outer: O, [N, R_PAD]: ``low`` Oᵀ is added, where R_PAD is too wide for the kernel's
-            epilogue by a library product.
-        low: L, [M, R_PAD]; needed with ``outer``.
+        inner: I, [R_PAD, K]: L = X Iᵀ is computed. R_PAD ≤ MAX_FUSED_RANK; not with ``length``.
+        outer: O, [N, R_PAD]: L Oᵀ is added, where R_PAD is too wide for the kernel's epilogue by
+            a library product.
+        low: L, [M, R_PAD]; needed with ``outer``, unless ``inner`` makes it.
         scale: s, [N], applied to X V alone.
         bias: [N].
         length: l for a channel-first Y [M / l, N, l], 0 for Y [M, N].
+        into: Y, where its place is given.
+        side: Where to launch; the current stream if None.
     """
     m, k = token_shape(x)
     n = v.shape[0] if v_transposed else v.shape[1]
@@ -244,10 +273,12 @@ def launch_gemm(
         length = x.shape[2]
     batches = m // length if m and batched else 1
     shape = (batches, n, length) if channel_first else (m, n)
-    y = torch.empty(shape if m else (0, *shape[1:]), dtype=x.dtype, device=x.device)
+    y = into
+    if y is None:
+        y = torch.empty(shape if m else (0, *shape[1:]), dtype=x.dtype, device=x.device)
     r_pad = 16
     if inner is not None:
-        r_pad = inner.shape[1]
+        r_pad = inner.shape[0]
         low = torch.empty((m, r_pad), dtype=x.dtype, device=x.device)
     elif outer is not None:
         r_pad = outer.shape[1]
@@ -262,30 +293,34 @@ def launch_gemm(
     else:
         left, right, left_t, right_t = tokens, v, x_channel_first, v_transposed
         rows, columns = length if batched else m, n
-        target = y.view(batches, length, n) if batched else y
+        target = y.unflatten(0, (batches, length)) if batched else y
         added, factor = low, outer
     operands = (left, right, inner, factor if outer is not None else None, target)
     tma = config.tma and all(tma_ready(t) for t in operands if t is not None)
+    if inner is not None and outer is not None and not tma:
+        raise ValueError("inner: together with outer it takes operands that the copy engine loads")
     if config.tma and not tma:
         # A wide companion or a bias takes the registers of a wide tile.
         narrow = bias is not None or (inner is not None and r_pad > 32)
         config = pointer_gemm(64 if narrow else 128, config.programs)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    r_block = min(r_pad, SLICE if tma else POINTER_SLICE)
+    r_block = r_pad if inner is not None else min(r_pad, SLICE if tma else POINTER_SLICE)
     wide = outer is not None and r_pad > MAX_FUSED_RANK
     update = outer is not None and not wide
     if wide:
         added, r_pad, r_block = None, 16, 16
 
-    # Flattening helps the copy engine run ahead; with pointers it gains nothing.
-    flatten = config.flatten and tma
+    # Flattening helps the copy engine run ahead; with pointers it gains nothing. It takes shared
+    # memory of its own, which wide I and O do not leave.
+    both_wide = inner is not None and outer is not None and r_pad > 32
+    flatten = config.flatten and tma and not both_wide
 
     tiles = batches * triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
     launch(
         _gemm_kernel, (min(tiles, config.programs) if config.programs else tiles,),
         tiled(left, [bk, bm] if left_t else [bm, bk], tma),
         tiled(right, [bn, bk] if right_t else [bk, bn], tma),
-        tiled(inner, [bk, r_pad], tma),
+        tiled(inner, [r_pad, bk], tma),
         tiled(factor if update else None, [bn, r_block], tma),
         added, scale, bias,
         tiled(target, [bm, bn // 2 if config.subtile else bn], tma),
@@ -298,7 +333,7 @@ def launch_gemm(
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, TMA=tma,
         BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
         GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, side=side,
     )  # fmt: skip
     if wide and outer is not None and low is not None:
         if channel_first:

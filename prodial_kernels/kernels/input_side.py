@@ -47,7 +47,10 @@ def _input_side_kernel(
         a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_a, other=0.0)
         a = a.to(x_ptr.dtype.element_ty)
         if NEED_A:
-            acc_a = tl.zeros((R_PAD, WINDOW), dtype=tl.float32)
+            if DROPOUT:
+                acc_a = tl.zeros((R_PAD, WINDOW), dtype=tl.float32)
+            else:
+                acc_a = tl.zeros((WINDOW, R_PAD), dtype=tl.float32)
     if HAS_BLOCKS:
         if P == 1:
             d = 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)
@@ -87,12 +90,15 @@ def _input_side_kernel(
             if DROPOUT:
                 keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
             if NEED_A:
-                kept = x
                 if DROPOUT:
                     kept = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
-                # [R_PAD, BLOCK_M] @ [BLOCK_M, WINDOW] -> [R_PAD, WINDOW]; this way round the
-                # masked X is the right operand, which wgmma never takes from registers.
-                acc_a = tl.dot(t.T, kept, acc_a)
+                    # [R_PAD, BLOCK_M] @ [BLOCK_M, WINDOW] -> [R_PAD, WINDOW]; this way round the
+                    # masked X is the right operand, which wgmma never takes from registers.
+                    acc_a = tl.dot(t.T, kept, acc_a)
+                else:
+                    # [WINDOW, BLOCK_M] @ [BLOCK_M, R_PAD] -> [WINDOW, R_PAD]; T as it lies, as
+                    # below: in one layout the compiler fetches it ahead, in two it does not.
+                    acc_a = tl.dot(x.T, t, acc_a)
             if NEED_X:
                 # [BLOCK_M, R_PAD] @ [R_PAD, WINDOW] -> [BLOCK_M, WINDOW]
                 low_rank = tl.dot(t, a)
@@ -104,6 +110,8 @@ def _input_side_kernel(
 
     if HAS_LORA and NEED_A:
         target = partial_a_ptr + (split.to(tl.int64) * R_PAD + offs_r)[:, None] * K
+        if not DROPOUT:
+            acc_a = acc_a.T
         tl.store(target + offs_k[None, :], acc_a, mask=mask_k[None, :])
     if HAS_BLOCKS and NEED_BLOCKS:
         target = partial_e_ptr + split.to(tl.int64) * K * P

@@ -63,17 +63,18 @@ class InputSideConfig:
     block_m: int = 32
     window: int = 64
     num_warps: int = 4
-    num_stages: int = 3
-    programs: int = 660
+    num_stages: int = 4
+    programs: int = 264
 
 
 WIDE = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, subtile=True)
-SQUARE = GemmConfig(128, 128, 64, num_warps=8, num_stages=4, subtile=True)
 TALL = GemmConfig(64, 256, 64, num_warps=4, num_stages=4, subtile=True)
 """Tiles of a Hopper's products. The first costs the least for its size."""
 
 
-def choose_gemm(m: int, n: int, *, capability: tuple[int, int], processors: int) -> GemmConfig:
+def choose_gemm(
+    m: int, n: int, *, capability: tuple[int, int], processors: int, whole: bool = False
+) -> GemmConfig:
     """Return the tile sizes for the forward product [m, n] of 16-bit operands.
 
     Measured on an H100 (benchmarks/results); other devices get sizes that fit them all.
@@ -83,14 +84,56 @@ def choose_gemm(m: int, n: int, *, capability: tuple[int, int], processors: int)
         n: Columns of the result.
         capability: The device's compute capability.
         processors: Its number of multiprocessors.
+        whole: Whether :func:`columns_apart` is left out of account.
     """
     if capability[0] != 9:
         # Within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
         return pointer_gemm(64)
-    # The product runs in rounds of whole tiles; half the tile takes 0.58 of the time.
-    wide = ceil_div(tiles_of(WIDE, m, n), processors)
-    square = 0.58 * ceil_div(tiles_of(SQUARE, m, n), processors)
-    return replace(WIDE if wide <= square else SQUARE, programs=processors, flatten=True)
+    apart = 0 if whole else columns_apart(m, n, WIDE, processors)
+    # The product runs in rounds of whole tiles; half the tile takes 0.55 of the time.
+    wide = ceil_div(tiles_of(WIDE, m, n - apart), processors)
+    tall = 0.55 * ceil_div(tiles_of(TALL, m, n), processors)
+    return replace(WIDE if wide <= tall else TALL, programs=processors, flatten=True)
+
+
+# The widest result in whose product H rides along, by the widest padded rank: it costs 7 to 12% of
+# that, the pass over X that it spares as much at these widths (H100).
+_RIDING_COLUMNS = {32: 3072, MAX_FUSED_RANK: 2048}
+
+
+def rides_forward(n: int, r_pad: int, *, capability: tuple[int, int]) -> bool:
+    """Whether H = X Aᵀ is computed within forward's product [m, n] of a Hopper, not before it.
+
+    Args:
+        n: Columns of the result.
+        r_pad: Padded rank.
+        capability: The device's compute capability.
+    """
+    widest = next((n for rank, n in _RIDING_COLUMNS.items() if r_pad <= rank), 0)
+    return capability[0] == 9 and n <= widest
+
+
+NARROW = GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
+"""A tile that finds room on a multiprocessor beside one of :data:`WIDE`."""
+
+
+def columns_apart(m: int, n: int, config: GemmConfig, processors: int) -> int:
+    """Return how many of the last columns of an [m, n] product are better computed apart.
+
+    The last column of tiles costs as much as any other, however few of its columns there are. Where
+    it begins another round, narrow tiles compute what it holds, among the others.
+
+    Args:
+        m: Rows of the result.
+        n: Columns of the result.
+        config: Tile sizes of the product.
+        processors: Multiprocessors of the device.
+    """
+    rest = n % config.block_n if n > config.block_n else 0
+    if config.block_n != WIDE.block_n or not config.tma or not 0 < rest <= 2 * NARROW.block_n:
+        return 0
+    rounds = ceil_div(tiles_of(config, m, n), processors)
+    return rest if ceil_div(tiles_of(config, m, n - rest), processors) < rounds else 0
 
 
 def tiles_of(config: GemmConfig, m: int, n: int) -> int:

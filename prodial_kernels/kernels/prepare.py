@@ -1,4 +1,4 @@
-"""What the large products need first: V = s ⊙ (W D_b) or U = X D_bᵀ, B' = α B, and L = X I."""
+"""What the large products need first: V = s ⊙ (W D_b) or U = X D_bᵀ, the factors, and L = X I."""
 
 import torch
 import triton
@@ -17,17 +17,18 @@ FOLD_N = 32
 @triton.jit
 def _prepare_kernel(
     x_ptr, inner_ptr, seed_ptr, low_ptr,
-    w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
+    w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr, a_out_ptr,
     M, ROWS, N, K, DEPTH, R, LENGTH, alpha,
     stride_x, batch_x, stride_w, stride_v, dropout, programs_low, columns,
     TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, TURN: tl.constexpr, HAS_B: tl.constexpr,
+    HAS_SCALE: tl.constexpr, TURN: tl.constexpr, HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
     R_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W + W E), B' = α B.
+    """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W + W E), A', B'.
 
     X [M, DEPTH] ([M / LENGTH, DEPTH, LENGTH] where CHANNEL_FIRST), L [M, R_PAD]; W, V [ROWS, K];
     the other shapes as in the two functions below. Where TURN, X stands for W and Eᵀ for E.
@@ -44,9 +45,10 @@ def _prepare_kernel(
     else:
         tile = pid - programs_low
         _fold(
-            w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
+            w_ptr, blocks_ptr, scale_ptr, inner_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
             tile // columns, tile % columns, ROWS, N, K, R, alpha, stride_w, stride_v,
-            P, RELU, HAS_FOLD, HAS_BLOCKS, HAS_SCALE, TURN, HAS_B, BLOCK_N, WINDOW, R_PAD,
+            P, RELU, HAS_FOLD, HAS_BLOCKS, HAS_SCALE, TURN, HAS_A, HAS_B, B_TRANSPOSED,
+            BLOCK_N, WINDOW, R_PAD,
         )  # fmt: skip
 
 
@@ -96,27 +98,29 @@ def _low_rank(
 
 @triton.jit
 def _fold(
-    w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr,
+    w_ptr, blocks_ptr, scale_ptr, a_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
     pid_n, pid_k, ROWS, N, K, R, alpha, stride_w, stride_v,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    TURN: tl.constexpr, HAS_B: tl.constexpr,
+    TURN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
 ):  # fmt: skip
     """V = s ⊙ (W + W E) for BLOCK_N rows by as many whole blocks as fit into WINDOW columns.
 
     W, V [ROWS, K], E = D_b − I from D_a [K / P, P, P], or its transpose where TURN, s [ROWS]. The
-    first column of tiles also writes B' = α B, zero-padded: B [N, R] -> B' [N, R_PAD].
+    first row of tiles also writes A' = A, the first column B' = α B, both padded with zeros:
+    A [R, K] -> A' [R_PAD, K], and B [N, R] -> B' [N, R_PAD], or [R_PAD, N] where B_TRANSPOSED.
     """
     SPAN: tl.constexpr = (WINDOW // P) * P
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = offs_n.to(tl.int64)
+    lane = tl.arange(0, WINDOW)
+    offs_k = pid_k * SPAN + lane
+    mask_k = (lane < SPAN) & (offs_k < K)
+    offs_r = tl.arange(0, R_PAD)
 
     if HAS_FOLD:
         mask_n = offs_n < ROWS
-        lane = tl.arange(0, WINDOW)
-        offs_k = pid_k * SPAN + lane
-        mask_k = (lane < SPAN) & (offs_k < K)
         mask = mask_n[:, None] & mask_k[None, :]
         w = tl.load(w_ptr + rows[:, None] * stride_w + offs_k[None, :], mask=mask, other=0.0)
         v = w.to(tl.float32)
@@ -134,17 +138,25 @@ def _fold(
             v *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
         tl.store(v_ptr + rows[:, None] * stride_v + offs_k[None, :], v.to(w.dtype), mask=mask)
 
-    # Nested: HAS_B is known to the compiler, pid_k only to the program.
+    # Nested: HAS_A and HAS_B are known to the compiler, pid_n and pid_k only to the program.
+    if HAS_A:  # noqa: SIM102
+        if pid_n == 0:
+            lanes = offs_r[:, None] * K + offs_k[None, :]
+            a = tl.load(a_ptr + lanes, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0)
+            tl.store(a_out_ptr + lanes, a.to(a_out_ptr.dtype.element_ty), mask=mask_k[None, :])
     if HAS_B:  # noqa: SIM102
         if pid_k == 0:
             mask_n = offs_n < N
-            offs_r = tl.arange(0, R_PAD)
             b = tl.load(
                 b_ptr + rows[:, None] * R + offs_r[None, :],
                 mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
             )  # fmt: skip
             b = (b.to(tl.float32) * alpha).to(b_out_ptr.dtype.element_ty)
-            tl.store(b_out_ptr + rows[:, None] * R_PAD + offs_r[None, :], b, mask=mask_n[:, None])
+            if B_TRANSPOSED:
+                target = b_out_ptr + offs_r.to(tl.int64)[None, :] * N + offs_n[:, None]
+            else:
+                target = b_out_ptr + rows[:, None] * R_PAD + offs_r[None, :]
+            tl.store(target, b, mask=mask_n[:, None])
 
 
 def launch_prepare(
@@ -161,8 +173,9 @@ def launch_prepare(
     seed: Tensor | None = None,
     dropout: float = 0.0,
     turned: Tensor | None = None,
+    b_transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return V [N, K] (``weight`` itself where nothing is folded), B' and, given ``x``, L.
+    """Return V [N, K] (``weight`` itself where nothing is folded), B', and A' or, given ``x``, L.
 
     Given ``turned``, in place of V it is U = X D_bᵀ [M, K], and s is the caller's.
 
@@ -173,12 +186,13 @@ def launch_prepare(
         lora_b: B, [N, R].
         alpha: α.
         relu: Whether D_a's diagonal passes through Eq. 7's relu.
-        r_pad: Columns of B' and L.
-        x: X, [M, K] or channel-first [b, K, l], for L = dropout(X) Aᵀ.
-        lora_a: A, [R, K]; needed with ``x``.
+        r_pad: Padded rank of A', B' and L.
+        x: X, [M, K] or channel-first [b, K, l], for L = dropout(X) Aᵀ, [M, R_PAD].
+        lora_a: A, [R, K]; needed with ``x``, and alone for A', [R_PAD, K] in the weight's dtype.
         seed: [1] int64, switches dropout on.
         dropout: Probability.
         turned: X, [M, K], to be turned by the blocks where it is smaller than the weight.
+        b_transposed: Whether B' = α B is [R_PAD, N] instead of [N, R_PAD].
     """
     n, k = weight.shape
     source, row_scale = (weight, scale) if turned is None else (turned, None)
@@ -186,25 +200,29 @@ def launch_prepare(
     v = source
     if fold:
         v = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    b_out = low = None
+    a_out = b_out = low = None
     r = 0
     if lora_b is not None:
         r = lora_b.shape[1]
-        b_out = torch.empty((n, r_pad), dtype=weight.dtype, device=weight.device)
+        shape = (r_pad, n) if b_transposed else (n, r_pad)
+        b_out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     if x is not None:
         low = torch.empty((token_shape(x)[0], r_pad), dtype=x.dtype, device=x.device)
+    elif lora_a is not None:
+        r = lora_a.shape[0]
+        a_out = torch.empty((r_pad, k), dtype=weight.dtype, device=weight.device)
     p = 1 if blocks is None else blocks.shape[-1]
     window = _fold_window(p)
-    columns = ceil_div(k, window // p * p) if fold else 1
-    rows = max(source.shape[0] if fold else 0, n if b_out is not None else 0)
+    columns = ceil_div(k, window // p * p) if fold or a_out is not None else 1
+    rows = max(source.shape[0] if fold else int(a_out is not None), n if b_out is not None else 0)
     _launch(
-        x, lora_a, seed, low, source if fold else weight, blocks, row_scale, lora_b, v, b_out, k, r,
-        alpha, dropout,
+        x, lora_a, seed, low, source if fold else weight, blocks, row_scale, lora_b, v, b_out,
+        a_out, k, r, alpha, dropout,
         columns, ceil_div(rows, FOLD_N), n=n,
         transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, window=window,
-        r_pad=r_pad,
+        r_pad=r_pad, b_transposed=b_transposed,
     )  # fmt: skip
-    return v, b_out, low
+    return v, b_out, a_out if low is None else low
 
 
 def launch_low_rank(
@@ -213,7 +231,7 @@ def launch_low_rank(
     """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``side``."""
     low = torch.empty((token_shape(dy)[0], r_pad), dtype=dy.dtype, device=dy.device)
     _launch(
-        dy, lora_b, None, low, lora_b, None, None, None, None, None, lora_b.shape[0],
+        dy, lora_b, None, low, lora_b, None, None, None, None, None, None, lora_b.shape[0],
         lora_b.shape[1], alpha, 0.0, 1, 0, n=0,
         transposed=False, p=1, relu=True, fold=False, turn=False, window=64, r_pad=r_pad, side=side,
     )  # fmt: skip
@@ -231,6 +249,7 @@ def _launch(
     lora_b: Tensor | None,
     v: Tensor | None,
     b_out: Tensor | None,
+    a_out: Tensor | None,
     depth: int,
     r: int,
     alpha: float,
@@ -246,6 +265,7 @@ def _launch(
     turn: bool,
     window: int,
     r_pad: int,
+    b_transposed: bool = False,
     side: SideStream | None = None,
 ) -> None:
     height, k = source.shape
@@ -266,14 +286,15 @@ def _launch(
     launch(
         _prepare_kernel, (programs_low + rows * columns,),
         x, inner, seed, low,
-        source, blocks, scale, lora_b, v, b_out,
+        source, blocks, scale, lora_b, v, b_out, a_out,
         m, height, n, k, depth, r, x.shape[2] if x is not None and channel_first else m, alpha,
         0 if x is None else x.stride(-2), 0 if x is None else x.stride(0),
         source.stride(0), k, dropout, programs_low, columns,
         TRANSPOSED=transposed, DROPOUT=seed is not None, CHANNEL_FIRST=channel_first,
         P=p, RELU=relu,
         HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
-        HAS_SCALE=scale is not None, TURN=turn, HAS_B=b_out is not None,
+        HAS_SCALE=scale is not None, TURN=turn, HAS_A=a_out is not None,
+        HAS_B=b_out is not None, B_TRANSPOSED=b_transposed,
         BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_N,
         WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2,
         num_warps=4 if seed is not None or p <= 64 else 8, num_stages=2, side=side,

@@ -12,10 +12,14 @@ from prodial_kernels.kernels.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.gemm import launch_gemm
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import (
+    NARROW,
+    GemmConfig,
     choose_exact_scale,
     choose_gemm,
     choose_input_side,
+    columns_apart,
     padded_rank,
+    rides_forward,
     turns_tokens,
 )
 from prodial_kernels.kernels.output_side import launch_output_side
@@ -23,7 +27,7 @@ from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.recorder import fork, join
 from prodial_kernels.kernels.reduce import launch_reduce
 from prodial_kernels.kernels.side_stream import SideStream
-from prodial_kernels.kernels.tiles import token_shape
+from prodial_kernels.kernels.tiles import tma_ready, token_shape
 from prodial_kernels.kernels.tuned import Key, device_family, key_of, tuned
 
 
@@ -63,19 +67,42 @@ def forward(
     turns = turns_tokens(
         m, n, blocks=blocks is not None, scale=scale is not None, channel_first=x.ndim == 3
     )
-    v, b, h = launch_prepare(
+    # H is of X as it is, and of tokens by rows.
+    rides = (
+        lora_a is not None and seed is None and not (turns and blocks is not None) and not length
+        and _aligned(x, weight) and rides_forward(n, r_pad, capability=limits["capability"])
+    )  # fmt: skip
+    v, b, low = launch_prepare(
         weight, blocks, scale, lora_b, alpha=alpha, relu=relu, r_pad=r_pad,
-        x=None if lora_a is None else x, lora_a=lora_a, seed=seed, dropout=dropout,
+        x=None if lora_a is None or rides else x, lora_a=lora_a, seed=seed, dropout=dropout,
         turned=x if turns else None,
     )  # fmt: skip
     u, v = (v, weight) if turns else (x, v)
-    shape = (n, m) if length else (m, n)
-    config = choose_gemm(*shape, **limits)
-    y, _ = launch_gemm(
-        u, v, v_transposed=True,
-        config=tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0)),
-        outer=b, low=h, scale=scale if turns else None, bias=bias, length=length,
-    )  # fmt: skip
+    config = choose_gemm(*((n, m) if length else (m, n)), whole=length > 0, **limits)
+    config = tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0))
+    y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
+
+    def multiply(
+        first: int, columns: int, config: GemmConfig, side: SideStream | None = None
+    ) -> Tensor | None:
+        def of(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part.narrow(0, first, columns)
+
+        _, h = launch_gemm(
+            u, v.narrow(0, first, columns), v_transposed=True, config=config,
+            inner=low if rides else None, outer=of(b), low=None if rides else low,
+            scale=of(scale) if turns else None, bias=of(bias), length=length,
+            into=y.narrow(1, first, columns), side=side,
+        )  # fmt: skip
+        return h
+
+    apart = 0 if length or rides else columns_apart(m, n, config, limits["processors"])
+    side = fork(x.device) if apart and x.is_cuda else None
+    h = multiply(0, n - apart, config)
+    if apart:
+        multiply(n - apart, apart, NARROW, side)
+    if side is not None:
+        join(side, x.device)
     return y, h
 
 
@@ -159,6 +186,7 @@ def backward(
         sw, b, _ = launch_prepare(
             weight if scaled is None else scaled, None, scale if scaled is None else None,
             lora_b if plan.companion else None, alpha=alpha, relu=relu, r_pad=r_pad,
+            b_transposed=True,
         )  # fmt: skip
         if plan.among and dy.is_cuda:
             side = fork(dy.device)
@@ -220,6 +248,11 @@ def backward(
 def _even(*matrices: Tensor) -> bool:
     """Whether the rows of all are tokens, and begin at multiples of 16 elements."""
     return all(matrix.ndim == 2 and matrix.stride(0) % 16 == 0 for matrix in matrices)
+
+
+def _aligned(x: Tensor, weight: Tensor) -> bool:
+    """Whether the copy engine can load X, W and all that is made of them."""
+    return all(size % 8 == 0 for size in weight.shape) and tma_ready(x) and tma_ready(weight)
 
 
 def scaled_weight(weight: Tensor, scale: Tensor) -> tuple[Tensor]:

@@ -42,6 +42,7 @@ class Run:
 RUNS = (
     Run("copy engine, ragged tiles, P = 1", 200, 200, 328, 1, 16),
     Run("copy engine, more than a wave of tiles", 1200, 192, 4224, 12, 16),
+    Run("columns among the others", 2048, 64, 8512, 1, 16),
     Run("sums among the product's programs", 1024, 2048, 1032, 1, 16, bias=False),
     Run("pointers, odd sizes", 77, 66, 67, 6, 5),
     Run("dropout, blocks that straddle tiles", 130, 144, 136, 48, 17, dropout=0.25),

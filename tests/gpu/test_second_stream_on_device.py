@@ -1,7 +1,8 @@
-"""What backward runs on a second stream: beside the product, among its programs, ahead of time."""
+"""What runs on a second stream: beside a product, among its programs, ahead of time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from prodial_kernels import prodial_linear
 from prodial_kernels.kernels.backward_plan import choose_backward
+from prodial_kernels.kernels.launch import choose_gemm, columns_apart
 from prodial_kernels.kernels.projector import device_limits
 from prodial_kernels.ops import explicit
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
@@ -45,6 +47,22 @@ def test_sums_among_the_products_programs(k: int, n: int, layout: str) -> None:
     # Columns whose gradient is computed anew, while the product still runs.
     case.scale[::3] = 0.0
     assert_case_accurate(case, function, compute=torch.bfloat16)
+    assert_always_the_same(case, function)
+
+
+@pytest.mark.parametrize(("k", "n"), [(768, 8512), (264, 10576)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_last_columns_among_the_others(k: int, n: int, bias: bool) -> None:
+    limits = device_limits(torch.device("cuda", 0))
+    if limits["capability"] == (9, 0) and limits["processors"] == 132:
+        assert columns_apart(2048, n, choose_gemm(2048, n, **limits), 132)
+    case = make_case(2048, k, n, block_size=1, r=16, device="cuda")
+    case = case if bias else replace(case, bias=None)
+    assert_case_accurate(case, run, compute=torch.bfloat16)
+    assert_always_the_same(case, run)
+
+
+def assert_always_the_same(case: LinearCase, function: Callable[[LinearCase], Tensor]) -> None:
     cast = case.cast(torch.bfloat16, torch.float32)
     expected = cast.run(function)
     for _ in range(30):

@@ -146,6 +146,14 @@ def _all_of_them(quick: bool) -> Iterator[Projector]:
             plain, dtype=dtype, m=m, k=k, n=n, block_size=p, r=r, dropout=dropout,
             bias=m == 2048, x_channel_first="x" in layout, y_channel_first="y" in layout,
         )  # fmt: skip
+    # Ranks that ride along with forward's product, by every tile that it has.
+    for m, dtype, r, layout, bias in itertools.product(
+        (129, 2048, 16384), dtypes, (16, 32, 64), ("", "x"), (False, True)
+    ):
+        yield replace(
+            plain, dtype=dtype, m=m // 2 * 2 if layout else m, k=1536, n=768, r=r, bias=bias,
+            x_channel_first=bool(layout),
+        )  # fmt: skip
     # Rows that the copy engine cannot address.
     for p, r, (k, n), before in itertools.product(
         block_sizes, ranks, ((333, 257), (1340, 3355), (768, 3072)), (0, 3)

@@ -28,6 +28,17 @@ def rank_of(cost: dict[str, Any]) -> int | None:
     return None if found is None else int(found[1])
 
 
+def allowed_from_registers(cost: dict[str, Any]) -> int:
+    """How many wgmma may take A from registers: none but of a product that makes L on its way.
+
+    That hands L on to one product behind its loop, in slices of 16, or zeros where nothing becomes
+    of L, and awaits it at once; flattened loops hold it twice. test_every_launch.py runs each.
+    """
+    if cost["kernel"] != "_gemm_kernel" or "COMPANION=True" not in cost["title"]:
+        return 0
+    return 2 * (rank_of(cost) or 0) // 16
+
+
 def compiled(tmp_path: Path, *options: str) -> list[dict[str, Any]]:
     """Run ``compile_launches.py`` and return its figures."""
     figures = tmp_path / "figures.json"
@@ -56,7 +67,7 @@ def test_launches_fit_the_device(options: tuple[str, ...], tmp_path: Path) -> No
             wrong.append((cost, f"spills {cost['local']} bytes"))
         if cost["scratch"]:
             wrong.append((cost, f"needs an allocator for {cost['scratch']} bytes"))
-        if cost["register_a"]:
+        if cost["register_a"] > allowed_from_registers(cost):
             wrong.append((cost, f"{cost['register_a']} wgmma take A from registers"))
     listed = "\n".join(f"{cost['title']} [{cost['origin']}]: {what}" for cost, what in wrong)
     assert not wrong, f"{len(wrong)} of {len(costs)} launches:\n{listed}"
