@@ -80,8 +80,11 @@ _ROOMY = replace(_TALL, riding=TALL)
 # Where the widest tile takes more rounds, the tall one gains nothing: it reads L2 at its limit.
 _TALL_ROUNDS = 4
 # The widest rank with which it does: 42 KiB of shared memory and 43,000 registers, of which the
-# output side takes 39 KiB and 21,000. More rounds were not faster so.
-_AMONG_RANK, _AMONG_ROUNDS = 16, 2
+# output side takes 39 KiB and 21,000. With more rounds or more tokens it was not faster so.
+_AMONG_RANK, _AMONG_ROUNDS, _AMONG_TOKENS = 16, 2, 4096
+# How many more rounds than it needs the product may take, as a share, for multiprocessors that the
+# output side gets.
+_MORE_ROUNDS = 0.5
 
 # µs on an H100: a launch with its first and last tile; fork and join; what a tile's end adds where
 # the next one has not begun, as it has not without flattening; one tile of the output side.
@@ -158,14 +161,14 @@ def choose_backward(
         work = walk(processors)
         in_turn = multiply(fewest) + side(work, companion)
         plans.append((in_turn, BackwardPlan(config, work, companion, 0)))
-        for rounds in range(fewest, fewest + 3):
+        for rounds in range(fewest, fewest + max(3, int(_MORE_ROUNDS * fewest) + 1)):
             left = processors - ceil_div(tiles, rounds)
             if left and through_weight and (output_side or (wants_t and not companion)):
                 work = walk(left)
                 beside = max(multiply(rounds), side(work, companion)) + _FORK
                 plans.append((beside, BackwardPlan(config, work, companion, left)))
-        roomy = r_pad <= _AMONG_RANK and wide_rounds <= _AMONG_ROUNDS and not bias
-        if tile is _TALL and companion and output_side and roomy:
+        fits = r_pad <= _AMONG_RANK and wide_rounds <= _AMONG_ROUNDS and not bias
+        if tile is _TALL and companion and output_side and fits and m <= _AMONG_TOKENS:
             work = walk(processors, among=True)
             slowed, slowing = _AMONG
             own = side(work, companion)

@@ -136,6 +136,43 @@ def columns_apart(m: int, n: int, config: GemmConfig, processors: int) -> int:
     return rest if ceil_div(tiles_of(config, m, n - rest), processors) < rounds else 0
 
 
+# Bytes of a weight that are made for a product at a time, where it has at least so many tokens, and
+# how much longer it may take so.
+PANEL_BYTES, PANEL_TOKENS, _PANEL_COST = 24 * 2**20, 8192, 0.04
+
+
+def panels(m: int, features: int, row_bytes: int, config: GemmConfig) -> list[tuple[int, int]]:
+    """Split a weight that is made for a product of many tokens: (first feature, how many) of each.
+
+    The product of a part follows before the next is made, in the same memory. Parts fill whole
+    rounds of tiles; where that cannot be, there is one of all.
+
+    Args:
+        m: Tokens.
+        features: What the product has beside them: columns, or rows where it is channel-first.
+        row_bytes: Bytes of the weight for one of them.
+        config: Tile sizes and programs of the product.
+    """
+    whole = [(0, features)]
+    if m < PANEL_TOKENS or features * row_bytes <= PANEL_BYTES or not config.programs:
+        return whole
+
+    def rounds(columns: int) -> int:
+        return ceil_div(tiles_of(config, m, columns), config.programs)
+
+    most = max(1, PANEL_BYTES // (row_bytes * config.block_n))
+    fills = {
+        columns: columns / rounds(columns * config.block_n)
+        for columns in range(most // 2 + 1, most + 1)
+    }
+    step = (
+        min(c for c, fill in fills.items() if fill >= 0.99 * max(fills.values())) * config.block_n
+    )
+    parts = [(first, min(step, features - first)) for first in range(0, features, step)]
+    taken = sum(rounds(columns) for _, columns in parts)
+    return parts if taken <= (1 + _PANEL_COST) * rounds(features) else whole
+
+
 def tiles_of(config: GemmConfig, m: int, n: int) -> int:
     """How many tiles an [m, n] result has."""
     return ceil_div(m, config.block_m) * ceil_div(n, config.block_n)

@@ -13,12 +13,12 @@ from prodial_kernels.kernels.gemm import launch_gemm
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import (
     NARROW,
-    GemmConfig,
     choose_exact_scale,
     choose_gemm,
     choose_input_side,
     columns_apart,
     padded_rank,
+    panels,
     rides_forward,
     turns_tokens,
 )
@@ -72,37 +72,42 @@ def forward(
         lora_a is not None and seed is None and not (turns and blocks is not None) and not length
         and _aligned(x, weight) and rides_forward(n, r_pad, capability=limits["capability"])
     )  # fmt: skip
-    v, b, low = launch_prepare(
-        weight, blocks, scale, lora_b, alpha=alpha, relu=relu, r_pad=r_pad,
-        x=None if lora_a is None or rides else x, lora_a=lora_a, seed=seed, dropout=dropout,
-        turned=x if turns else None,
-    )  # fmt: skip
-    u, v = (v, weight) if turns else (x, v)
     config = choose_gemm(*((n, m) if length else (m, n)), whole=length > 0, **limits)
     config = tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0))
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
-
-    def multiply(
-        first: int, columns: int, config: GemmConfig, side: SideStream | None = None
-    ) -> Tensor | None:
-        def of(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.narrow(0, first, columns)
-
-        _, h = launch_gemm(
-            u, v.narrow(0, first, columns), v_transposed=True, config=config,
-            inner=low if rides else None, outer=of(b), low=None if rides else low,
-            scale=of(scale) if turns else None, bias=of(bias), length=length,
-            into=y.narrow(1, first, columns), side=side,
+    folds = (blocks is not None or scale is not None) and not turns
+    parts = panels(m, n, _row_bytes(weight, 1), config) if folds else [(0, n)]
+    apart = 0
+    if len(parts) == 1 and not length and not rides:
+        apart = columns_apart(m, n, config, limits["processors"])
+    h = None
+    for first, columns in parts:
+        passes = lora_a is not None and h is None and not rides
+        v, b, low = launch_prepare(
+            weight.narrow(0, first, columns), blocks, _part(scale, first, columns),
+            _part(lora_b, first, columns), alpha=alpha, relu=relu, r_pad=r_pad,
+            x=x if passes else None, lora_a=lora_a if passes or rides else None, seed=seed,
+            dropout=dropout, turned=x if turns else None,
         )  # fmt: skip
-        return h
-
-    apart = 0 if length or rides else columns_apart(m, n, config, limits["processors"])
-    side = fork(x.device) if apart and x.is_cuda else None
-    h = multiply(0, n - apart, config)
-    if apart:
-        multiply(n - apart, apart, NARROW, side)
-    if side is not None:
-        join(side, x.device)
+        if passes:
+            h = low
+        u, v = (v, weight) if turns else (x, v)
+        side = fork(x.device) if apart and x.is_cuda else None
+        for at, size, tiles, stream in (
+            (0, columns - apart, config, None), (columns - apart, apart, NARROW, side),
+        ):  # fmt: skip
+            if not size:
+                continue
+            _, h = launch_gemm(
+                u, v.narrow(0, at, size), v_transposed=True, config=tiles,
+                inner=low if rides else None, outer=_part(b, at, size), low=None if rides else h,
+                scale=_part(scale, at, size) if turns else None,
+                bias=_part(bias, first + at, size), length=length,
+                into=y.narrow(1, first + at, size), side=stream,
+            )  # fmt: skip
+        if side is not None:
+            join(side, x.device)
+        del u, v  # what is made next takes their place
     return y, h
 
 
@@ -177,24 +182,31 @@ def backward(
 
     side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
     sums: tuple[Tensor | None, ...] = ()
-    t = du = sw = None
+    t: Tensor | None = None
+    du: Tensor | None = None
+    sw: Tensor | None = None
     if not plan.among:
         sums = sums_over_tokens(side)
     if wants_t and not plan.companion and lora_b is not None:
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
     if through_weight:
-        sw, b, _ = launch_prepare(
-            weight if scaled is None else scaled, None, scale if scaled is None else None,
-            lora_b if plan.companion else None, alpha=alpha, relu=relu, r_pad=r_pad,
-            b_transposed=True,
-        )  # fmt: skip
-        if plan.among and dy.is_cuda:
-            side = fork(dy.device)
-        du, companion = launch_gemm(
-            dy, sw, v_transposed=False, config=plan.gemm, inner=b,
-            length=x.shape[2] if x.ndim == 3 else 0,
-        )  # fmt: skip
-        t = companion if plan.companion else t
+        du = dy.new_empty(x.shape)
+        folds = scale is not None and scaled is None
+        for first, columns in panels(m, k, _row_bytes(weight, 0), plan.gemm) if folds else [(0, k)]:
+            rides = plan.companion and first == 0
+            sw = None  # what is made next takes its place
+            sw, b, _ = launch_prepare(
+                (weight if scaled is None else scaled).narrow(1, first, columns), None,
+                scale if folds else None, lora_b if rides else None,
+                alpha=alpha, relu=relu, r_pad=r_pad, b_transposed=True,
+            )  # fmt: skip
+            if plan.among and dy.is_cuda:
+                side = fork(dy.device)
+            _, companion = launch_gemm(
+                dy, sw, v_transposed=False, config=plan.gemm, inner=b,
+                length=x.shape[2] if x.ndim == 3 else 0, into=du.narrow(1, first, columns),
+            )  # fmt: skip
+            t = companion if rides else t
     if plan.among:
         # After the product, whose programs find each a multiprocessor of its own only if first.
         sums = sums_over_tokens(side)
@@ -248,6 +260,15 @@ def backward(
 def _even(*matrices: Tensor) -> bool:
     """Whether the rows of all are tokens, and begin at multiples of 16 elements."""
     return all(matrix.ndim == 2 and matrix.stride(0) % 16 == 0 for matrix in matrices)
+
+
+def _part(rows: Tensor | None, first: int, size: int) -> Tensor | None:
+    return None if rows is None else rows.narrow(0, first, size)
+
+
+def _row_bytes(weight: Tensor, dim: int) -> int:
+    """Bytes of the weight along one dimension."""
+    return weight.shape[dim] * weight.element_size()
 
 
 def _aligned(x: Tensor, weight: Tensor) -> bool:
