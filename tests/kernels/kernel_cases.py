@@ -1,11 +1,13 @@
-"""Running a case through the kernels: any of its gradients, and under a known dropout mask."""
+"""Running a case through the kernels: any of its gradients, under a known mask, being watched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -80,3 +82,16 @@ def dropout_mask(
         )  # fmt: skip
         slices.append(kept != 0)
     return torch.cat(slices, dim=1)
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str, see: Callable[..., None]
+) -> None:
+    """Let ``see`` have the arguments of every call of a module's function, which goes on."""
+    original = getattr(module, name)
+
+    def watched(*args: Any, **options: Any) -> Any:
+        see(*args, **options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, watched)

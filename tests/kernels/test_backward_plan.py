@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_projector import run_triton
+from kernel_cases import triton_linear, watch
 
 from prodial_kernels.kernels import projector, taped
 from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
@@ -135,14 +135,12 @@ def test_the_output_side_among_the_product_is_launched_after_it(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, among: bool
 ) -> None:
     order = []
-    for name in ("launch_gemm", "launch_output_side", "launch_exact_scale"):
-        original = getattr(projector, name)
+    for name in ("gemm", "output_side", "exact_scale"):
 
-        def watched(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
-            order.append(name.removeprefix("launch_"))
-            return original(*args, **options)
+        def see(*args: Any, name: str = name, **options: Any) -> None:
+            order.append(name)
 
-        monkeypatch.setattr(projector, name, watched)
+        watch(monkeypatch, projector, f"launch_{name}", see)
 
     def choose(*args: Any, **options: Any) -> BackwardPlan:
         return replace(choose_backward(*args, **options), side_processors=0, among=among)
@@ -150,7 +148,7 @@ def test_the_output_side_among_the_product_is_launched_after_it(
     monkeypatch.setattr(projector, "choose_backward", choose)
     taped.forget()
     case = make_case(40, 48, 32, block_size=1, r=4, device=kernel_device)
-    assert_case_accurate(case, run_triton, compute=torch.float16)
+    assert_case_accurate(case, triton_linear, compute=torch.float16)
     taped.forget()
     sums = ["output_side", "exact_scale"]
     assert order == ["gemm", *(["gemm", *sums] if among else [*sums, "gemm"])]

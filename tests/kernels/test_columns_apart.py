@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_projector import run_triton
+from kernel_cases import triton_linear, watch
+from torch import Tensor
 
 from prodial_kernels.kernels import projector, taped
 from prodial_kernels.kernels.launch import NARROW, choose_gemm, columns_apart
@@ -34,13 +35,11 @@ def test_the_same_product_in_two_launches(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, m: int, n: int, bias: bool
 ) -> None:
     launched = []
-    original = projector.launch_gemm
 
-    def watched(*args: Any, **options: Any) -> Any:
-        launched.append((options["config"], args[1].shape[0]))
-        return original(*args, **options)
+    def see(x: Tensor, v: Tensor, **options: Any) -> None:
+        launched.append((options["config"], v.shape[0]))
 
-    monkeypatch.setattr(projector, "launch_gemm", watched)
+    watch(monkeypatch, projector, "launch_gemm", see)
     monkeypatch.setattr(projector, "rides_forward", lambda *args, **options: False)
     monkeypatch.setattr(
         projector, "device_limits", lambda device: {"capability": (9, 0), "processors": 4}
@@ -48,7 +47,7 @@ def test_the_same_product_in_two_launches(
     taped.forget()
     case = make_case(m, 32, n, block_size=1, r=4, device=kernel_device)
     case = case if bias else replace(case, bias=None)
-    assert_case_accurate(case, run_triton, compute=torch.float16)
+    assert_case_accurate(case, triton_linear, compute=torch.float16)
     taped.forget()
     (_, most), (config, rest), _ = launched
     assert (most, rest, config) == (256, n - 256, NARROW)

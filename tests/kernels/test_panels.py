@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import watch
 from test_channel_first import LAYOUTS, run
 
 from prodial_kernels.kernels import launch, projector, taped
@@ -58,13 +59,7 @@ def test_both_ways_give_the_definition(
     monkeypatch.setattr(launch, "_PANEL_COST", 10.0)
     monkeypatch.setattr(projector, "rides_forward", lambda *args, **options: rides)
     seen = []
-    original = projector.panels
-
-    def watched(*args: Any) -> Any:
-        seen.append(len(original(*args)))
-        return original(*args)
-
-    monkeypatch.setattr(projector, "panels", watched)
+    watch(monkeypatch, projector, "panels", lambda *args: seen.append(len(panels(*args))))
     taped.forget()
     case = make_case((2, 272), 264, 528, block_size=1, r=5, device=kernel_device)
     for part in ({}, {"lora_a": None, "lora_b": None}):

@@ -9,26 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_cases import triton_linear
 from torch import Tensor
 
 from prodial_kernels import prodial_linear
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
-
-
-def run_triton(case: LinearCase) -> Tensor:
-    return prodial_linear(
-        case.x,
-        case.weight,
-        blocks=case.blocks,
-        scale=case.scale,
-        lora_a=case.lora_a,
-        lora_b=case.lora_b,
-        bias=case.bias,
-        lora_scaling=case.lora_scaling,
-        diagonal=case.diagonal,
-        impl="triton",
-    )
-
 
 SHAPES = [
     pytest.param((37,), 48, 40, 1, 4, id="M37-K48-N40-P1-r4"),
@@ -57,7 +42,7 @@ def test_output_and_gradients_match_fp64(
     case = make_case(
         tokens, k, n, block_size=block_size, r=r, diagonal=diagonal, device=kernel_device
     )
-    assert_case_accurate(case, run_triton, compute=torch.float16)
+    assert_case_accurate(case, triton_linear, compute=torch.float16)
 
 
 PARTS = {
@@ -75,7 +60,7 @@ PARTS = {
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
 def test_every_part_is_optional(kernel_device: str, parts: dict[str, None]) -> None:
     case = make_case(21, 24, 40, block_size=6, device=kernel_device)
-    assert_case_accurate(replace(case, **parts), run_triton, compute=torch.float16)
+    assert_case_accurate(replace(case, **parts), triton_linear, compute=torch.float16)
 
 
 def test_scale_gradient_is_exact_for_every_scale(kernel_device: str) -> None:
@@ -83,7 +68,7 @@ def test_scale_gradient_is_exact_for_every_scale(kernel_device: str) -> None:
     scale = case.scale
     assert scale is not None
     scale[::5], scale[1::5], scale[2::5], scale[3::5] = 0.0, -1.0, 1e-3, -1e-6
-    assert_case_accurate(case, run_triton, compute=torch.float16)
+    assert_case_accurate(case, triton_linear, compute=torch.float16)
 
 
 @pytest.mark.parametrize("part", ["lora_b", "bias"])
@@ -98,18 +83,18 @@ def test_scale_gradient_where_other_terms_outgrow_it(
     own = case.scale * (case.x @ case.weight.T)
     times = factor * own.norm(dim=0) / term.expand_as(own).norm(dim=0)
     grown *= times if part == "bias" else times[:, None]
-    assert_case_accurate(case, run_triton, compute=torch.float16)
+    assert_case_accurate(case, triton_linear, compute=torch.float16)
     grown[::2] *= 0.01
-    assert_case_accurate(case, run_triton, compute=torch.float16)
+    assert_case_accurate(case, triton_linear, compute=torch.float16)
 
 
 @pytest.mark.parametrize("trained", LinearCase.TRAINED)
 def test_each_gradient_alone(kernel_device: str, trained: str) -> None:
     case = make_case(21, 24, 40, block_size=6, device=kernel_device)
     case = case.cast(torch.float16, torch.float32)
-    everything = case.run(run_triton)[f"d_{trained}"]
+    everything = case.run(triton_linear)[f"d_{trained}"]
     leaf = getattr(case, trained).requires_grad_()
-    output = run_triton(case)
+    output = triton_linear(case)
     (alone,) = torch.autograd.grad(output, leaf, case.grad_output)
     assert torch.equal(alone, everything)
 
@@ -119,7 +104,7 @@ def test_rows_with_a_stride_and_an_expanded_gradient(kernel_device: str) -> None
     case = case.cast(torch.float16, torch.float32)
     wide = torch.randn(20, 96, device=kernel_device)
     strided = replace(case, x=wide[:, 24:72], grad_output=case.grad_output[:1].expand(20, 40))
-    assert_case_accurate(strided, run_triton, compute=torch.float16)
+    assert_case_accurate(strided, triton_linear, compute=torch.float16)
 
 
 def test_weight_and_bias_in_any_layout(kernel_device: str) -> None:
@@ -131,13 +116,13 @@ def test_weight_and_bias_in_any_layout(kernel_device: str) -> None:
     assert transposed.weight.stride() == (1, 40)
     assert transposed.bias is not None
     assert transposed.bias.stride() == (2,)
-    assert_case_accurate(transposed, run_triton, compute=torch.float16)
+    assert_case_accurate(transposed, triton_linear, compute=torch.float16)
 
 
 def test_two_runs_are_bit_equal(kernel_device: str) -> None:
     case = make_case(70, 48, 40, block_size=6, device=kernel_device)
     case = case.cast(torch.float16, torch.float32)
-    first, second = case.run(run_triton), case.run(run_triton)
+    first, second = case.run(triton_linear), case.run(triton_linear)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
 
@@ -191,4 +176,4 @@ def test_nan_reaches_the_output(kernel_device: str) -> None:
     )
     assert case.blocks is not None
     case.blocks[1, 2, 2] = float("nan")
-    assert run_triton(case).isnan().all()
+    assert triton_linear(case).isnan().all()

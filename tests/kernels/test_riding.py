@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_projector import run_triton
+from kernel_cases import triton_linear, watch
 
 from prodial_kernels.kernels import projector, taped
 from prodial_kernels.kernels.launch import MAX_FUSED_RANK, rides_forward
@@ -36,20 +36,17 @@ def test_on_no_device_where_it_was_not_measured(capability: tuple[int, int]) -> 
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which launch made H, call by call."""
     calls = []
-    prepare, gemm = projector.launch_prepare, projector.launch_gemm
 
-    def watched_prepare(*args: Any, x: Any = None, **options: Any) -> Any:
+    def see_prepare(*args: Any, x: Any = None, **options: Any) -> None:
         if x is not None:
             calls.append("prepare")
-        return prepare(*args, x=x, **options)
 
-    def watched_gemm(*args: Any, **options: Any) -> Any:
+    def see_gemm(*args: Any, **options: Any) -> None:
         if options.get("inner") is not None and options.get("outer") is not None:
             calls.append("gemm")
-        return gemm(*args, **options)
 
-    monkeypatch.setattr(projector, "launch_prepare", watched_prepare)
-    monkeypatch.setattr(projector, "launch_gemm", watched_gemm)
+    watch(monkeypatch, projector, "launch_prepare", see_prepare)
+    watch(monkeypatch, projector, "launch_gemm", see_gemm)
     return calls
 
 
@@ -66,7 +63,7 @@ def test_both_ways_give_the_definition(
     taped.forget()
     case = case_of(kernel_device, r=r)
     for part in ({}, {"bias": None}, {"blocks": None}, {"scale": None}):
-        assert_case_accurate(replace(case, **part), run_triton, compute=torch.float16)
+        assert_case_accurate(replace(case, **part), triton_linear, compute=torch.float16)
     taped.forget()
     assert set(made) == {"gemm" if rides else "prepare"}
 
@@ -78,6 +75,6 @@ def test_not_where_rows_are_not_aligned_or_tokens_are_turned(
     kernel_device: str, made: list[str], shape: dict[str, int]
 ) -> None:
     taped.forget()
-    assert_case_accurate(case_of(kernel_device, **shape), run_triton, compute=torch.float16)
+    assert_case_accurate(case_of(kernel_device, **shape), triton_linear, compute=torch.float16)
     taped.forget()
     assert set(made) == {"prepare"}

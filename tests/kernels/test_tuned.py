@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_projector import run_triton
+from kernel_cases import triton_linear, watch
 
 from prodial_kernels.kernels import projector, taped, tuned
 from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
@@ -30,14 +30,12 @@ def run_and_watch(
     taped.forget()
     used: dict[str, list[Any]] = {}
     for name in ("launch_gemm", "launch_output_side", "launch_input_side"):
-        original = getattr(projector, name)
 
-        def watched(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+        def see(*args: Any, name: str = name, **options: Any) -> None:
             used.setdefault(name, []).append(options["config"])
-            return original(*args, **options)
 
-        monkeypatch.setattr(projector, name, watched)
-    assert_case_accurate(case, run_triton, compute=torch.float16)
+        watch(monkeypatch, projector, name, see)
+    assert_case_accurate(case, triton_linear, compute=torch.float16)
     taped.forget()
     return used
 
