@@ -86,7 +86,7 @@ SWEEPS = (
     Sweep(
         "backward", "choose_backward",
         {
-            "companion": (False, True), "among": (False, True),
+            "companion": (False, True), "among": (False, True), "late": (False, True),
             "side_processors": (0, 8, 16, 24, 32),
             **{f"gemm.{name}": values for name, values in _GEMM.items()},
             **{f"output_side.{name}": values for name, values in _SIDE.items()},

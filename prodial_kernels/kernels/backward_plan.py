@@ -12,8 +12,10 @@ from prodial_kernels.kernels.launch import (
     WIDE,
     GemmConfig,
     OutputSideConfig,
+    begins_early,
     ceil_div,
     choose_output_side,
+    fold_programs,
     pointer_gemm,
     tiles_of,
     walked_tiles,
@@ -32,6 +34,7 @@ class BackwardPlan:
             own) gets beside the product; 0 where both run on all of them.
         among: Where they do, whether at the same time: the output side then begins after the
             product, with what that leaves of each multiprocessor. Else it comes before.
+        late: Whether the output side, beside the product, may go on beside the input side too.
     """
 
     gemm: GemmConfig
@@ -39,6 +42,7 @@ class BackwardPlan:
     companion: bool
     side_processors: int
     among: bool = False
+    late: bool = False
 
     def on(self, processors: int) -> BackwardPlan:
         """Return the plan with as many programs as its share of ``processors`` takes."""
@@ -92,6 +96,11 @@ _LAUNCH, _FORK, _TILE_END, _WALK_TILE = 3.5, 2.0, 0.5, 0.63
 # Among the product's programs the output side takes the first of these as long as alone, and the
 # product the second of that longer.
 _AMONG = (1.3, 0.15)
+# What a sum over the tokens takes longer at rank 64 than at 16, as a share.
+_WALK_RANK = 0.24
+# µs of what comes before the product, besides its memory, and µs that the output side must hold the
+# input side up for that to go first: reduce is then not launched early.
+_PREPARE, _LATE = 1.0, 1.0
 # Bytes per µs there: of the memory; what T's own product reads, on one multiprocessor and at most.
 _MEMORY_RATE, _T_RATE, _T_LIMIT = 2.4e6, 60e3, 2.0e6
 
@@ -147,9 +156,14 @@ def choose_backward(
     rows, columns = (k, m) if channel_first else (m, k)
     wide_rounds = ceil_div(tiles_of(WIDE, rows, columns), processors)
     sizes = (_WIDE, _TALL) if wide_rounds <= _TALL_ROUNDS else (_WIDE,)
+    prepare = _PREPARE + 4 * n * k / _MEMORY_RATE
     plans: list[tuple[float, BackwardPlan]] = []
     for tile, companion in product(sizes, (True, False) if rides else (False,)):
         config = replace(tile.riding if companion else tile.alone, programs=processors)
+        # Behind the launch that scales the weight, which also makes T's factor.
+        scaling = fold_programs(n, k, 1)
+        early = companion and begins_early(config, scaling, processors=processors)
+        config = replace(config, early=early)
         tiles = tiles_of(config, rows, columns)
         fewest = ceil_div(tiles, processors)
 
@@ -165,8 +179,11 @@ def choose_backward(
             left = processors - ceil_div(tiles, rounds)
             if left and through_weight and (output_side or (wants_t and not companion)):
                 work = walk(left)
-                beside = max(multiply(rounds), side(work, companion)) + _FORK
-                plans.append((beside, BackwardPlan(config, work, companion, left)))
+                own, others = multiply(rounds), side(work, companion)
+                # T is needed by the input side.
+                late = companion and others > prepare + own + _LATE
+                plan = BackwardPlan(config, work, companion, left, late=late)
+                plans.append((max(own, others) + _FORK, plan))
         fits = r_pad <= _AMONG_RANK and wide_rounds <= _AMONG_ROUNDS and not bias
         if tile is _TALL and companion and output_side and fits and m <= _AMONG_TOKENS:
             work = walk(processors, among=True)
@@ -197,6 +214,7 @@ def _side_time(
         # Two launches: exact_scale follows.
         columns, tiles = ceil_div(n, work.block_n), ceil_div(m, work.block_m)
         tile = _WALK_TILE * work.block_m * work.block_n / (64 * 128)
+        tile *= 1 + _WALK_RANK * (r_pad - 16) / 48
         walked = walked_tiles(columns, tiles, work.items // columns, work.programs) * tile
         time += 2 * _LAUNCH + max(walked, 4 * m * n / _MEMORY_RATE)
     if apart:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import MAX_FUSED_RANK, GemmConfig, pointer_gemm
+from prodial_kernels.kernels.overlap import launched_early, wait_for_results
 from prodial_kernels.kernels.recorder import launch
 from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import (
@@ -17,9 +18,8 @@ from prodial_kernels.kernels.tiles import (
     token_shape,
 )
 
-# The widest slice of L that the epilogue adds at a time; by pointers, slices of 32 came out wrong
-# or reached outside of memory (triton 3.6.0, H100), slices of 16 are right.
-SLICE = 32
+# What the epilogue adds of L at a time without the copy engine: slices of 32 came out wrong or
+# reached outside of memory (triton 3.6.0, H100), slices of 16 are right.
 POINTER_SLICE = 16
 
 
@@ -34,7 +34,7 @@ def _gemm_kernel(
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     R_PAD: tl.constexpr, R_BLOCK: tl.constexpr,
-    GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr,
+    GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X Iᵀ where COMPANION; X is left, V is right.
 
@@ -45,8 +45,11 @@ def _gemm_kernel(
     ROWS_BATCHED: X, Y and L are ``batches`` such matrices, each of M rows.
     COLUMNS_BATCHED: V, Y and O are ``batches`` such matrices, and s and the bias belong to rows,
     else to columns.
+    EARLY: begun before the launch that makes its operands has ended.
     A program owns [BLOCK_M, BLOCK_N] tiles of Y, one after another, and walks K once for each.
     """
+    if EARLY:
+        wait_for_results()
     BATCHED: tl.constexpr = ROWS_BATCHED or COLUMNS_BATCHED
     dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -234,6 +237,7 @@ def _accumulate(
 def launch_gemm(
     x: Tensor,
     v: Tensor,
+    y: Tensor,
     *,
     v_transposed: bool,
     config: GemmConfig,
@@ -243,16 +247,16 @@ def launch_gemm(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     length: int = 0,
-    into: Tensor | None = None,
     side: SideStream | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel on 16-bit operands; return (Y, L [M, R_PAD] or None).
+) -> Tensor | None:
+    """Launch the kernel on 16-bit operands; return L [M, R_PAD] where it is given or made.
 
     A channel-first result is computed as Yᵀ = Vᵀ Xᵀ, so that its rows are features.
 
     Args:
         x: [M, K] with unit inner stride, or channel-first [b, K, l].
         v: [N, K] where ``v_transposed``, else [K, N].
+        y: Y, which is written: [M, N], or channel-first [M / l, N, l].
         v_transposed: Forward (True) or towards the input (False).
         config: Tile sizes, for [N, M] where the result is channel-first.
         inner: I, [R_PAD, K]: L = X Iᵀ is computed. R_PAD ≤ MAX_FUSED_RANK; not with ``length``.
@@ -261,8 +265,7 @@ def launch_gemm(
         low: L, [M, R_PAD]; needed with ``outer``, unless ``inner`` makes it.
         scale: s, [N], applied to X V alone.
         bias: [N].
-        length: l for a channel-first Y [M / l, N, l], 0 for Y [M, N].
-        into: Y, where its place is given.
+        length: l of a channel-first Y, else 0.
         side: Where to launch; the current stream if None.
     """
     m, k = token_shape(x)
@@ -272,10 +275,6 @@ def launch_gemm(
     if x_channel_first:
         length = x.shape[2]
     batches = m // length if m and batched else 1
-    shape = (batches, n, length) if channel_first else (m, n)
-    y = into
-    if y is None:
-        y = torch.empty(shape if m else (0, *shape[1:]), dtype=x.dtype, device=x.device)
     r_pad = 16
     if inner is not None:
         r_pad = inner.shape[0]
@@ -283,7 +282,7 @@ def launch_gemm(
     elif outer is not None:
         r_pad = outer.shape[1]
     if m == 0:
-        return y, low
+        return low
 
     tokens = x if x_channel_first or not batched else x.unflatten(0, (batches, length))
     if channel_first:
@@ -304,7 +303,7 @@ def launch_gemm(
         narrow = bias is not None or (inner is not None and r_pad > 32)
         config = pointer_gemm(64 if narrow else 128, config.programs)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    r_block = r_pad if inner is not None else min(r_pad, SLICE if tma else POINTER_SLICE)
+    r_block = r_pad if tma or inner is not None else POINTER_SLICE
     wide = outer is not None and r_pad > MAX_FUSED_RANK
     update = outer is not None and not wide
     if wide:
@@ -316,6 +315,7 @@ def launch_gemm(
     flatten = config.flatten and tma and not both_wide
 
     tiles = batches * triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
+    early = config.early and x.is_cuda
     launch(
         _gemm_kernel, (min(tiles, config.programs) if config.programs else tiles,),
         tiled(left, [bk, bm] if left_t else [bm, bk], tma),
@@ -332,12 +332,13 @@ def launch_gemm(
         COMPANION=inner is not None, UPDATE=update,
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, TMA=tma,
         BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
-        GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile,
+        GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile, EARLY=early,
         num_warps=config.num_warps, num_stages=config.num_stages, side=side,
+        **launched_early(early),
     )  # fmt: skip
     if wide and outer is not None and low is not None:
         if channel_first:
             y.baddbmm_(outer.expand(batches, *outer.shape), low.view(batches, length, -1).mT)
         else:
             y.addmm_(low, outer.T)
-    return y, low
+    return low

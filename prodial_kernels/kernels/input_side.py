@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import InputSideConfig, split_tokens
+from prodial_kernels.kernels.overlap import open_way
 from prodial_kernels.kernels.recorder import launch
 from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
 
@@ -21,7 +22,7 @@ def _input_side_kernel(
     NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
     CHANNEL_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, OPEN: tl.constexpr,
 ):  # fmt: skip
     """dX = dU + dU E + dropout(T A);  partial sums of Tᵀ dropout(X) = dA and dE_g = dU_gᵀ X_g.
 
@@ -31,8 +32,10 @@ def _input_side_kernel(
     dA_part [splits, R_PAD, K], dE_part [splits, K / P, P, P].
     One program owns whole blocks within WINDOW columns of one split of the tokens: every
     ``splits``-th tile. All walk from the last tokens to the first, so that dU is met while L2 still
-    holds what the product wrote last.
+    holds what the product wrote last. OPEN: the next launch may begin early.
     """
+    if OPEN:
+        open_way()
     SPAN: tl.constexpr = (WINDOW // P) * P
     pid_k = tl.program_id(0)
     split = tl.program_id(1)
@@ -137,10 +140,12 @@ def launch_input_side(
     need_a: bool,
     need_blocks: bool,
     config: InputSideConfig,
+    opens: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Turn ``du`` into dX in place where ``need_x``; return the fp32 parts (dA, dE).
 
-    ``du`` and ``x`` are both [M, K], or both channel-first [b, K, l].
+    ``du`` and ``x`` are both [M, K], or both channel-first [b, K, l]. ``opens`` lets the next
+    launch begin early.
     """
     m, k = token_shape(x)
     p = 1 if blocks is None else blocks.shape[-1]
@@ -164,6 +169,6 @@ def launch_input_side(
         DROPOUT=seed is not None,
         NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks, CHANNEL_FIRST=x.ndim == 3,
         BLOCK_M=config.block_m, WINDOW=window, R_PAD=r_pad,
-        STAGES=config.num_stages, num_warps=config.num_warps, num_stages=2,
+        STAGES=config.num_stages, OPEN=opens, num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip
     return partial_a, partial_e

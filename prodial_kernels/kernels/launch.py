@@ -11,7 +11,10 @@ MAX_FUSED_RANK = 64
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Tile sizes of ``_gemm_kernel``. ``programs`` = 0 launches one program per tile."""
+    """Tile sizes of ``_gemm_kernel``. ``programs`` = 0 launches one program per tile.
+
+    ``early`` asks to be launched while what makes an operand still runs (overlap.py).
+    """
 
     block_m: int = 128
     block_n: int = 128
@@ -23,6 +26,7 @@ class GemmConfig:
     flatten: bool = False
     subtile: bool = False
     tma: bool = True
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,57 @@ def choose_gemm(
     wide = ceil_div(tiles_of(WIDE, m, n - apart), processors)
     tall = 0.55 * ceil_div(tiles_of(TALL, m, n), processors)
     return replace(WIDE if wide <= tall else TALL, programs=processors, flatten=True)
+
+
+# Rows of a weight, or of tokens, that one program folds.
+FOLD_ROWS = 32
+
+
+def fold_window(block_size: int) -> int:
+    """Columns that one program folds: a power of two that holds at least one block."""
+    if block_size == 1:
+        return 256
+    return max(64, 1 << (block_size - 1).bit_length())
+
+
+def fold_programs(rows: int, k: int, block_size: int) -> int:
+    """How many programs fold [rows, k] with blocks of ``block_size``."""
+    whole_blocks = fold_window(block_size) // block_size * block_size
+    return ceil_div(rows, FOLD_ROWS) * ceil_div(k, whole_blocks)
+
+
+def choose_low_rank(m: int, r_pad: int, *, dropout: bool) -> tuple[int, int]:
+    """Return (tokens of a program, depth of a step) of L = X I, [m, r_pad], as a pass over X.
+
+    Args:
+        m: Tokens.
+        r_pad: Padded rank.
+        dropout: Whether a mask is drawn on the way.
+    """
+    # Few tokens are shared out finely, so that every multiprocessor gets some; of a wide rank, many
+    # spill. With dropout the left operand comes from registers, which wgmma gets wrong in places
+    # (triton 3.6.0); 16 rows take mma instead.
+    rows, depth = (64, 128) if m >= 8192 and r_pad <= 64 else (16, 256)
+    if dropout:
+        rows, depth = 16, 128
+    if r_pad > 16:
+        # 32 columns take half the depth; a sum as wide as 128 leaves room for little.
+        depth = min(depth, 4096 // r_pad) if r_pad <= 64 else 32
+    return rows, depth
+
+
+def begins_early(config: GemmConfig, before: int, *, processors: int) -> bool:
+    """Whether a Hopper's product is launched early, behind ``before`` programs of what prepares it.
+
+    On an H100 wide tiles gain 0.5 to 2 µs. Tall ones gain as much behind 144 programs, and behind
+    288 and more lose 7 to 25%, from their first round to their last, for no reason found.
+
+    Args:
+        config: Tile sizes of the product.
+        before: Programs of the launch before.
+        processors: Multiprocessors of the device.
+    """
+    return config.tma and (config.block_m == WIDE.block_m or before <= 2 * processors)
 
 
 # The widest result in whose product H rides along, by the widest padded rank: it costs 7 to 12% of
@@ -178,11 +233,13 @@ def tiles_of(config: GemmConfig, m: int, n: int) -> int:
     return ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
 
 
-def turns_tokens(m: int, n: int, *, blocks: bool, scale: bool, channel_first: bool) -> bool:
+def turns_tokens(
+    m: int, n: int, *, blocks: bool, scale: bool, channel_first: bool, rides: bool = False
+) -> bool:
     """Whether forward makes U = X D_bᵀ and scales the product, instead of V = s ⊙ (W D_b).
 
     Either is read and written once beside the product, so the smaller of X [m, k] and W [n, k] is
-    turned; without blocks nothing has to be.
+    turned; without blocks nothing has to be. H does not ride along with tokens that are turned.
 
     Args:
         m: Tokens.
@@ -190,10 +247,13 @@ def turns_tokens(m: int, n: int, *, blocks: bool, scale: bool, channel_first: bo
         blocks: Whether there are blocks.
         scale: Whether there is a scale.
         channel_first: Whether X is; its rows are not those that are turned.
+        rides: Whether H rides along with the product where tokens are not turned.
     """
     if channel_first:
         return scale and not blocks
-    return m < n if blocks else scale
+    if not blocks:
+        return scale
+    return (2 * m if rides else m) < n
 
 
 def pointer_gemm(block_n: int, programs: int = 0) -> GemmConfig:
@@ -280,6 +340,8 @@ def choose_exact_scale(
 
 
 def choose_input_side(
+    m: int,
+    k: int,
     r_pad: int,
     block_size: int,
     *,
@@ -287,9 +349,11 @@ def choose_input_side(
     channel_first: bool,
     capability: tuple[int, int],
 ) -> InputSideConfig:
-    """Return the tile sizes for the walk over the inputs.
+    """Return the tile sizes for the walk over [m, k] inputs.
 
     Args:
+        m: Tokens.
+        k: Columns.
         r_pad: Padded rank.
         block_size: P.
         dropout: Whether a mask is drawn on the way.
@@ -301,7 +365,14 @@ def choose_input_side(
         # What a program sums is large; fewer rows and more warps keep it in registers.
         stages = 3 if r_pad <= 64 else 2 if r_pad <= 128 else 1
         return InputSideConfig(16, num_warps=8, num_stages=stages)
-    return InputSideConfig()
+    config = InputSideConfig()
+    columns = ceil_div(k, max(1, config.window // block_size) * block_size)
+    _, rows = split_tokens(m, columns, config.block_m, config.programs)
+    tiles = ceil_div(rows, config.block_m)
+    if tiles < 4:
+        # Short walks pay for their beginnings, and for the parts that they leave to add up.
+        return replace(config, programs=config.programs // 2, num_stages=3)
+    return replace(config, num_stages=3) if tiles <= 8 else config
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -5,13 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import ceil_div
+from prodial_kernels.kernels.launch import FOLD_ROWS, ceil_div, choose_low_rank, fold_window
+from prodial_kernels.kernels.overlap import open_way
 from prodial_kernels.kernels.recorder import launch
 from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
-
-# Rows of W that a program folds.
-FOLD_N = 32
 
 
 @triton.jit
@@ -26,14 +24,17 @@ def _prepare_kernel(
     HAS_SCALE: tl.constexpr, TURN: tl.constexpr, HAS_A: tl.constexpr,
     HAS_B: tl.constexpr, B_TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-    R_PAD: tl.constexpr, STAGES: tl.constexpr,
+    R_PAD: tl.constexpr, STAGES: tl.constexpr, OPEN: tl.constexpr,
 ):  # fmt: skip
     """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W + W E), A', B'.
 
     X [M, DEPTH] ([M / LENGTH, DEPTH, LENGTH] where CHANNEL_FIRST), L [M, R_PAD]; W, V [ROWS, K];
     the other shapes as in the two functions below. Where TURN, X stands for W and Eᵀ for E.
     The first ``programs_low`` programs own BLOCK_M rows of L each, the others one tile of V.
+    OPEN: the next launch may begin early.
     """
+    if OPEN:
+        open_way()
     pid = tl.program_id(0)
     if pid < programs_low:
         if HAS_LOW:
@@ -174,6 +175,7 @@ def launch_prepare(
     dropout: float = 0.0,
     turned: Tensor | None = None,
     b_transposed: bool = False,
+    opens: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return V [N, K] (``weight`` itself where nothing is folded), B', and A' or, given ``x``, L.
 
@@ -193,6 +195,7 @@ def launch_prepare(
         dropout: Probability.
         turned: X, [M, K], to be turned by the blocks where it is smaller than the weight.
         b_transposed: Whether B' = α B is [R_PAD, N] instead of [N, R_PAD].
+        opens: Whether the next launch may begin early.
     """
     n, k = weight.shape
     source, row_scale = (weight, scale) if turned is None else (turned, None)
@@ -212,15 +215,15 @@ def launch_prepare(
         r = lora_a.shape[0]
         a_out = torch.empty((r_pad, k), dtype=weight.dtype, device=weight.device)
     p = 1 if blocks is None else blocks.shape[-1]
-    window = _fold_window(p)
+    window = fold_window(p)
     columns = ceil_div(k, window // p * p) if fold or a_out is not None else 1
     rows = max(source.shape[0] if fold else int(a_out is not None), n if b_out is not None else 0)
     _launch(
         x, lora_a, seed, low, source if fold else weight, blocks, row_scale, lora_b, v, b_out,
         a_out, k, r, alpha, dropout,
-        columns, ceil_div(rows, FOLD_N), n=n,
+        columns, ceil_div(rows, FOLD_ROWS), n=n,
         transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, window=window,
-        r_pad=r_pad, b_transposed=b_transposed,
+        r_pad=r_pad, b_transposed=b_transposed, opens=opens,
     )  # fmt: skip
     return v, b_out, a_out if low is None else low
 
@@ -266,20 +269,13 @@ def _launch(
     window: int,
     r_pad: int,
     b_transposed: bool = False,
+    opens: bool = False,
     side: SideStream | None = None,
 ) -> None:
     height, k = source.shape
     m = 0 if x is None else token_shape(x)[0]
     channel_first = x is not None and x.ndim == 3
-    # Few tokens are shared out finely, so that every multiprocessor gets some; of a wide rank, many
-    # spill. With dropout the left operand comes from registers, which wgmma gets wrong in places
-    # (triton 3.6.0); 16 rows take mma instead.
-    block_m, block_k = (64, 128) if m >= 8192 and r_pad <= 64 else (16, 256)
-    if seed is not None:
-        block_m, block_k = 16, 128
-    if r_pad > 16:
-        # 32 columns take half the depth; a sum as wide as 128 leaves room for little.
-        block_k = min(block_k, 4096 // r_pad) if r_pad <= 64 else 32
+    block_m, block_k = choose_low_rank(m, r_pad, dropout=seed is not None)
     programs_low = ceil_div(m, block_m)
     if programs_low + rows * columns == 0:
         return
@@ -295,14 +291,7 @@ def _launch(
         HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
         HAS_SCALE=scale is not None, TURN=turn, HAS_A=a_out is not None,
         HAS_B=b_out is not None, B_TRANSPOSED=b_transposed,
-        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_N,
-        WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2,
+        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_ROWS,
+        WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2, OPEN=opens,
         num_warps=4 if seed is not None or p <= 64 else 8, num_stages=2, side=side,
     )  # fmt: skip
-
-
-def _fold_window(block_size: int) -> int:
-    """Columns one program folds: a power of two that holds at least one block."""
-    if block_size == 1:
-        return 256
-    return max(64, triton.next_power_of_2(block_size))

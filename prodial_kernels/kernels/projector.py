@@ -1,6 +1,6 @@
 """The order in which the kernels are launched, forward and backward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypedDict
 
@@ -8,27 +8,31 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.kernels.backward_plan import choose_backward
-from prodial_kernels.kernels.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.gemm import launch_gemm
-from prodial_kernels.kernels.input_side import launch_input_side
+from prodial_kernels.kernels.input_sums import launch_input_sums
 from prodial_kernels.kernels.launch import (
     NARROW,
+    begins_early,
+    ceil_div,
     choose_exact_scale,
     choose_gemm,
     choose_input_side,
+    choose_low_rank,
     columns_apart,
+    fold_programs,
     padded_rank,
     panels,
     rides_forward,
     turns_tokens,
 )
-from prodial_kernels.kernels.output_side import launch_output_side
+from prodial_kernels.kernels.output_sums import OutputSums, launch_output_sums
+from prodial_kernels.kernels.overlap import overlaps
 from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.recorder import fork, join
 from prodial_kernels.kernels.reduce import launch_reduce
-from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import tma_ready, token_shape
 from prodial_kernels.kernels.tuned import Key, device_family, key_of, tuned
+from prodial_kernels.kernels.weight_side import launch_weight_side
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,16 @@ def forward(
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     limits = device_limits(x.device)
     m, n = token_shape(x)[0], weight.shape[0]
-    turns = turns_tokens(
-        m, n, blocks=blocks is not None, scale=scale is not None, channel_first=x.ndim == 3
-    )
     # H is of X as it is, and of tokens by rows.
     rides = (
-        lora_a is not None and seed is None and not (turns and blocks is not None) and not length
-        and _aligned(x, weight) and rides_forward(n, r_pad, capability=limits["capability"])
+        lora_a is not None and seed is None and not length and _aligned(x, weight)
+        and rides_forward(n, r_pad, capability=limits["capability"])
     )  # fmt: skip
+    turns = turns_tokens(
+        m, n, blocks=blocks is not None, scale=scale is not None, channel_first=x.ndim == 3,
+        rides=rides,
+    )  # fmt: skip
+    rides = rides and not (turns and blocks is not None)
     config = choose_gemm(*((n, m) if length else (m, n)), whole=length > 0, **limits)
     config = tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0))
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
@@ -80,6 +86,15 @@ def forward(
     apart = 0
     if len(parts) == 1 and not length and not rides:
         apart = columns_apart(m, n, config, limits["processors"])
+    p = 1 if blocks is None else blocks.shape[-1]
+    before = fold_programs(m if turns else parts[0][1], weight.shape[1], p)
+    if lora_a is not None and not rides:
+        before += ceil_div(m, choose_low_rank(m, r_pad, dropout=seed is not None)[0])
+    # Only behind a launch of ours is it known that all before has ended, and not beside a fork.
+    prepares = folds or blocks is not None or lora_a is not None
+    opens = overlaps(limits["capability"], x) and prepares and not apart
+    early = opens and begins_early(config, before, processors=limits["processors"])
+    config = replace(config, early=early)
     h = None
     for first, columns in parts:
         passes = lora_a is not None and h is None and not rides
@@ -87,7 +102,7 @@ def forward(
             weight.narrow(0, first, columns), blocks, _part(scale, first, columns),
             _part(lora_b, first, columns), alpha=alpha, relu=relu, r_pad=r_pad,
             x=x if passes else None, lora_a=lora_a if passes or rides else None, seed=seed,
-            dropout=dropout, turned=x if turns else None,
+            dropout=dropout, turned=x if turns else None, opens=early,
         )  # fmt: skip
         if passes:
             h = low
@@ -98,12 +113,12 @@ def forward(
         ):  # fmt: skip
             if not size:
                 continue
-            _, h = launch_gemm(
-                u, v.narrow(0, at, size), v_transposed=True, config=tiles,
+            h = launch_gemm(
+                u, v.narrow(0, at, size), y.narrow(1, first + at, size), v_transposed=True,
+                config=tiles,
                 inner=low if rides else None, outer=_part(b, at, size), low=None if rides else h,
                 scale=_part(scale, at, size) if turns else None,
-                bias=_part(bias, first + at, size), length=length,
-                into=y.narrow(1, first + at, size), side=stream,
+                bias=_part(bias, first + at, size), length=length, side=stream,
             )  # fmt: skip
         if side is not None:
             join(side, x.device)
@@ -151,6 +166,7 @@ def backward(
     dscale, db, dbias = like(scale, needs.scale), like(lora_b, needs.lora_b), like(bias, needs.bias)
     da, dblocks = like(lora_a, needs.lora_a), like(blocks, needs.blocks)
     through_weight = needs.x or needs.blocks
+    opens = overlaps(limits["capability"], dy)
     output_side = dscale is not None or db is not None or dbias is not None
     wants_t = lora_b is not None and (needs.x or needs.lora_a)
     plan = choose_backward(
@@ -159,34 +175,23 @@ def backward(
     )  # fmt: skip
     plan = tuned(plan, _key("backward", limits, x, weight, r_pad)).on(limits["processors"])
 
-    def sums_over_tokens(side: SideStream | None) -> tuple[Tensor | None, ...]:
-        if not output_side:
-            return None, None, None, None
-        low = h if dscale is not None or db is not None else None
-        partial_b, partial_scale, partial_bias = launch_output_side(
-            dy, y, low, scale, lora_b, bias,
-            alpha=alpha,
-            need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
-            config=plan.output_side, side=side,
-        )  # fmt: skip
-        exact = None
-        if partial_scale is not None:
-            exact = launch_exact_scale(
-                dy, x, weight, blocks, partial_scale, relu=relu,
-                config=choose_exact_scale(
-                    limits["capability"], even=_even(dy, x, weight), among=plan.among
-                ),
-                side=side,
-            )  # fmt: skip
-        return partial_b, partial_scale, exact, partial_bias
-
+    # Beside the product, or in turn.
+    sum_outputs = partial(
+        launch_output_sums, dy, x, weight, blocks, scale, lora_b, bias, y, h,
+        alpha=alpha, relu=relu,
+        need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
+        config=plan.output_side,
+        exact=choose_exact_scale(
+            limits["capability"], even=_even(dy, x, weight), among=plan.among
+        ),
+    )  # fmt: skip
     side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
-    sums: tuple[Tensor | None, ...] = ()
+    outputs = OutputSums()
     t: Tensor | None = None
     du: Tensor | None = None
     sw: Tensor | None = None
     if not plan.among:
-        sums = sums_over_tokens(side)
+        outputs = sum_outputs(side=side)
     if wants_t and not plan.companion and lora_b is not None:
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
     if through_weight:
@@ -199,60 +204,41 @@ def backward(
                 (weight if scaled is None else scaled).narrow(1, first, columns), None,
                 scale if folds else None, lora_b if rides else None,
                 alpha=alpha, relu=relu, r_pad=r_pad, b_transposed=True,
+                opens=opens and plan.gemm.early,
             )  # fmt: skip
             if plan.among and dy.is_cuda:
                 side = fork(dy.device)
-            _, companion = launch_gemm(
-                dy, sw, v_transposed=False, config=plan.gemm, inner=b,
-                length=x.shape[2] if x.ndim == 3 else 0, into=du.narrow(1, first, columns),
+            companion = launch_gemm(
+                dy, sw, du.narrow(1, first, columns), v_transposed=False, config=plan.gemm,
+                inner=b, length=x.shape[2] if x.ndim == 3 else 0,
             )  # fmt: skip
             t = companion if rides else t
     if plan.among:
         # After the product, whose programs find each a multiprocessor of its own only if first.
-        sums = sums_over_tokens(side)
-    if side is not None:
+        outputs = sum_outputs(side=side)
+    # The input side needs T; with that at hand, it need not wait for the output side.
+    late = plan.late and (t is None or plan.companion)
+    if side is not None and not late:
         join(side, dy.device)
     # Not before: what the side stream writes must not take its place while the product reads it.
     del sw
-    partial_b, partial_scale, exact, partial_bias = sums
-
-    partial_a = partial_e = None
-    turns = needs.x and (blocks is not None or t is not None)
-    if da is not None or dblocks is not None or turns:
-        p = 1 if blocks is None else blocks.shape[-1]
-        # A wide block beside a wide rank is too much for one program: then dA, which reads no dU,
-        # the blocks' part of dX and the LoRA part come one after the other.
-        apart = t is not None and seed is not None and p > 64 and r_pad > 32
-        config = choose_input_side(
-            r_pad, p, dropout=seed is not None, channel_first=x.ndim == 3,
-            capability=limits["capability"],
-        )  # fmt: skip
-        config = tuned(config, _key("input_side", limits, x, weight, r_pad))
-        walk = partial(launch_input_side, dropout=dropout, relu=relu, config=config)
-        if apart and da is not None:
-            partial_a, _ = walk(
-                None, x, t, lora_a, blocks, seed=seed, need_x=False, need_a=True, need_blocks=False
-            )
-        if not apart:
-            partial_a, partial_e = walk(
-                du, x, t, lora_a, blocks, seed=seed, need_x=turns, need_a=da is not None,
-                need_blocks=dblocks is not None,
-            )  # fmt: skip
-        elif turns or dblocks is not None:
-            _, partial_e = walk(
-                du, x, None, None, blocks, seed=None, need_x=needs.x, need_a=False,
-                need_blocks=dblocks is not None,
-            )  # fmt: skip
-            if needs.x:
-                walk(
-                    du, x, t, lora_a, None, seed=seed, need_x=True, need_a=False,
-                    need_blocks=False,
-                )  # fmt: skip
+    config = choose_input_side(
+        m, k, r_pad, 1 if blocks is None else blocks.shape[-1], dropout=seed is not None,
+        channel_first=x.ndim == 3, capability=limits["capability"],
+    )  # fmt: skip
+    inputs = launch_input_sums(
+        du, x, t, lora_a, blocks, seed=seed, dropout=dropout, relu=relu,
+        need_x=needs.x, need_a=da is not None, need_blocks=dblocks is not None,
+        config=tuned(config, _key("input_side", limits, x, weight, r_pad)), opens=opens,
+    )  # fmt: skip
+    if side is not None and late:
+        join(side, dy.device)
     launch_reduce(
-        partial_b, partial_scale, exact, partial_bias, partial_a, partial_e,
+        outputs.b, outputs.scale, outputs.exact, outputs.bias, inputs.a, inputs.blocks,
         blocks=blocks, db=db, dscale=dscale, dbias=dbias, da=da, dblocks=dblocks,
         n=n, k=k, r=0 if lora_a is None else lora_a.shape[0], r_pad=r_pad,
         alpha=alpha, relu=relu,
+        early=opens and inputs.launched and not (side is not None and late),
     )  # fmt: skip
     return du if needs.x else None, dblocks, dscale, da, db, dbias
 
@@ -279,6 +265,32 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
 def scaled_weight(weight: Tensor, scale: Tensor) -> tuple[Tensor]:
     """Return s ⊙ W, [N, K], as :func:`backward` makes it."""
     return (launch_prepare(weight, None, scale, None, alpha=1.0, relu=True, r_pad=16)[0],)
+
+
+def weight_sums(
+    f: Tensor,
+    weight: Tensor,
+    blocks: Tensor | None,
+    scale: Tensor | None,
+    relu: bool,
+    need_scale: bool,
+    need_blocks: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return ds and dD_a, those asked for, from F = dYᵀ X [N, K]."""
+    dscale = torch.empty_like(scale) if need_scale and scale is not None else None
+    dblocks = torch.empty_like(blocks) if need_blocks and blocks is not None else None
+    if dscale is None and dblocks is None:
+        return None, None
+    partial_scale, partial_e = launch_weight_side(
+        f, weight, blocks, scale, relu=relu, need_scale=dscale is not None,
+        need_blocks=dblocks is not None,
+    )  # fmt: skip
+    launch_reduce(
+        None, partial_scale, None, None, None, partial_e,
+        blocks=blocks, db=None, dscale=dscale, dbias=None, da=None, dblocks=dblocks,
+        n=weight.shape[0], k=weight.shape[1], r=0, r_pad=16, alpha=1.0, relu=relu,
+    )  # fmt: skip
+    return dscale, dblocks
 
 
 class DeviceLimits(TypedDict):

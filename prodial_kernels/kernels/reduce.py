@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import ceil_div
+from prodial_kernels.kernels.overlap import launched_early, wait_for_results
 from prodial_kernels.kernels.recorder import launch
 
 # Elements one program sums, and parts it loads at once to hide the memory's latency.
@@ -19,17 +20,19 @@ def _reduce_kernel(
     N, K, R, splits_n, splits_k, spans, end_b, end_n, end_a, alpha,
     P: tl.constexpr, RELU: tl.constexpr,
     NEED_B: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_BIAS: tl.constexpr,
-    NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
-    R_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr, HAS_EXACT: tl.constexpr,
+    R_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """dB = α Σ dB_part, ds = Σ ds_part, dbias = Σ dbias_part, dA = Σ dA_part, dD_a = ± Σ dE_part.
 
     dB [N, R], ds, dbias [N] over splits_n parts; dA [R, K], dD_a [K / P, P, P] over splits_k parts,
     negated on the diagonal where RELU keeps it; parts as the first stage leaves them. Where
-    Σ ds_part is NaN, ds is Σ exact, [spans, N].
+    Σ ds_part is NaN and HAS_EXACT, ds is Σ exact, [spans, N].
     A program owns BLOCK elements: of dB below end_b, of ds and dbias below end_n, of dA below
-    end_a, of dD_a from there on.
+    end_a, of dD_a from there on. EARLY: begun before the launch before has ended.
     """
+    if EARLY:
+        wait_for_results()
     pid = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     if pid < end_b:
@@ -43,10 +46,11 @@ def _reduce_kernel(
         offs_n = (pid - end_b) * BLOCK + lane
         if NEED_SCALE:
             ds = _sum_parts(partial_scale_ptr, offs_n, splits_n, N, BLOCK, PARTS)
-            asked = ds != ds
-            if tl.max(tl.where(asked, 1, 0), 0) > 0:
-                exact = _sum_parts(exact_ptr, offs_n, spans, N, BLOCK, PARTS)
-                ds = tl.where(asked, exact, ds)
+            if HAS_EXACT:
+                asked = ds != ds
+                if tl.max(tl.where(asked, 1, 0), 0) > 0:
+                    exact = _sum_parts(exact_ptr, offs_n, spans, N, BLOCK, PARTS)
+                    ds = tl.where(asked, exact, ds)
             tl.store(dscale_ptr + offs_n, ds.to(dscale_ptr.dtype.element_ty), mask=offs_n < N)
         if NEED_BIAS:
             dbias = _sum_parts(partial_bias_ptr, offs_n, splits_n, N, BLOCK, PARTS)
@@ -102,8 +106,12 @@ def launch_reduce(
     r_pad: int,
     alpha: float,
     relu: bool,
+    early: bool = False,
 ) -> None:
-    """Write the gradients that are given, each from its parts [splits, ...]."""
+    """Write the gradients that are given, each from its parts [splits, ...].
+
+    ``early`` begins before the launch before has ended, which opens the way.
+    """
     outputs = [part for part in (partial_b, partial_scale, partial_bias) if part is not None]
     inputs = [part for part in (partial_a, partial_e) if part is not None]
     p = 1 if blocks is None else blocks.shape[-1]
@@ -125,7 +133,7 @@ def launch_reduce(
         P=p, RELU=relu,
         NEED_B=partial_b is not None, NEED_SCALE=partial_scale is not None,
         NEED_BIAS=partial_bias is not None, NEED_A=partial_a is not None,
-        NEED_BLOCKS=partial_e is not None,
-        R_PAD=r_pad, BLOCK=BLOCK, PARTS=PARTS,
-        num_warps=4,
+        NEED_BLOCKS=partial_e is not None, HAS_EXACT=exact is not None,
+        R_PAD=r_pad, BLOCK=BLOCK, PARTS=PARTS, EARLY=early,
+        num_warps=4, **launched_early(early),
     )  # fmt: skip

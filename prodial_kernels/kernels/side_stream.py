@@ -33,14 +33,20 @@ class SideStream:
 
 
 def side_stream(device: torch.device) -> SideStream:
-    """Return this thread's side stream on ``device``."""
-    pool: dict[torch.device, SideStream] | None = getattr(_threads, "pool", None)
+    """Return this thread's side stream on ``device``, which is not the current one.
+
+    It would be wherever a caller makes streams enough: torch has 32, which it hands out in turn.
+    """
+    pool: dict[torch.device, list[SideStream]] | None = getattr(_threads, "pool", None)
     if pool is None:
         pool = _threads.pool = {}
-    side = pool.get(device)
-    if side is None:
-        side = pool[device] = SideStream(device)
-    return side
+    sides = pool.setdefault(device, [])
+    current = current_handle(device)
+    for side in sides:
+        if side.handle != current:
+            return side
+    sides.append(SideStream(device))
+    return side_stream(device)
 
 
 def current_handle(device: torch.device) -> int:

@@ -17,10 +17,11 @@ from torch import Tensor
 from prodial_kernels.kernels.launch import padded_rank
 from prodial_kernels.ops.dense_blocks import dense_blocks_gradient, is_dense, turned_weight
 from prodial_kernels.ops.wide_rank import (
-    adapter_gradients,
     add_low_rank,
     add_low_rank_gradient,
     is_wide,
+    low_rank_gradients,
+    product_of,
     tokens_of,
 )
 
@@ -195,17 +196,23 @@ def _gradients(
             )
         weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
     if lora_a is not None and lora_b is not None and is_wide(lora_a, seed):
-        made = adapter_gradients(
-            dy, x, weight, blocks, scale, lora_a, lora_b, lora_scaling, relu,
-            need_blocks=need_blocks, need_scale=need_scale, need_a=need_a, need_b=need_b,
-        )  # fmt: skip
+        da = db = dscale = wide_dblocks = None
+        if need_blocks or need_scale or need_a or need_b:
+            product = product_of(dy, x)
+            da, db = low_rank_gradients(
+                product, lora_a, lora_b, lora_scaling, need_a=need_a, need_b=need_b
+            )
+            dscale, wide_dblocks = _taped()(
+                projector.weight_sums, (product, weight, blocks, scale),
+                (relu, need_scale, need_blocks),
+            )  # fmt: skip
         dx, *_, dbias = _gradients(
             dy, x, weight, blocks, scale, None, None, bias, None, None, None, scaled, lora_scaling,
             0.0, relu, need_x, False, False, False, False, need_bias,
         )  # fmt: skip
         if dx is not None:
             add_low_rank_gradient(dx, dy, lora_a, lora_b, lora_scaling)
-        return dx, made.blocks if dblocks is None else dblocks, *made[1:], dbias
+        return dx, wide_dblocks if dblocks is None else dblocks, dscale, da, db, dbias
     needs = _needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
     dx, tiled_dblocks, *rest = _taped()(
         projector.backward,

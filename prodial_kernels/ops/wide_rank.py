@@ -6,20 +6,18 @@ without it, and every gradient of the adapter comes from one product over the to
     F = dYᵀ X [N, K]:   dB = α F Aᵀ,  dA = α Bᵀ F,  ds = rowsum(F ⊙ (W D_b)),
                         dE_g = (s ⊙ W)_gᵀ F_g,
 
-which is exact for every s. With dropout F is not enough, and the kernels carry the term after all.
+which is right for every s. F is rounded to bf16 where that is the compute dtype, as H and U Wᵀ are
+elsewhere; fp16 may not hold its sums, and has it in fp32. With dropout F is not enough, and the
+kernels carry the term after all.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import MAX_FUSED_RANK, padded_rank
-from prodial_kernels.ops.dense_blocks import turned_weight
-from prodial_kernels.ops.diagonal import block_outer_product, deviation_backward
 
 
 def is_wide(lora_a: Tensor | None, seed: Tensor | None) -> bool:
@@ -59,52 +57,33 @@ def add_low_rank_gradient(
     _add_product(dx, t.reshape(-1, lora_a.shape[0]), lora_a.to(dy.dtype))
 
 
-class AdapterGradients(NamedTuple):
-    """Towards each trained part; None where not asked for."""
-
-    blocks: Tensor | None
-    scale: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
+def product_of(dy: Tensor, x: Tensor) -> Tensor:
+    """F = dYᵀ X [N, K] of either layouts: bf16 of bf16, fp32 of fp16."""
+    left, right = tokens_of(dy).T, tokens_of(x)
+    return left @ right if dy.dtype == torch.bfloat16 else _in_fp32(left, right)
 
 
-def adapter_gradients(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale: Tensor | None,
+def low_rank_gradients(
+    product: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     alpha: float,
-    relu: bool,
     *,
-    need_blocks: bool,
-    need_scale: bool,
     need_a: bool,
     need_b: bool,
-) -> AdapterGradients:
-    """Return the gradients that are asked for, from dY and X in either layout."""
-    dblocks = dscale = da = db = None
-    if need_blocks or need_scale or need_a or need_b:
-        product = _wide_product(tokens_of(dy).T, tokens_of(x))
-        if need_b:
-            db = (alpha * (product @ lora_a.float().T)).to(lora_b.dtype)
-        if need_a:
-            da = (alpha * (lora_b.float().T @ product)).to(lora_a.dtype)
-        if need_scale and scale is not None:
-            turned = weight if blocks is None else turned_weight(weight, blocks, relu)
-            dscale = (product * turned).sum(1).to(scale.dtype)
-        if need_blocks and blocks is not None:
-            scaled = weight.float() if scale is None else weight * scale.float()[:, None]
-            de = block_outer_product(scaled, product, blocks.shape[-1])
-            dblocks = deviation_backward(de.to(blocks.dtype), blocks, "relu" if relu else "free")
-    return AdapterGradients(dblocks, dscale, da, db)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dA and dB, those asked for, from F [N, K]."""
+    da = db = None
+    if need_a:
+        da = (alpha * _in_fp32(lora_b.T.to(product.dtype), product)).to(lora_a.dtype)
+    if need_b:
+        db = (alpha * _in_fp32(product, lora_a.T.to(product.dtype))).to(lora_b.dtype)
+    return da, db
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of 16-bit matrices, in fp32."""
-    if left.is_cuda:
+def _in_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of matrices of one dtype, in fp32."""
+    if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
 

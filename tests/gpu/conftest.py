@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent / "mixers"))
+for folder in ("kernels", "mixers"):
+    sys.path.append(str(Path(__file__).parent.parent / folder))
 
 
 @pytest.fixture

@@ -1,20 +1,23 @@
-"""What runs on a second stream: beside a product, among its programs, ahead of time."""
+"""What runs beside something else: on a second stream, or begun before the one before it ended."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from captured import captured
+from kernel_cases import watch
 from mamba_ssm_loaded import MARKS
 from test_kernels_on_device import run
 from test_mamba_ssm_models_on_device import language_model, token_ids
 from torch import Tensor
 
 from prodial_kernels import prodial_linear
-from prodial_kernels.kernels.backward_plan import choose_backward
+from prodial_kernels.kernels import gemm, projector, reduce, taped
+from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
 from prodial_kernels.kernels.launch import choose_gemm, columns_apart
 from prodial_kernels.kernels.projector import device_limits
 from prodial_kernels.ops import explicit
@@ -60,6 +63,58 @@ def test_last_columns_among_the_others(k: int, n: int, bias: bool) -> None:
     case = case if bias else replace(case, bias=None)
     assert_case_accurate(case, run, compute=torch.bfloat16)
     assert_always_the_same(case, run)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "r", "begins_early"),
+    [
+        (2048, 1536, 768, 16, True),
+        (16384, 1536, 768, 16, True),
+        (8192, 2048, 2048, 70, True),
+        # Tall tiles behind many programs, and reduce behind a late join.
+        (2048, 768, 3072, 64, False),
+    ],
+)
+def test_early_and_late_launches_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, r: int, begins_early: bool
+) -> None:
+    case = make_case(m, k, n, block_size=1, r=r, device="cuda", seed=3)
+    case = replace(case, bias=None).cast(torch.bfloat16, torch.float32)
+    early: list[bool] = []
+    with monkeypatch.context() as patches:
+        taped.forget()
+        for module in (gemm, reduce):
+            watch(
+                patches, module, "launch",
+                lambda *_, **named: early.append(named.get("launch_pdl", False)),
+            )  # fmt: skip
+        case.run(run)
+    assert any(early) == (begins_early and torch.cuda.get_device_capability()[0] == 9)
+    with monkeypatch.context() as patches:
+        taped.forget()
+        choose = projector.choose_backward
+
+        def in_turn(*args: Any, **options: Any) -> BackwardPlan:
+            plan = choose(*args, **options)
+            return replace(plan, gemm=replace(plan.gemm, early=False), late=False)
+
+        patches.setattr(projector, "overlaps", lambda *_: False)
+        patches.setattr(projector, "choose_backward", in_turn)
+        expected = case.run(run)
+    taped.forget()
+    # Tapes are recorded, replayed and captured; between them something else is running.
+    noise = torch.empty(2**24, device="cuda")
+    for _ in range(30):
+        noise.normal_()
+        for name, value in case.run(run).items():
+            assert torch.equal(value, expected[name]), name
+    replay, results = captured(lambda: case.run(run))
+    for _ in range(10):
+        for value in results.values():
+            value.fill_(float("nan"))
+        replay()
+        for name, value in results.items():
+            assert torch.equal(value, expected[name]), name
 
 
 def assert_always_the_same(case: LinearCase, function: Callable[[LinearCase], Tensor]) -> None:

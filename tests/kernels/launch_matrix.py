@@ -68,13 +68,15 @@ class Projector:
     def launch(self) -> None:
         """Run forward and backward; under a recorder nothing is computed."""
 
-        def wide(*shape: int) -> Tensor:
+        def wide_tensor(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.float32, device="cuda")
 
         def narrow(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device="cuda")
 
-        m, k, n, p, r = self.m, self.k, self.n, self.block_size, self.r
+        m, k, n, p = self.m, self.k, self.n, self.block_size
+        wide = self.r is not None and not self.dropout and self.r > MAX_FUSED_RANK
+        r = None if wide else self.r
         before = self.columns_before_x
         x, dy = narrow(m, k + before).narrow(1, before, k), narrow(m, n)
         if self.x_channel_first:
@@ -84,10 +86,10 @@ class Projector:
         operands = {
             "x": x,
             "weight": narrow(n, k),
-            "blocks": None if p is None else wide(k // p, p, p),
-            "scale": wide(n) if self.scale else None,
-            "lora_a": None if r is None else wide(r, k),
-            "lora_b": None if r is None else wide(n, r),
+            "blocks": None if p is None else wide_tensor(k // p, p, p),
+            "scale": wide_tensor(n) if self.scale else None,
+            "lora_a": None if r is None else wide_tensor(r, k),
+            "lora_b": None if r is None else wide_tensor(n, r),
             "bias": narrow(n) if self.bias else None,
             "seed": torch.empty(1, dtype=torch.int64, device="cuda") if self.dropout else None,
         }
@@ -103,22 +105,20 @@ class Projector:
         )  # fmt: skip
         kept_y = y if needs.scale else None
         projector.backward(dy, **operands, y=kept_y, h=h, scaled=None, **options, needs=needs)
+        if wide:
+            product = narrow(n, k) if self.dtype == torch.bfloat16 else wide_tensor(n, k)
+            projector.weight_sums(
+                product, operands["weight"], operands["blocks"], operands["scale"], self.relu,
+                needs.scale, needs.blocks,
+            )  # fmt: skip
 
 
 def matrix(quick: bool = False) -> Iterator[Projector]:
     """Every projector of the check; the launches they share are compiled once.
 
-    Without those whose ranks are left to library products.
-
     Args:
         quick: Fewer block sizes and ranks: those that put the least and the most on the chip.
     """
-    for each in _all_of_them(quick):
-        if each.r is None or each.dropout or each.r <= MAX_FUSED_RANK:
-            yield each
-
-
-def _all_of_them(quick: bool) -> Iterator[Projector]:
     plain = Projector()
     block_sizes = (None, 1, 48, 128) if quick else BLOCK_SIZES
     ranks = (None, 4, 64, 256) if quick else RANKS

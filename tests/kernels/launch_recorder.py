@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from prodial_kernels.kernels import side_stream
+
 
 @dataclass(frozen=True)
 class Device:
@@ -147,6 +149,7 @@ class Recorder:
                 (torch.cuda, "device", lambda *_: contextlib.nullcontext()),
                 (torch.cuda, "stream", lambda *_: contextlib.nullcontext()),
                 (torch.cuda, "current_stream", _Anything),
+                (side_stream, "current_handle", lambda _: 0),
                 (torch.cuda, "Stream", _Anything),
                 (torch.cuda, "Event", _Anything),
                 (FakeTensor, "record_stream", lambda *_: None),

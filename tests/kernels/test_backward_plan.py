@@ -9,9 +9,14 @@ import pytest
 import torch
 from kernel_cases import triton_linear, watch
 
-from prodial_kernels.kernels import projector, taped
+from prodial_kernels.kernels import output_sums, projector, taped
 from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
-from prodial_kernels.kernels.launch import ceil_div, choose_output_side, tiles_of
+from prodial_kernels.kernels.launch import (
+    ceil_div,
+    choose_input_side,
+    choose_output_side,
+    tiles_of,
+)
 from prodial_kernels.testing import assert_case_accurate, make_case
 
 PROCESSORS = 132
@@ -135,12 +140,14 @@ def test_the_output_side_among_the_product_is_launched_after_it(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, among: bool
 ) -> None:
     order = []
-    for name in ("gemm", "output_side", "exact_scale"):
+    for module, name in (
+        (projector, "gemm"), (output_sums, "output_side"), (output_sums, "exact_scale"),
+    ):  # fmt: skip
 
         def see(*args: Any, name: str = name, **options: Any) -> None:
             order.append(name)
 
-        watch(monkeypatch, projector, f"launch_{name}", see)
+        watch(monkeypatch, module, f"launch_{name}", see)
 
     def choose(*args: Any, **options: Any) -> BackwardPlan:
         return replace(choose_backward(*args, **options), side_processors=0, among=among)
@@ -178,3 +185,14 @@ def test_no_other_number_of_splits_takes_fewer_rounds_of_tiles(
     best = min(longest(columns * splits) for splits in range(1, 33))
     assert longest(config.items) <= best + 1.6
     assert config == replace(config, programs=programs)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "programs", "stages"),
+    [(2048, 768, 132, 3), (2048, 1536, 264, 3), (16384, 768, 264, 4), (2048, 4096, 264, 4)],
+)
+def test_short_walks_over_the_inputs_take_fewer_programs_or_stages(
+    m: int, k: int, programs: int, stages: int
+) -> None:
+    config = choose_input_side(m, k, 16, 1, dropout=False, channel_first=False, capability=(9, 0))
+    assert (config.programs, config.num_stages) == (programs, stages)

@@ -36,7 +36,7 @@ def test_the_same_product_in_two_launches(
 ) -> None:
     launched = []
 
-    def see(x: Tensor, v: Tensor, **options: Any) -> None:
+    def see(x: Tensor, v: Tensor, y: Tensor, **options: Any) -> None:
         launched.append((options["config"], v.shape[0]))
 
     watch(monkeypatch, projector, "launch_gemm", see)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_cases import triton_linear, watch
 
-from prodial_kernels.kernels import projector, taped, tuned
+from prodial_kernels.kernels import input_sums, output_sums, projector, taped, tuned
 from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
 from prodial_kernels.kernels.launch import GemmConfig
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
@@ -29,12 +29,15 @@ def run_and_watch(
     monkeypatch.setattr(projector, "tuned", partial(tuned.tuned, table=table))
     taped.forget()
     used: dict[str, list[Any]] = {}
-    for name in ("launch_gemm", "launch_output_side", "launch_input_side"):
+    for module, name in (
+        (projector, "launch_gemm"), (output_sums, "launch_output_side"),
+        (input_sums, "launch_input_side"),
+    ):  # fmt: skip
 
         def see(*args: Any, name: str = name, **options: Any) -> None:
             used.setdefault(name, []).append(options["config"])
 
-        watch(monkeypatch, projector, name, see)
+        watch(monkeypatch, module, name, see)
     assert_case_accurate(case, triton_linear, compute=torch.float16)
     taped.forget()
     return used

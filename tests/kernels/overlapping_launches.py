@@ -1,0 +1,145 @@
+"""Writes down the launches of some projectors in order, with forks and joins, as JSON.
+
+python overlapping_launches.py FILE
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from launch_matrix import Projector, record
+from launch_recorder import DEVICES, Launch, Recorder
+from triton.backends.compiler import GPUTarget
+
+from prodial_kernels.kernels import (
+    exact_scale,
+    gemm,
+    input_side,
+    output_side,
+    prepare,
+    projector,
+    reduce,
+)
+
+BF16 = Projector(bias=False)
+# Plans of every kind, and some without what opens the way.
+PROJECTORS = {
+    "beside": replace(BF16, k=1536, n=768),
+    "among": BF16,
+    "late": replace(BF16, r=64),
+    "many tokens": replace(BF16, m=16384, k=1536, n=768),
+    "in parts": replace(BF16, m=16384, k=2048, n=8192),
+    "columns apart": replace(BF16, k=2048, n=8512),
+    "channel-first X": replace(BF16, k=4096, n=2048, x_channel_first=True),
+    "channel-first Y": replace(BF16, m=4096, k=768, n=1536, y_channel_first=True),
+    "no LoRA, no blocks": replace(BF16, m=4096, k=1024, block_size=None, r=None),
+    "only LoRA": replace(BF16, m=4096, k=1024, block_size=None, scale=False),
+    "only s and B": replace(BF16, m=4096, k=1024, needs=(False, False, True, False, True, False)),
+    "one walk after another": replace(BF16, m=16384, k=768, block_size=96, r=64, dropout=True),
+}
+
+
+@dataclass
+class Step:
+    """A launch, or a fork or join of the side stream.
+
+    Attributes:
+        name: The kernel, or the edge.
+        side: Whether it is on the side stream.
+        opens: Whether the next launch may begin early.
+        early: Whether the driver is asked to begin it early.
+        waits: Whether the kernel then waits.
+    """
+
+    name: str
+    side: bool = False
+    opens: bool = False
+    early: bool = False
+    waits: bool = False
+
+
+def steps_of(each: Projector, arch: int) -> list[Step]:
+    """What forward and backward ask for, in order."""
+    steps: list[Step] = []
+
+    def seen(original: Callable[..., Any], step: Callable[..., Step]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            steps.append(step(*args, **named))
+            return original(*args, **named)
+
+        return call
+
+    def launched(kernel: Any, *_: Any, side: Any = None, **named: Any) -> Step:
+        return Step(
+            kernel.__name__.removeprefix("_").removesuffix("_kernel"), side is not None,
+            opens=named.get("OPEN", False), early=named.get("launch_pdl", False),
+            waits=named.get("EARLY", False),
+        )  # fmt: skip
+
+    with ExitStack() as stack:
+        for module in (exact_scale, gemm, input_side, output_side, prepare, reduce):
+            stack.enter_context(mock.patch.object(module, "launch", seen(module.launch, launched)))
+        for edge in ("fork", "join"):
+            watched = seen(getattr(projector, edge), lambda *_, name=edge: Step(name))
+            stack.enter_context(mock.patch.object(projector, edge, watched))
+        recorder = Recorder()
+        with recorder.on(DEVICES[arch]):
+            record(recorder, iter([each]))
+    return steps
+
+
+def waits_first(launch: Launch) -> bool:
+    """Whether a kernel's code waits for the launch before it, and before it reads or writes."""
+    ptx = code_of(launch)
+    touched = re.search(r"\b(?:ld|st|cp\.async\S*)\.\S*global", ptx)
+    assert touched is not None
+    return 0 < ptx.find("griddepcontrol.wait") < touched.start()
+
+
+def opens_first(launch: Launch) -> bool:
+    """Whether a kernel's code opens the way before anything else."""
+    ptx = code_of(launch)
+    touched = re.search(r"\b(?:ld|st|cp\.async\S*)\.\S*global", ptx)
+    assert touched is not None
+    return 0 < ptx.find("griddepcontrol.launch_dependents") < touched.start()
+
+
+def code_of(launch: Launch) -> str:
+    """The kernel's PTX."""
+    target = GPUTarget("cuda", launch.device.arch, 32)
+    compiled = triton.compile(launch.source, target=target, options=launch.options)
+    return str(compiled.asm["ptx"])
+
+
+def main(file: Path) -> None:
+    """Write the steps by architecture and projector, and what the code of four kernels does."""
+    orders = {
+        str(arch): {
+            name: [asdict(step) for step in steps_of(each, arch)]
+            for name, each in PROJECTORS.items()
+        }
+        for arch in (80, 90, 100)
+    }
+    recorder = Recorder()
+    with recorder.on(DEVICES[90]):
+        launches = record(recorder, iter([PROJECTORS["beside"]]))
+    early = [each for each in launches if each.constants.get("EARLY")]
+    opening = [each for each in launches if each.constants.get("OPEN")]
+    code = {
+        "waits": {each.kernel: waits_first(each) for each in early},
+        "opens": {each.kernel: opens_first(each) for each in opening},
+    }
+    file.write_text(json.dumps({"orders": orders, "code": code}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

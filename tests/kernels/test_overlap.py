@@ -1,0 +1,118 @@
+"""Launches that begin before the one before them has ended: which may, and that they wait."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from uninterpreted import run_uninterpreted
+
+from prodial_kernels.kernels.backward_plan import choose_backward
+from prodial_kernels.kernels.launch import (
+    TALL,
+    WIDE,
+    begins_early,
+    fold_programs,
+    pointer_gemm,
+    turns_tokens,
+)
+from prodial_kernels.kernels.overlap import overlaps
+
+HOPPER: dict[str, Any] = {"capability": (9, 0), "processors": 132}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What overlapping_launches.py writes."""
+    folder = tmp_path_factory.mktemp("overlap")
+    run_uninterpreted(folder, "overlapping_launches.py", str(folder / "found.json"))
+    return json.loads((folder / "found.json").read_text())
+
+
+def test_early_is_only_what_follows_a_launch_that_opens_the_way(found: dict[str, Any]) -> None:
+    for name, steps in found["orders"]["90"].items():
+        for before, step in zip([{"name": "nothing", "opens": False}, *steps], steps, strict=False):
+            assert step["early"] == step["waits"], (name, step)
+            if step["early"]:
+                assert not step["side"], (name, step)
+                assert before["opens"], f"{name}: {step['name']} is early behind {before['name']}"
+            # Else what is two launches behind would not be known to have ended.
+            assert not (step["waits"] and step["opens"]), (name, step)
+
+
+def test_no_other_device_has_such_launches(found: dict[str, Any]) -> None:
+    for arch in ("80", "100"):
+        for name, steps in found["orders"][arch].items():
+            assert steps, name
+            assert not [step for step in steps if step["opens"] or step["early"] or step["waits"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("beside", ["gemm", "gemm", "reduce"]),
+        ("among", ["reduce"]),
+        # Tall tiles behind many programs; and a join stands between the input side and reduce.
+        ("late", []),
+        ("many tokens", ["gemm", "gemm", "reduce"]),
+    ],
+)
+def test_the_launches_that_gain_are_early(
+    found: dict[str, Any], name: str, expected: list[str]
+) -> None:
+    steps = found["orders"]["90"][name]
+    assert [step["name"] for step in steps if step["early"]] == expected
+
+
+def test_the_code_waits_and_opens_before_it_touches_memory(found: dict[str, Any]) -> None:
+    assert found["code"] == {
+        "waits": {"_gemm_kernel": True, "_reduce_kernel": True},
+        "opens": {"_prepare_kernel": True, "_input_side_kernel": True},
+    }
+
+
+def test_late_is_a_join_behind_the_input_side(found: dict[str, Any]) -> None:
+    steps = [step["name"] for step in found["orders"]["90"]["late"]]
+    assert steps[-3:] == ["input_side", "join", "reduce"]
+    steps = [step["name"] for step in found["orders"]["90"]["beside"]]
+    assert steps[-3:] == ["join", "input_side", "reduce"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "block_size", "programs"),
+    [(768, 1536, 1, 144), (3072, 768, 1, 288), (768, 1536, 24, 24 * 32), (33, 96, 96, 2)],
+)
+def test_tall_tiles_are_early_behind_few_programs(
+    rows: int, k: int, block_size: int, programs: int
+) -> None:
+    assert fold_programs(rows, k, block_size) == programs
+    assert begins_early(TALL, programs, processors=132) == (programs <= 264)
+    assert begins_early(WIDE, programs, processors=132)
+    assert not begins_early(pointer_gemm(64), 1, processors=132)
+
+
+def test_the_input_side_waits_unless_the_output_side_takes_longer_than_the_product() -> None:
+    options: dict[str, Any] = {
+        "wants_t": True, "output_side": True, "through_weight": True, "bias": False,
+        "channel_first": False, **HOPPER,
+    }  # fmt: skip
+    assert choose_backward(2048, 3072, 768, 64, **options).late
+    for shape in ((2048, 768, 1536), (16384, 768, 1536), (16384, 3072, 768)):
+        for r_pad in (16, 64):
+            assert not choose_backward(*shape, r_pad, **options).late
+
+
+@pytest.mark.parametrize(
+    ("m", "rides", "turns"), [(2048, True, False), (1024, True, True), (2048, False, True)]
+)
+def test_fewer_tokens_are_turned_where_h_could_ride(m: int, rides: bool, turns: bool) -> None:
+    options: dict[str, Any] = {"blocks": True, "scale": True, "channel_first": False}
+    assert turns_tokens(m, 3072, **options, rides=rides) == turns
+
+
+def test_nothing_is_early_where_nothing_runs_beside(kernel_device: str) -> None:
+    operand = torch.empty(1, device=kernel_device)
+    assert overlaps((9, 0), operand) == operand.is_cuda
+    assert not overlaps((8, 0), operand)
