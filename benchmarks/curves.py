@@ -35,7 +35,7 @@ from prodial_kernels.training.method import prepare_method
 from prodial_kernels.training.model import load_model
 from prodial_kernels.training.norms import fuse_norms
 from prodial_kernels.training.packing import PackedBatches
-from prodial_kernels.training.planning import requested_levels
+from prodial_kernels.training.planning import block_levels
 from prodial_kernels.training.steps import make_step
 
 # A saving may deviate so many times as much as another order of the same sums does.
@@ -153,7 +153,7 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     # Each by itself; a run fuses its norms whatever its blocks keep.
     if variant.norms:
         fuse_norms(model)
-    levels = requested_levels(model, config.chosen_activations)
+    levels = block_levels(model, config.chosen_activations)
     checkpoints = levels is not None and apply_levels(model, levels).checkpoints
     model.train()
     batches = PackedBatches(tokens, seq_len=LENGTH, batch_size=BATCH // variant.parts)

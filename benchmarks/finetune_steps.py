@@ -34,7 +34,7 @@ from prodial_kernels.training.memory_activations import KEEP
 from prodial_kernels.training.memory_plan import MemoryPlanError
 from prodial_kernels.training.method import prepare_method
 from prodial_kernels.training.packing import PackedBatches
-from prodial_kernels.training.planning import RunPlan, plan_run, requested_levels
+from prodial_kernels.training.planning import RunPlan, block_levels, plan_run
 from prodial_kernels.training.quantized import random_quantized
 from prodial_kernels.training.savings import apply_savings
 from prodial_kernels.training.steps import make_step
@@ -119,11 +119,8 @@ class Training:
         self.model = build(job, place, dtype)
         method = prepare_method(self.model, config)
         layers = MODELS[job.model].layers
-        self.levels = (
-            requested_levels(self.model, config.chosen_activations)
-            if plan is None
-            else plan.plan.levels
-        ) or (KEEP,) * layers
+        levels = block_levels(self.model, config.chosen_activations, plan)
+        self.levels = levels or (KEEP,) * layers
         applied = apply_savings(self.model, self.levels, device=place)
         self._step = make_step(
             self.model, method.optimizer, config, device=place, checkpoints=applied.checkpoints,

@@ -137,12 +137,16 @@ def plan_run(config: FinetuneConfig, device: torch.device, dtype: torch.dtype) -
     return RunPlan(plan, model, job, config.chosen_activations, constants, limit)
 
 
-def requested_levels(model: nn.Module, activations: str) -> tuple[str, ...] | None:
-    """Return the levels that a model's blocks have without a plan; None for all kept.
+def block_levels(
+    model: nn.Module, activations: str, plan: RunPlan | None = None
+) -> tuple[str, ...] | None:
+    """Return the levels of a model's blocks: a plan's, else those asked for; None for all kept.
 
     Raises:
-        ValueError: The model has no list of blocks.
+        ValueError: Without a plan, and the model has no list of blocks.
     """
+    if plan is not None:
+        return plan.plan.levels
     if activations in (AUTO, KEEP):
         return None
     shape = describe_model(model, kernels=kernels_available())

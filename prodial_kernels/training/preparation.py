@@ -18,7 +18,7 @@ from prodial_kernels.training.documents import resets_state
 from prodial_kernels.training.loop import LoopOptions
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
-from prodial_kernels.training.planning import RunPlan, requested_levels
+from prodial_kernels.training.planning import RunPlan, block_levels
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
 from prodial_kernels.training.savings import apply_savings
@@ -125,9 +125,7 @@ def prepare(
     display.say(str(method.report))
     if plan is not None:
         display.say(str(plan))
-        chosen: tuple[str, ...] | None = plan.plan.levels
-    else:
-        chosen = requested_levels(loaded.model, config.chosen_activations)
+    chosen = block_levels(loaded.model, config.chosen_activations, plan)
     levels = apply_savings(loaded.model, chosen, device=device, say=display.say)
     options = _loop_options(config, batches)
     return Run(config, loaded, split, batches, method, options, device, dtype, plan, levels)

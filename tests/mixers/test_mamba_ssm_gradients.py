@@ -20,11 +20,12 @@ from adapted_mamba_ssm import (
     step,
     token_ids,
 )
-from mamba_ssm_stand_ins import Mamba
+from mamba_ssm_stand_ins import Mamba, Model
+from models import randomise_adapters
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prodial_kernels import ProdialConfig
+from prodial_kernels import ProdialConfig, apply_prodial
 
 pytestmark = pytest.mark.usefixtures("stand_in_kernels", "weight_is_not_read")
 
@@ -113,8 +114,16 @@ def test_only_what_is_asked_for_is_computed() -> None:
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_bf16_model_with_fp32_masters(mixer: type[nn.Module]) -> None:
-    model = cast(adapted(mixer, depth=1, width=32), torch.bfloat16)
+    """As one is trained, cast first: what begins in fp64, as above, keeps its masters so."""
+    model = cast(Model(mixer, depth=1, width=32), torch.bfloat16)
+    apply_prodial(model, CONFIG)
+    randomise_adapters(model)
     assert_right(model, token_ids(2, 33))
+    adapter = {name: p for name, p in model.named_parameters() if "prodial_" in name}
+    assert len(adapter) == 2 * 4
+    for name, parameter in adapter.items():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+    assert model.layers[0].mixer.in_proj.base_layer.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("targets", [CONFIG.target_modules, EVERY.target_modules], ids=len)

@@ -19,7 +19,7 @@ from prodial_kernels.training.allocator import grow_segments
 from prodial_kernels.training.device_memory import MeasuredMemory, indexed, limited, measure
 from prodial_kernels.training.memory_activations import CHECKPOINT, KEEP, NORM
 from prodial_kernels.training.memory_plan import DeviceMemory, MemoryPlanError, plan_memory
-from prodial_kernels.training.planning import RunPlan, comparison_text, plan_run, requested_levels
+from prodial_kernels.training.planning import RunPlan, block_levels, comparison_text, plan_run
 from prodial_kernels.training.run import RunDirectory
 
 GIB = 2**30
@@ -226,9 +226,9 @@ def test_a_device_gets_the_index_of_the_current_one(device: dict[str, Any]) -> N
 def test_levels_without_a_plan() -> None:
     model = tiny_mamba2()
     apply_prodial(model, ProdialConfig(r=2))
-    assert requested_levels(model, "auto") is requested_levels(model, "keep") is None
-    assert requested_levels(model, "recompute") == (NORM, NORM)
-    assert requested_levels(model, "checkpoint") == (CHECKPOINT, CHECKPOINT)
+    assert block_levels(model, "auto") is block_levels(model, "keep") is None
+    assert block_levels(model, "recompute") == (NORM, NORM)
+    assert block_levels(model, "checkpoint") == (CHECKPOINT, CHECKPOINT)
 
 
 def test_a_planned_run_prints_and_reports(
