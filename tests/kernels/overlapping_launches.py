@@ -1,4 +1,4 @@
-"""Writes down the launches of some projectors in order, with forks and joins, as JSON.
+"""Writes down the launches of some projectors in order, and what they take together, as JSON.
 
 python overlapping_launches.py FILE
 """
@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import triton
+from compile_launches import cost_of
 from launch_matrix import Projector, record
 from launch_recorder import DEVICES, Launch, Recorder
 from triton.backends.compiler import GPUTarget
@@ -120,8 +121,24 @@ def code_of(launch: Launch) -> str:
     return str(compiled.asm["ptx"])
 
 
+# Of a Hopper's multiprocessor: CUDA C Programming Guide, "Technical Specifications per Compute
+# Capability". Every program takes 1 KiB of shared memory besides its own.
+REGISTERS, SHARED, RESERVED = 65536, 228 * 1024, 1024
+
+
+def room_left(first: Launch, second: Launch) -> dict[str, int]:
+    """Registers and bytes of shared memory that one program of each leave of a multiprocessor."""
+    registers, shared = REGISTERS, SHARED
+    for launch in (first, second):
+        cost = cost_of(launch)
+        # Given out to warps, in units of 8 a thread.
+        registers -= -(-cost.registers // 8) * 8 * 32 * launch.options["num_warps"]
+        shared -= cost.shared + RESERVED
+    return {"registers": registers, "shared": shared}
+
+
 def main(file: Path) -> None:
-    """Write the steps by architecture and projector, and what the code of four kernels does."""
+    """Write the steps by architecture and projector, and what the kernels' code does and takes."""
     orders = {
         str(arch): {
             name: [asdict(step) for step in steps_of(each, arch)]
@@ -138,7 +155,16 @@ def main(file: Path) -> None:
         "waits": {each.kernel: waits_first(each) for each in early},
         "opens": {each.kernel: opens_first(each) for each in opening},
     }
-    file.write_text(json.dumps({"orders": orders, "code": code}))
+    recorder = Recorder()
+    with recorder.on(DEVICES[90]):
+        among = {each.kernel: each for each in record(recorder, iter([PROJECTORS["among"]]))}
+    product = among["_gemm_kernel"]
+    assert not product.constants["RIGHT_T"], "the last is backward's"
+    room = {
+        kernel: room_left(product, among[kernel])
+        for kernel in ("_output_side_kernel", "_exact_scale_kernel")
+    }
+    file.write_text(json.dumps({"orders": orders, "code": code, "room": room}))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,13 @@ def test_the_code_waits_and_opens_before_it_touches_memory(found: dict[str, Any]
     }
 
 
+def test_what_runs_among_the_products_programs_finds_room_beside_one(found: dict[str, Any]) -> None:
+    """Else it would wait until the product ends: slower, and nothing else would tell."""
+    assert len(found["room"]) == 2
+    for kernel, left in found["room"].items():
+        assert min(left.values()) >= 0, (kernel, left)
+
+
 def test_late_is_a_join_behind_the_input_side(found: dict[str, Any]) -> None:
     steps = [step["name"] for step in found["orders"]["90"]["late"]]
     assert steps[-3:] == ["input_side", "join", "reduce"]
