@@ -13,13 +13,12 @@ from prodial_kernels.kernels.launch import (
     GemmConfig,
     OutputSideConfig,
     begins_early,
-    ceil_div,
     choose_output_side,
-    fold_programs,
     pointer_gemm,
     tiles_of,
     walked_tiles,
 )
+from prodial_kernels.kernels.sharing import ceil_div, fold_programs
 
 
 @dataclass(frozen=True)
@@ -156,14 +155,13 @@ def choose_backward(
     rows, columns = (k, m) if channel_first else (m, k)
     wide_rounds = ceil_div(tiles_of(WIDE, rows, columns), processors)
     sizes = (_WIDE, _TALL) if wide_rounds <= _TALL_ROUNDS else (_WIDE,)
-    prepare = _PREPARE + 4 * n * k / _MEMORY_RATE
+    # The launch that scales the weight, and also makes T's factor: its time and its programs.
+    prepare, scaling = _PREPARE + 4 * n * k / _MEMORY_RATE, fold_programs(n, k, 1)
     plans: list[tuple[float, BackwardPlan]] = []
     for tile, companion in product(sizes, (True, False) if rides else (False,)):
-        config = replace(tile.riding if companion else tile.alone, programs=processors)
-        # Behind the launch that scales the weight, which also makes T's factor.
-        scaling = fold_programs(n, k, 1)
+        config = tile.riding if companion else tile.alone
         early = companion and begins_early(config, scaling, processors=processors)
-        config = replace(config, early=early)
+        config = replace(config, programs=processors, early=early)
         tiles = tiles_of(config, rows, columns)
         fewest = ceil_div(tiles, processors)
 

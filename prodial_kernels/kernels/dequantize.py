@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import ceil_div
 from prodial_kernels.kernels.recorder import Function, launch
+from prodial_kernels.kernels.sharing import ceil_div
 from prodial_kernels.kernels.taped import taped
 
 # Weights that a program writes: 16 a thread, which is two wide stores.

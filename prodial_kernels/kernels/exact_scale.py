@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import ExactScaleConfig, ceil_div
+from prodial_kernels.kernels.launch import ExactScaleConfig
 from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.sharing import block_programs, ceil_div
 from prodial_kernels.kernels.side_stream import SideStream
-from prodial_kernels.kernels.tiles import load_deviation, token_pointers, token_shape
+from prodial_kernels.kernels.tiles import block_size_of, load_deviation, token_pointers, token_shape
 
 
 @triton.jit
@@ -98,14 +99,14 @@ def launch_exact_scale(
         side: Where to launch; the current stream if None.
     """
     n, k = weight.shape
-    p = 1 if blocks is None else blocks.shape[-1]
-    span = config.window // p * p
-    exact = torch.empty((ceil_div(k, span), n), dtype=torch.float32, device=dy.device)
+    p = block_size_of(blocks)
+    spans = block_programs(k, config.window, p)
+    exact = torch.empty((spans, n), dtype=torch.float32, device=dy.device)
     splits = partial_scale.shape[0]
     m, _ = token_shape(dy)
     length = next((t.shape[2] for t in (dy, x) if t.ndim == 3), m)
     launch(
-        _exact_scale_kernel, (ceil_div(n, config.block_n), min(exact.shape[0], config.shares)),
+        _exact_scale_kernel, (ceil_div(n, config.block_n), min(spans, config.shares)),
         dy, x, weight, blocks, partial_scale, exact,
         m, n, k, length, splits,
         dy.stride(-2), x.stride(-2), weight.stride(0), dy.stride(0), x.stride(0),

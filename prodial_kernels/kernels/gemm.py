@@ -70,23 +70,16 @@ def _gemm_kernel(
         column = tile_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
         low_rows = (batch * M + offs_m if ROWS_BATCHED else offs_m).to(tl.int64)[:, None]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc, acc_low = _multiply(
+            left, right, inner, batch, row, column, M, N, K,
+            stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
+            ROWS_BATCHED, COLUMNS_BATCHED, COMPANION, BLOCK_M, BLOCK_N, BLOCK_K, R_PAD, TMA,
+        )  # fmt: skip
         if COMPANION:
-            acc, acc_low = _multiply_both(
-                acc, left, right, inner, batch, row, column, M, N, K,
-                stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
-                ROWS_BATCHED, COLUMNS_BATCHED, BLOCK_M, BLOCK_N, BLOCK_K, R_PAD, TMA,
-            )  # fmt: skip
             low_tile = acc_low.to(dtype)
             if tile_n == 0:
                 target = low_ptr + low_rows * R_PAD + tl.arange(0, R_PAD)[None, :]
                 tl.store(target, low_tile, mask=(offs_m < M)[:, None])
-        else:
-            acc = _multiply(
-                acc, left, right, batch, row, column, M, N, K,
-                stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
-                ROWS_BATCHED, COLUMNS_BATCHED, BLOCK_M, BLOCK_N, BLOCK_K, TMA,
-            )  # fmt: skip
         if HAS_SCALE:
             acc *= _along_features(scale_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N)
         if COMPANION and UPDATE:
@@ -133,46 +126,30 @@ def _gemm_kernel(
 
 @triton.jit
 def _multiply(
-    acc, left, right, batch, row, column, M, N, K,
+    left, right, inner, batch, row, column, M, N, K,
     stride_left, stride_right, batch_left, batch_right,
     LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
-    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """acc += X V for the tile of Y that begins at (row, column): the walk along K."""
-    for k in range(0, K, BLOCK_K):
-        x_tile = _load_left(
-            left, batch, row, k, M, K, stride_left, batch_left,
-            LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
-        )  # fmt: skip
-        acc = _accumulate(
-            acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
-            RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
-        )  # fmt: skip
-    return acc
-
-
-@triton.jit
-def _multiply_both(
-    acc, left, right, inner, batch, row, column, M, N, K,
-    stride_left, stride_right, batch_left, batch_right,
-    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
-    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr,
+    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr, COMPANION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, R_PAD: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """The same walk, with X Iᵀ for the tile's rows on the way: (acc, that), I [R_PAD, K]."""
+    """The walk along K for the tile of Y that begins at (row, column).
+
+    X V [BLOCK_M, BLOCK_N], and X Iᵀ [BLOCK_M, R_PAD] for its rows: zero without COMPANION.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         x_tile = _load_left(
             left, batch, row, k, M, K, stride_left, batch_left,
             LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
         )  # fmt: skip
-        # The small product first: behind the large one it costs twice as much.
-        acc_low = _accumulate(
-            acc_low, x_tile, inner, batch, k, 0, K, R_PAD, K, 0,
-            True, R_PAD, BLOCK_K, False, TMA,
-        )  # fmt: skip
+        if COMPANION:
+            # The small product first: behind the large one it costs twice as much.
+            acc_low = _accumulate(
+                acc_low, x_tile, inner, batch, k, 0, K, R_PAD, K, 0,
+                True, R_PAD, BLOCK_K, False, TMA,
+            )  # fmt: skip
         acc = _accumulate(
             acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
             RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
@@ -315,7 +292,6 @@ def launch_gemm(
     flatten = config.flatten and tma and not both_wide
 
     tiles = batches * triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
-    early = config.early and x.is_cuda
     launch(
         _gemm_kernel, (min(tiles, config.programs) if config.programs else tiles,),
         tiled(left, [bk, bm] if left_t else [bm, bk], tma),
@@ -332,9 +308,9 @@ def launch_gemm(
         COMPANION=inner is not None, UPDATE=update,
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, TMA=tma,
         BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
-        GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile, EARLY=early,
+        GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile, EARLY=config.early,
         num_warps=config.num_warps, num_stages=config.num_stages, side=side,
-        **launched_early(early),
+        **launched_early(config.early),
     )  # fmt: skip
     if wide and outer is not None and low is not None:
         if channel_first:

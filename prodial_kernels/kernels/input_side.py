@@ -5,10 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import InputSideConfig, split_tokens
+from prodial_kernels.kernels.launch import InputSideConfig
 from prodial_kernels.kernels.overlap import open_way
 from prodial_kernels.kernels.recorder import launch
-from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
+from prodial_kernels.kernels.sharing import block_programs, block_window, split_tokens
+from prodial_kernels.kernels.tiles import (
+    block_size_of,
+    dropout_keep,
+    load_deviation,
+    store_deviation,
+    token_pointers,
+    token_shape,
+)
 
 
 @triton.jit
@@ -57,7 +65,7 @@ def _input_side_kernel(
     if HAS_BLOCKS:
         if P == 1:
             d = 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)
-            acc_d = tl.zeros((BLOCK_M, WINDOW), dtype=tl.float32)
+            acc_e = tl.zeros((BLOCK_M, WINDOW), dtype=tl.float32)
         else:
             e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
             e = e.to(x_ptr.dtype.element_ty)
@@ -80,7 +88,7 @@ def _input_side_kernel(
         if HAS_BLOCKS and (NEED_X or NEED_BLOCKS):
             if P == 1:
                 if NEED_BLOCKS:
-                    acc_d += dx * x.to(tl.float32)
+                    acc_e += dx * x.to(tl.float32)
                 dx *= d[None, :]
             else:
                 if NEED_BLOCKS:
@@ -117,13 +125,7 @@ def _input_side_kernel(
             acc_a = acc_a.T
         tl.store(target + offs_k[None, :], acc_a, mask=mask_k[None, :])
     if HAS_BLOCKS and NEED_BLOCKS:
-        target = partial_e_ptr + split.to(tl.int64) * K * P
-        if P == 1:
-            tl.store(target + offs_k, tl.sum(acc_d, 0), mask=mask_k)
-        else:
-            row, column = offs_k[:, None], offs_k[None, :]
-            kept = mask_k[:, None] & mask_k[None, :] & (row // P == column // P)
-            tl.store(target + row * P + column % P, acc_e, mask=kept)
+        store_deviation(partial_e_ptr, split, acc_e, offs_k, mask_k, K, P)
 
 
 def launch_input_side(
@@ -148,10 +150,10 @@ def launch_input_side(
     launch begin early.
     """
     m, k = token_shape(x)
-    p = 1 if blocks is None else blocks.shape[-1]
+    p = block_size_of(blocks)
     r_pad = t.shape[1] if t is not None else 16
-    window = max(config.window, triton.next_power_of_2(p))
-    columns = triton.cdiv(k, window // p * p)
+    window = block_window(config.window, p)
+    columns = block_programs(k, window, p)
     splits, _ = split_tokens(m, columns, config.block_m, config.programs)
 
     def partial(*shape: int) -> Tensor:

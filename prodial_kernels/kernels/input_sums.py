@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.input_side import launch_input_side
 from prodial_kernels.kernels.launch import InputSideConfig
+from prodial_kernels.kernels.tiles import block_size_of
 
 
 class InputSums(NamedTuple):
@@ -43,7 +44,7 @@ def launch_input_sums(
     if not (turns or need_a or need_blocks):
         return InputSums()
     walk = partial(launch_input_side, dropout=dropout, relu=relu, config=config, opens=opens)
-    p = 1 if blocks is None else blocks.shape[-1]
+    p = block_size_of(blocks)
     # A wide block beside a wide rank is too much for one program: then dA, which reads no dU,
     # the blocks' part of dX and the LoRA part come one after the other.
     if t is None or seed is None or p <= 64 or t.shape[1] <= 32:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from prodial_kernels.kernels.sharing import block_programs, block_window, ceil_div, split_tokens
+
 # The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
 # and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
 MAX_FUSED_RANK = 64
@@ -98,23 +100,6 @@ def choose_gemm(
     wide = ceil_div(tiles_of(WIDE, m, n - apart), processors)
     tall = 0.55 * ceil_div(tiles_of(TALL, m, n), processors)
     return replace(WIDE if wide <= tall else TALL, programs=processors, flatten=True)
-
-
-# Rows of a weight, or of tokens, that one program folds.
-FOLD_ROWS = 32
-
-
-def fold_window(block_size: int) -> int:
-    """Columns that one program folds: a power of two that holds at least one block."""
-    if block_size == 1:
-        return 256
-    return max(64, 1 << (block_size - 1).bit_length())
-
-
-def fold_programs(rows: int, k: int, block_size: int) -> int:
-    """How many programs fold [rows, k] with blocks of ``block_size``."""
-    whole_blocks = fold_window(block_size) // block_size * block_size
-    return ceil_div(rows, FOLD_ROWS) * ceil_div(k, whole_blocks)
 
 
 def choose_low_rank(m: int, r_pad: int, *, dropout: bool) -> tuple[int, int]:
@@ -366,7 +351,7 @@ def choose_input_side(
         stages = 3 if r_pad <= 64 else 2 if r_pad <= 128 else 1
         return InputSideConfig(16, num_warps=8, num_stages=stages)
     config = InputSideConfig()
-    columns = ceil_div(k, max(1, config.window // block_size) * block_size)
+    columns = block_programs(k, block_window(config.window, block_size), block_size)
     _, rows = split_tokens(m, columns, config.block_m, config.programs)
     tiles = ceil_div(rows, config.block_m)
     if tiles < 4:
@@ -375,24 +360,6 @@ def choose_input_side(
     return replace(config, num_stages=3) if tiles <= 8 else config
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
 def padded_rank(r: int) -> int:
     """The rank as the kernels take it: a power of two, at least 16."""
     return max(16, 1 << (r - 1).bit_length())
-
-
-def split_tokens(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:
-    """Split the sum over m tokens so that ``columns`` times the splits is at most ``programs``.
-
-    Fixed by the shape alone, not by the device, so that results repeat across devices.
-
-    Returns:
-        (number of splits, tokens in each: a multiple of ``block_m``).
-    """
-    wanted = max(1, min(programs // columns, ceil_div(m, block_m)))
-    rows = ceil_div(ceil_div(m, wanted), block_m) * block_m
-    return ceil_div(m, rows), rows

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import ceil_div
 from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.sharing import ceil_div
 from prodial_kernels.kernels.taped import taped
 
 # A tile's side: 128 bytes of a 16-bit row in both layouts.

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import OutputSideConfig, ceil_div, split_tokens
+from prodial_kernels.kernels.launch import OutputSideConfig
 from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.sharing import ceil_div, split_tokens
 from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import load_tile, tiled, tma_ready, token_shape
 

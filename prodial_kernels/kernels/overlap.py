@@ -3,8 +3,7 @@
 A launch otherwise begins when the last program of the one before it has ended. Where that one
 opens the way and this one is launched early, its programs take their places meanwhile and wait
 there for the other's results, which spares most of the time between the two. Only a launch that
-directly follows in the same stream may: beside a fork or a join the driver puts the branches of a
-CUDA graph in turn (measured, ops/README.md).
+directly follows in the same stream is: behind a join it would wait for another stream as well.
 """
 
 from typing import Any

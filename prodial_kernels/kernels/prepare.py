@@ -5,11 +5,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import FOLD_ROWS, ceil_div, choose_low_rank, fold_window
+from prodial_kernels.kernels.launch import choose_low_rank
 from prodial_kernels.kernels.overlap import open_way
 from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.sharing import FOLD_ROWS, block_programs, ceil_div, fold_window
 from prodial_kernels.kernels.side_stream import SideStream
-from prodial_kernels.kernels.tiles import dropout_keep, load_deviation, token_pointers, token_shape
+from prodial_kernels.kernels.tiles import (
+    block_size_of,
+    dropout_keep,
+    load_deviation,
+    token_pointers,
+    token_shape,
+)
 
 
 @triton.jit
@@ -214,9 +221,9 @@ def launch_prepare(
     elif lora_a is not None:
         r = lora_a.shape[0]
         a_out = torch.empty((r_pad, k), dtype=weight.dtype, device=weight.device)
-    p = 1 if blocks is None else blocks.shape[-1]
+    p = block_size_of(blocks)
     window = fold_window(p)
-    columns = ceil_div(k, window // p * p) if fold or a_out is not None else 1
+    columns = block_programs(k, window, p) if fold or a_out is not None else 1
     rows = max(source.shape[0] if fold else int(a_out is not None), n if b_out is not None else 0)
     _launch(
         x, lora_a, seed, low, source if fold else weight, blocks, row_scale, lora_b, v, b_out,

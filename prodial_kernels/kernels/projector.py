@@ -13,13 +13,11 @@ from prodial_kernels.kernels.input_sums import launch_input_sums
 from prodial_kernels.kernels.launch import (
     NARROW,
     begins_early,
-    ceil_div,
     choose_exact_scale,
     choose_gemm,
     choose_input_side,
     choose_low_rank,
     columns_apart,
-    fold_programs,
     padded_rank,
     panels,
     rides_forward,
@@ -30,7 +28,8 @@ from prodial_kernels.kernels.overlap import overlaps
 from prodial_kernels.kernels.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.recorder import fork, join
 from prodial_kernels.kernels.reduce import launch_reduce
-from prodial_kernels.kernels.tiles import tma_ready, token_shape
+from prodial_kernels.kernels.sharing import ceil_div, fold_programs
+from prodial_kernels.kernels.tiles import block_size_of, tma_ready, token_shape
 from prodial_kernels.kernels.tuned import Key, device_family, key_of, tuned
 from prodial_kernels.kernels.weight_side import launch_weight_side
 
@@ -86,8 +85,8 @@ def forward(
     apart = 0
     if len(parts) == 1 and not length and not rides:
         apart = columns_apart(m, n, config, limits["processors"])
-    p = 1 if blocks is None else blocks.shape[-1]
-    before = fold_programs(m if turns else parts[0][1], weight.shape[1], p)
+    rows = m if turns else parts[0][1]
+    before = fold_programs(rows, weight.shape[1], block_size_of(blocks))
     if lora_a is not None and not rides:
         before += ceil_div(m, choose_low_rank(m, r_pad, dropout=seed is not None)[0])
     # Only behind a launch of ours is it known that all before has ended, and not beside a fork.
@@ -159,12 +158,9 @@ def backward(
         )
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     limits = device_limits(dy.device)
-
-    def like(part: Tensor | None, need: bool) -> Tensor | None:
-        return torch.empty_like(part) if need and part is not None else None
-
-    dscale, db, dbias = like(scale, needs.scale), like(lora_b, needs.lora_b), like(bias, needs.bias)
-    da, dblocks = like(lora_a, needs.lora_a), like(blocks, needs.blocks)
+    dscale, db = _like(scale, needs.scale), _like(lora_b, needs.lora_b)
+    dbias, da = _like(bias, needs.bias), _like(lora_a, needs.lora_a)
+    dblocks = _like(blocks, needs.blocks)
     through_weight = needs.x or needs.blocks
     opens = overlaps(limits["capability"], dy)
     output_side = dscale is not None or db is not None or dbias is not None
@@ -174,6 +170,7 @@ def backward(
         through_weight=through_weight, bias=bias is not None, channel_first=x.ndim == 3, **limits,
     )  # fmt: skip
     plan = tuned(plan, _key("backward", limits, x, weight, r_pad)).on(limits["processors"])
+    product = replace(plan.gemm, early=opens and plan.gemm.early)
 
     # Beside the product, or in turn.
     sum_outputs = partial(
@@ -197,19 +194,18 @@ def backward(
     if through_weight:
         du = dy.new_empty(x.shape)
         folds = scale is not None and scaled is None
-        for first, columns in panels(m, k, _row_bytes(weight, 0), plan.gemm) if folds else [(0, k)]:
+        for first, columns in panels(m, k, _row_bytes(weight, 0), product) if folds else [(0, k)]:
             rides = plan.companion and first == 0
             sw = None  # what is made next takes its place
             sw, b, _ = launch_prepare(
                 (weight if scaled is None else scaled).narrow(1, first, columns), None,
                 scale if folds else None, lora_b if rides else None,
-                alpha=alpha, relu=relu, r_pad=r_pad, b_transposed=True,
-                opens=opens and plan.gemm.early,
+                alpha=alpha, relu=relu, r_pad=r_pad, b_transposed=True, opens=product.early,
             )  # fmt: skip
             if plan.among and dy.is_cuda:
                 side = fork(dy.device)
             companion = launch_gemm(
-                dy, sw, du.narrow(1, first, columns), v_transposed=False, config=plan.gemm,
+                dy, sw, du.narrow(1, first, columns), v_transposed=False, config=product,
                 inner=b, length=x.shape[2] if x.ndim == 3 else 0,
             )  # fmt: skip
             t = companion if rides else t
@@ -217,13 +213,13 @@ def backward(
         # After the product, whose programs find each a multiprocessor of its own only if first.
         outputs = sum_outputs(side=side)
     # The input side needs T; with that at hand, it need not wait for the output side.
-    late = plan.late and (t is None or plan.companion)
+    late = side is not None and plan.late and (t is None or plan.companion)
     if side is not None and not late:
         join(side, dy.device)
     # Not before: what the side stream writes must not take its place while the product reads it.
     del sw
     config = choose_input_side(
-        m, k, r_pad, 1 if blocks is None else blocks.shape[-1], dropout=seed is not None,
+        m, k, r_pad, block_size_of(blocks), dropout=seed is not None,
         channel_first=x.ndim == 3, capability=limits["capability"],
     )  # fmt: skip
     inputs = launch_input_sums(
@@ -238,7 +234,7 @@ def backward(
         blocks=blocks, db=db, dscale=dscale, dbias=dbias, da=da, dblocks=dblocks,
         n=n, k=k, r=0 if lora_a is None else lora_a.shape[0], r_pad=r_pad,
         alpha=alpha, relu=relu,
-        early=opens and inputs.launched and not (side is not None and late),
+        early=opens and inputs.launched and not late,
     )  # fmt: skip
     return du if needs.x else None, dblocks, dscale, da, db, dbias
 
@@ -246,6 +242,10 @@ def backward(
 def _even(*matrices: Tensor) -> bool:
     """Whether the rows of all are tokens, and begin at multiples of 16 elements."""
     return all(matrix.ndim == 2 and matrix.stride(0) % 16 == 0 for matrix in matrices)
+
+
+def _like(part: Tensor | None, need: bool) -> Tensor | None:
+    return torch.empty_like(part) if need and part is not None else None
 
 
 def _part(rows: Tensor | None, first: int, size: int) -> Tensor | None:
@@ -277,8 +277,7 @@ def weight_sums(
     need_blocks: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ds and dD_a, those asked for, from F = dYᵀ X [N, K]."""
-    dscale = torch.empty_like(scale) if need_scale and scale is not None else None
-    dblocks = torch.empty_like(blocks) if need_blocks and blocks is not None else None
+    dscale, dblocks = _like(scale, need_scale), _like(blocks, need_blocks)
     if dscale is None and dblocks is None:
         return None, None
     partial_scale, partial_e = launch_weight_side(

@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import ceil_div
 from prodial_kernels.kernels.overlap import launched_early, wait_for_results
 from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.sharing import ceil_div
+from prodial_kernels.kernels.tiles import block_size_of
 
 # Elements one program sums, and parts it loads at once to hide the memory's latency.
 BLOCK, PARTS = 256, 16
@@ -114,7 +115,7 @@ def launch_reduce(
     """
     outputs = [part for part in (partial_b, partial_scale, partial_bias) if part is not None]
     inputs = [part for part in (partial_a, partial_e) if part is not None]
-    p = 1 if blocks is None else blocks.shape[-1]
+    p = block_size_of(blocks)
     end_b = ceil_div(n * r_pad, BLOCK) if partial_b is not None else 0
     has_columns = partial_scale is not None or partial_bias is not None
     end_n = end_b + (ceil_div(n, BLOCK) if has_columns else 0)

@@ -13,6 +13,11 @@ def token_shape(matrix: Tensor) -> tuple[int, int]:
     return matrix.shape[0] * matrix.shape[2], matrix.shape[1]
 
 
+def block_size_of(blocks: Tensor | None) -> int:
+    """P of D_a [K / P, P, P]; 1 where there is none."""
+    return 1 if blocks is None else blocks.shape[-1]
+
+
 def tma_ready(tensor: Tensor) -> bool:
     """Whether the copy engine can address the tensor: 16-byte base and outer strides."""
     size = tensor.element_size()
@@ -124,6 +129,24 @@ def load_deviation(blocks_ptr, row, column, K, P: tl.constexpr, RELU: tl.constex
         # where(a < 0, 0, -a) rather than a maximum: NaN passes through.
         a = tl.where(row == column, tl.where(a < 0, 0.0, -a), a)
     return a
+
+
+@triton.jit
+def store_deviation(
+    partial_ptr, split, sums, offs_k, mask_k, K, P: tl.constexpr
+):  # fmt: skip
+    """Store one split of dE_part [splits, K / P, P, P] for the whole blocks in the columns offs_k.
+
+    ``sums`` [WINDOW, WINDOW] holds other pairs of columns as well; where P is 1, it is [rows,
+    WINDOW], and the rows are still to be added up.
+    """
+    target = partial_ptr + split.to(tl.int64) * K * P
+    if P == 1:
+        tl.store(target + offs_k, tl.sum(sums, 0), mask=mask_k)
+    else:
+        row, column = offs_k[:, None], offs_k[None, :]
+        kept = mask_k[:, None] & mask_k[None, :] & (row // P == column // P)
+        tl.store(target + row * P + column % P, sums, mask=kept)
 
 
 @triton.jit

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import split_tokens
 from prodial_kernels.kernels.recorder import launch
-from prodial_kernels.kernels.tiles import load_deviation
+from prodial_kernels.kernels.sharing import block_programs, block_window, split_tokens
+from prodial_kernels.kernels.tiles import block_size_of, load_deviation, store_deviation
 
 # Columns of a tile, loads in flight, and programs that share the rows.
 WINDOW, STAGES, PROGRAMS = 64, 3, 264
@@ -37,7 +37,7 @@ def _weight_side_kernel(
     if HAS_BLOCKS:
         if P == 1:
             d = 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)
-            acc_d = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
+            acc_e = tl.zeros((BLOCK_N, WINDOW), dtype=tl.float32)
         else:
             e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
             e = e.to(w_ptr.dtype.element_ty)
@@ -64,7 +64,7 @@ def _weight_side_kernel(
             if HAS_SCALE:
                 f *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
             if P == 1:
-                acc_d += w.to(tl.float32) * f
+                acc_e += w.to(tl.float32) * f
             else:
                 # fp16 may not hold F, but its share of the tile's largest element.
                 largest = tl.maximum(tl.max(tl.abs(f)), 1e-30)
@@ -72,13 +72,7 @@ def _weight_side_kernel(
                 acc_e += largest * tl.dot(w.T, (f / largest).to(w.dtype))
 
     if NEED_BLOCKS:
-        target = partial_e_ptr + split.to(tl.int64) * K * P
-        if P == 1:
-            tl.store(target + offs_k, tl.sum(acc_d, 0), mask=mask_k)
-        else:
-            row, column = offs_k[:, None], offs_k[None, :]
-            kept = mask_k[:, None] & mask_k[None, :] & (row // P == column // P)
-            tl.store(target + row * P + column % P, acc_e, mask=kept)
+        store_deviation(partial_e_ptr, split, acc_e, offs_k, mask_k, K, P)
 
 
 def launch_weight_side(
@@ -96,9 +90,9 @@ def launch_weight_side(
     ``f`` [N, K] is fp32 or 16-bit, with unit inner stride like ``weight``.
     """
     n, k = weight.shape
-    p = 1 if blocks is None else blocks.shape[-1]
-    window = max(WINDOW, triton.next_power_of_2(p))
-    columns = triton.cdiv(k, window // p * p)
+    p = block_size_of(blocks)
+    window = block_window(WINDOW, p)
+    columns = block_programs(k, window, p)
     # The sums of a wide block leave registers for few rows.
     block_n = 32 if p <= 64 else 16
     splits, _ = split_tokens(n, columns, block_n, PROGRAMS)

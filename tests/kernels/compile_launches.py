@@ -64,14 +64,18 @@ class Cost:
     error: str = ""
 
 
+def compile_launch(launch: Launch) -> triton.compiler.CompiledKernel:
+    """Compile one launch for its device."""
+    target = GPUTarget("cuda", launch.device.arch, 32)
+    return triton.compile(launch.source, target=target, options=launch.options)
+
+
 def cost_of(launch: Launch) -> Cost:
     """Compile one launch."""
     cost = Cost(launch.title, launch.kernel, launch.device.arch, str(launch.origin) or "default")
     cost.shared_limit = launch.device.shared_limit * 1024
     try:
-        compiled = triton.compile(
-            launch.source, target=GPUTarget("cuda", cost.arch, 32), options=launch.options
-        )
+        compiled = compile_launch(launch)
     except Exception as error:
         # Reported with the rest: one launch that does not compile must not hide the others.
         cost.error = f"{type(error).__name__}: {str(error)[-400:]}"

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import triton
-from compile_launches import cost_of
+from compile_launches import compile_launch, cost_of
 from launch_matrix import Projector, record
 from launch_recorder import DEVICES, Launch, Recorder
-from triton.backends.compiler import GPUTarget
 
 from prodial_kernels.kernels import (
     exact_scale,
@@ -98,27 +96,19 @@ def steps_of(each: Projector, arch: int) -> list[Step]:
     return steps
 
 
-def waits_first(launch: Launch) -> bool:
-    """Whether a kernel's code waits for the launch before it, and before it reads or writes."""
-    ptx = code_of(launch)
+def comes_first(instruction: str, launch: Launch) -> bool:
+    """Whether a kernel's code has the instruction, and before it reads or writes memory."""
+    ptx = str(compile_launch(launch).asm["ptx"])
     touched = re.search(r"\b(?:ld|st|cp\.async\S*)\.\S*global", ptx)
     assert touched is not None
-    return 0 < ptx.find("griddepcontrol.wait") < touched.start()
+    return 0 < ptx.find(instruction) < touched.start()
 
 
-def opens_first(launch: Launch) -> bool:
-    """Whether a kernel's code opens the way before anything else."""
-    ptx = code_of(launch)
-    touched = re.search(r"\b(?:ld|st|cp\.async\S*)\.\S*global", ptx)
-    assert touched is not None
-    return 0 < ptx.find("griddepcontrol.launch_dependents") < touched.start()
-
-
-def code_of(launch: Launch) -> str:
-    """The kernel's PTX."""
-    target = GPUTarget("cuda", launch.device.arch, 32)
-    compiled = triton.compile(launch.source, target=target, options=launch.options)
-    return str(compiled.asm["ptx"])
+def launches_of(each: Projector) -> list[Launch]:
+    """What a projector launches on a Hopper."""
+    recorder = Recorder()
+    with recorder.on(DEVICES[90]):
+        return record(recorder, iter([each]))
 
 
 # Of a Hopper's multiprocessor: CUDA C Programming Guide, "Technical Specifications per Compute
@@ -146,18 +136,15 @@ def main(file: Path) -> None:
         }
         for arch in (80, 90, 100)
     }
-    recorder = Recorder()
-    with recorder.on(DEVICES[90]):
-        launches = record(recorder, iter([PROJECTORS["beside"]]))
-    early = [each for each in launches if each.constants.get("EARLY")]
-    opening = [each for each in launches if each.constants.get("OPEN")]
+    beside = launches_of(PROJECTORS["beside"])
     code = {
-        "waits": {each.kernel: waits_first(each) for each in early},
-        "opens": {each.kernel: opens_first(each) for each in opening},
-    }
-    recorder = Recorder()
-    with recorder.on(DEVICES[90]):
-        among = {each.kernel: each for each in record(recorder, iter([PROJECTORS["among"]]))}
+        name: {each.kernel: comes_first(f"griddepcontrol.{instruction}", each)
+               for each in beside if each.constants.get(flag)}
+        for name, flag, instruction in (
+            ("waits", "EARLY", "wait"), ("opens", "OPEN", "launch_dependents"),
+        )
+    }  # fmt: skip
+    among = {each.kernel: each for each in launches_of(PROJECTORS["among"])}
     product = among["_gemm_kernel"]
     assert not product.constants["RIGHT_T"], "the last is backward's"
     room = {

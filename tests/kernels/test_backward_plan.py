@@ -11,12 +11,8 @@ from kernel_cases import triton_linear, watch
 
 from prodial_kernels.kernels import output_sums, projector, taped
 from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
-from prodial_kernels.kernels.launch import (
-    ceil_div,
-    choose_input_side,
-    choose_output_side,
-    tiles_of,
-)
+from prodial_kernels.kernels.launch import choose_input_side, choose_output_side, tiles_of
+from prodial_kernels.kernels.sharing import ceil_div
 from prodial_kernels.testing import assert_case_accurate, make_case
 
 PROCESSORS = 132

@@ -14,11 +14,11 @@ from prodial_kernels.kernels.launch import (
     TALL,
     WIDE,
     begins_early,
-    fold_programs,
     pointer_gemm,
     turns_tokens,
 )
 from prodial_kernels.kernels.overlap import overlaps
+from prodial_kernels.kernels.sharing import fold_programs
 
 HOPPER: dict[str, Any] = {"capability": (9, 0), "processors": 132}
 
