@@ -89,6 +89,7 @@ SWEEPS = (
             "companion": (False, True), "among": (False, True), "late": (False, True),
             "side_processors": (0, 8, 16, 24, 32),
             **{f"gemm.{name}": values for name, values in _GEMM.items()},
+            "gemm.max_registers": (0, 168),
             **{f"output_side.{name}": values for name, values in _SIDE.items()},
         },
     ),

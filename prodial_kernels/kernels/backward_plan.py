@@ -61,30 +61,38 @@ class _Tile:
 
     Attributes:
         riding: Tile sizes with T riding along.
-        alone: Tile sizes without.
+        roomy: With T riding along, and with room left for the output side.
+        alone: Tile sizes without T.
         step: µs for 1000 elements of the sum along N.
         companion: What T adds, as a share: a part that is always there, and one for every 16 of
             the rank.
+        crowding: What the output side among its programs adds, as a share of what that takes alone.
     """
 
     riding: GemmConfig
+    roomy: GemmConfig
     alone: GemmConfig
     step: float
     companion: tuple[float, float]
+    crowding: float
 
 
-# Without T there is room for one more stage of the widest tile.
+# Without T there is room for one more stage of the widest tile. Flattened, neither leaves room, and
+# the widest takes two registers too many, which nothing misses.
 _WIDE = _Tile(
-    replace(WIDE, flatten=True), replace(WIDE, num_stages=4, flatten=True), 10.5, (0.10, 0.03)
+    replace(WIDE, flatten=True), replace(WIDE, max_registers=168),
+    replace(WIDE, num_stages=4, flatten=True), 10.5, (0.10, 0.03), 0.32,
+)  # fmt: skip
+_TALL = _Tile(
+    replace(TALL, flatten=True), TALL, replace(TALL, flatten=True), 5.8, (0.07, 0.03), 0.15
 )
-_TALL = _Tile(replace(TALL, flatten=True), replace(TALL, flatten=True), 5.8, (0.07, 0.03))
-# As long as it is not flattened, a tall tile leaves room for the output side.
-_ROOMY = replace(_TALL, riding=TALL)
 # Where the widest tile takes more rounds, the tall one gains nothing: it reads L2 at its limit.
 _TALL_ROUNDS = 4
-# The widest rank with which it does: 42 KiB of shared memory and 43,000 registers, of which the
-# output side takes 39 KiB and 21,000. With more rounds or more tokens it was not faster so.
-_AMONG_RANK, _AMONG_ROUNDS, _AMONG_TOKENS = 16, 2, 4096
+# The widest rank at which there is room among a product's programs: 42 KiB of shared memory and
+# 22,500 registers, of which the output side takes 39 KiB and 21,500.
+_AMONG_RANK = 16
+# Among tall tiles it is not faster with more rounds of the widest, or more tokens.
+_AMONG_ROUNDS, _AMONG_TOKENS = 2, 2048
 # How many more rounds than it needs the product may take, as a share, for multiprocessors that the
 # output side gets.
 _MORE_ROUNDS = 0.5
@@ -92,9 +100,8 @@ _MORE_ROUNDS = 0.5
 # µs on an H100: a launch with its first and last tile; fork and join; what a tile's end adds where
 # the next one has not begun, as it has not without flattening; one tile of the output side.
 _LAUNCH, _FORK, _TILE_END, _WALK_TILE = 3.5, 2.0, 0.5, 0.63
-# Among the product's programs the output side takes the first of these as long as alone, and the
-# product the second of that longer.
-_AMONG = (1.3, 0.15)
+# What the output side takes among the product's programs, of what it takes alone.
+_AMONG = 1.3
 # What a sum over the tokens takes longer at rank 64 than at 16, as a share.
 _WALK_RANK = 0.24
 # µs of what comes before the product, besides its memory, and µs that the output side must hold the
@@ -160,7 +167,9 @@ def choose_backward(
     plans: list[tuple[float, BackwardPlan]] = []
     for tile, companion in product(sizes, (True, False) if rides else (False,)):
         config = tile.riding if companion else tile.alone
-        early = companion and begins_early(config, scaling, processors=processors)
+        early = companion and begins_early(
+            config, scaling, block_size=1, beside_low=False, processors=processors
+        )
         config = replace(config, programs=processors, early=early)
         tiles = tiles_of(config, rows, columns)
         fewest = ceil_div(tiles, processors)
@@ -182,13 +191,14 @@ def choose_backward(
                 late = companion and others > prepare + own + _LATE
                 plan = BackwardPlan(config, work, companion, left, late=late)
                 plans.append((max(own, others) + _FORK, plan))
-        fits = r_pad <= _AMONG_RANK and wide_rounds <= _AMONG_ROUNDS and not bias
-        if tile is _TALL and companion and output_side and fits and m <= _AMONG_TOKENS:
+        fits = r_pad <= _AMONG_RANK and not bias
+        few = wide_rounds <= _AMONG_ROUNDS and m <= _AMONG_TOKENS
+        if companion and output_side and fits and (tile is _WIDE or few):
             work = walk(processors, among=True)
-            slowed, slowing = _AMONG
             own = side(work, companion)
-            time = max(multiply(fewest, _ROOMY), slowed * own) + slowing * own + _FORK
-            config = replace(_ROOMY.riding, programs=processors)
+            roomy = replace(tile, riding=tile.roomy)
+            time = max(multiply(fewest, roomy), _AMONG * own) + tile.crowding * own + _FORK
+            config = replace(tile.roomy, programs=processors)
             plans.append((time, BackwardPlan(config, work, companion, 0, among=True)))
     return min(plans, key=lambda plan: plan[0])[1].on(processors)
 

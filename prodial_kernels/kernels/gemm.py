@@ -311,6 +311,7 @@ def launch_gemm(
         GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile, EARLY=config.early,
         num_warps=config.num_warps, num_stages=config.num_stages, side=side,
         **launched_early(config.early),
+        **({"maxnreg": config.max_registers} if config.max_registers else {}),
     )  # fmt: skip
     if wide and outer is not None and low is not None:
         if channel_first:

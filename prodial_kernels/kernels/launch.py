@@ -15,7 +15,8 @@ MAX_FUSED_RANK = 64
 class GemmConfig:
     """Tile sizes of ``_gemm_kernel``. ``programs`` = 0 launches one program per tile.
 
-    ``early`` asks to be launched while what makes an operand still runs (overlap.py).
+    ``early`` asks to be launched while what makes an operand still runs (overlap.py);
+    ``max_registers`` of a thread, 0 for as many as the compiler takes.
     """
 
     block_m: int = 128
@@ -29,6 +30,7 @@ class GemmConfig:
     subtile: bool = False
     tma: bool = True
     early: bool = False
+    max_registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,17 @@ def choose_gemm(
     return replace(WIDE if wide <= tall else TALL, programs=processors, flatten=True)
 
 
-def choose_low_rank(m: int, r_pad: int, *, dropout: bool) -> tuple[int, int]:
+def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> tuple[int, int]:
     """Return (tokens of a program, depth of a step) of L = X I, [m, r_pad], as a pass over X.
 
     Args:
         m: Tokens.
         r_pad: Padded rank.
         dropout: Whether a mask is drawn on the way.
+        even: Whether rows begin at multiples of 16 elements; other addresses take registers.
     """
+    if r_pad == 64 and not dropout:
+        return 32, 128 if even else 64
     # Few tokens are shared out finely, so that every multiprocessor gets some; of a wide rank, many
     # spill. With dropout the left operand comes from registers, which wgmma gets wrong in places
     # (triton 3.6.0); 16 rows take mma instead.
@@ -122,18 +127,28 @@ def choose_low_rank(m: int, r_pad: int, *, dropout: bool) -> tuple[int, int]:
     return rows, depth
 
 
-def begins_early(config: GemmConfig, before: int, *, processors: int) -> bool:
+# The most programs of the launch before behind which tall tiles begin early, for each
+# multiprocessor: of those that scale, that turn by blocks, and that share the launch with L.
+_BEHIND_SCALE, _BEHIND_BLOCKS, _BEHIND_LOW = 32, 6, 1.5
+
+
+def begins_early(
+    config: GemmConfig, before: int, *, block_size: int, beside_low: bool, processors: int
+) -> bool:
     """Whether a Hopper's product is launched early, behind ``before`` programs of what prepares it.
 
-    On an H100 wide tiles gain 0.5 to 2 µs. Tall ones gain as much behind 144 programs, and behind
-    288 and more lose 7 to 25%, from their first round to their last, for no reason found.
+    On an H100 wide tiles gain 0.5 to 2 µs, and tall ones behind few programs. Behind more of them
+    tall tiles lose 3 to 28%, from their first round to their last, for no reason found.
 
     Args:
         config: Tile sizes of the product.
         before: Programs of the launch before.
+        block_size: P of what these fold.
+        beside_low: Whether some of them make L.
         processors: Multiprocessors of the device.
     """
-    return config.tma and (config.block_m == WIDE.block_m or before <= 2 * processors)
+    most = _BEHIND_LOW if beside_low else _BEHIND_SCALE if block_size == 1 else _BEHIND_BLOCKS
+    return config.tma and (config.block_m == WIDE.block_m or before <= most * processors)
 
 
 # The widest result in whose product H rides along, by the widest padded rank: it costs 7 to 12% of
@@ -307,20 +322,22 @@ def walked_tiles(columns: int, tiles: int, splits: int, programs: int) -> int:
 
 
 def choose_exact_scale(
-    capability: tuple[int, int], *, even: bool, among: bool = False
+    capability: tuple[int, int], *, block_size: int, even: bool, among: bool = False
 ) -> ExactScaleConfig:
     """Return the tile sizes for the scale's gradient computed anew.
 
     Args:
         capability: The device's compute capability.
+        block_size: P.
         even: Whether all rows are tokens and begin at multiples of 16 elements; other addresses
             take the registers that a wide tile would.
-        among: Whether the product still runs, which leaves 42 KiB of shared memory.
+        among: Whether the product still runs, which leaves 42 KiB of shared memory and a third of
+            the registers: not enough for blocks above 64.
     """
     if capability[0] != 9:
         return ExactScaleConfig()
     if among:
-        return ExactScaleConfig(32, 64, 128, num_warps=8, num_stages=2)
+        return ExactScaleConfig(64, 64, 64 if block_size <= 64 else 128, num_warps=4, num_stages=2)
     return ExactScaleConfig(64, 128 if even else 64, 128, num_warps=8, num_stages=3)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from prodial_kernels.kernels.launch import choose_low_rank
 from prodial_kernels.kernels.overlap import open_way
 from prodial_kernels.kernels.recorder import launch
-from prodial_kernels.kernels.sharing import FOLD_ROWS, block_programs, ceil_div, fold_window
+from prodial_kernels.kernels.sharing import block_programs, ceil_div, fold_tile
 from prodial_kernels.kernels.side_stream import SideStream
 from prodial_kernels.kernels.tiles import (
     block_size_of,
@@ -222,14 +222,14 @@ def launch_prepare(
         r = lora_a.shape[0]
         a_out = torch.empty((r_pad, k), dtype=weight.dtype, device=weight.device)
     p = block_size_of(blocks)
-    window = fold_window(p)
-    columns = block_programs(k, window, p) if fold or a_out is not None else 1
+    tile = fold_tile(p, beside_low=low is not None)
+    columns = block_programs(k, tile[1], p) if fold or a_out is not None else 1
     rows = max(source.shape[0] if fold else int(a_out is not None), n if b_out is not None else 0)
     _launch(
         x, lora_a, seed, low, source if fold else weight, blocks, row_scale, lora_b, v, b_out,
         a_out, k, r, alpha, dropout,
-        columns, ceil_div(rows, FOLD_ROWS), n=n,
-        transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, window=window,
+        columns, ceil_div(rows, tile[0]), n=n,
+        transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, tile=tile,
         r_pad=r_pad, b_transposed=b_transposed, opens=opens,
     )  # fmt: skip
     return v, b_out, a_out if low is None else low
@@ -243,7 +243,8 @@ def launch_low_rank(
     _launch(
         dy, lora_b, None, low, lora_b, None, None, None, None, None, None, lora_b.shape[0],
         lora_b.shape[1], alpha, 0.0, 1, 0, n=0,
-        transposed=False, p=1, relu=True, fold=False, turn=False, window=64, r_pad=r_pad, side=side,
+        transposed=False, p=1, relu=True, fold=False, turn=False, tile=(32, 64), r_pad=r_pad,
+        side=side,
     )  # fmt: skip
     return low
 
@@ -273,7 +274,7 @@ def _launch(
     relu: bool,
     fold: bool,
     turn: bool,
-    window: int,
+    tile: tuple[int, int],
     r_pad: int,
     b_transposed: bool = False,
     opens: bool = False,
@@ -282,7 +283,8 @@ def _launch(
     height, k = source.shape
     m = 0 if x is None else token_shape(x)[0]
     channel_first = x is not None and x.ndim == 3
-    block_m, block_k = choose_low_rank(m, r_pad, dropout=seed is not None)
+    even = x is not None and x.stride(-2) % 16 == 0 and depth % 16 == 0
+    block_m, block_k = choose_low_rank(m, r_pad, dropout=seed is not None, even=even)
     programs_low = ceil_div(m, block_m)
     if programs_low + rows * columns == 0:
         return
@@ -298,7 +300,7 @@ def _launch(
         HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
         HAS_SCALE=scale is not None, TURN=turn, HAS_A=a_out is not None,
         HAS_B=b_out is not None, B_TRANSPOSED=b_transposed,
-        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=FOLD_ROWS,
-        WINDOW=window, R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2, OPEN=opens,
+        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=tile[0],
+        WINDOW=tile[1], R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2, OPEN=opens,
         num_warps=4 if seed is not None or p <= 64 else 8, num_stages=2, side=side,
     )  # fmt: skip

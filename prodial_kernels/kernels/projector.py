@@ -86,17 +86,20 @@ def forward(
     if len(parts) == 1 and not length and not rides:
         apart = columns_apart(m, n, config, limits["processors"])
     rows = m if turns else parts[0][1]
-    before = fold_programs(rows, weight.shape[1], block_size_of(blocks))
-    if lora_a is not None and not rides:
+    passes, p = lora_a is not None and not rides, block_size_of(blocks)
+    before = fold_programs(rows, weight.shape[1], p, beside_low=passes)
+    if passes:
         before += ceil_div(m, choose_low_rank(m, r_pad, dropout=seed is not None)[0])
     # Only behind a launch of ours is it known that all before has ended, and not beside a fork.
     prepares = folds or blocks is not None or lora_a is not None
     opens = overlaps(limits["capability"], x) and prepares and not apart
-    early = opens and begins_early(config, before, processors=limits["processors"])
+    early = opens and begins_early(
+        config, before, block_size=p, beside_low=passes, processors=limits["processors"]
+    )
     config = replace(config, early=early)
     h = None
     for first, columns in parts:
-        passes = lora_a is not None and h is None and not rides
+        passes = passes and h is None
         v, b, low = launch_prepare(
             weight.narrow(0, first, columns), blocks, _part(scale, first, columns),
             _part(lora_b, first, columns), alpha=alpha, relu=relu, r_pad=r_pad,
@@ -179,15 +182,17 @@ def backward(
         need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
         config=plan.output_side,
         exact=choose_exact_scale(
-            limits["capability"], even=_even(dy, x, weight), among=plan.among
+            limits["capability"], block_size=block_size_of(blocks), even=_even(dy, x, weight),
+            among=plan.among,
         ),
     )  # fmt: skip
     side = fork(dy.device) if plan.side_processors and dy.is_cuda else None
+    among = plan.among and through_weight
     outputs = OutputSums()
     t: Tensor | None = None
     du: Tensor | None = None
     sw: Tensor | None = None
-    if not plan.among:
+    if not among:
         outputs = sum_outputs(side=side)
     if wants_t and not plan.companion and lora_b is not None:
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
@@ -195,23 +200,23 @@ def backward(
         du = dy.new_empty(x.shape)
         folds = scale is not None and scaled is None
         for first, columns in panels(m, k, _row_bytes(weight, 0), product) if folds else [(0, k)]:
-            rides = plan.companion and first == 0
+            rides, begins = plan.companion and first == 0, among and first == 0
             sw = None  # what is made next takes its place
             sw, b, _ = launch_prepare(
                 (weight if scaled is None else scaled).narrow(1, first, columns), None,
                 scale if folds else None, lora_b if rides else None,
                 alpha=alpha, relu=relu, r_pad=r_pad, b_transposed=True, opens=product.early,
             )  # fmt: skip
-            if plan.among and dy.is_cuda:
+            if begins and dy.is_cuda:
                 side = fork(dy.device)
             companion = launch_gemm(
                 dy, sw, du.narrow(1, first, columns), v_transposed=False, config=product,
                 inner=b, length=x.shape[2] if x.ndim == 3 else 0,
             )  # fmt: skip
             t = companion if rides else t
-    if plan.among:
-        # After the product, whose programs find each a multiprocessor of its own only if first.
-        outputs = sum_outputs(side=side)
+            if begins:
+                # After it, whose programs find each a multiprocessor of its own only if first.
+                outputs = sum_outputs(side=side)
     # The input side needs T; with that at hand, it need not wait for the output side.
     late = side is not None and plan.late and (t is None or plan.companion)
     if side is not None and not late:

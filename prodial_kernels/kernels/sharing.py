@@ -1,8 +1,5 @@
 """How a kernel's programs share a matrix among them. Imports no Triton."""
 
-# Rows of a weight, or of tokens, that one program folds.
-FOLD_ROWS = 32
-
 
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
@@ -19,14 +16,23 @@ def block_programs(k: int, window: int, block_size: int) -> int:
     return ceil_div(k, window // block_size * block_size)
 
 
-def fold_window(block_size: int) -> int:
-    """The window of a program that folds."""
-    return 256 if block_size == 1 else block_window(64, block_size)
+def fold_tile(block_size: int, *, beside_low: bool = False) -> tuple[int, int]:
+    """Rows of a weight, or of tokens, that a program folds, and its window.
+
+    Args:
+        block_size: P.
+        beside_low: Whether L is made by the same launch, whose code takes registers of all: then
+            fewer programs run at a time.
+    """
+    if block_size > 1:
+        return 32, block_window(64, block_size)
+    return (32, 256) if beside_low else (16, 128)
 
 
-def fold_programs(rows: int, k: int, block_size: int) -> int:
-    """How many programs fold [rows, k] with blocks of ``block_size``."""
-    return ceil_div(rows, FOLD_ROWS) * block_programs(k, fold_window(block_size), block_size)
+def fold_programs(rows: int, k: int, block_size: int, *, beside_low: bool = False) -> int:
+    """How many programs fold [rows, k]; see :func:`fold_tile`."""
+    height, window = fold_tile(block_size, beside_low=beside_low)
+    return ceil_div(rows, height) * block_programs(k, window, block_size)
 
 
 def split_tokens(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from prodial_kernels import prodial_linear
 from prodial_kernels.kernels import gemm, projector, reduce, taped
 from prodial_kernels.kernels.backward_plan import BackwardPlan, choose_backward
-from prodial_kernels.kernels.launch import choose_gemm, columns_apart
+from prodial_kernels.kernels.launch import TALL, WIDE, GemmConfig, choose_gemm, columns_apart
 from prodial_kernels.kernels.projector import device_limits
 from prodial_kernels.ops import explicit
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
@@ -35,16 +35,30 @@ def channel_first(case: LinearCase) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", ["tokens", "channel-first"])
-@pytest.mark.parametrize(("k", "n"), [(768, 3072), (768, 3352), (1024, 2064)], ids=str)
-def test_sums_among_the_products_programs(k: int, n: int, layout: str) -> None:
+@pytest.mark.parametrize("block_size", [1, 24])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "tile"),
+    [
+        (2048, 768, 3072, TALL), (2048, 768, 3352, TALL), (2048, 1024, 2064, TALL),
+        (4096, 1024, 4096, WIDE), (4088, 1008, 3352, WIDE),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sums_among_the_products_programs(
+    m: int, k: int, n: int, tile: GemmConfig, block_size: int, layout: str
+) -> None:
+    k = k // block_size * block_size
     plan = choose_backward(
-        2048, n, k, 16, wants_t=True, output_side=True, through_weight=True, bias=False,
+        m, n, k, 16, wants_t=True, output_side=True, through_weight=True, bias=False,
         channel_first=False, **device_limits(torch.device("cuda", 0)),
     )  # fmt: skip
     if torch.cuda.get_device_capability()[0] == 9:
         assert plan.among
+        assert plan.gemm.block_m == tile.block_m
     function = run if layout == "tokens" else channel_first
-    case = replace(make_case((4, 512), k, n, block_size=1, r=16, device="cuda"), bias=None)
+    case = replace(
+        make_case((4, m // 4), k, n, block_size=block_size, r=16, device="cuda"), bias=None
+    )
     assert_case_accurate(case, function, compute=torch.bfloat16)
     assert case.scale is not None
     # Columns whose gradient is computed anew, while the product still runs.
@@ -66,17 +80,17 @@ def test_last_columns_among_the_others(k: int, n: int, bias: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "n", "r", "begins_early"),
+    ("m", "k", "n", "r"),
     [
-        (2048, 1536, 768, 16, True),
-        (16384, 1536, 768, 16, True),
-        (8192, 2048, 2048, 70, True),
-        # Tall tiles behind many programs, and reduce behind a late join.
-        (2048, 768, 3072, 64, False),
+        (2048, 1536, 768, 16),
+        (16384, 1536, 768, 16),
+        (8192, 2048, 2048, 70),
+        # Reduce behind a late join.
+        (2048, 768, 3072, 64),
     ],
 )
 def test_early_and_late_launches_change_no_bit(
-    monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, r: int, begins_early: bool
+    monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, r: int
 ) -> None:
     case = make_case(m, k, n, block_size=1, r=r, device="cuda", seed=3)
     case = replace(case, bias=None).cast(torch.bfloat16, torch.float32)
@@ -89,7 +103,7 @@ def test_early_and_late_launches_change_no_bit(
                 lambda *_, **named: early.append(named.get("launch_pdl", False)),
             )  # fmt: skip
         case.run(run)
-    assert any(early) == (begins_early and torch.cuda.get_device_capability()[0] == 9)
+    assert any(early) == (torch.cuda.get_device_capability()[0] == 9)
     with monkeypatch.context() as patches:
         taped.forget()
         choose = projector.choose_backward

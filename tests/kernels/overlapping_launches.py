@@ -34,6 +34,8 @@ BF16 = Projector(bias=False)
 PROJECTORS = {
     "beside": replace(BF16, k=1536, n=768),
     "among": BF16,
+    "among, blocks": replace(BF16, block_size=48),
+    "among wide tiles": replace(BF16, m=16384),
     "late": replace(BF16, r=64),
     "many tokens": replace(BF16, m=16384, k=1536, n=768),
     "in parts": replace(BF16, m=16384, k=2048, n=8192),
@@ -144,13 +146,13 @@ def main(file: Path) -> None:
             ("waits", "EARLY", "wait"), ("opens", "OPEN", "launch_dependents"),
         )
     }  # fmt: skip
-    among = {each.kernel: each for each in launches_of(PROJECTORS["among"])}
-    product = among["_gemm_kernel"]
-    assert not product.constants["RIGHT_T"], "the last is backward's"
-    room = {
-        kernel: room_left(product, among[kernel])
-        for kernel in ("_output_side_kernel", "_exact_scale_kernel")
-    }
+    room = {}
+    for name in ("among", "among, blocks", "among wide tiles"):
+        among = {each.kernel: each for each in launches_of(PROJECTORS[name])}
+        product = among["_gemm_kernel"]
+        assert not product.constants["RIGHT_T"], "the last is backward's"
+        for kernel in ("_output_side_kernel", "_exact_scale_kernel"):
+            room[f"{name}: {kernel}"] = room_left(product, among[kernel])
     file.write_text(json.dumps({"orders": orders, "code": code, "room": room}))
 
 

@@ -19,14 +19,17 @@ PROCESSORS = 132
 AMONG = -1
 # (tile, whether T rides along, multiprocessors of the output side) -> µs of backward on an H100
 # 80GB HBM3, torch 2.11.0, triton 3.6.0, bf16, P = 1: the fastest plans and, of others, the best.
+# Among wide tiles was measured later, and stands here as its share of what was the fastest before.
 MEASURED: dict[tuple[int, int, int, int, bool], dict[tuple[str, bool, int], float]] = {
     (2048, 2048, 8512, 16, False): {
-        ("64x256", True, AMONG): 174.0, ("128x256", True, 0): 185.0, ("64x256", True, 0): 191.3,
-        ("128x256", False, 0): 198.1, ("64x256", False, 46): 202.3,
+        ("128x256", True, AMONG): 165.2, ("64x256", True, AMONG): 174.0,
+        ("128x256", True, 0): 185.0, ("64x256", True, 0): 191.3, ("128x256", False, 0): 198.1,
+        ("64x256", False, 46): 202.3,
     },
     (2048, 4096, 2048, 16, False): {
-        ("64x256", True, AMONG): 97.9, ("64x256", False, 29): 102.8, ("64x256", True, 29): 103.4,
-        ("128x256", False, 46): 103.9, ("128x256", True, 0): 104.0, ("128x256", False, 0): 105.5,
+        ("128x256", True, AMONG): 96.3, ("64x256", True, AMONG): 97.9, ("64x256", False, 29): 102.8,
+        ("64x256", True, 29): 103.4, ("128x256", False, 46): 103.9, ("128x256", True, 0): 104.0,
+        ("128x256", False, 0): 105.5,
     },
     (2048, 1536, 768, 16, False): {
         ("128x256", True, 36): 32.0, ("64x256", True, 36): 32.2, ("64x256", True, AMONG): 34.6,
@@ -40,20 +43,48 @@ MEASURED: dict[tuple[int, int, int, int, bool], dict[tuple[str, bool, int], floa
         ("128x256", True, 18): 331.7,
     },
     (8192, 2048, 8192, 16, False): {
-        ("128x256", False, 29): 543.0, ("64x256", True, 18): 573.9, ("64x256", False, 18): 588.8,
-        ("128x256", False, 0): 603.8, ("128x256", True, 29): 627.4,
+        ("128x256", True, AMONG): 519.0, ("128x256", False, 29): 543.0, ("64x256", True, 18): 573.9,
+        ("64x256", False, 18): 588.8, ("128x256", False, 0): 603.8, ("128x256", True, 29): 627.4,
     },
     (16384, 1536, 768, 16, False): {
         ("128x256", True, 22): 138.2, ("128x256", False, 36): 140.1, ("128x256", False, 22): 146.0,
         ("128x256", True, 36): 148.4,
     },
     (16384, 768, 3072, 16, False): {
-        ("128x256", True, 36): 200.4, ("128x256", False, 55): 225.2, ("64x256", True, 36): 226.3,
-        ("128x256", False, 36): 239.4,
+        ("128x256", True, AMONG): 186.5, ("128x256", True, 36): 200.4,
+        ("128x256", False, 55): 225.2, ("64x256", True, 36): 226.3, ("128x256", False, 36): 239.4,
     },
     (16384, 4096, 2048, 16, False): {
         ("128x256", False, 11): 593.1, ("128x256", False, 18): 607.7, ("128x256", False, 0): 644.9,
-        ("128x256", True, 11): 654.1,
+        ("128x256", True, 11): 654.1, ("128x256", True, AMONG): 663.0,
+    },
+    (4096, 1024, 4096, 16, False): {
+        ("128x256", True, AMONG): 83.7, ("64x256", True, AMONG): 99.0, ("64x256", True, 46): 100.0,
+    },
+    (8192, 768, 3072, 16, False): {
+        ("128x256", True, 36): 107.6, ("128x256", True, AMONG): 117.5,
+        ("64x256", True, AMONG): 119.7,
+    },
+    (4096, 1024, 2048, 16, False): {
+        ("128x256", True, AMONG): 50.4, ("64x256", True, AMONG): 58.1, ("64x256", True, 46): 70.9,
+    },
+    (4096, 1536, 768, 16, False): {
+        ("128x256", True, 36): 44.7, ("64x256", True, AMONG): 46.9, ("128x256", True, AMONG): 48.0,
+    },
+    (8192, 1536, 768, 16, False): {
+        ("128x256", True, AMONG): 74.5, ("128x256", False, 36): 75.3,
+    },
+    (8192, 2048, 4096, 16, False): {
+        ("128x256", False, 29): 297.8, ("128x256", True, AMONG): 304.1,
+    },
+    (16384, 1024, 2048, 16, False): {
+        ("128x256", True, AMONG): 179.2, ("128x256", False, 29): 185.0,
+    },
+    (16384, 1024, 4096, 16, False): {
+        ("128x256", True, AMONG): 318.3, ("128x256", False, 29): 341.0,
+    },
+    (65536, 768, 3072, 16, False): {
+        ("128x256", True, AMONG): 744.3, ("128x256", True, 29): 807.1,
     },
     (2048, 4096, 2048, 16, True): {
         ("64x256", False, 29): 108.9, ("128x256", False, 46): 109.8, ("128x256", False, 0): 110.1,
@@ -124,11 +155,10 @@ def test_what_is_not_asked_for_takes_no_processors() -> None:
 def test_the_output_side_is_among_the_product_only_where_it_fits() -> None:
     shape = (2048, 2048, 8512)
     assert plan_of(*shape, 16, False).among
-    # More sums than the registers left, or no tall tile that T rides along with.
+    # More sums than the registers left, or no tile that T rides along with.
     assert not plan_of(*shape, 32, False).among
     assert not plan_of(*shape, 16, False, bias=True).among
     assert not plan_of(*shape, 16, True).among
-    assert not plan_of(16384, 2048, 8512, 16, False).among
 
 
 @pytest.mark.parametrize("among", [False, True])

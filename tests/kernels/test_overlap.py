@@ -53,9 +53,9 @@ def test_no_other_device_has_such_launches(found: dict[str, Any]) -> None:
     ("name", "expected"),
     [
         ("beside", ["gemm", "gemm", "reduce"]),
-        ("among", ["reduce"]),
-        # Tall tiles behind many programs; and a join stands between the input side and reduce.
-        ("late", []),
+        ("among", ["gemm", "reduce"]),
+        # Forward's tall tiles are behind L; and a join stands between the input side and reduce.
+        ("late", ["gemm"]),
         ("many tokens", ["gemm", "gemm", "reduce"]),
     ],
 )
@@ -75,7 +75,7 @@ def test_the_code_waits_and_opens_before_it_touches_memory(found: dict[str, Any]
 
 def test_what_runs_among_the_products_programs_finds_room_beside_one(found: dict[str, Any]) -> None:
     """Else it would wait until the product ends: slower, and nothing else would tell."""
-    assert len(found["room"]) == 2
+    assert len(found["room"]) == 6
     for kernel, left in found["room"].items():
         assert min(left.values()) >= 0, (kernel, left)
 
@@ -87,17 +87,40 @@ def test_late_is_a_join_behind_the_input_side(found: dict[str, Any]) -> None:
     assert steps[-3:] == ["join", "input_side", "reduce"]
 
 
+def test_the_output_side_begins_with_the_first_part_of_the_product(found: dict[str, Any]) -> None:
+    steps = found["orders"]["90"]["in parts"]
+    backward = [step["name"] for step in steps if not step["side"]]
+    backward = backward[len(backward) - 1 - backward[::-1].index("fork") :]
+    assert backward == ["fork", "gemm", "prepare", "gemm", "join", "input_side", "reduce"]
+    names = [step["name"] for step in steps]
+    first = len(names) - 1 - names[::-1].index("fork")
+    assert names[first : first + 4] == ["fork", "gemm", "output_side", "exact_scale"]
+
+
 @pytest.mark.parametrize(
-    ("rows", "k", "block_size", "programs"),
-    [(768, 1536, 1, 144), (3072, 768, 1, 288), (768, 1536, 24, 24 * 32), (33, 96, 96, 2)],
+    ("rows", "k", "block_size", "beside_low", "programs", "early"),
+    [
+        (768, 1536, 1, False, 576, True),
+        (2048, 4096, 1, False, 4096, True),
+        (8192, 2048, 1, False, 8192, False),
+        (768, 1536, 24, False, 768, True),
+        (3072, 768, 24, False, 1536, False),
+        (33, 96, 96, False, 2, True),
+        (1024, 768, 1, True, 96, True),
+        (2048, 768, 1, True, 192, True),
+        (2048, 1024, 1, True, 256, False),
+    ],
 )
 def test_tall_tiles_are_early_behind_few_programs(
-    rows: int, k: int, block_size: int, programs: int
+    rows: int, k: int, block_size: int, beside_low: bool, programs: int, early: bool
 ) -> None:
-    assert fold_programs(rows, k, block_size) == programs
-    assert begins_early(TALL, programs, processors=132) == (programs <= 264)
-    assert begins_early(WIDE, programs, processors=132)
-    assert not begins_early(pointer_gemm(64), 1, processors=132)
+    assert fold_programs(rows, k, block_size, beside_low=beside_low) == programs
+    options: dict[str, Any] = {
+        "block_size": block_size, "beside_low": beside_low, "processors": 132,
+    }  # fmt: skip
+    assert begins_early(TALL, programs, **options) == early
+    assert begins_early(WIDE, programs, **options)
+    assert not begins_early(pointer_gemm(64), 1, **options)
 
 
 def test_the_input_side_waits_unless_the_output_side_takes_longer_than_the_product() -> None:

@@ -79,7 +79,7 @@ def test_a_channel_first_layer_keeps_the_rules(
 def test_a_plan_shares_the_device_out() -> None:
     limits = {"capability": (9, 0), "processors": 132}
     options = {"wants_t": True, "output_side": True, "through_weight": True, "bias": False}
-    plan = choose_backward(16384, 3072, 768, 16, **options, channel_first=False, **limits)
+    plan = choose_backward(16384, 768, 1536, 16, **options, channel_first=False, **limits)
     assert plan.side_processors
     assert plan.gemm.programs + plan.output_side.programs == 132
     alone = BackwardPlan(GemmConfig(programs=132), plan.output_side, True, 0)
