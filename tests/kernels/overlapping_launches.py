@@ -118,15 +118,28 @@ def launches_of(each: Projector) -> list[Launch]:
 REGISTERS, SHARED, RESERVED = 65536, 228 * 1024, 1024
 
 
-def room_left(first: Launch, second: Launch) -> dict[str, int]:
-    """Registers and bytes of shared memory that one program of each leave of a multiprocessor."""
-    registers, shared = REGISTERS, SHARED
-    for launch in (first, second):
-        cost = cost_of(launch)
-        # Given out to warps, in units of 8 a thread.
-        registers -= -(-cost.registers // 8) * 8 * 32 * launch.options["num_warps"]
-        shared -= cost.shared + RESERVED
-    return {"registers": registers, "shared": shared}
+def taken(launch: Launch) -> tuple[int, int]:
+    """Registers and bytes of shared memory that one program takes of a multiprocessor."""
+    cost = cost_of(launch)
+    # Given out to warps, in units of 8 a thread.
+    registers = -(-cost.registers // 8) * 8 * 32 * launch.options["num_warps"]
+    return registers, cost.shared + RESERVED
+
+
+def room_beside_product(each: Projector) -> dict[str, dict[str, int]]:
+    """What a program of backward's product and one of each sum over the tokens leave, by kernel."""
+    launches = {launch.kernel: launch for launch in launches_of(each)}
+    product = launches["_gemm_kernel"]
+    assert not product.constants["RIGHT_T"], "the last is backward's"
+    registers, shared = taken(product)
+    left = {}
+    for kernel in ("_output_side_kernel", "_exact_scale_kernel"):
+        more_registers, more_shared = taken(launches[kernel])
+        left[kernel] = {
+            "registers": REGISTERS - registers - more_registers,
+            "shared": SHARED - shared - more_shared,
+        }
+    return left
 
 
 def main(file: Path) -> None:
@@ -146,13 +159,11 @@ def main(file: Path) -> None:
             ("waits", "EARLY", "wait"), ("opens", "OPEN", "launch_dependents"),
         )
     }  # fmt: skip
-    room = {}
-    for name in ("among", "among, blocks", "among wide tiles"):
-        among = {each.kernel: each for each in launches_of(PROJECTORS[name])}
-        product = among["_gemm_kernel"]
-        assert not product.constants["RIGHT_T"], "the last is backward's"
-        for kernel in ("_output_side_kernel", "_exact_scale_kernel"):
-            room[f"{name}: {kernel}"] = room_left(product, among[kernel])
+    room = {
+        f"{name}: {kernel}": left
+        for name in ("among", "among, blocks", "among wide tiles")
+        for kernel, left in room_beside_product(PROJECTORS[name]).items()
+    }
     file.write_text(json.dumps({"orders": orders, "code": code, "room": room}))
 
 
