@@ -8,6 +8,7 @@ copy of upstream's code, and nothing shared between threads.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import FunctionType
@@ -82,6 +83,9 @@ def _adapted_class(original: Any, policies: tuple[tuple[str, Policy], ...]) -> t
         def through_policy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return policy(self, upstream, *args, **kwargs)
 
+        # Who asks for the arguments is told upstream's. Not __wrapped__, which would be unwrapped,
+        # and the policy left out.
+        vars(through_policy)["__signature__"] = inspect.signature(upstream)
         return through_policy
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.mixers.arguments import mask_among, named_arguments, parameters_of
 from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
 from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, scan_and_project
 from prodial_kernels.mixers.projection import is_explicit
@@ -38,6 +39,9 @@ from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View, rebound
 FUSED_S6 = "mamba_inner_fn"
 FUSED_SSD = "mamba2_split_conv1d_scan_combined"
 """Names of the fused training functions, globals of transformers' modeling modules."""
+
+MASK_PADDING = "apply_mask_to_padding_states"
+"""Name of the function that sets padding to 0 before the projector, a global there as well."""
 
 Forward = Callable[..., Any]
 
@@ -98,28 +102,35 @@ def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) 
     return output if projector.called else projector(output)
 
 
-def mamba_forward(
-    mixer: nn.Module,
-    upstream: Forward,
-    hidden_states: Tensor,
-    cache_params: Any = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Any:
+def mamba_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) -> Any:
     """``MambaMixer.forward``: fused where upstream is, that is in training without a cache."""
     projections = map(mixer.get_submodule, ("in_proj", "x_proj", "dt_proj", "out_proj"))
     if (
         mixer.training
-        and cache_params is None
         and mixer.activation in ("silu", "swish")
         and kernels_available()
         and all(map(is_explicit, projections))
     ):
-        modeling = sys.modules[upstream.__module__]
-        return fused_mamba(
-            mixer, modeling.apply_mask_to_padding_states(hidden_states, attention_mask)
-        )
-    return unfused_forward(mixer, upstream, hidden_states, cache_params, attention_mask, **kwargs)
+        hidden = _masked_input(upstream, args, kwargs)
+        if hidden is not None:
+            return fused_mamba(mixer, hidden)
+    return unfused_forward(mixer, upstream, *args, **kwargs)
+
+
+def _masked_input(
+    upstream: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The mixer's input without its padding; None where more is given than input and mask."""
+    arguments = named_arguments(upstream, args, kwargs)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    hidden = given.pop(next(iter(parameters_of(upstream)), ""), None)
+    mask = given.pop(mask_among(given) or "", None)
+    mask_padding = sys.modules[upstream.__module__].__dict__.get(MASK_PADDING)
+    if hidden is None or given:
+        return None
+    if mask is None:
+        return hidden
+    return None if mask_padding is None else mask_padding(hidden, mask)
 
 
 def _policy_of(mixer: nn.Module) -> Policy | None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from prodial_kernels.mixers.arguments import cache_among, named_arguments, parameters_of
 from prodial_kernels.mixers.mamba_ssm.block import RECOMPUTE_XZ
 from prodial_kernels.mixers.seam import AdaptedMixer, Undo, View
 from prodial_kernels.training.blocks import (
@@ -97,16 +98,21 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
     """``block(*args, **kwargs)``, computed again in backward; first argument: hidden states.
 
     Raises:
-        ValueError: A cache is passed.
+        ValueError: A cache is passed, under any name.
     """
-    if not (block.training and torch.is_grad_enabled() and args):
+    if not (block.training and torch.is_grad_enabled()):
         return upstream(block, *args, **kwargs)
-    cached = [name for name in _CACHES if kwargs.get(name) is not None]
-    if cached:
+    cached = cache_among(named_arguments(upstream, args, kwargs))
+    if cached is not None:
         raise ValueError(
-            f"{cached[0]} in training: a block that runs again in backward would write its cache "
+            f"{cached} in training: a block that runs again in backward would write its cache "
             "twice; call the model with use_cache=False"
         )
+    if not args:
+        first = parameters_of(upstream)[0]
+        if first not in kwargs:
+            return upstream(block, **kwargs)
+        args = (kwargs.pop(first),)
     hidden = _Input(args[0])
     forward, target = upstream, block  # type: Callable[..., Any], Any
     if has_separate_norm(block):
@@ -122,10 +128,6 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
     )
     hidden.shrink()
     return output
-
-
-# What the families call a cache.
-_CACHES = ("cache_params", "past_key_values", "past_key_value", "inference_params")
 
 
 def norm_again_forward(block: nn.Module, upstream: Callable[..., Any], *args: Any,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.training.activations import apply_levels
-from prodial_kernels.training.blocks import blocks_of, mixer_of
+from prodial_kernels.training.blocks import Calling, blocks_of, mixer_of
 from prodial_kernels.training.memory_activations import (
     CHECKPOINT,
     KEEP,
@@ -252,13 +252,33 @@ def test_mamba_ssm_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept(layers[0], tokens, CHECKPOINT) == 2 * 9 * 8 * (4 + 4)
 
 
-def test_a_cache_in_training_is_refused() -> None:
-    model = adapted("bamba")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_cache_in_training_is_refused(name: str) -> None:
+    """Whatever this release of transformers calls it."""
+    model = adapted(name)
     with (
         apply_levels(model, [CHECKPOINT] * len(blocks_of(model))),
-        pytest.raises(ValueError, match=r"past_key_values in training.*use_cache=False"),
+        pytest.raises(ValueError, match=r"\w+ in training.*use_cache=False"),
     ):
         model(input_ids=token_ids(), use_cache=True)
+
+
+def test_a_cache_by_position_is_refused_and_a_first_argument_by_keyword_is_checkpointed() -> None:
+    model = adapted("mamba2")
+    for layer in model.modules():
+        layer.lora_dropout = 0.0
+    block, x = model.backbone.layers[1], torch.randn(2, 7, 16, requires_grad=True)
+    expected, whole = block(x), bytes_kept(block, x)
+    with apply_levels(model, [CHECKPOINT] * 2):
+        with pytest.raises(ValueError, match=r"in training.*use_cache=False"):
+            block(x, DynamicCache())
+        assert torch.equal(block(hidden_states=x), expected)
+        by_keyword = Calling(block, lambda x: block(hidden_states=x))
+        assert bytes_kept(by_keyword, x) == bytes_kept(block, x) < whole
+
+
+class DynamicCache:
+    """Stands for transformers' class of this name."""
 
 
 def test_refuses_what_it_cannot_do() -> None:

@@ -1,0 +1,73 @@
+"""What the arguments of a call of upstream's mean, whatever this release of it calls them.
+
+Names of arguments change (transformers 5.24 calls ``cache`` what 5.23 called ``cache_params``), are
+given by position or by keyword, and old spellings go on arriving through ``**kwargs``. So a policy
+hands arguments on as they came, and where it must know one it asks here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+_CACHE_NAME = re.compile(r"cache|past|inference_params|(conv|ssm|recurrent)_states?$")
+# Of a cache, and not one: where in it to write, how long it is.
+_ABOUT_A_CACHE = re.compile(r"position|length|seqlen|offset|index|idx|mask")
+_CACHE_CLASS = re.compile(r"(Cache|InferenceParams)$")
+# How transformers' and mamba_ssm's caches are used; a class of any name may do the same.
+_CACHE_MEMBERS = ("update_conv_state", "update_recurrent_state", "key_value_memory_dict")
+
+
+def named_arguments(
+    function: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of ``function(self, *args, **kwargs)`` by name, in the order given.
+
+    Never raises: what the signature does not know is named by its position, or as the caller
+    named it, so that upstream itself can say what is wrong.
+    """
+    args = tuple(args)
+    names = parameters_of(function)
+    unnamed = [f"argument {i}" for i in range(len(names), len(args))]
+    return dict(zip([*names, *unnamed], args, strict=False)) | dict(kwargs)
+
+
+@cache
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a method's parameters that take a position, without ``self``."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in positional)[1:]
+
+
+def cache_among(arguments: Mapping[str, Any]) -> str | None:
+    """Return the name of the first argument that is a cache of earlier tokens, if there is one."""
+    return next((name for name, value in arguments.items() if is_cache(name, value)), None)
+
+
+def is_cache(name: str, value: Any) -> bool:
+    """Whether an argument is a cache, by its class, by what it can do, or by its name.
+
+    Flags (``use_cache``) and tensors that say where in a cache to write are none.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return False
+    if _CACHE_NAME.search(name) and not _ABOUT_A_CACHE.search(name):
+        return True
+    if isinstance(value, Tensor):
+        return False
+    if isinstance(value, list | tuple):
+        return any(is_cache("", part) for part in value)
+    return any(_CACHE_CLASS.search(cls.__name__) for cls in type(value).__mro__) or any(
+        hasattr(value, member) for member in _CACHE_MEMBERS
+    )
+
+
+def mask_among(arguments: Mapping[str, Any]) -> str | None:
+    """Return the name of the first argument that is a mask of padding, if there is one."""
+    return next((name for name in arguments if "mask" in name), None)
