@@ -59,17 +59,18 @@ def layers(m: int, k: int, n: int, p: int, device: str, impl: str) -> dict[str, 
     x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(m, n, device=device, dtype=dtype)
     adapter = [parameter for _, parameter in adapted.adapter_parameters()]
+    blocks, deviation, a, b = adapter
+    scale = (1 + deviation.detach()).requires_grad_()
 
     def function() -> Tensor:
         return prodial_linear(
-            x, frozen.weight, blocks=adapted.prodial_blocks, scale=adapted.prodial_scale,
-            lora_a=adapted.prodial_a, lora_b=adapted.prodial_b, lora_scaling=1.0, training=True,
-            impl=impl,
+            x, frozen.weight, blocks=blocks, scale=scale, lora_a=a, lora_b=b, lora_scaling=1.0,
+            training=True, impl=impl,
         )  # fmt: skip
 
     return {
         "frozen nn.Linear": Layer(lambda: frozen(x), dy, [x]),
-        "prodial_linear": Layer(function, dy, [x, *adapter]),
+        "prodial_linear": Layer(function, dy, [x, blocks, scale, a, b]),
         "ProdialLinear": Layer(lambda: adapted(x), dy, [x, *adapter]),
     }
 

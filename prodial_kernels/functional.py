@@ -19,7 +19,7 @@ from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.layout import direct_length, unit_stride_rows
-from prodial_kernels.ops.reference import reference_linear
+from prodial_kernels.ops.reference import reference_linear, scale_deviation_of
 from prodial_kernels.ops.triton_autograd import TritonProdialLinear
 
 
@@ -44,10 +44,10 @@ def prodial_linear(
     x: Tensor,
     weight: Tensor,
     *,
-    blocks: Tensor | None,
-    scale: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
+    blocks: Tensor | None = None,
+    scale: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
     bias: Tensor | None = None,
     lora_scaling: float = 1.0,
     lora_dropout: float = 0.0,
@@ -91,10 +91,45 @@ def prodial_linear(
         ValueError: A shape, device or choice that does not fit, or a ``weight`` that requires a
             gradient (only ``impl="reference"`` gives one).
     """
+    deviation = None
+    if scale is not None:
+        if not scale.is_floating_point():
+            raise TypeError(f"scale must have a floating-point dtype, got {scale.dtype}")
+        deviation = scale_deviation_of(scale)
+    return adapted_linear(
+        x, weight, blocks=blocks, scale_deviation=deviation, lora_a=lora_a, lora_b=lora_b,
+        bias=bias, lora_scaling=lora_scaling, lora_dropout=lora_dropout,
+        training=training, diagonal=diagonal, impl=impl, channel_first=channel_first,
+    )  # fmt: skip
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    blocks: Tensor | None,
+    scale_deviation: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    bias: Tensor | None,
+    lora_scaling: float,
+    lora_dropout: float,
+    training: bool,
+    diagonal: str,
+    impl: str,
+    channel_first: bool = False,
+) -> Tensor:
+    """:func:`prodial_linear` of an adapter as a layer keeps it: with s − 1 in the place of s.
+
+    ``scale_deviation`` is s − 1, [out_features]: zero where nothing is trained, as ``blocks``,
+    which holds D_a and not D_b, is. The rest is as there.
+    """
     check_choice("diagonal", diagonal, DIAGONALS)
     check_dropout(lora_dropout)
     dtype = autocast_dtype(x)
-    check_operands(x, weight, blocks, scale, lora_a, lora_b, bias, autocast=dtype is not None)
+    check_operands(
+        x, weight, blocks, scale_deviation, lora_a, lora_b, bias, autocast=dtype is not None
+    )  # fmt: skip
     if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -107,14 +142,14 @@ def prodial_linear(
                 check_triton(x)
             check_frozen(weight)
             y = _triton_linear(
-                x, weight, blocks, scale, lora_a, lora_b, bias,
+                x, weight, blocks, scale_deviation, lora_a, lora_b, bias,
                 draw_seed(x) if drop else None, lora_scaling, lora_dropout, diagonal,
                 channel_first,
             )  # fmt: skip
             return y
         mask = torch.rand(x.shape, device=x.device) >= lora_dropout if drop else None
         arguments = (
-            x, weight, blocks, scale, lora_a, lora_b, bias, mask,
+            x, weight, blocks, scale_deviation, lora_a, lora_b, bias, mask,
             float(lora_scaling), float(lora_dropout), diagonal,
         )  # fmt: skip
         if chosen == "reference":
@@ -137,7 +172,7 @@ def _triton_linear(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -151,9 +186,9 @@ def _triton_linear(
     length = x.shape[-2] if channel_first and direct_length(x.shape[-2]) else 0
     # The kernels take one stride per matrix and none per vector; what has others is copied here.
     y = TritonProdialLinear.apply(
-        x, unit_stride_rows(weight), _contiguous(blocks), _contiguous(scale),
-        _contiguous(lora_a), _contiguous(lora_b), _contiguous(bias), seed, float(lora_scaling),
-        float(lora_dropout), diagonal == "relu", length,
+        x, unit_stride_rows(weight), _contiguous(blocks),
+        _contiguous(scale_deviation), _contiguous(lora_a), _contiguous(lora_b), _contiguous(bias),
+        seed, float(lora_scaling), float(lora_dropout), diagonal == "relu", length,
     )  # fmt: skip
     return y if length else lay_out(y, channel_first)
 

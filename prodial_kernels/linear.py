@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels._validation import IMPLS, check_choice, check_dropout, divisors
-from prodial_kernels.functional import lay_out, prodial_linear, resolve_impl
+from prodial_kernels.functional import adapted_linear, lay_out, resolve_impl
 from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.quantization import (
@@ -29,12 +29,13 @@ class ProdialLinear(nn.Module):
     """``y = x W'ᵀ + bias`` with ``W' = s ⊙ (W D_b) + α B A`` (Eq. 7), computed without W'.
 
     The frozen layer is ``base_layer``; the adapter's tensors are ``prodial_blocks`` (D_a,
-    [n_blocks, P, P]), ``prodial_scale`` (s, [out_features]), ``prodial_a`` ([r, in_features]) and
-    ``prodial_b`` ([out_features, r]). A part that is switched off is None. At construction
-    W' = W exactly: D_a and B are zero, s is one, A is drawn as PEFT's LoRA draws it.
+    [n_blocks, P, P]), ``prodial_scale`` (s − 1, [out_features]), ``prodial_a`` ([r, in_features])
+    and ``prodial_b`` ([out_features, r]). A part that is switched off is None. At construction
+    W' = W exactly: D_a, s − 1 and B are zero, A is drawn as PEFT's LoRA draws it. Weight decay
+    therefore pulls towards W' = W, whoever's trainer it is.
 
     The adapter is kept in ``adapter_dtype`` or wider whatever ``.to(dtype)`` asks for (fp32
-    masters by default): 16-bit steps near s = 1 are 2^-8, larger than an optimiser's updates.
+    masters by default): 16-bit formats would round many of an optimiser's updates away.
     """
 
     prodial_blocks: nn.Parameter | None
@@ -208,13 +209,13 @@ class ProdialLinear(nn.Module):
         base, options = self.base_layer, self.operation(bias)
         if isinstance(base, QuantizedLinear):
             return quantized_prodial_linear(x, base, channel_first=channel_first, **options)
-        return prodial_linear(x, base.weight, channel_first=channel_first, **options)
+        return adapted_linear(x, base.weight, channel_first=channel_first, **options)
 
     def operation(self, bias: Tensor | None) -> dict[str, Any]:
-        """What :func:`prodial_linear` takes beside the input, the weight and the layout."""
+        """What ``adapted_linear`` takes beside the input, the weight and the layout."""
         return {
             "blocks": self.prodial_blocks,
-            "scale": self.prodial_scale,
+            "scale_deviation": self.prodial_scale,
             "lora_a": self.prodial_a,
             "lora_b": self.prodial_b,
             "bias": bias,
@@ -231,7 +232,7 @@ class ProdialLinear(nn.Module):
         if self.prodial_blocks is not None:
             self.prodial_blocks.zero_()
         if self.prodial_scale is not None:
-            self.prodial_scale.fill_(1.0)
+            self.prodial_scale.zero_()
         if self.prodial_a is not None and self.prodial_b is not None:
             nn.init.kaiming_uniform_(self.prodial_a, a=math.sqrt(5))
             self.prodial_b.zero_()

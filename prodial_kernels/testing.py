@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prodial_kernels.ops.reference import reference_linear
+from prodial_kernels.ops.reference import reference_linear, scale_deviation_of
 
 
 def error_budget(eager: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float]:
@@ -98,9 +98,14 @@ class LinearCase:
     def reference(self) -> Tensor:
         """The definition on these operands."""
         return reference_linear(
-            self.x, self.weight, self.blocks, self.scale, self.lora_a, self.lora_b, self.bias,
-            self.dropout_mask, self.lora_scaling, self.lora_dropout, self.diagonal,
+            self.x, self.weight, self.blocks, self.scale_deviation, self.lora_a, self.lora_b,
+            self.bias, self.dropout_mask, self.lora_scaling, self.lora_dropout, self.diagonal,
         )  # fmt: skip
+
+    @property
+    def scale_deviation(self) -> Tensor | None:
+        """What the operation takes in the place of s: s − 1, [N]."""
+        return None if self.scale is None else scale_deviation_of(self.scale)
 
 
 def make_case(

@@ -168,9 +168,8 @@ def randomise_adapters(model: nn.Module, seed: int = 2) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in model.modules():
         if isinstance(layer, ProdialLinear):
-            for name, parameter in layer.adapter_parameters():
-                noise = torch.randn(parameter.shape, generator=generator) * 0.3
-                parameter.copy_(1 + noise if name == "prodial_scale" else noise)
+            for _, parameter in layer.adapter_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 @dataclass

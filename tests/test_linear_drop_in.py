@@ -87,7 +87,7 @@ def test_initial_values() -> None:
         "prodial_b": (29, 16),
     }  # fmt: skip
     assert not layer.prodial_blocks.any()
-    assert (layer.prodial_scale == 1).all()
+    assert (layer.prodial_scale == 0).all()
     assert not layer.prodial_b.any()
     # PEFT's LoRA: kaiming_uniform with a = sqrt(5), that is uniform in ±1/sqrt(in_features).
     bound = 1 / math.sqrt(42)
@@ -102,6 +102,32 @@ def test_reset_adapter() -> None:
     assert torch.equal(layer.weight, layer.base_layer.weight)
     assert layer.prodial_a.any()
     assert all(p.requires_grad for _, p in layer.adapter_parameters())
+
+
+def test_weight_decay_pulls_towards_the_pretrained_layer() -> None:
+    """As the optimiser of somebody else's trainer decays: every parameter."""
+    layer = trained()
+    far = (layer.weight - layer.base_layer.weight).norm()
+    optimizer = torch.optim.AdamW(
+        [p for p in layer.parameters() if p.requires_grad], lr=0.1, weight_decay=1.0
+    )
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for _ in range(100):
+        optimizer.step()
+    assert (layer.weight - layer.base_layer.weight).norm() < 1e-4 * far
+
+
+def test_small_deviations_of_the_scale_survive_a_16_bit_adapter() -> None:
+    layer = ProdialLinear.from_linear(plain(), r=0, adapter_dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.prodial_scale.fill_(3e-3)
+    x = torch.randn(7, 42)
+    exact = 1.003 * nn.functional.linear(x, layer.base_layer.weight) + layer.bias
+    for impl in ("torch", "reference"):
+        layer.impl = impl
+        torch.testing.assert_close(layer(x), exact, rtol=2e-5, atol=2e-5)
+    assert torch.autograd.grad(layer(x).sum(), layer.prodial_scale)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("r", "train_scale", "train_diagonal"), PARTS)

@@ -25,7 +25,7 @@ POINTER_SLICE = 16
 
 @triton.jit
 def _gemm_kernel(
-    left, right, inner, outer, low_ptr, scale_ptr, bias_ptr, y,
+    left, right, inner, outer, low_ptr, deviation_ptr, bias_ptr, y,
     M, N, K, batches,
     stride_left, stride_right, stride_y, batch_left, batch_right, batch_y,
     LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
@@ -44,7 +44,7 @@ def _gemm_kernel(
     UPDATE: L Oᵀ is added, O [N, R_PAD]; without COMPANION L is read.
     ROWS_BATCHED: X, Y and L are ``batches`` such matrices, each of M rows.
     COLUMNS_BATCHED: V, Y and O are ``batches`` such matrices, and s and the bias belong to rows,
-    else to columns.
+    else to columns. The deviation is s − 1.
     EARLY: begun before the launch that makes its operands has ended.
     A program owns [BLOCK_M, BLOCK_N] tiles of Y, one after another, and walks K once for each.
     """
@@ -81,7 +81,9 @@ def _gemm_kernel(
                 target = low_ptr + low_rows * R_PAD + tl.arange(0, R_PAD)[None, :]
                 tl.store(target, low_tile, mask=(offs_m < M)[:, None])
         if HAS_SCALE:
-            acc *= _along_features(scale_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N)
+            acc *= 1 + _along_features(
+                deviation_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N
+            )
         if COMPANION and UPDATE:
             acc = _accumulate(
                 acc, low_tile, outer, batch, 0, column, R_PAD, N, R_PAD, 0,
@@ -221,7 +223,7 @@ def launch_gemm(
     inner: Tensor | None = None,
     outer: Tensor | None = None,
     low: Tensor | None = None,
-    scale: Tensor | None = None,
+    scale_deviation: Tensor | None = None,
     bias: Tensor | None = None,
     length: int = 0,
     side: SideStream | None = None,
@@ -240,7 +242,7 @@ def launch_gemm(
         outer: O, [N, R_PAD]: L Oᵀ is added, where R_PAD is too wide for the kernel's epilogue by
             a library product.
         low: L, [M, R_PAD]; needed with ``outer``, unless ``inner`` makes it.
-        scale: s, [N], applied to X V alone.
+        scale_deviation: s − 1, [N]; s is applied to X V alone.
         bias: [N].
         length: l of a channel-first Y, else 0.
         side: Where to launch; the current stream if None.
@@ -298,7 +300,7 @@ def launch_gemm(
         tiled(right, [bn, bk] if right_t else [bk, bn], tma),
         tiled(inner, [r_pad, bk], tma),
         tiled(factor if update else None, [bn, r_block], tma),
-        added, scale, bias,
+        added, scale_deviation, bias,
         tiled(target, [bm, bn // 2 if config.subtile else bn], tma),
         rows, columns, k, batches,
         left.stride(-2), right.stride(-2), target.stride(-2),
@@ -306,7 +308,7 @@ def launch_gemm(
         LEFT_T=left_t, RIGHT_T=right_t,
         ROWS_BATCHED=batched and not channel_first, COLUMNS_BATCHED=channel_first,
         COMPANION=inner is not None, UPDATE=update,
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, TMA=tma,
+        HAS_SCALE=scale_deviation is not None, HAS_BIAS=bias is not None, TMA=tma,
         BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
         GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile, EARLY=config.early,
         num_warps=config.num_warps, num_stages=config.num_stages, side=side,

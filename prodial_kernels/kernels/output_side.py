@@ -16,7 +16,7 @@ from prodial_kernels.kernels.tiles import load_tile, tiled, tma_ready, token_sha
 
 @triton.jit
 def _output_side_kernel(
-    dy, y, low_ptr, bias_ptr, b_ptr, scale_ptr,
+    dy, y, low_ptr, bias_ptr, b_ptr, deviation_ptr,
     partial_b_ptr, partial_scale_ptr, partial_bias_ptr,
     LENGTH, tiles_m, N, R, alpha,
     stride_dy, stride_y, batch_dy, batch_y, splits, tiles_per_split,
@@ -30,7 +30,7 @@ def _output_side_kernel(
     dB_part [splits, N, R_PAD] = dYᵀ L;  dbias_part [splits, N] = Σ dY;
     ds_part [splits, N] = Σ dY ⊙ Z / s with Z = Y − L B'ᵀ − bias = s ⊙ (U Wᵀ),
     from dY, Y [M, N] (CHANNEL_FIRST: [M / LENGTH, N, LENGTH]; else LENGTH = M), L [M, R_PAD],
-    B [N, R], B' = α B, s, bias [N]. ``tiles_m`` tiles of tokens, none of two sequences.
+    B [N, R], B' = α B, s − 1, bias [N]. ``tiles_m`` tiles of tokens, none of two sequences.
     Z itself is never made: Σ dY ⊙ L B'ᵀ is the sum over r of dB_part ⊙ B', and with Y in the place
     of dY likewise. Where Z is small along Y, as where s = 0, the rounding of Y has spoiled it;
     there ds_part is NaN, which asks exact_scale.py for the column.
@@ -105,7 +105,7 @@ def _output_side_kernel(
         if NEED_BIAS:
             tl.store(partial_bias_ptr + part, tl.sum(dy_sum, 0), mask=mask_n)
         if NEED_SCALE:
-            scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=1.0).to(tl.float32)
+            scale = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             ds = tl.sum(dy_z, 0)
             norm = tl.sum(y_y, 0)
             along = norm
@@ -120,9 +120,9 @@ def _output_side_kernel(
                 b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty).to(tl.float32)
                 ds -= tl.sum(dy_low * b, 1)
                 along -= tl.sum(y_low * b, 1)
-            # ⟨Y, Z⟩ ≥ 0.4 |Y|², so |Z| ≥ 0.4 |Y|: ops/README.md. Below 2^-60 the quotient can leave
-            # fp32's range.
-            spoiled = (tl.abs(along) < 0.4 * norm) | (tl.abs(scale) <= 8.7e-19)
+            # ⟨Y, Z⟩ ≥ 0.4 |Y|², so |Z| ≥ 0.4 |Y|: ops/README.md. What 1 was added to is 0 or at
+            # least 2^-24, and so never takes the quotient out of fp32's range.
+            spoiled = (tl.abs(along) < 0.4 * norm) | (scale == 0)
             ds = ds / tl.where(spoiled, 1.0, scale)
             ds = tl.where(spoiled, float("nan"), ds)
             tl.store(partial_scale_ptr + part, ds, mask=mask_n)
@@ -151,7 +151,7 @@ def launch_output_side(
     dy: Tensor,
     y: Tensor | None,
     low: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
     *,
@@ -191,7 +191,7 @@ def launch_output_side(
         tile.reverse()
     launch(
         _output_side_kernel, (min(items, config.programs or items),),
-        tiled(dy, tile, tma), tiled(y, tile, tma), low, bias, lora_b, scale,
+        tiled(dy, tile, tma), tiled(y, tile, tma), low, bias, lora_b, scale_deviation,
         partial_b, partial_scale, partial_bias,
         length, tiles_m, n, 0 if lora_b is None else lora_b.shape[1], alpha,
         dy.stride(-2), 0 if y is None else y.stride(-2),

@@ -26,7 +26,7 @@ def launch_output_sums(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
     y: Tensor | None,
@@ -49,7 +49,7 @@ def launch_output_sums(
     if not (need_b or need_scale or need_bias):
         return OutputSums()
     partial_b, partial_scale, partial_bias = launch_output_side(
-        dy, y, h if need_scale or need_b else None, scale, lora_b, bias,
+        dy, y, h if need_scale or need_b else None, scale_deviation, lora_b, bias,
         alpha=alpha, need_b=need_b, need_scale=need_scale, need_bias=need_bias,
         config=config, side=side,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from prodial_kernels.kernels.tiles import (
 @triton.jit
 def _prepare_kernel(
     x_ptr, inner_ptr, seed_ptr, low_ptr,
-    w_ptr, blocks_ptr, scale_ptr, b_ptr, v_ptr, b_out_ptr, a_out_ptr,
+    w_ptr, blocks_ptr, deviation_ptr, b_ptr, v_ptr, b_out_ptr, a_out_ptr,
     M, ROWS, N, K, DEPTH, R, LENGTH, alpha,
     stride_x, batch_x, stride_w, stride_v, dropout, programs_low, columns,
     TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
@@ -53,7 +53,7 @@ def _prepare_kernel(
     else:
         tile = pid - programs_low
         _fold(
-            w_ptr, blocks_ptr, scale_ptr, inner_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
+            w_ptr, blocks_ptr, deviation_ptr, inner_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
             tile // columns, tile % columns, ROWS, N, K, R, alpha, stride_w, stride_v,
             P, RELU, HAS_FOLD, HAS_BLOCKS, HAS_SCALE, TURN, HAS_A, HAS_B, B_TRANSPOSED,
             BLOCK_N, WINDOW, R_PAD,
@@ -106,7 +106,7 @@ def _low_rank(
 
 @triton.jit
 def _fold(
-    w_ptr, blocks_ptr, scale_ptr, a_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
+    w_ptr, blocks_ptr, deviation_ptr, a_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
     pid_n, pid_k, ROWS, N, K, R, alpha, stride_w, stride_v,
     P: tl.constexpr, RELU: tl.constexpr,
     HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -115,8 +115,8 @@ def _fold(
 ):  # fmt: skip
     """V = s ⊙ (W + W E) for BLOCK_N rows by as many whole blocks as fit into WINDOW columns.
 
-    W, V [ROWS, K], E = D_b − I from D_a [K / P, P, P], or its transpose where TURN, s [ROWS]. The
-    first row of tiles also writes A' = A, the first column B' = α B, both padded with zeros:
+    W, V [ROWS, K], E = D_b − I from D_a [K / P, P, P], or its transpose where TURN, s − 1 [ROWS].
+    The first row of tiles also writes A' = A, the first column B' = α B, both padded with zeros:
     A [R, K] -> A' [R_PAD, K], and B [N, R] -> B' [N, R_PAD], or [R_PAD, N] where B_TRANSPOSED.
     """
     SPAN: tl.constexpr = (WINDOW // P) * P
@@ -143,7 +143,8 @@ def _fold(
                 # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
                 v += tl.dot(w, e.to(w.dtype))
         if HAS_SCALE:
-            v *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+            shift = tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            v *= 1 + shift[:, None]
         tl.store(v_ptr + rows[:, None] * stride_v + offs_k[None, :], v.to(w.dtype), mask=mask)
 
     # Nested: HAS_A and HAS_B are known to the compiler, pid_n and pid_k only to the program.
@@ -170,7 +171,7 @@ def _fold(
 def launch_prepare(
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_b: Tensor | None,
     *,
     alpha: float,
@@ -191,7 +192,7 @@ def launch_prepare(
     Args:
         weight: W, [N, K].
         blocks: D_a, [K / P, P, P].
-        scale: s, [N].
+        scale_deviation: s − 1, [N].
         lora_b: B, [N, R].
         alpha: α.
         relu: Whether D_a's diagonal passes through Eq. 7's relu.
@@ -205,8 +206,8 @@ def launch_prepare(
         opens: Whether the next launch may begin early.
     """
     n, k = weight.shape
-    source, row_scale = (weight, scale) if turned is None else (turned, None)
-    fold = blocks is not None or row_scale is not None
+    source, row_deviation = (weight, scale_deviation) if turned is None else (turned, None)
+    fold = blocks is not None or row_deviation is not None
     v = source
     if fold:
         v = torch.empty(source.shape, dtype=source.dtype, device=source.device)
@@ -226,7 +227,7 @@ def launch_prepare(
     columns = block_programs(k, tile[1], p) if fold or a_out is not None else 1
     rows = max(source.shape[0] if fold else int(a_out is not None), n if b_out is not None else 0)
     _launch(
-        x, lora_a, seed, low, source if fold else weight, blocks, row_scale, lora_b, v, b_out,
+        x, lora_a, seed, low, source if fold else weight, blocks, row_deviation, lora_b, v, b_out,
         a_out, k, r, alpha, dropout,
         columns, ceil_div(rows, tile[0]), n=n,
         transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, tile=tile,
@@ -256,7 +257,7 @@ def _launch(
     low: Tensor | None,
     source: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_b: Tensor | None,
     v: Tensor | None,
     b_out: Tensor | None,
@@ -291,14 +292,14 @@ def _launch(
     launch(
         _prepare_kernel, (programs_low + rows * columns,),
         x, inner, seed, low,
-        source, blocks, scale, lora_b, v, b_out, a_out,
+        source, blocks, scale_deviation, lora_b, v, b_out, a_out,
         m, height, n, k, depth, r, x.shape[2] if x is not None and channel_first else m, alpha,
         0 if x is None else x.stride(-2), 0 if x is None else x.stride(0),
         source.stride(0), k, dropout, programs_low, columns,
         TRANSPOSED=transposed, DROPOUT=seed is not None, CHANNEL_FIRST=channel_first,
         P=p, RELU=relu,
         HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
-        HAS_SCALE=scale is not None, TURN=turn, HAS_A=a_out is not None,
+        HAS_SCALE=scale_deviation is not None, TURN=turn, HAS_A=a_out is not None,
         HAS_B=b_out is not None, B_TRANSPOSED=b_transposed,
         BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=tile[0],
         WINDOW=tile[1], R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2, OPEN=opens,

@@ -50,7 +50,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -73,14 +73,14 @@ def forward(
         and rides_forward(n, r_pad, capability=limits["capability"])
     )  # fmt: skip
     turns = turns_tokens(
-        m, n, blocks=blocks is not None, scale=scale is not None, channel_first=x.ndim == 3,
-        rides=rides,
+        m, n, blocks=blocks is not None, scale=scale_deviation is not None,
+        channel_first=x.ndim == 3, rides=rides,
     )  # fmt: skip
     rides = rides and not (turns and blocks is not None)
     config = choose_gemm(*((n, m) if length else (m, n)), whole=length > 0, **limits)
     config = tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0))
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
-    folds = (blocks is not None or scale is not None) and not turns
+    folds = (blocks is not None or scale_deviation is not None) and not turns
     parts = panels(m, n, _row_bytes(weight, 1), config) if folds else [(0, n)]
     apart = 0
     if len(parts) == 1 and not length and not rides:
@@ -101,7 +101,7 @@ def forward(
     for first, columns in parts:
         passes = passes and h is None
         v, b, low = launch_prepare(
-            weight.narrow(0, first, columns), blocks, _part(scale, first, columns),
+            weight.narrow(0, first, columns), blocks, _part(scale_deviation, first, columns),
             _part(lora_b, first, columns), alpha=alpha, relu=relu, r_pad=r_pad,
             x=x if passes else None, lora_a=lora_a if passes or rides else None, seed=seed,
             dropout=dropout, turned=x if turns else None, opens=early,
@@ -119,7 +119,7 @@ def forward(
                 u, v.narrow(0, at, size), y.narrow(1, first + at, size), v_transposed=True,
                 config=tiles,
                 inner=low if rides else None, outer=_part(b, at, size), low=None if rides else h,
-                scale=_part(scale, at, size) if turns else None,
+                scale_deviation=_part(scale_deviation, at, size) if turns else None,
                 bias=_part(bias, first + at, size), length=length, side=stream,
             )  # fmt: skip
         if side is not None:
@@ -133,7 +133,7 @@ def backward(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -146,7 +146,7 @@ def backward(
     relu: bool,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients towards x, blocks, scale, lora_a, lora_b and bias, or None for each.
+    """Return the gradients towards x, blocks, s, lora_a, lora_b and bias, or None for each.
 
     dY and Y are [M, N] or both channel-first [b, N, l]; X and dX are [M, K] or [b, K, l].
     ``scaled`` is :func:`scaled_weight` where that has been made already.
@@ -154,14 +154,14 @@ def backward(
     m, n = token_shape(dy)
     k = token_shape(x)[1]
     if m == 0:
-        parts = ((x, needs.x), (blocks, needs.blocks), (scale, needs.scale),
+        parts = ((x, needs.x), (blocks, needs.blocks), (scale_deviation, needs.scale),
                  (lora_a, needs.lora_a), (lora_b, needs.lora_b), (bias, needs.bias))  # fmt: skip
         return tuple(
             torch.zeros_like(part) if need and part is not None else None for part, need in parts
         )
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     limits = device_limits(dy.device)
-    dscale, db = _like(scale, needs.scale), _like(lora_b, needs.lora_b)
+    dscale, db = _like(scale_deviation, needs.scale), _like(lora_b, needs.lora_b)
     dbias, da = _like(bias, needs.bias), _like(lora_a, needs.lora_a)
     dblocks = _like(blocks, needs.blocks)
     through_weight = needs.x or needs.blocks
@@ -177,7 +177,7 @@ def backward(
 
     # Beside the product, or in turn.
     sum_outputs = partial(
-        launch_output_sums, dy, x, weight, blocks, scale, lora_b, bias, y, h,
+        launch_output_sums, dy, x, weight, blocks, scale_deviation, lora_b, bias, y, h,
         alpha=alpha, relu=relu,
         need_b=db is not None, need_scale=dscale is not None, need_bias=dbias is not None,
         config=plan.output_side,
@@ -198,13 +198,13 @@ def backward(
         t = launch_low_rank(dy, lora_b, alpha, r_pad, side)
     if through_weight:
         du = dy.new_empty(x.shape)
-        folds = scale is not None and scaled is None
+        folds = scale_deviation is not None and scaled is None
         for first, columns in panels(m, k, _row_bytes(weight, 0), product) if folds else [(0, k)]:
             rides, begins = plan.companion and first == 0, among and first == 0
             sw = None  # what is made next takes its place
             sw, b, _ = launch_prepare(
                 (weight if scaled is None else scaled).narrow(1, first, columns), None,
-                scale if folds else None, lora_b if rides else None,
+                scale_deviation if folds else None, lora_b if rides else None,
                 alpha=alpha, relu=relu, r_pad=r_pad, b_transposed=True, opens=product.early,
             )  # fmt: skip
             if begins and dy.is_cuda:
@@ -267,26 +267,27 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
     return all(size % 8 == 0 for size in weight.shape) and tma_ready(x) and tma_ready(weight)
 
 
-def scaled_weight(weight: Tensor, scale: Tensor) -> tuple[Tensor]:
+def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> tuple[Tensor]:
     """Return s ⊙ W, [N, K], as :func:`backward` makes it."""
-    return (launch_prepare(weight, None, scale, None, alpha=1.0, relu=True, r_pad=16)[0],)
+    made, *_ = launch_prepare(weight, None, scale_deviation, None, alpha=1.0, relu=True, r_pad=16)
+    return (made,)
 
 
 def weight_sums(
     f: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     relu: bool,
     need_scale: bool,
     need_blocks: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ds and dD_a, those asked for, from F = dYᵀ X [N, K]."""
-    dscale, dblocks = _like(scale, need_scale), _like(blocks, need_blocks)
+    dscale, dblocks = _like(scale_deviation, need_scale), _like(blocks, need_blocks)
     if dscale is None and dblocks is None:
         return None, None
     partial_scale, partial_e = launch_weight_side(
-        f, weight, blocks, scale, relu=relu, need_scale=dscale is not None,
+        f, weight, blocks, scale_deviation, relu=relu, need_scale=dscale is not None,
         need_blocks=dblocks is not None,
     )  # fmt: skip
     launch_reduce(

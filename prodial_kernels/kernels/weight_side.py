@@ -15,7 +15,7 @@ WINDOW, STAGES, PROGRAMS = 64, 3, 264
 
 @triton.jit
 def _weight_side_kernel(
-    f_ptr, w_ptr, blocks_ptr, scale_ptr, partial_scale_ptr, partial_e_ptr,
+    f_ptr, w_ptr, blocks_ptr, deviation_ptr, partial_scale_ptr, partial_e_ptr,
     N, K, stride_f, stride_w, splits,
     P: tl.constexpr, RELU: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_SCALE: tl.constexpr,
     NEED_SCALE: tl.constexpr, NEED_BLOCKS: tl.constexpr,
@@ -23,7 +23,7 @@ def _weight_side_kernel(
 ):  # fmt: skip
     """Partial sums of ds = rowsum(F ⊙ (W + W E)) and dE_g = (s ⊙ W)_gᵀ F_g.
 
-    F, W [N, K], E = D_b − I from D_a [K / P, P, P], s [N];
+    F, W [N, K], E = D_b − I from D_a [K / P, P, P], s − 1 [N];
     ds_part [windows, N], dE_part [splits, K / P, P, P].
     One program owns whole blocks within WINDOW columns and every ``splits``-th tile of rows.
     """
@@ -62,7 +62,8 @@ def _weight_side_kernel(
             tl.store(target, tl.sum(f * turned, 1), mask=mask_n)
         if NEED_BLOCKS:
             if HAS_SCALE:
-                f *= tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+                shift = tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+                f *= 1 + shift[:, None]
             if P == 1:
                 acc_e += w.to(tl.float32) * f
             else:
@@ -79,7 +80,7 @@ def launch_weight_side(
     f: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     *,
     relu: bool,
     need_scale: bool,
@@ -104,9 +105,9 @@ def launch_weight_side(
     partial_e = partial(splits, *blocks.shape) if need_blocks and blocks is not None else None
     launch(
         _weight_side_kernel, (columns, splits),
-        f, weight, blocks, scale, partial_scale, partial_e,
+        f, weight, blocks, scale_deviation, partial_scale, partial_e,
         n, k, f.stride(0), weight.stride(0), splits,
-        P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_SCALE=scale is not None,
+        P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_SCALE=scale_deviation is not None,
         NEED_SCALE=need_scale, NEED_BLOCKS=partial_e is not None,
         BLOCK_N=block_n, WINDOW=window, STAGES=STAGES,
         num_warps=4 if p <= 64 else 8, num_stages=2,

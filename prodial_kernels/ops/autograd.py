@@ -15,6 +15,7 @@ from prodial_kernels.ops.diagonal import (
     deviation_backward,
     rotate,
 )
+from prodial_kernels.ops.reference import scale_of
 
 
 class TorchProdialLinear(torch.autograd.Function):
@@ -31,7 +32,7 @@ class TorchProdialLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         blocks: Tensor | None,
-        scale: Tensor | None,
+        scale_deviation: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         bias: Tensor | None,
@@ -43,9 +44,9 @@ class TorchProdialLinear(torch.autograd.Function):
         """Arguments and result as in :func:`prodial_kernels.ops.reference.reference_linear`."""
         options = (lora_scaling, lora_dropout, diagonal)
         y, h = torch_forward(
-            x, weight, blocks, scale, lora_a, lora_b, bias, dropout_mask, *options
+            x, weight, blocks, scale_deviation, lora_a, lora_b, bias, dropout_mask, *options
         )  # fmt: skip
-        ctx.save_for_backward(x, weight, blocks, scale, lora_a, lora_b, h, dropout_mask)
+        ctx.save_for_backward(x, weight, blocks, scale_deviation, lora_a, lora_b, h, dropout_mask)
         ctx.options = (*options, None if bias is None else bias.dtype)
         # reshape() would make the output a view, and autograd lets nobody change that in place.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
@@ -53,7 +54,7 @@ class TorchProdialLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients towards x, blocks, scale, lora_a, lora_b and bias; only those asked for."""
+        """Gradients towards x, blocks, s, lora_a, lora_b and bias; only those asked for."""
         need_x, _, *need_adapter = ctx.needs_input_grad[:7]
         needs = (need_x, *need_adapter)
         dx, *adapter = torch_backward(needs, grad_output, *ctx.saved_tensors, *ctx.options)
@@ -64,7 +65,7 @@ def torch_forward(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -77,8 +78,8 @@ def torch_forward(
     rows = x.reshape(-1, x.shape[-1])
     u = rows if blocks is None else rotate(rows, deviation(blocks, diagonal))
     y = u @ weight.T
-    if scale is not None:
-        y.mul_(scale)
+    if scale_deviation is not None:
+        y.mul_(scale_of(scale_deviation))
     h = None
     if lora_a is not None and lora_b is not None:
         kept = _kept_input(rows, dropout_mask, lora_dropout)
@@ -95,7 +96,7 @@ def torch_backward(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     h: Tensor | None,
@@ -105,7 +106,7 @@ def torch_backward(
     diagonal: str,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients towards x, blocks, scale, lora_a, lora_b and bias, as ``needs`` says."""
+    """Gradients towards x, blocks, s, lora_a, lora_b and bias, as ``needs`` says."""
     need_x, need_blocks, need_scale, need_a, need_b, need_bias = needs
     with autocast_off(x.device.type):
         dy = dy.reshape(-1, weight.shape[0])
@@ -113,11 +114,14 @@ def torch_backward(
         e = None if blocks is None else deviation(blocks, diagonal)
 
         dx = dblocks = dscale = da = db = dbias = None
-        if need_scale and scale is not None:
+        if need_scale and scale_deviation is not None:
             u = rows if e is None else rotate(rows, e)
-            dscale = ((u @ weight.T) * dy.to(scale.dtype)).sum(0)
+            wide = torch.promote_types(scale_deviation.dtype, torch.float32)
+            dscale = ((u @ weight.T) * dy.to(wide)).sum(0).to(scale_deviation.dtype)
         if need_x or need_blocks:
-            g = dy if scale is None else (dy * scale).to(dy.dtype)
+            g = dy
+            if scale_deviation is not None:
+                g = (dy * scale_of(scale_deviation)).to(dy.dtype)
             du = g @ weight
             if need_blocks and blocks is not None:
                 de = block_outer_product(du, rows, blocks.shape[-1]).to(blocks.dtype)

@@ -14,6 +14,7 @@ from prodial_kernels.ops.diagonal import (
     deviation_backward,
     rotate_weight,
 )
+from prodial_kernels.ops.reference import scale_of
 
 MAX_TILED_BLOCK = 128
 """The largest P that the kernels hold in a tile."""
@@ -30,10 +31,17 @@ def turned_weight(weight: Tensor, blocks: Tensor, relu: bool) -> Tensor:
 
 
 def dense_blocks_gradient(
-    dy: Tensor, x: Tensor, weight: Tensor, blocks: Tensor, scale: Tensor | None, relu: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    blocks: Tensor,
+    scale_deviation: Tensor | None,
+    relu: bool,
 ) -> Tensor:
     """Return dD_a, [K / P, P, P], from dY [M, N] and X [M, K]."""
     diagonal = "relu" if relu else "free"
-    scaled = weight if scale is None else (weight * scale[:, None]).to(weight.dtype)
+    scaled = weight
+    if scale_deviation is not None:
+        scaled = (weight * scale_of(scale_deviation)[:, None]).to(weight.dtype)
     de = block_outer_product(dy @ scaled, x, blocks.shape[-1])
     return deviation_backward(de.to(blocks.dtype), blocks, diagonal)

@@ -54,7 +54,7 @@ class Rule:
 
 
 class Operands(NamedTuple):
-    """A projector's tensors: shapes as in :func:`prodial_kernels.prodial_linear`.
+    """A projector's tensors: shapes as in :func:`prodial_kernels.functional.adapted_linear`.
 
     Of a packed weight, ``weight`` has shape and dtype only (meta device); see ``Rule.packed``.
     ``noise`` is what dropout is drawn from: the mask [b, l, K] of ``impl="torch"``, the seed [1]
@@ -63,7 +63,7 @@ class Operands(NamedTuple):
 
     weight: Tensor
     blocks: Tensor | None = None
-    scale: Tensor | None = None
+    scale_deviation: Tensor | None = None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
     bias: Tensor | None = None
@@ -93,7 +93,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Towards ``x`` and each of ``Operands``; None where not asked for."""
+    """Towards ``x`` and each of ``Operands`` (``scale``: towards s); None where not asked for."""
 
     x: Tensor | None = None
     weight: Tensor | None = None
@@ -143,7 +143,7 @@ def has_work_ahead(operands: Operands, rule: Rule) -> bool:
     return (
         rule.impl == "triton"
         and rule.packed is None
-        and operands.scale is not None
+        and operands.scale_deviation is not None
         # Of larger blocks, W D_b is in W's place.
         and not is_dense(operands.blocks)
         and operands.weight.numel() >= LEAST_AHEAD
@@ -152,9 +152,9 @@ def has_work_ahead(operands: Operands, rule: Rule) -> bool:
 
 def scaled_weight(operands: Operands) -> Tensor:
     """Return s ⊙ W, [N, K], as :func:`project_backward` makes it; see :func:`has_work_ahead`."""
-    if operands.scale is None:
+    if operands.scale_deviation is None:
         raise ValueError("operands: without a scale the weight itself is what is multiplied by")
-    return schema.scaled_weight(operands.weight, operands.scale)
+    return schema.scaled_weight(operands.weight, operands.scale_deviation)
 
 
 def project_backward(

@@ -12,7 +12,7 @@ def reference_linear(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -24,13 +24,14 @@ def reference_linear(
     """``Y = s ⊙ ((X D_bᵀ) Wᵀ) + α dropout(X) Aᵀ Bᵀ + bias`` (Eq. 7 of the paper).
 
     Products of matrices run in the dtype of ``x``; the scale and a pure diagonal are applied in
-    the wider of their own dtype and that of ``x``, so that fp32 masters keep their resolution.
+    the wider of their own dtype and that of ``x``, so that fp32 masters keep their resolution, and
+    the scale, which is one more than what is stored, in fp32 at least.
 
     Args:
         x: [..., K].
         weight: W, [N, K], frozen, dtype of ``x``.
         blocks: D_a, [n_blocks, P, P], or None for no diagonal factor.
-        scale: s, [N], or None.
+        scale_deviation: s − 1, [N], or None for s = 1.
         lora_a: A, [R, K], or None.
         lora_b: B, [N, R], or None.
         bias: [N], or None.
@@ -44,8 +45,8 @@ def reference_linear(
     """
     u = x if blocks is None else rotate(x, deviation(blocks, diagonal))
     y = u @ weight.T
-    if scale is not None:
-        y = (y * scale).to(x.dtype)
+    if scale_deviation is not None:
+        y = (y * scale_of(scale_deviation)).to(x.dtype)
     if lora_a is not None and lora_b is not None:
         kept = x
         if dropout_mask is not None:
@@ -57,10 +58,20 @@ def reference_linear(
     return y
 
 
+def scale_of(scale_deviation: Tensor) -> Tensor:
+    """Return s, [N], from s − 1: in fp32, where that is wide enough for it."""
+    return 1 + scale_deviation.to(torch.promote_types(scale_deviation.dtype, torch.float32))
+
+
+def scale_deviation_of(scale: Tensor) -> Tensor:
+    """Return s − 1, [N], from s: in fp32, where that is wide enough for it. Differentiable."""
+    return scale.to(torch.promote_types(scale.dtype, torch.float32)) - 1
+
+
 def effective_weight(
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     lora_scaling: float,
@@ -70,6 +81,7 @@ def effective_weight(
 
     Differentiable towards the adapter. Arguments as in :func:`reference_linear`.
     """
+    scale = None if scale_deviation is None else scale_of(scale_deviation)
     masters = [part for part in (blocks, scale, lora_a, lora_b) if part is not None]
     if not masters:
         return weight

@@ -26,8 +26,8 @@ from prodial_kernels.ops.wide_rank import (
 )
 
 _OPERANDS = (
-    "Tensor x, Tensor weight, Tensor? blocks, Tensor? scale, Tensor? lora_a, Tensor? lora_b, "
-    "Tensor? bias, Tensor? seed"
+    "Tensor x, Tensor weight, Tensor? blocks, Tensor? scale_deviation, Tensor? lora_a, "
+    "Tensor? lora_b, Tensor? bias, Tensor? seed"
 )
 _OPTIONS = "float lora_scaling, float lora_dropout, bool relu"
 _NEEDS = "bool need_x, bool need_blocks, bool need_scale, bool need_a, bool need_b, bool need_bias"
@@ -58,12 +58,12 @@ def linear_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     return _gradients(*arguments)
 
 
-def scaled_weight(weight: Tensor, scale: Tensor) -> Tensor:
+def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> Tensor:
     """Return s ⊙ W, [N, K], which ``linear_backward`` takes instead of making it.
 
     Only for blocks that the kernels tile: otherwise the weight there is W D_b.
     """
-    (scaled,) = _taped()(_projector().scaled_weight, (weight, scale), ())
+    (scaled,) = _taped()(_projector().scaled_weight, (weight, scale_deviation), ())
     made: Tensor = scaled
     return made
 
@@ -109,7 +109,7 @@ def _linear_forward(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -130,7 +130,7 @@ def _linear_forward(
     if lora_a is not None and lora_b is not None and is_wide(lora_a, seed):
         wide, lora_a, lora_b = (lora_a, lora_b), None, None
     y, h = _taped()(
-        projector.forward, (x, weight, blocks, scale, lora_a, lora_b, bias, seed),
+        projector.forward, (x, weight, blocks, scale_deviation, lora_a, lora_b, bias, seed),
         (lora_scaling, lora_dropout, relu, length),
     )  # fmt: skip
     if wide is not None:
@@ -142,7 +142,7 @@ def _linear_forward_fake(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -164,7 +164,7 @@ def _gradients(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -192,7 +192,7 @@ def _gradients(
     if blocks is not None and is_dense(blocks):
         if need_blocks:
             dblocks = dense_blocks_gradient(
-                tokens_of(dy), tokens_of(x), weight, blocks, scale, relu
+                tokens_of(dy), tokens_of(x), weight, blocks, scale_deviation, relu
             )
         weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
     if lora_a is not None and lora_b is not None and is_wide(lora_a, seed):
@@ -203,12 +203,12 @@ def _gradients(
                 product, lora_a, lora_b, lora_scaling, need_a=need_a, need_b=need_b
             )
             dscale, wide_dblocks = _taped()(
-                projector.weight_sums, (product, weight, blocks, scale),
+                projector.weight_sums, (product, weight, blocks, scale_deviation),
                 (relu, need_scale, need_blocks),
             )  # fmt: skip
         dx, *_, dbias = _gradients(
-            dy, x, weight, blocks, scale, None, None, bias, None, None, None, scaled, lora_scaling,
-            0.0, relu, need_x, False, False, False, False, need_bias,
+            dy, x, weight, blocks, scale_deviation, None, None, bias, None, None, None, scaled,
+            lora_scaling, 0.0, relu, need_x, False, False, False, False, need_bias,
         )  # fmt: skip
         if dx is not None:
             add_low_rank_gradient(dx, dy, lora_a, lora_b, lora_scaling)
@@ -216,7 +216,7 @@ def _gradients(
     needs = _needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
     dx, tiled_dblocks, *rest = _taped()(
         projector.backward,
-        (dy, x, weight, blocks, scale, lora_a, lora_b, bias, seed, y, h, scaled),
+        (dy, x, weight, blocks, scale_deviation, lora_a, lora_b, bias, seed, y, h, scaled),
         (lora_scaling, lora_dropout, relu, needs),
     )
     return dx, tiled_dblocks if dblocks is None else dblocks, *rest
@@ -233,7 +233,7 @@ def _linear_backward_fake(
     x: Tensor,
     weight: Tensor,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -257,7 +257,7 @@ def _linear_backward_fake(
         return torch.empty_like(part, memory_format=torch.contiguous_format)
 
     return (
-        like(x, need_x), like(blocks, need_blocks), like(scale, need_scale),
+        like(x, need_x), like(blocks, need_blocks), like(scale_deviation, need_scale),
         like(lora_a, need_a), like(lora_b, need_b), like(bias, need_bias),
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ class TritonProdialLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         blocks: Tensor | None,
-        scale: Tensor | None,
+        scale_deviation: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         bias: Tensor | None,
@@ -42,8 +42,8 @@ class TritonProdialLinear(torch.autograd.Function):
         """
         matrix = token_matrix(x)
         y, h = linear_forward(
-            matrix, weight, blocks, scale, lora_a, lora_b, bias, seed, lora_scaling, lora_dropout,
-            relu, length,
+            matrix, weight, blocks, scale_deviation, lora_a, lora_b, bias, seed, lora_scaling,
+            lora_dropout, relu, length,
         )  # fmt: skip
         n = weight.shape[0]
         shape = (*x.shape[:-2], n, length) if length else (*x.shape[:-1], n)
@@ -52,7 +52,7 @@ class TritonProdialLinear(torch.autograd.Function):
             y = torch.ops.aten._unsafe_view(y, shape)
         wide = is_wide(lora_a, seed)  # needs neither Y nor H
         ctx.save_for_backward(
-            matrix, weight, blocks, scale, lora_a, lora_b, bias, seed,
+            matrix, weight, blocks, scale_deviation, lora_a, lora_b, bias, seed,
             y if ctx.needs_input_grad[3] and not wide else None,
             None if lora_a is None or wide else h,
         )  # fmt: skip
@@ -62,7 +62,7 @@ class TritonProdialLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients towards x, blocks, scale, lora_a, lora_b and bias; only those asked for."""
+        """Gradients towards x, blocks, s, lora_a, lora_b and bias; only those asked for."""
         # Gradients are recorded here for create_graph=True alone, which is what the other refuses;
         # asking costs less than its no_grad().
         rule = _refusing_twice if torch.is_grad_enabled() else _backward

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels._validation import check_frozen, check_operands, check_triton
-from prodial_kernels.functional import draw_seed, lay_out, prodial_linear, resolve_impl
+from prodial_kernels.functional import adapted_linear, draw_seed, lay_out, resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.explicit import Operands, Rule
 from prodial_kernels.ops.explicit_autograd import explicit_linear
@@ -62,7 +62,7 @@ def quantized_prodial_linear(
     layer: PackedLinear,
     *,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None = None,
@@ -73,23 +73,30 @@ def quantized_prodial_linear(
     impl: str = "auto",
     channel_first: bool = False,
 ) -> Tensor:
-    """:func:`prodial_kernels.prodial_linear` on the dequantised weight of ``layer``.
+    """:func:`prodial_kernels.functional.adapted_linear` on the dequantised weight of ``layer``.
 
     Arguments, result and errors are the same. ``impl="reference"`` is plain autograd on one dense
     weight, which it keeps until backward; the others keep the packed tensors only.
     """
     options: dict[str, Any] = {
-        "blocks": blocks, "scale": scale, "lora_a": lora_a, "lora_b": lora_b, "bias": bias,
-        "lora_scaling": lora_scaling, "lora_dropout": lora_dropout, "training": training,
-        "diagonal": diagonal, "impl": impl,
+        "blocks": blocks, "scale_deviation": scale_deviation, "lora_a": lora_a, "lora_b": lora_b,
+        "bias": bias, "lora_scaling": lora_scaling, "lora_dropout": lora_dropout,
+        "training": training, "diagonal": diagonal, "impl": impl,
     }  # fmt: skip
     if impl == "reference":
         dtype = autocast_dtype(x) or x.dtype
         check_operands(
-            x, _stand_in(layer), blocks, scale, lora_a, lora_b, bias, autocast=dtype is not x.dtype
+            x,
+            _stand_in(layer),
+            blocks,
+            scale_deviation,
+            lora_a,
+            lora_b,
+            bias,
+            autocast=dtype is not x.dtype,
         )
         weight = layer.packed_weight().dense(dtype)
-        return prodial_linear(x.to(dtype), weight, channel_first=channel_first, **options)
+        return adapted_linear(x.to(dtype), weight, channel_first=channel_first, **options)
     return lay_out(explicit_linear(x, *adapted_operands(x, layer, **options)), channel_first)
 
 
@@ -120,7 +127,7 @@ def adapted_operands(
     base: Tensor | PackedLinear,
     *,
     blocks: Tensor | None,
-    scale: Tensor | None,
+    scale_deviation: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     bias: Tensor | None,
@@ -130,13 +137,13 @@ def adapted_operands(
     diagonal: str,
     impl: str,
 ) -> tuple[Operands, Rule]:
-    """Return what ``prodial_linear`` computes with, in the dtypes of autocast; draw its dropout.
+    """Return what ``adapted_linear`` computes with, in the dtypes of autocast; draw its dropout.
 
     Args:
         x: [..., in_features]; shape, dtype and device count.
         base: The frozen weight [out_features, in_features], or the layer that packs it.
-        blocks: As in :func:`prodial_kernels.prodial_linear`, and so is what follows.
-        scale: s.
+        blocks: As in :func:`prodial_kernels.functional.adapted_linear`, and so is what follows.
+        scale_deviation: s − 1.
         lora_a: A.
         lora_b: B.
         bias: [out_features].
@@ -155,7 +162,7 @@ def adapted_operands(
     dtype = autocast_dtype(x) or x.dtype
     like = base if isinstance(base, Tensor) else _stand_in(base)
     check_operands(
-        x, like, blocks, scale, lora_a, lora_b, bias, autocast=dtype is not x.dtype
+        x, like, blocks, scale_deviation, lora_a, lora_b, bias, autocast=dtype is not x.dtype
     )  # fmt: skip
     x = x if x.dtype == dtype else x.new_empty(1, dtype=dtype).expand(x.shape)
     chosen = resolve_impl(impl, x)
@@ -168,7 +175,7 @@ def adapted_operands(
     else:
         weight, packed = _values_elsewhere(base, dtype), base.packed_weight()
     bias = None if bias is None else bias.to(dtype)
-    operands = Operands(weight, blocks, scale, lora_a, lora_b, bias)
+    operands = Operands(weight, blocks, scale_deviation, lora_a, lora_b, bias)
     dropped = training and lora_dropout > 0.0 and lora_a is not None
     if chosen == "triton":
         check_triton(x)

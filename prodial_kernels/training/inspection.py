@@ -172,7 +172,7 @@ def _statistics(saved: SavedAdapter, module: str, parts: Mapping[str, Tensor]) -
     blocks, scale = parts.get("prodial_blocks"), parts.get("prodial_scale")
     a, b = parts.get("prodial_a"), parts.get("prodial_b")
     moved = None if blocks is None else deviation(blocks, saved.config.diagonal).abs()
-    shift = None if scale is None else (scale - 1).abs()
+    shift = None if scale is None else scale.abs()
     r = None if a is None else a.shape[0]
     alpha = 0.0 if not r or saved.config.lora_alpha is None else saved.config.lora_alpha / r
     return LayerStatistics(

@@ -10,10 +10,10 @@ from torch import nn
 def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Return optimiser groups in which weight decay pulls towards the pretrained model.
 
-    D_a, A and B are zero in the pretrained model, so they are decayed; the scale s is one there,
-    so it never is. Of other trained modules (``modules_to_save``), tensors of two and more
-    dimensions are decayed; biases and norm weights are not. Every trained parameter is in exactly
-    one group.
+    D_a, A and B are zero in the pretrained model, so they are decayed; the scale, kept as s − 1,
+    is left out as every vector is. Of other trained modules (``modules_to_save``), tensors of two
+    and more dimensions are decayed; biases and norm weights are not. Every trained parameter is in
+    exactly one group.
 
     Args:
         model: A model after ``apply_prodial``; one without adapters works too.

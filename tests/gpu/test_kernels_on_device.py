@@ -166,7 +166,8 @@ def test_operators_pass_opcheck() -> None:
     case = make_case(40, 96, 64, block_size=12, r=16, device="cuda")
     case = case.cast(torch.bfloat16, torch.float32)
     operands = (
-        case.x, case.weight, case.blocks, case.scale, case.lora_a, case.lora_b, case.bias, None,
+        case.x, case.weight, case.blocks, case.scale_deviation, case.lora_a, case.lora_b, case.bias,
+        None,
     )  # fmt: skip
     torch.library.opcheck(
         torch.ops.prodial_kernels.linear_forward.default, (*operands, 0.5, 0.0, True, 0)

@@ -51,9 +51,9 @@ def test_gradients(format: str, dtype: torch.dtype) -> None:
 
     def run(case: LinearCase) -> Tensor:
         return quantized_prodial_linear(
-            case.x, layer, blocks=case.blocks, scale=case.scale, lora_a=case.lora_a,
-            lora_b=case.lora_b, bias=case.bias, lora_scaling=case.lora_scaling,
-            diagonal=case.diagonal, impl="triton",
+            case.x, layer, blocks=case.blocks, scale_deviation=case.scale_deviation,
+            lora_a=case.lora_a, lora_b=case.lora_b, bias=case.bias,
+            lora_scaling=case.lora_scaling, diagonal=case.diagonal, impl="triton",
         )  # fmt: skip
 
     case = replace(case, weight=layer.dequantize().double())

@@ -87,7 +87,7 @@ class Projector:
             "x": x,
             "weight": narrow(n, k),
             "blocks": None if p is None else wide_tensor(k // p, p, p),
-            "scale": wide_tensor(n) if self.scale else None,
+            "scale_deviation": wide_tensor(n) if self.scale else None,
             "lora_a": None if r is None else wide_tensor(r, k),
             "lora_b": None if r is None else wide_tensor(n, r),
             "bias": narrow(n) if self.bias else None,
@@ -98,7 +98,7 @@ class Projector:
         }  # fmt: skip
         length = m // 2 if self.y_channel_first else 0
         y, h = projector.forward(**operands, **options, length=length)
-        given = ("x", "blocks", "scale", "lora_a", "lora_b", "bias")
+        given = ("x", "blocks", "scale_deviation", "lora_a", "lora_b", "bias")
         needs = projector.Needs(
             *(need and operands[name] is not None
               for need, name in zip(self.needs, given, strict=True))
@@ -108,8 +108,8 @@ class Projector:
         if wide:
             product = narrow(n, k) if self.dtype == torch.bfloat16 else wide_tensor(n, k)
             projector.weight_sums(
-                product, operands["weight"], operands["blocks"], operands["scale"], self.relu,
-                needs.scale, needs.blocks,
+                product, operands["weight"], operands["blocks"], operands["scale_deviation"],
+                self.relu, needs.scale, needs.blocks,
             )  # fmt: skip
 
 

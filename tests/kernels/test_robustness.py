@@ -291,7 +291,8 @@ def test_operators_pass_opcheck(device: str, absent: tuple[str, ...]) -> None:
     case = replace(case.cast(compute_dtype(device), torch.float32), **dict.fromkeys(absent))
     seed = None if case.lora_a is None else torch.tensor([3], device=device)
     operands = (
-        case.x, case.weight, case.blocks, case.scale, case.lora_a, case.lora_b, case.bias, seed,
+        case.x, case.weight, case.blocks, case.scale_deviation, case.lora_a, case.lora_b, case.bias,
+        seed,
     )  # fmt: skip
     options = (0.5, 0.25 if seed is not None else 0.0, True)
     operators = torch.ops.prodial_kernels

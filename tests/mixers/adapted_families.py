@@ -37,7 +37,7 @@ class EffectiveWeight(nn.Module):
         else:
             d_b = (identity - torch.relu(identity * d_a)) + (1 - identity) * d_a
         low_rank = self.lora_scaling * (self.prodial_b @ self.prodial_a)
-        effective = self.prodial_scale[:, None] * (weight.to(d_b.dtype) @ d_b) + low_rank
+        effective = (1 + self.prodial_scale)[:, None] * (weight.to(d_b.dtype) @ d_b) + low_rank
         return effective.to(weight.dtype)
 
 

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def hand_written(case: LinearCase) -> Tensor:
     return TorchProdialLinear.apply(
-        case.x, case.weight, case.blocks, case.scale, case.lora_a, case.lora_b, case.bias,
+        case.x, case.weight, case.blocks, case.scale_deviation, case.lora_a, case.lora_b, case.bias,
         case.dropout_mask, case.lora_scaling, case.lora_dropout, case.diagonal,
     )  # fmt: skip
 
@@ -186,7 +186,8 @@ def test_equals_a_linear_layer_with_the_effective_weight(
 
     def materialised(case: LinearCase) -> Tensor:
         adapted = effective_weight(
-            case.weight, case.blocks, case.scale, case.lora_a, case.lora_b, case.lora_scaling,
+            case.weight, case.blocks, case.scale_deviation, case.lora_a, case.lora_b,
+            case.lora_scaling,
             case.diagonal,
         )  # fmt: skip
         return torch.nn.functional.linear(case.x, adapted, case.bias)

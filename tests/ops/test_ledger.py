@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prodial_kernels import prodial_linear
+from prodial_kernels import ProdialLinear, prodial_linear
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.testing import LinearCase, make_case
 
@@ -54,7 +54,7 @@ def fused(case: LinearCase) -> Tensor:
 
 def materialised(case: LinearCase) -> Tensor:
     adapted = effective_weight(
-        case.weight, case.blocks, case.scale, case.lora_a, case.lora_b, 1.0, case.diagonal
+        case.weight, case.blocks, case.scale_deviation, case.lora_a, case.lora_b, 1.0, case.diagonal
     )
     return torch.nn.functional.linear(case.x, adapted, case.bias)
 
@@ -115,7 +115,18 @@ def test_backward_keeps_h_and_the_mask_beyond_the_operands(case: LinearCase) -> 
     assert sorted((list(t.shape), t.dtype) for t in extra) == [
         ([TOKENS, R], torch.bfloat16),
         ([TOKENS, IN], torch.bool),
+        ([OUT], torch.float32),  # s − 1, made of the s that is given here
     ]
+
+
+def test_of_a_layer_backward_keeps_no_scale_beyond_the_parameter() -> None:
+    layer = ProdialLinear(torch.nn.Linear(IN, OUT), r=R, block_size=6)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(torch.randn(TOKENS, IN))
+    own = {tensor.untyped_storage().data_ptr() for tensor in layer.state_dict().values()}
+    extra = [t.shape for t in kept if t.untyped_storage().data_ptr() not in own]
+    assert sorted(extra) == [(TOKENS, R), (TOKENS, IN)]  # H and X
 
 
 @pytest.mark.parametrize(

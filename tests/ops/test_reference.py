@@ -26,7 +26,7 @@ def dense_weight(case: LinearCase) -> torch.Tensor:
 
 def weight_of(case: LinearCase) -> torch.Tensor:
     return effective_weight(
-        case.weight, case.blocks, case.scale, case.lora_a, case.lora_b, case.lora_scaling,
+        case.weight, case.blocks, case.scale_deviation, case.lora_a, case.lora_b, case.lora_scaling,
         case.diagonal,
     )  # fmt: skip
 

@@ -41,7 +41,7 @@ def case_on(layer: QuantizedLinear, tokens: int | tuple[int, ...], **options: An
 def runner(layer: QuantizedLinear, **changes: Any) -> Any:
     def run(case: LinearCase) -> Tensor:
         options = {
-            "blocks": case.blocks, "scale": case.scale, "lora_a": case.lora_a,
+            "blocks": case.blocks, "scale_deviation": case.scale_deviation, "lora_a": case.lora_a,
             "lora_b": case.lora_b, "bias": case.bias, "lora_scaling": case.lora_scaling,
             "diagonal": case.diagonal, **changes,
         }  # fmt: skip

@@ -69,7 +69,7 @@ def test_decay_alone_leads_back_to_the_pretrained_model(
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimiser.step()
     for layer in layers:
-        assert torch.equal(layer.prodial_scale, torch.ones_like(layer.prodial_scale))
+        assert torch.equal(layer.prodial_scale, torch.zeros_like(layer.prodial_scale))
         for part in (layer.prodial_blocks, layer.prodial_a, layer.prodial_b):
             assert part.abs().max() < 1e-12
     assert torch.equal(model.norm.weight, torch.ones(6))

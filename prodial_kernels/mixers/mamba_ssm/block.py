@@ -233,7 +233,7 @@ class MambaBlock(torch.autograd.Function):
 
 _OPERANDS = len(Operands._fields)
 _FIRST_OF_OUT_PROJ = 8 + 3 * _OPERANDS
-_SCALE_OF_OUT_PROJ = _FIRST_OF_OUT_PROJ + Operands._fields.index("scale")
+_SCALE_OF_OUT_PROJ = _FIRST_OF_OUT_PROJ + Operands._fields.index("scale_deviation")
 
 
 class _Asked(NamedTuple):

@@ -34,7 +34,7 @@ from prodial_kernels.ops.explicit import (
 _OPERANDS = len(Operands._fields)
 # Where the projector's operands begin among the arguments of the rule, and its scale.
 _FIRST = 3
-_SCALE = _FIRST + Operands._fields.index("scale")
+_SCALE = _FIRST + Operands._fields.index("scale_deviation")
 # What upstream's rule keeps, by position.
 _KEPT, _ZXBCDT, _OUT, _NORM_WEIGHT = 13, 0, 3, 9
 
