@@ -14,12 +14,12 @@ from prodial_kernels.mixers.inject import merge_prodial
 from prodial_kernels.training.config import STDLIB_EVAL_TOKENS, STDLIB_MAX_BYTES
 from prodial_kernels.training.data import load_all, load_documents
 from prodial_kernels.training.evaluate import evaluate_examples
+from prodial_kernels.training.examples import Example
 from prodial_kernels.training.harness import run_lm_eval
 from prodial_kernels.training.merging import write_model
 from prodial_kernels.training.model import LoadedModel
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.report import finite_or_none, metric_rows, two_columns
-from prodial_kernels.training.schemas import Example
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,6 +39,14 @@ class TrainingBatches(Protocol):
     @property
     def n_tokens(self) -> int:
         """Tokens of one epoch, without padding."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What became of the examples: how they are ended, and how many were cut; a line each."""
+
+    @property
+    def n_truncated(self) -> int:
+        """Sequences that lost tokens, because they were longer than a sequence may be."""
 
     @property
     def fingerprint(self) -> str:

@@ -8,36 +8,39 @@ batch = batches.batch(step)            # any step, in any order, always the same
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from prodial_kernels.training.batches import TrainingBatches
+from prodial_kernels.training.chat import rendered
 from prodial_kernels.training.documents import separate_documents
+from prodial_kernels.training.examples import DataError, Example, Kind, kind_of, text_bytes
+from prodial_kernels.training.findings import Findings, all_lines
 from prodial_kernels.training.hub import hub_candidates
 from prodial_kernels.training.packing import PackedBatches
 from prodial_kernels.training.padding import PaddedBatches
-from prodial_kernels.training.schemas import (
-    DataError,
-    Example,
-    Kind,
-    kind_of,
-    text_bytes,
-)
+from prodial_kernels.training.schemas import BLANK
 from prodial_kernels.training.sources import (
-    JSON_LINES_SUFFIXES,
     TEXT_SUFFIXES,
     Candidates,
     directory_candidates,
     file_candidates,
     stdlib_candidates,
 )
+from prodial_kernels.training.suggestions import similar_path
+from prodial_kernels.training.tables import TABLE_SUFFIXES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SourceName: TypeAlias = str | os.PathLike[str]
+
+# Up to so many documents the held-out share is met by counting.
+_DIVIDED_BY_COUNT = 100
+_OVER_BUDGET = "over the limit of bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,13 @@ class DataSplit:
         name: The source, for people.
         train: What to train on.
         held_out: What to evaluate on.
-        skipped: Files left out because they are not UTF-8 text.
+        notes: What reading changed, left out, cut or guessed, a line each.
     """
 
     name: str
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-    skipped: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -64,13 +67,29 @@ class DataSplit:
         return kind_of(self.train)
 
     def __str__(self) -> str:
-        """Describe the split in one line."""
+        """Describe the split in one line, and what reading changed in a line each."""
         train, held_out = (
             f"{len(side):,} examples ({sum(map(text_bytes, side)):,} bytes)"
             for side in (self.train, self.held_out)
         )
-        note = f"; {self.skipped} files that are not UTF-8 skipped" if self.skipped else ""
-        return f"{self.name}: {train} to train on, {held_out} held out{note}"
+        sides = f"{self.name}: {train} to train on, {held_out} held out"
+        return "\n  ".join([sides, *self.notes])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what people ask later of the data, as plain JSON-ready values."""
+        return {
+            "name": self.name,
+            "train": len(self.train),
+            "held_out": len(self.held_out),
+            "notes": list(self.notes),
+        }
+
+
+class WholeData(NamedTuple):
+    """All examples of a source, and what reading changed, left out, cut or guessed."""
+
+    examples: tuple[Example, ...]
+    notes: tuple[str, ...]
 
 
 def load_documents(
@@ -84,15 +103,16 @@ def load_documents(
     """Load data and split it into train and held-out, the same way on every machine and run.
 
     The side of a document follows from a hash of its relative path (files) or of its content
-    (rows and texts within a file), never from its place in the source: adding documents does not
-    move others across, and equal rows never stand on both sides. A source with a single text gives
-    its tail to the held-out side, and a hub data set its own validation or test split.
+    (rows and texts within a file), never from its place in the source, and equal rows never stand
+    on both sides. Up to a hundred documents are divided by the nearest count; of more, adding
+    some does not move others across. A source with a single text gives its tail to the held-out
+    side, and a hub data set its own validation or test split.
 
     Args:
         source: ``None`` or ``"stdlib"`` for the running Python's standard library, a text file
-            (documents separated by blank lines; a program is one document), a JSONL file with one
-            of the schemas of ``schemas.py``, a directory of text and code files, or a hub name
-            (``NAME`` or ``NAME:CONFIGURATION``).
+            (documents separated by blank lines; a program is one document), a table of rows in
+            one of the schemas of ``schemas.py`` (JSONL, a JSON array, CSV, TSV, Parquet), a
+            directory of text and code files, or a hub name (``NAME`` or ``NAME:CONFIGURATION``).
         held_out_fraction: Share of documents, and of ``max_bytes``, to hold out; 0 < it < 1.
         held_out_source: Takes the whole of another source as held-out; ``source`` is then not
             split.
@@ -127,8 +147,8 @@ def load_documents(
         held_out_candidates = candidates
         train_side, held_out_side = _sides(candidates, held_out_fraction)
 
-    train, skipped = _take(candidates, train_side, train_bytes)
-    held_out, skipped_held_out = _take(held_out_candidates, held_out_side, held_out_bytes)
+    train = _take(candidates, train_side, train_bytes)
+    held_out = _take(held_out_candidates, held_out_side, held_out_bytes)
     for side, examples in (("train", train), ("held-out", held_out)):
         if not examples:
             raise DataError(
@@ -140,7 +160,9 @@ def load_documents(
             f"{candidates.name} holds {kind_of(train)} examples, but {held_out_candidates.name} "
             f"holds {kind_of(held_out)}; train and held-out data must be of one kind"
         )
-    return DataSplit(candidates.name, tuple(train), tuple(held_out), skipped + skipped_held_out)
+    _count_repeated([*train, *held_out], candidates.findings)
+    notes = all_lines([candidates.findings, held_out_candidates.findings])
+    return DataSplit(candidates.name, tuple(train), tuple(held_out), notes)
 
 
 def load_all(
@@ -159,11 +181,31 @@ def load_all(
     Raises:
         DataError: Nothing usable at the source.
     """
+    return read_whole(source, max_bytes=max_bytes, suffixes=suffixes).examples
+
+
+def read_whole(
+    source: SourceName, *, max_bytes: int | None = None, suffixes: Sequence[str] | None = None
+) -> WholeData:
+    """Load data as :func:`load_all` does, and say what reading changed.
+
+    Args:
+        source: As for :func:`load_all`; so are the other arguments.
+        max_bytes: As for :func:`load_documents`.
+        suffixes: As for :func:`load_documents`.
+
+    Raises:
+        DataError: Nothing usable at the source.
+    """
     candidates = _whole(source, suffixes)
-    examples, _ = _take(candidates, _order(candidates), max_bytes)
+    examples = _take(candidates, _order(candidates), max_bytes)
     if not examples:
-        raise DataError(f"{candidates.name}: no usable text; check that its files are UTF-8")
-    return tuple(examples)
+        raise DataError(
+            f"{candidates.name}: no usable text"
+            + "".join(f"\n  {line}" for line in candidates.findings.lines())
+        )
+    _count_repeated(examples, candidates.findings)
+    return WholeData(tuple(examples), candidates.findings.lines())
 
 
 def make_batches(
@@ -181,7 +223,8 @@ def make_batches(
 
     Args:
         examples: Examples of one kind. Texts are packed into windows of ``seq_len`` tokens;
-            prompt/completion and multiple choice (its right choice) are padded.
+            prompt/completion, conversations (each turn of the assistant's) and multiple choice
+            (its right choice) are padded.
         tokenizer: A Hugging Face tokenizer with an EOS token.
         seq_len: Tokens in a window, and the most in a padded sequence.
         batch_size: Sequences in a batch.
@@ -213,7 +256,7 @@ def make_batches(
             seed=seed,
         )
     return PaddedBatches.from_examples(
-        [example for example in examples if not isinstance(example, str)],
+        rendered([example for example in examples if not isinstance(example, str)], tokenizer),
         tokenizer,
         seq_len=seq_len,
         batch_size=batch_size,
@@ -228,6 +271,8 @@ def _open(
     """Find what a source is; return its candidates and its own held-out ones, if it has any."""
     if source is None or source == "stdlib":
         return stdlib_candidates(), None
+    if not str(source).strip():
+        raise DataError("the name of the data is empty; give a file, a directory or a hub name")
     path = Path(source).expanduser()
     try:
         exists = path.exists()
@@ -242,9 +287,11 @@ def _open(
         source.startswith((".", "~", os.sep))
         or source.count("/") > 1
         or "\\" in source
-        or path.suffix.lower() in (*JSON_LINES_SUFFIXES, *TEXT_SUFFIXES)
+        or path.suffix.lower() in (*TABLE_SUFFIXES, *TEXT_SUFFIXES)
     ):
-        raise DataError(f"{source}: no such file or directory (looked in {Path.cwd()})")
+        raise DataError(
+            f"{source}: no such file or directory (looked in {Path.cwd()}){similar_path(path)}"
+        )
     return hub_candidates(source)
 
 
@@ -259,17 +306,21 @@ def _order(candidates: Candidates) -> list[int]:
 
 def _sides(candidates: Candidates, held_out_fraction: float) -> tuple[list[int], list[int]]:
     """Split into train and held-out by position; each side gets at least one distinct document."""
-    positions = candidates.positions
-    lowest, highest = min(positions), max(positions)
-    if lowest == highest:
+    order = _order(candidates)
+    positions = [candidates.positions[i] for i in order]
+    if positions[0] == positions[-1]:
         raise DataError(
             f"{candidates.name}: all {len(positions)} documents are equal, so nothing can be held "
             "out; give more data or a held-out source"
         )
-    order = _order(candidates)
-    bound = min(max(held_out_fraction, lowest + 2**-53), highest)
-    held_out = [i for i in order if positions[i] < bound]
-    return order[len(held_out) :], held_out
+    # Where a side may begin: never between equal documents.
+    cuts = [i for i in range(1, len(order)) if positions[i - 1] < positions[i]]
+    wanted = bisect_left(positions, held_out_fraction)
+    if len(order) <= _DIVIDED_BY_COUNT:
+        # Hashes are even in the long run only: of 40 documents a tenth may come out as 7.
+        wanted = round(len(order) * held_out_fraction)
+    cut = min(cuts, key=lambda i: (abs(i - wanted), i))
+    return order[cut:], order[:cut]
 
 
 def _halves(candidates: Candidates, held_out_fraction: float) -> Candidates:
@@ -285,31 +336,39 @@ def _halves(candidates: Candidates, held_out_fraction: float) -> Candidates:
     return Candidates(candidates.name, (0.0, 1.0), (text[:cut], text[cut:]).__getitem__)
 
 
-def _take(
-    candidates: Candidates, order: Iterable[int], max_bytes: int | None
-) -> tuple[list[Example], int]:
-    """Read in order until the budget is used up; return the examples and the skipped count."""
+def _take(candidates: Candidates, order: Sequence[int], max_bytes: int | None) -> list[Example]:
+    """Read in order until the budget is used up."""
     examples: list[Example] = []
-    skipped = 0
+    findings = candidates.findings
     left = max_bytes
-    for index in order:
+    for place, index in enumerate(order):
         example = candidates.read(index)
         if example is None:
-            skipped += 1
             continue
         if isinstance(example, str) and not example.strip():
+            findings.count(BLANK, "document")
             continue
         if left is not None:
             left -= text_bytes(example)
             if left < 0:
+                unused = len(order) - place
                 if isinstance(example, str):
                     example = _cut(example, len(example.encode()) + left)
                 # A row cannot be cut; the first one is taken even if it is over the budget.
                 if example if isinstance(example, str) else not examples:
                     examples.append(example)
+                    unused -= 1
+                    if isinstance(example, str):
+                        findings.count(f"cut at its end, {_OVER_BUDGET}", "document")
+                findings.count(f"left out, {_OVER_BUDGET}", "document", n=unused)
                 break
         examples.append(example)
-    return examples, skipped
+    return examples
+
+
+def _count_repeated(examples: Sequence[Example], findings: Findings) -> None:
+    repeated = len(examples) - len(set(examples))
+    findings.count(f"kept, repeats another one of {len(examples):,}", "example", n=repeated)
 
 
 def _cut(text: str, max_bytes: int) -> str:

@@ -24,8 +24,8 @@ from prodial_kernels.training.batches import (
     epoch_generator,
     fingerprint,
 )
+from prodial_kernels.training.examples import DataError
 from prodial_kernels.training.padding import PaddedBatches
-from prodial_kernels.training.schemas import DataError
 from prodial_kernels.training.tokenization import (
     EncodedPair,
     encode,
@@ -61,7 +61,13 @@ class SharedWindows:
     """
 
     def __init__(
-        self, pieces: Sequence[Tensor], *, seq_len: int, batch_size: int, seed: int = 0
+        self,
+        pieces: Sequence[Tensor],
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        notes: Sequence[str] = (),
     ) -> None:
         """Put pieces into windows.
 
@@ -70,6 +76,7 @@ class SharedWindows:
             seq_len: Tokens in a window, at least 2.
             batch_size: Windows in a batch.
             seed: Decides the order of every epoch.
+            notes: What to say of the pieces.
 
         Raises:
             DataError: No pieces.
@@ -81,6 +88,8 @@ class SharedWindows:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
+        self.notes = tuple(notes)
+        self.n_truncated = 0
         self._pieces = list(pieces)
         self._windows = best_fit([len(piece) for piece in pieces], seq_len)
         self._order: tuple[int, list[int]] = (-1, [])
@@ -171,21 +180,25 @@ def separate_documents(
     check_sizes({"seq_len": (seq_len, 2), "batch_size": (batch_size, 1)})
     before = torch.tensor(leading_tokens(tokenizer), dtype=torch.int32)
     after = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
-    pieces = [
-        piece
-        for ids in encode(tokenizer, documents)
-        for piece in torch.cat([before, ids, after]).split(seq_len)
-        # One token has nothing to learn.
-        if len(piece) > 1
-    ]
+    cut = [torch.cat([before, ids, after]).split(seq_len) for ids in encode(tokenizer, documents)]
+    # One token has nothing to learn.
+    pieces = [piece for parts in cut for piece in parts if len(piece) > 1]
+    notes = [f"no text sees another one, each is ended by {tokenizer.eos_token!r}"]
+    longer = sum(len(parts) > 1 for parts in cut)
+    if longer:
+        notes.append(
+            f"{longer:,} of {len(cut):,} texts were longer than seq_len {seq_len} and were cut "
+            "into pieces that do not see each other"
+        )
     if shared:
-        return SharedWindows(pieces, seq_len=seq_len, batch_size=batch_size, seed=seed)
+        return SharedWindows(pieces, seq_len=seq_len, batch_size=batch_size, seed=seed, notes=notes)
     return PaddedBatches(
         [EncodedPair(piece[:1], piece[1:]) for piece in pieces],
         pad_token=int(after),
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
+        notes=notes,
     )
 
 

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.batches import check_sizes
-from prodial_kernels.training.multiple_choice import (
-    MultipleChoiceMetrics,
-    evaluate_multiple_choice,
-)
-from prodial_kernels.training.schemas import (
+from prodial_kernels.training.chat import rendered
+from prodial_kernels.training.examples import (
+    Conversation,
     DataError,
     Example,
     MultipleChoice,
     PromptCompletion,
     kind_of,
 )
+from prodial_kernels.training.multiple_choice import (
+    MultipleChoiceMetrics,
+    evaluate_multiple_choice,
+)
 from prodial_kernels.training.scoring import Progress, Window, log_likelihoods, windows
-from prodial_kernels.training.tokenization import encode, encode_pairs, prefix_token
+from prodial_kernels.training.tokenization import encode, encode_pairs, encode_up_to, prefix_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,7 @@ class LanguageModelMetrics:
         n_tokens: Tokens scored, each exactly once.
         n_bytes: UTF-8 bytes of the text they spell.
         n_documents: Documents, or completions, scored.
+        n_truncated: Completions whose prompts did not fit beside them and lost their start.
     """
 
     loss: float
@@ -49,6 +52,7 @@ class LanguageModelMetrics:
     n_tokens: int
     n_bytes: int
     n_documents: int
+    n_truncated: int = 0
 
 
 def evaluate_language_model(
@@ -98,7 +102,7 @@ def evaluate_language_model(
     prefix = torch.tensor([prefix_token(tokenizer)], dtype=torch.int32)
     pairs: list[tuple[Tensor, Tensor]] = []
     n_bytes = n_tokens = 0
-    for text, ids in zip(documents, encode(tokenizer, documents), strict=True):
+    for text, ids in encode_up_to(tokenizer, documents, max_tokens):
         full = max_tokens is not None and n_tokens + len(ids) >= max_tokens
         if max_tokens is not None and full:
             text, ids = _shorten(tokenizer, text, ids, max_tokens - n_tokens)
@@ -193,11 +197,12 @@ def evaluate_examples(
             device=device,
             progress=progress,
         )
-    if kind == "prompt/completion":
+    if kind in ("prompt/completion", "conversation"):
+        pairs = [e for e in examples if isinstance(e, (PromptCompletion, Conversation))]
         return evaluate_completions(
             model,
             tokenizer,
-            [e for e in examples if isinstance(e, PromptCompletion)],
+            [e for e in rendered(pairs, tokenizer) if isinstance(e, PromptCompletion)],
             seq_len=seq_len,
             batch_size=batch_size,
             device=device,
@@ -226,8 +231,11 @@ def _metrics(
     progress: Progress | None,
 ) -> LanguageModelMetrics:
     scored: list[Window] = []
+    n_truncated = 0
     for context, continuation in pairs:
         scored.extend(windows(context, continuation, seq_len))
+        # A document's context is one token, and what is scored in windows loses nothing.
+        n_truncated += len(context) > 1 and len(context) + len(continuation) > seq_len + 1
     n_tokens = sum(window.n_scored for window in scored)
     if not n_tokens:
         raise DataError("there is no text to score: all documents are empty")
@@ -245,7 +253,9 @@ def _metrics(
     except OverflowError:
         perplexity = math.inf
     bits_per_byte = float(total) / math.log(2) / n_bytes
-    return LanguageModelMetrics(loss, perplexity, bits_per_byte, n_tokens, n_bytes, len(pairs))
+    return LanguageModelMetrics(
+        loss, perplexity, bits_per_byte, n_tokens, n_bytes, len(pairs), n_truncated
+    )
 
 
 def _shorten(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prodial_kernels.training.schemas import DataError, parse_rows
+from prodial_kernels.training.examples import DataError
+from prodial_kernels.training.schemas import parse_rows
 from prodial_kernels.training.sources import Candidates, example_candidates
 
 # The order in which a data set's own splits are taken for the held-out side.

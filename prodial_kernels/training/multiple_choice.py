@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.batches import check_sizes
-from prodial_kernels.training.schemas import DataError, MultipleChoice
+from prodial_kernels.training.examples import DataError, MultipleChoice
 from prodial_kernels.training.scoring import Progress, Window, log_likelihoods, windows
 from prodial_kernels.training.tokenization import encode_pairs, prefix_token
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.training.batches import Batch, check_sizes, epoch_generator, fingerprint
-from prodial_kernels.training.schemas import DataError
+from prodial_kernels.training.examples import DataError
 from prodial_kernels.training.tokenization import encode, eos_token, leading_tokens
 
 if TYPE_CHECKING:
@@ -25,7 +25,15 @@ class PackedBatches:
     n_windows`` in the order of epoch ``i div n_windows``; a batch may span two epochs.
     """
 
-    def __init__(self, tokens: Tensor, *, seq_len: int, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        notes: Sequence[str] = (),
+    ) -> None:
         """Cut a stream into windows; the last one is moved back to end on the last token.
 
         Args:
@@ -33,6 +41,7 @@ class PackedBatches:
             seq_len: Tokens in a window, at least 2.
             batch_size: Windows in a batch.
             seed: Decides the order of every epoch.
+            notes: What to say of the stream.
 
         Raises:
             DataError: Fewer tokens than one window.
@@ -47,6 +56,8 @@ class PackedBatches:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
+        self.notes = tuple(notes)
+        self.n_truncated = 0
         self._tokens = tokens
         starts = torch.arange(0, len(tokens) - seq_len + 1, seq_len)
         if len(tokens) % seq_len:
@@ -74,7 +85,10 @@ class PackedBatches:
         before = torch.tensor(leading_tokens(tokenizer), dtype=torch.int32)
         after = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
         parts = [part for ids in encode(tokenizer, documents) for part in (before, ids, after)]
-        return cls(torch.cat(parts), seq_len=seq_len, batch_size=batch_size, seed=seed)
+        note = f"texts follow on each other in windows, each ended by {tokenizer.eos_token!r}"
+        return cls(
+            torch.cat(parts), seq_len=seq_len, batch_size=batch_size, seed=seed, notes=[note]
+        )
 
     @property
     def steps_per_epoch(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from prodial_kernels.training.batches import (
     epoch_generator,
     fingerprint,
 )
-from prodial_kernels.training.schemas import DataError, MultipleChoice, PromptCompletion
+from prodial_kernels.training.examples import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.tokenization import EncodedPair, encode_pairs, eos_token
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class PaddedBatches:
         batch_size: int,
         seed: int = 0,
         mask_prompt: bool = True,
+        notes: Sequence[str] = (),
     ) -> None:
         """Cut pairs to length and keep them.
 
@@ -59,6 +60,7 @@ class PaddedBatches:
             batch_size: Sequences in a batch.
             seed: Decides the plan of every epoch.
             mask_prompt: Learn the continuations only.
+            notes: What to say of the sequences, beside what is cut off them.
 
         Raises:
             DataError: No pairs.
@@ -73,6 +75,7 @@ class PaddedBatches:
         self.mask_prompt = mask_prompt
         self.n_truncated = sum(len(c) + len(t) > seq_len for c, t in pairs)
         cut = [_cut(pair, seq_len) for pair in pairs]
+        self.notes = (*notes, *_losses(pairs, cut, seq_len))
         self._pad_token = pad_token
         self._tokens = torch.cat([ids for pair in cut for ids in pair])
         self._context_lengths = torch.tensor([len(pair.context) for pair in cut])
@@ -113,6 +116,14 @@ class PaddedBatches:
             )
         ]
         pad = tokenizer.pad_token_id
+        completions = any(isinstance(example, PromptCompletion) for example in examples)
+        note = (
+            f"each completion is ended by {tokenizer.eos_token!r}"
+            if completions
+            else "of each question the right choice is learned, without an end token"
+        )
+        if mask_prompt:
+            note += "; what stands before it is read, not learned"
         return cls(
             pairs,
             pad_token=int(eos if pad is None else pad),
@@ -120,6 +131,7 @@ class PaddedBatches:
             batch_size=batch_size,
             seed=seed,
             mask_prompt=mask_prompt,
+            notes=[note],
         )
 
     @property
@@ -184,3 +196,27 @@ class PaddedBatches:
 def _cut(pair: EncodedPair, seq_len: int) -> EncodedPair:
     continuation = pair.continuation[: seq_len - 1]
     return EncodedPair(pair.context[-(seq_len - len(continuation)) :], continuation)
+
+
+def _losses(
+    pairs: Sequence[EncodedPair], cut: Sequence[EncodedPair], seq_len: int
+) -> Iterator[str]:
+    """Say how many sequences were cut, and what they lost."""
+    before = [(len(context), len(continuation)) for context, continuation in pairs]
+    after = [(len(context), len(continuation)) for context, continuation in cut]
+    both = list(zip(before, after, strict=True))
+    longer = [sum(lengths) for lengths in before if sum(lengths) > seq_len]
+    if not longer:
+        return
+    lost = {
+        "the start of the prompt": sum(1 < new < old for (old, _), (new, _) in both),
+        "all of the prompt but a token": sum(1 == new < old for (old, _), (new, _) in both),
+        "the end of what is learned, with its end token": sum(
+            new < old for (_, old), (_, new) in both
+        ),
+    }
+    parts = ", ".join(f"{n:,} lost {what}" for what, n in lost.items() if n)
+    yield (
+        f"{len(longer):,} of {len(pairs):,} rows were longer than seq_len {seq_len} and were cut: "
+        f"{parts}; a seq_len of {max(longer):,} holds all"
+    )

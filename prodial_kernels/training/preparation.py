@@ -15,6 +15,7 @@ from prodial_kernels.training.batches import TrainingBatches
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data import DataSplit, load_documents, make_batches
 from prodial_kernels.training.documents import resets_state
+from prodial_kernels.training.examples import Example, kind_of
 from prodial_kernels.training.loop import LoopOptions
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
@@ -22,7 +23,6 @@ from prodial_kernels.training.planning import RunPlan, block_levels
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
 from prodial_kernels.training.savings import apply_savings
-from prodial_kernels.training.schemas import Example, kind_of
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ def prepare(
         seq_len=_resolved(config.seq_len), batch_size=_resolved(config.batch_size),
         seed=config.seed, packing=config.packing, resets=resets,
     )  # fmt: skip
+    for note in batches.notes:
+        display.say(note)
     identity = RunIdentity(
         config=config.to_dict(),
         model=model_fingerprint(loaded.model),

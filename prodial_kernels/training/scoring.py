@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prodial_kernels.training.batches import check_sizes
+from prodial_kernels.training.examples import DataError
 from prodial_kernels.training.head import HeadError, eval_mode, find_head, run_model
 from prodial_kernels.training.loss import negative_log_likelihoods
-from prodial_kernels.training.schemas import DataError
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""

@@ -1,4 +1,4 @@
-"""Where examples come from on this machine: the standard library, directories, text, JSONL.
+"""Where examples come from on this machine: the standard library, directories, texts, tables.
 
 A source lists what it has (:class:`Candidates`) before anything is read, so that a byte budget
 reads only the files that it uses. The split into train and held-out is made in ``data.py``.
@@ -7,18 +7,20 @@ reads only the files that it uses. The split into train and held-out is made in 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from prodial_kernels.training.schemas import DataError, Example, parse_rows
+from prodial_kernels.training.examples import DataError, Example
+from prodial_kernels.training.findings import Findings
+from prodial_kernels.training.schemas import parse_rows
+from prodial_kernels.training.tables import TABLE_SUFFIXES, noted, rows_of
+from prodial_kernels.training.text_files import NotTextError, read_text
 
 PROSE_SUFFIXES = (".txt", ".md", ".rst", ".tex", "")
 # fmt: off
@@ -29,7 +31,6 @@ CODE_SUFFIXES = (
 )
 # fmt: on
 TEXT_SUFFIXES = (*PROSE_SUFFIXES[:-1], *CODE_SUFFIXES)
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 _NEVER_ENTERED = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 # Tests are left out as unlike other code; the rest are tables and texts written by generators,
@@ -47,11 +48,13 @@ class Candidates:
         positions: :func:`stable_position` of what identifies each document; the split and the
             order of reading follow from it alone.
         read: Returns document ``i``, or ``None`` where the file is not UTF-8 text.
+        findings: What reading changes, leaves out or guesses; counted by ``read``, too.
     """
 
     name: str
     positions: Sequence[float]
     read: Callable[[int], Example | None]
+    findings: Findings = field(default_factory=Findings, compare=False)
 
 
 def stable_position(key: str) -> float:
@@ -68,13 +71,15 @@ def stdlib_candidates() -> Candidates:
         DataError: This interpreter ships no library source.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    files = list(_walk(root, {".py"}, _STDLIB_EXCLUDED, _STDLIB_GENERATED))
+    # What else is there (tests, compiled modules) is left out by design, so it is not counted.
+    files = list(_walk(root, {".py"}, Findings(), _STDLIB_EXCLUDED, _STDLIB_GENERATED))
     if not files:
         raise DataError(
             f"no standard-library source (.py files) in {root}; give a file or directory of your "
             "own as data"
         )
-    return _files(f"Python {platform.python_version()} standard library", root, files)
+    name = f"Python {platform.python_version()} standard library"
+    return _files(name, root, files, Findings())
 
 
 def directory_candidates(root: Path, suffixes: Sequence[str] | None) -> Candidates:
@@ -88,33 +93,52 @@ def directory_candidates(root: Path, suffixes: Sequence[str] | None) -> Candidat
         DataError: No file has one of the suffixes.
     """
     wanted = {f".{s.lstrip('.')}".lower() for s in (suffixes or TEXT_SUFFIXES)}
-    files = list(_walk(root, wanted))
+    findings = Findings()
+    files = list(_walk(root, wanted, findings))
     if not files:
-        present = sorted({f.suffix or f.name for f in _walk(root, None)})
+        present = sorted({f.suffix or f.name for f in _walk(root, None, Findings())})
         found = f"it has {', '.join(present[:20])}" if present else "it has no files at all"
         raise DataError(
             f"{root}: no file ends in {', '.join(sorted(wanted))}; {found}. Name the suffixes to "
-            "take, or give one file"
+            "take, or give one file: rows (.jsonl, .csv, .parquet) are read from single files only"
         )
-    return _files(str(root), root, files)
+    return _files(str(root), root, files, findings)
 
 
 def file_candidates(path: Path) -> Candidates:
-    """List the documents of one file: JSONL rows, blank-line-separated texts, or one source file.
+    """List the documents of one file: a table's rows, texts between blank lines, or one program.
 
     Raises:
-        DataError: The file cannot be read, is not UTF-8, is empty, or has an invalid row.
+        DataError: The file cannot be read, is of another format than its ending says, is empty, or
+            has an invalid row.
     """
-    if path.suffix.lower() in JSON_LINES_SUFFIXES:
-        return example_candidates(str(path), parse_rows(_json_lines(path)))
-    text = read_text(path)
-    if path.suffix.lower() in PROSE_SUFFIXES:
-        return example_candidates(str(path), [c for c in re.split(r"\n\s*\n", text) if c.strip()])
-    # A blank line inside a program separates nothing: the file is one document.
-    return example_candidates(str(path), [text] if text.strip() else [])
+    findings = Findings()
+    suffix = path.suffix.lower()
+    if suffix in TABLE_SUFFIXES:
+        examples: Sequence[Example] = parse_rows(rows_of(path, findings), findings)
+        return example_candidates(str(path), examples, findings)
+    text = noted(read_text(path), findings)
+    if suffix in PROSE_SUFFIXES:
+        # Also of pipes, which have no ending.
+        texts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+        if len(texts) > 1:
+            findings.remark(f"{path.name}: divided at blank lines into {len(texts):,} texts")
+    else:
+        # A blank line inside a program separates nothing: the file is one document.
+        texts = [text] if text.strip() else []
+        if suffix not in CODE_SUFFIXES:
+            findings.remark(f"{path.name}: read as one plain text, as it stands")
+    if suffix in PROSE_SUFFIXES and _like_json_lines(text):
+        findings.remark(
+            f"{path.name}: read as plain text, though its lines look like JSON; name it .jsonl to "
+            "have its rows read"
+        )
+    return example_candidates(str(path), texts, findings)
 
 
-def example_candidates(name: str, examples: Sequence[Example]) -> Candidates:
+def example_candidates(
+    name: str, examples: Sequence[Example], findings: Findings | None = None
+) -> Candidates:
     """Wrap examples in memory; equal ones share a position, so also a side of the split.
 
     Raises:
@@ -123,42 +147,32 @@ def example_candidates(name: str, examples: Sequence[Example]) -> Candidates:
     if not examples:
         raise DataError(f"{name}: empty: there is no text in it")
     positions = [stable_position(repr(example)) for example in examples]
-    return Candidates(name, positions, lambda i: examples[i])
+    return Candidates(name, positions, lambda i: examples[i], findings or Findings())
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with any kind of newline as a line feed.
-
-    Raises:
-        DataError: Missing, not readable, or not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset "
-            f"{error.start}); convert it to UTF-8, or unpack it if it is compressed"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _files(name: str, root: Path, files: list[Path]) -> Candidates:
+def _files(name: str, root: Path, files: list[Path], findings: Findings) -> Candidates:
     def read(index: int) -> Example | None:
         try:
-            return files[index].read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
+            text = read_text(files[index])
+        except NotTextError:
+            findings.count("skipped, not UTF-8 text", "file")
             return None
-        except OSError as error:
-            raise DataError(f"{files[index]}: cannot be read: {error.strerror or error}") from error
+        return noted(text, findings)
 
     positions = [stable_position(f.relative_to(root).as_posix()) for f in files]
-    return Candidates(name, positions, read)
+    return Candidates(name, positions, read, findings)
+
+
+def _like_json_lines(text: str) -> bool:
+    """Whether each of the first lines is one JSON object by its looks."""
+    lines = [line.strip() for line in text[:100_000].split("\n")[:3] if line.strip()]
+    return bool(lines) and all(line[:1] == "{" and line[-1:] == "}" for line in lines)
 
 
 def _walk(
     root: Path,
     suffixes: AbstractSet[str] | None,
+    findings: Findings,
     excluded: AbstractSet[str] = frozenset(),
     excluded_prefixes: tuple[str, ...] = (),
 ) -> Iterator[Path]:
@@ -177,18 +191,7 @@ def _walk(
                 continue
             if suffixes is None or path.suffix.lower() in suffixes:
                 yield path
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    # Not str.splitlines: it also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not valid JSON: {error.msg} at column {error.colno}: {line:.60}\n"
-                "Each line must be one whole JSON object"
-            ) from None
+            else:
+                findings.count(
+                    "left out, by its ending", "file", detail=path.suffix.lower() or "no ending"
+                )

@@ -10,9 +10,9 @@ import torch
 
 from prodial_kernels.training.batches import IGNORED, epoch_generator
 from prodial_kernels.training.data import load_all, make_batches
+from prodial_kernels.training.examples import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.packing import PackedBatches
 from prodial_kernels.training.padding import PaddedBatches
-from prodial_kernels.training.schemas import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.tokenization import EncodedPair, encode, encode_pairs
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prodial_kernels.training.data import load_all, load_documents
-from prodial_kernels.training.schemas import DataError, MultipleChoice
+from prodial_kernels.training.examples import DataError, MultipleChoice
 
 
 def install(monkeypatch: pytest.MonkeyPatch, splits: Any) -> list[tuple[Any, ...]]:

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from prodial_kernels.training.schemas import (
+from prodial_kernels.training.examples import (
     DataError,
     MultipleChoice,
     PromptCompletion,
-    clean_hellaswag,
     kind_of,
-    parse_rows,
     text_bytes,
 )
+from prodial_kernels.training.schemas import clean_hellaswag, parse_rows
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"
 
@@ -130,7 +129,7 @@ GENERIC = {"context": "c", "choices": ["x", "y"], "label": 0}
         ({"text": "x", "prompt": "p", "completion": "c"}, "'text' and 'prompt/completion'"),
         ({"text": 5}, "'text' must be a string, got int: 5"),
         ({"text": "\ud800"}, "'text' is not valid Unicode"),
-        (["x"], "expected a JSON object, got list"),
+        (["x"], "expected a JSON object with named values, got list; write it as one"),
         ({"prompt": "x", "completion": ""}, "'completion' is empty"),
         (GENERIC | {"label": 2}, "label 2 is out of range: there are 2 choices"),
         (GENERIC | {"label": -1}, "label -1 is out of range"),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from prodial_kernels.training import sources
+from prodial_kernels.training import sources, text_files
 from prodial_kernels.training.data import load_all, load_documents
-from prodial_kernels.training.schemas import DataError, MultipleChoice, PromptCompletion
+from prodial_kernels.training.examples import DataError, MultipleChoice, PromptCompletion
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"
 
@@ -76,8 +76,11 @@ def test_stdlib_leaves_out_tests_and_generated_files(
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     split = load_documents()
     assert {*split.train, *split.held_out} == {f"# {name}\n" for name in keep}
-    assert split.skipped == 1
-    assert "1 files that are not UTF-8 skipped" in str(split)
+    assert set(split.notes) == {
+        "left out, nothing but white space: 1 document",
+        "skipped, not UTF-8 text: 1 file",
+    }
+    assert "\n  skipped, not UTF-8 text: 1 file" in str(split)
 
 
 def test_stdlib_without_source_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +120,8 @@ def test_split_does_not_depend_on_order_or_hash_seed(
 
 
 def test_adding_files_moves_none_to_the_other_side(tmp_path: Path) -> None:
-    before = load_documents(make_files(tmp_path, 40), held_out_fraction=0.3)
-    after = load_documents(make_files(tmp_path, 80), held_out_fraction=0.3)
+    before = load_documents(make_files(tmp_path, 110), held_out_fraction=0.3)
+    after = load_documents(make_files(tmp_path, 150), held_out_fraction=0.3)
     assert set(before.train) < set(after.train)
     assert set(before.held_out) < set(after.held_out)
 
@@ -250,10 +253,8 @@ def test_budget_reads_no_more_files_than_it_needs(
 ) -> None:
     make_files(tmp_path, 50)
     read: list[Path] = []
-    read_text = Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda self, **kwargs: read.append(self) or read_text(self, **kwargs)
-    )
+    read_text = sources.read_text
+    monkeypatch.setattr(sources, "read_text", lambda path: read.append(path) or read_text(path))
     split = load_documents(tmp_path, max_bytes=400, held_out_fraction=0.5)
     assert total_bytes(split.train) <= 200
     assert total_bytes(split.held_out) <= 200
@@ -302,10 +303,10 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     path = tmp_path / "secret.txt"
     path.write_text("x")
 
-    def refuse(self: Path, **kwargs: object) -> str:
+    def refuse(path: Path, **options: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(text_files, "read_bytes", refuse)
     for source in (path, tmp_path):
         with pytest.raises(DataError, match=r"secret.txt: cannot be read: Permission denied"):
             load_all(source)

@@ -23,11 +23,11 @@ from prodial_kernels.training.documents import (
     resets_state,
     separate_documents,
 )
+from prodial_kernels.training.examples import DataError
 from prodial_kernels.training.finetuning import finetune
 from prodial_kernels.training.graphed import GraphedStep
 from prodial_kernels.training.loss import ChunkedLoss, FullLoss, find_head
 from prodial_kernels.training.padding import PaddedBatches
-from prodial_kernels.training.schemas import DataError
 from prodial_kernels.training.step import EagerStep
 
 DOCUMENTS = ["a bc", "defghij klm", "x", "nopq", "rs tuvw", "a long one that needs two windows"]

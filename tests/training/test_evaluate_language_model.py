@@ -16,8 +16,8 @@ from prodial_kernels.training.evaluate import (
     evaluate_examples,
     evaluate_language_model,
 )
+from prodial_kernels.training.examples import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.multiple_choice import MultipleChoiceMetrics
-from prodial_kernels.training.schemas import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.scoring import EvaluationError, Window, log_likelihoods, windows
 
 DOCUMENTS = ["The cat sat.", "", "é" * 30, "x", "A longer text that needs several windows. " * 3]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.data import load_all
+from prodial_kernels.training.examples import DataError, MultipleChoice
 from prodial_kernels.training.multiple_choice import (
     choice_log_likelihoods,
     evaluate_multiple_choice,
 )
-from prodial_kernels.training.schemas import DataError, MultipleChoice
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "data"
 FILES = ("hellaswag.jsonl", "winogrande.jsonl", "arc.jsonl", "multiple_choice.jsonl")
