@@ -333,7 +333,11 @@ def _halves(candidates: Candidates, held_out_fraction: float) -> Candidates:
         )
     target = len(text) - max(1, round(len(text) * held_out_fraction))
     cut = text.rfind("\n", 1, target) + 1 or text.rfind(" ", 1, target) + 1 or target
-    return Candidates(candidates.name, (0.0, 1.0), (text[:cut], text[cut:]).__getitem__)
+    parts = (text[:cut], text[cut:])
+    candidates.findings.remark(
+        f"one text: its last {len(parts[1]):,} of {len(text):,} characters are held out"
+    )
+    return Candidates(candidates.name, (0.0, 1.0), parts.__getitem__, candidates.findings)
 
 
 def _take(candidates: Candidates, order: Sequence[int], max_bytes: int | None) -> list[Example]:

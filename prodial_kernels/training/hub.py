@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from prodial_kernels.training.examples import DataError
+from prodial_kernels.training.findings import Findings
 from prodial_kernels.training.schemas import parse_rows
 from prodial_kernels.training.sources import Candidates, example_candidates
 
@@ -32,7 +33,7 @@ def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
     except ImportError as error:
         raise DataError(
             f"{source!r} is no file or directory here, and loading it from the hub needs the "
-            "library 'datasets': pip install 'prodial-kernels[hub]'"
+            "library 'datasets': pip install datasets"
         ) from error
     name, _, configuration = source.partition(":")
     try:
@@ -61,4 +62,6 @@ def _split(source: str, split: str, rows: Any) -> Candidates:
         for index, row in enumerate(rows):
             yield f"{source}[{split}] row {index}", row
 
-    return example_candidates(f"{source}[{split}]", parse_rows(located()))
+    findings = Findings()
+    examples = parse_rows(located(), findings)
+    return example_candidates(f"{source}[{split}]", examples, findings)

@@ -69,5 +69,5 @@ def test_failures_keep_their_cause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"no file or directory here.*pip install 'prodial-kernels"):
+    with pytest.raises(DataError, match=r"no file or directory here.*pip install datasets"):
         load_documents("someone/corpus")
