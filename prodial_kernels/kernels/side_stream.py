@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 
 _threads = threading.local()
+
+# Private to torch, which has it in builds for CUDA only.
+_RAW_STREAM: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 class SideStream:
@@ -51,5 +55,6 @@ def side_stream(device: torch.device) -> SideStream:
 
 def current_handle(device: torch.device) -> int:
     """The handle of the current stream, without the object around it."""
-    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
-    return handle
+    if _RAW_STREAM is None:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+    return int(_RAW_STREAM(device.index))

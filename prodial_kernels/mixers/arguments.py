@@ -37,6 +37,23 @@ def named_arguments(
     return dict(zip([*names, *unnamed], args, strict=False)) | dict(kwargs)
 
 
+def split_first(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Return the first argument of ``function(self, ...)`` and the others, however it is given.
+
+    Raises:
+        TypeError: It is not given.
+    """
+    others = dict(kwargs)
+    if args:
+        return args[0], args[1:], others
+    name = next(iter(parameters_of(function)), "")
+    if name not in others:
+        raise TypeError(f"{name or 'the input'} is missing among the arguments {[*others]}")
+    return others.pop(name), (), others
+
+
 @cache
 def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names of a method's parameters that take a position, without ``self``."""
@@ -57,7 +74,7 @@ def is_cache(name: str, value: Any) -> bool:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return False
-    if _CACHE_NAME.search(name) and not _ABOUT_A_CACHE.search(name):
+    if could_be_cache(name):
         return True
     if isinstance(value, Tensor):
         return False
@@ -66,6 +83,11 @@ def is_cache(name: str, value: Any) -> bool:
     return any(_CACHE_CLASS.search(cls.__name__) for cls in type(value).__mro__) or any(
         hasattr(value, member) for member in _CACHE_MEMBERS
     )
+
+
+def could_be_cache(name: str) -> bool:
+    """Whether an argument of that name would be a cache."""
+    return bool(_CACHE_NAME.search(name)) and not _ABOUT_A_CACHE.search(name)
 
 
 def mask_among(arguments: Mapping[str, Any]) -> str | None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import dis
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import CodeType, FunctionType
 
 from torch import nn
 
+from prodial_kernels import upstream
 from prodial_kernels.mixers import mamba_ssm, transformers, vision
 from prodial_kernels.mixers.seam import Undo
+from prodial_kernels.mixers.structure import weight_reads
 from prodial_kernels.mixers.targets import Target
-
-_METADATA = frozenset(
-    ("device", "dtype", "shape", "ndim", "size", "is_cuda", "requires_grad", "numel")
-)
 
 
 @dataclass(frozen=True)
@@ -66,42 +62,15 @@ def check_mixers(model: nn.Module, targets: Iterable[Target]) -> None:
                 f"{type(parent_module).__qualname__}, reads {name}.weight in {method}() instead "
                 f"of calling {name}: an adapter would act through an adapted weight formed at "
                 "every read, or not at all. Take it out of target_modules, or call the module "
-                f"in a subclass: self.{name}(x)"
+                f"in a subclass: self.{name}(x)" + _release(type(parent_module))
             )
+
+
+def _release(cls: type[nn.Module]) -> str:
+    library = upstream.library_of(cls)
+    return "" if library is None else f" ({upstream.tested_with(library)})"
 
 
 def adapt_mixers(model: nn.Module) -> list[Undo]:
     """Let every known mixer call its adapted projectors; return what undoes it."""
     return [undo for family in FAMILIES for undo in family.adapt(model)]
-
-
-def weight_reads(cls: type[nn.Module], names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (method, name) wherever the class reads ``self.<name>.weight`` for its values.
-
-    Reads of its device, dtype or shape do not count, nor what happens in ``__init__``.
-    """
-    wanted = set(names)
-    for base in cls.__mro__:
-        if base is nn.Module or base.__module__.startswith("torch."):
-            continue
-        for method, member in vars(base).items():
-            # What a subclass overrides does not run.
-            if method == "__init__" or getattr(cls, method, None) is not member:
-                continue
-            if isinstance(member, FunctionType):
-                for name in _reads(member.__code__):
-                    if name in wanted:
-                        yield method, name
-
-
-def _reads(code: CodeType) -> Iterator[str]:
-    attributes = [
-        instruction.argval if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") else None
-        for instruction in dis.get_instructions(code)
-    ]
-    for name, then, after in zip(attributes, attributes[1:], [*attributes[2:], None], strict=False):
-        if name is not None and then == "weight" and after not in _METADATA:
-            yield name
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _reads(constant)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any, Protocol
 
 from torch import nn
+
+from prodial_kernels import upstream
 
 Policy = Callable[..., Any]
 """``(mixer, upstream_method, *args, **kwargs)`` -> what the method returns.
@@ -56,17 +58,45 @@ class View:
         return getattr(vars(self)["_mixer"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name} would be set on a view of the mixer, and lost")
+        problem = f"{name} would be set on a view of the mixer, and lost"
+        library = upstream.library_of(type(vars(self)["_mixer"]))
+        raise AttributeError(
+            problem if library is None else f"{problem}; {upstream.tested_with(library)}"
+        )
 
 
 def rebound(function: Any, **names: Any) -> Any:
-    """Return ``function`` with global names of its module replaced; the module stays as it is."""
-    twin = FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__,
-        function.__defaults__, function.__closure__,
-    )  # fmt: skip
+    """Return ``function`` with global names of its module replaced; the module stays as it is.
+
+    What decorates the function decorates the twin too: each decorator's cell that holds the
+    function below it holds its twin.
+
+    Raises:
+        UpstreamError: The function, or what decorates it, is not what can be copied so.
+    """
+    if not isinstance(function, FunctionType):
+        raise _not_copied(function)
+    below = getattr(function, "__wrapped__", None)
+    module, cells = function.__globals__, function.__closure__
+    if below is None:
+        module = {**module, **names}
+    else:
+        holding = [cell.cell_contents is below for cell in cells or ()]
+        if sum(holding) != 1:
+            raise _not_copied(function)
+        inner = CellType(rebound(below, **names))
+        cells = tuple(
+            inner if holds else cell for cell, holds in zip(cells or (), holding, strict=True)
+        )
+    twin = FunctionType(function.__code__, module, function.__name__, function.__defaults__, cells)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
+
+
+def _not_copied(function: Any) -> upstream.UpstreamError:
+    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    library = upstream.library_of(function) or "torch"
+    return upstream.error(library, f"{name} is decorated in a way that cannot be copied")
 
 
 @cache
@@ -77,15 +107,15 @@ def _adapted_class(original: Any, policies: tuple[tuple[str, Policy], ...]) -> t
     (``nn.DataParallel``), copies and pickles run on their own parameters.
     """
 
-    def method(name: str, policy: Policy) -> Callable[..., Any]:
-        upstream = getattr(original, name)
+    def adapted(name: str, policy: Policy) -> Callable[..., Any]:
+        method = getattr(original, name)
 
         def through_policy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return policy(self, upstream, *args, **kwargs)
+            return policy(self, method, *args, **kwargs)
 
         # Who asks for the arguments is told upstream's. Not __wrapped__, which would be unwrapped,
         # and the policy left out.
-        vars(through_policy)["__signature__"] = inspect.signature(upstream)
+        vars(through_policy)["__signature__"] = inspect.signature(method)
         return through_policy
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -93,7 +123,7 @@ def _adapted_class(original: Any, policies: tuple[tuple[str, Policy], ...]) -> t
         _, _, *state = original.__reduce_ex__(self, protocol)
         return (_new_adapted, (original, policies), *state)
 
-    members: dict[str, Any] = {name: method(name, policy) for name, policy in policies}
+    members: dict[str, Any] = {name: adapted(name, policy) for name, policy in policies}
     members |= {"__reduce_ex__": reduce, "__module__": original.__module__}
     return type(original.__name__, (original,), members)
 

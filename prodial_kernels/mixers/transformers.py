@@ -15,13 +15,15 @@ one of these paths:
   before the gate), upstream's ``forward`` runs on a view that is not training, which ``forward``
   uses for nothing but the choice of the path: separate convolution and scan kernels.
 
+What these paths rely on is read off upstream's code when adapters are applied; a release in which
+something is different gives a warning, and runs what is right there too, or an error.
+
 transformers is recognised by module names and never imported here.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,16 +31,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels import upstream as libraries
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.arguments import mask_among, named_arguments, parameters_of
-from prodial_kernels.mixers.mamba_ssm.block import fused_mamba, kernels_available
-from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, scan_and_project
+from prodial_kernels.mixers.mamba_ssm.block import MAMBA_PARTS, fused_mamba
+from prodial_kernels.mixers.mamba_ssm.cuda_functions import kernels_available
+from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, difference, scan_and_project
 from prodial_kernels.mixers.projection import is_explicit
 from prodial_kernels.mixers.seam import AdaptedMixer, Policy, View, rebound
+from prodial_kernels.mixers.structure import (
+    global_of,
+    names_in,
+    times_read,
+    unknown_in,
+    weight_reads,
+)
 
 FUSED_S6 = "mamba_inner_fn"
 FUSED_SSD = "mamba2_split_conv1d_scan_combined"
 """Names of the fused training functions, globals of transformers' modeling modules."""
+
+_OF_MAMBA_SSM = "mamba_split_conv1d_scan_combined"
+"""What mamba_ssm calls the second of them."""
 
 MASK_PADDING = "apply_mask_to_padding_states"
 """Name of the function that sets padding to 0 before the projector, a global there as well."""
@@ -57,7 +71,18 @@ def recognises(module: nn.Module) -> bool:
 
 
 def check(mixer: nn.Module, targets: frozenset[str]) -> None:
-    """Refuse nothing: whatever is adapted in these modules takes effect."""
+    """Refuse nothing: whatever is adapted in these modules takes effect.
+
+    Warns of a forward that reads a projector's weight in a way that is unknown: an adapter acts
+    there through an adapted weight that is formed in every step.
+    """
+    if fused_function(mixer) is None:
+        for method, name in weight_reads(type(mixer), targets & {"in_proj", "out_proj"}):
+            libraries.warn(
+                "transformers",
+                f"{type(mixer).__name__}.{method}() reads {name}.weight for a function that is "
+                "unknown, so the adapted weight will be formed in every step, which is slow",
+            )
 
 
 def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
@@ -75,13 +100,19 @@ def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
 
 def fused_function(mixer: nn.Module) -> str | None:
     """Name of the fused function that the mixer's transformers ``forward`` calls, if any."""
+    found = _fused_forward(mixer)
+    return None if found is None else found[1]
+
+
+def _fused_forward(mixer: nn.Module) -> tuple[Forward, str] | None:
+    """The mixer's transformers ``forward`` and the fused function in it, if it calls one."""
     for cls in type(mixer).__mro__:
         if cls.__module__.startswith("transformers.models.") and "forward" in vars(cls):
-            code = getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
-            names = set() if code is None else set(code.co_names)
+            forward = vars(cls)["forward"]
             # The other two are what the views answer for.
-            if {"out_proj", "training"} <= names:
-                return next((name for name in (FUSED_S6, FUSED_SSD) if name in names), None)
+            for name in (FUSED_S6, FUSED_SSD):
+                if {"out_proj", "training", name} <= names_in(forward):
+                    return forward, name
     return None
 
 
@@ -97,9 +128,18 @@ def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) 
     fused = _of_mamba_ssm(upstream)
     if fused is not None and is_explicit(projector.projector) and not _offloaded(mixer):
         replaced = partial(_scan_and_project, fused, projector.projector)
-        return rebound(inspect.unwrap(upstream), **{FUSED_SSD: replaced})(view, *args, **kwargs)
+        return rebound(upstream, **{FUSED_SSD: replaced})(view, *args, **kwargs)
     output = upstream(view, *args, **kwargs)
-    return output if projector.called else projector(output)
+    if projector.called:
+        return output
+    features = projector.projector.in_features
+    if not isinstance(output, Tensor) or output.shape[-1] != features:
+        raise libraries.error(
+            "transformers",
+            f"{type(mixer).__name__} without out_proj does not return the {features} features "
+            "that out_proj takes",
+        )
+    return projector(output)
 
 
 def mamba_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -122,10 +162,10 @@ def _masked_input(
 ) -> Tensor | None:
     """The mixer's input without its padding; None where more is given than input and mask."""
     arguments = named_arguments(upstream, args, kwargs)
-    given = {name: value for name, value in arguments.items() if value is not None}
+    given = {name: v for name, v in arguments.items() if v is not None and v is not False}
     hidden = given.pop(next(iter(parameters_of(upstream)), ""), None)
     mask = given.pop(mask_among(given) or "", None)
-    mask_padding = sys.modules[upstream.__module__].__dict__.get(MASK_PADDING)
+    mask_padding = global_of(upstream, MASK_PADDING)
     if hidden is None or given:
         return None
     if mask is None:
@@ -134,19 +174,40 @@ def _masked_input(
 
 
 def _policy_of(mixer: nn.Module) -> Policy | None:
-    fused = fused_function(mixer)
-    if fused is None:
+    found = _fused_forward(mixer)
+    if found is None:
         return None
+    forward, fused = found
     if hasattr(mixer, "b_layernorm"):
-        return unfused_forward
+        return _evaluated(mixer, forward)
     adapted = {name for name, child in mixer.named_children() if isinstance(child, ProdialLinear)}
     if not adapted:
         return None
     if fused == FUSED_S6:
-        return mamba_forward
+        problem = unknown_in(mixer, forward, parts=MAMBA_PARTS, known=("act",))
+        if problem is None and global_of(forward, MASK_PADDING) is None:
+            problem = f"beside it is no {MASK_PADDING}()"
+        if problem is None:
+            return mamba_forward
+        _warn(mixer, f"{problem}: it trains on separate kernels")
+        return _evaluated(mixer, forward)
     if not _paths_agree(mixer):
-        return unfused_forward
+        return _evaluated(mixer, forward)
     return ssd_forward if "out_proj" in adapted else None
+
+
+def _evaluated(mixer: nn.Module, forward: Forward) -> Policy:
+    """:func:`unfused_forward`; warns unless ``training`` chooses the path and nothing else."""
+    reads = times_read(forward, "training")
+    if reads != 1:
+        _warn(
+            mixer, f"its forward asks {reads} times whether it is training, of which one is known"
+        )
+    return unfused_forward
+
+
+def _warn(mixer: nn.Module, problem: str) -> None:
+    libraries.warn("transformers", f"{type(mixer).__name__}: {problem}")
 
 
 def _paths_agree(mixer: nn.Module) -> bool:
@@ -162,12 +223,14 @@ def _of_mamba_ssm(upstream: Forward) -> Callable[..., Tensor] | None:
     """mamba-ssm's fused function, if that is what transformers calls now; looked up every time."""
     if torch.compiler.is_compiling():
         return None
-    found = sys.modules[upstream.__module__].__dict__.get(FUSED_SSD)
+    found = global_of(upstream, FUSED_SSD)
     for cell in getattr(found, "__closure__", None) or ():
-        names = getattr(cell.cell_contents, "__globals__", {})
-        # The rule that split_scan runs by hand stands beside the function.
-        if "MambaSplitConv1dScanCombinedFn" in names:
-            return cell.cell_contents
+        function = cell.cell_contents
+        if getattr(function, "__name__", None) == _OF_MAMBA_SSM:
+            problem = difference(function)
+            if problem is None:
+                return function
+            libraries.warn("mamba_ssm", f"{problem}: out_proj keeps its input for backward")
     return None
 
 
@@ -198,3 +261,11 @@ class _DeferredProjector:
     def __call__(self, x: Tensor) -> Tensor:
         self.called = True
         return self.projector(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("in_features", "out_features", "training"):
+            return getattr(self.projector, name)
+        raise AttributeError(
+            f"a mixer asked out_proj for {name!r} in training; "
+            f"{libraries.tested_with('transformers')}"
+        )

@@ -11,19 +11,26 @@ MambaVision's mixer calls its projectors: nothing has to be done for it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.mixers.arguments import cache_among, named_arguments, split_first
+from prodial_kernels.mixers.mamba_ssm.block import MAMBA_PARTS
 from prodial_kernels.mixers.projection import ProjectorOfView
 from prodial_kernels.mixers.seam import AdaptedMixer, View
+from prodial_kernels.mixers.structure import names_in, unknown_in
 from prodial_kernels.mixers.vision_scan import BACKWARD, FORWARD, Direction, directed_scan
 
 # By the mixer's bimamba_type. "v1" scans the forward convolution's output both ways.
 _DIRECTIONS: dict[str, tuple[Direction, ...]] = {"v2": (FORWARD, BACKWARD), "none": (FORWARD,)}
+
+
+# Of "v2", and what else upstream's forward may read.
+_BACKWARD_PARTS = ("conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b")
+_KNOWN = ("act", "gamma", "step", "_get_states_from_cache", *_BACKWARD_PARTS)
 
 
 def bidirectional_mamba(
@@ -62,11 +69,9 @@ def bidirectional_mamba(
 def recognises(mixer: nn.Module) -> bool:
     """Whether ``mixer`` is Vim's: by its ``bimamba_type`` and by what its forward does."""
     owner = next((cls for cls in type(mixer).__mro__ if "forward" in vars(cls)), nn.Module)
-    code = getattr(inspect.unwrap(vars(owner)["forward"]), "__code__", None)
-    return (
-        code is not None
-        and {"bimamba_type", "mamba_inner_fn_no_out_proj", "out_proj"} <= set(code.co_names)
-        and all(hasattr(mixer, name) for name in ("bimamba_type", "in_proj", "out_proj"))
+    names = names_in(vars(owner)["forward"])
+    return {"bimamba_type", "mamba_inner_fn_no_out_proj", "out_proj"} <= names and (
+        all(hasattr(mixer, name) for name in ("bimamba_type", "in_proj", "out_proj"))
     )
 
 
@@ -87,6 +92,14 @@ def check(mixer: Any, targets: frozenset[str]) -> None:
             f"{subject}'v2' and use_fast_path=False, which scans forwards only; set "
             "use_fast_path=True, as the published models are used"
         )
+    owner = next(cls for cls in type(mixer).__mro__ if "forward" in vars(cls))
+    parts = [*MAMBA_PARTS, *(_BACKWARD_PARTS if mixer.bimamba_type == "v2" else ())]
+    problem = unknown_in(mixer, vars(owner)["forward"], parts=parts, known=_KNOWN)
+    if problem is not None:
+        raise ValueError(
+            f"{subject}{mixer.bimamba_type!r}: {problem} to prodial_kernels, which computes the "
+            "mixer by itself and is tested with the code that Vim published in 2024"
+        )
 
 
 def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
@@ -98,26 +111,30 @@ def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
     ]
 
 
-def vim_forward(
-    mixer: Any,
-    upstream: Callable[..., Tensor],
-    hidden_states: Tensor,
-    inference_params: Any = None,
-) -> Tensor:
+def vim_forward(mixer: Any, upstream: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """``forward`` of Vim's mixer: [b, l, d] -> [b, l, d].
 
     Raises:
         ValueError: A bidirectional mixer with ``inference_params``: it cannot go token by token.
+            Or an argument that is unknown.
     """
     kind = mixer.bimamba_type
-    if inference_params is not None:
+    cached = cache_among(named_arguments(upstream, args, kwargs))
+    if cached is not None:
         if kind != "none":
             raise ValueError(
-                f"inference_params with bimamba_type={kind!r}: a bidirectional mixer needs the "
-                "whole sequence; pass inference_params=None"
+                f"{cached} with bimamba_type={kind!r}: a bidirectional mixer needs the whole "
+                f"sequence; pass {cached}=None"
             )
         views = {name: ProjectorOfView(layer) for name, layer in _adapted(mixer).items()}
-        return upstream(View(mixer, **views), hidden_states, inference_params=inference_params)
+        return upstream(View(mixer, **views), *args, **kwargs)
+    hidden_states, positional, named = split_first(upstream, args, kwargs)
+    unknown = [value for value in (*positional, *named.values()) if value is not None]
+    if unknown:
+        raise ValueError(
+            "a mixer of Vim's was called with more than its input, of which its adapted path "
+            "knows nothing; call it with the hidden states only"
+        )
     # Forks spell it in two ways.
     average = getattr(mixer, "if_divide_out", getattr(mixer, "if_devide_out", False))
     out = bidirectional_mamba(mixer, hidden_states, average=average, directions=_DIRECTIONS[kind])

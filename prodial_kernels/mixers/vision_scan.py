@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prodial_kernels.mixers.mamba_ssm.block import kernels_available
+from prodial_kernels.mixers.mamba_ssm.cuda_functions import (
+    convolve,
+    convolve_backward,
+    kernels_available,
+    scan_backward,
+)
+from prodial_kernels.mixers.mamba_ssm.cuda_functions import scan as cuda_scan
 from prodial_kernels.mixers.projection import is_explicit, operands_of, placeholder
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.explicit import Needs, Operands, Rule, project, project_backward
@@ -182,18 +188,16 @@ class _DirectedScan(torch.autograd.Function):
         *projections: Tensor | None,
     ) -> Tensor:
         """``projections`` are the ``Operands`` of x_proj and of dt_proj."""
-        import selective_scan_cuda
-
         x_proj, dt_proj = _split(projections)
         with autocast_off(xz.device.type):
             # The same tensor for both directions; upstream keeps a flipped copy for the second.
             kept = xz
             x, z = _oriented(xz, reverse).chunk(2, dim=1)
-            u = _convolve(x, conv_weight, conv_bias)
+            u = convolve(x, conv_weight, conv_bias)
             dbc, x_h = project(u.mT, x_proj, rules.x_proj, channel_first=True)
             dt, B, C = _parts(dbc, dt_proj, A)
             delta, dt_h = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
-            out, states, y = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, dt_bias, True)
+            out, states, y = cuda_scan(u, delta, A, B, C, D, z, dt_bias, True)
         ctx.save_for_backward(
             kept, dbc, out, states, x_h, dt_h, conv_weight, conv_bias, A, D, dt_bias, *projections
         )
@@ -204,9 +208,6 @@ class _DirectedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        import selective_scan_cuda
-        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-
         (kept, dbc, out, states, x_h, dt_h, conv_weight, conv_bias, A, D, dt_bias,
          *projections) = ctx.saved_tensors  # fmt: skip
         x_proj, dt_proj = _split(projections)
@@ -216,12 +217,12 @@ class _DirectedScan(torch.autograd.Function):
         with autocast_off(kept.device.type):
             xz = _oriented(kept, ctx.reverse)
             x, z = xz.chunk(2, dim=1)
-            u = _convolve(x, conv_weight, conv_bias)
+            u = convolve(x, conv_weight, conv_bias)
             dt, B, C = _parts(dbc, dt_proj, A)
             delta, _ = project(dt.mT, dt_proj, ctx.rules.dt_proj, channel_first=True)
             dxz = torch.empty_like(xz)
             dx, dz = dxz.chunk(2, dim=1)
-            du, ddelta, dA, dB, dC, dD, d_dt_bias, *_ = selective_scan_cuda.bwd(
+            du, ddelta, dA, dB, dC, dD, d_dt_bias = scan_backward(
                 u, delta, A, B, C, D, z, dt_bias, _oriented(dy, ctx.reverse), states, out, dz,
                 True, False,
             )  # fmt: skip
@@ -239,9 +240,7 @@ class _DirectedScan(torch.autograd.Function):
                     Needs(through_u, *own_x), channel_first=True, into=du,
                 )  # fmt: skip
             if through_u:
-                _, d_conv_weight, d_conv_bias, _ = causal_conv1d_bwd_function(
-                    x, conv_weight, conv_bias, du, None, None, None, dx, False, True
-                )
+                d_conv_weight, d_conv_bias = convolve_backward(x, conv_weight, conv_bias, du, dx)
             d_xz = (dxz.flip(-1) if ctx.reverse else dxz) if needs[0] else None
         gradients = (
             d_xz, None, None, d_conv_weight, d_conv_bias, dA, dD, d_dt_bias,
@@ -268,10 +267,3 @@ def _parts(dbc: Tensor, dt_proj: Operands, A: Tensor) -> tuple[Tensor, Tensor, T
     rank, state = dt_proj.weight.shape[1], A.shape[1]
     dt, B, C = dbc.split([rank, state, state], dim=1)
     return dt, B.unsqueeze(1), C.unsqueeze(1)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``silu(conv(x))``, causal and per channel: [b, E, l] -> contiguous [b, E, l]."""
-    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
-
-    return causal_conv1d_fwd_function(x, weight, bias, None, None, None, True)

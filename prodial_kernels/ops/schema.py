@@ -68,13 +68,17 @@ def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> Tensor:
     return made
 
 
+# How many dispatch modes are on. Private to torch; without it, the dispatcher sees every operator.
+_DISPATCH_MODES: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
+
+
 def _dispatched(arguments: tuple[Any, ...]) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass has to see the operator.
 
     Selective checkpointing, FLOP counters, FakeTensorMode and torch.compile are such. Otherwise
     the dispatcher would only call the same function, some 10 µs later. Called below autograd.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _DISPATCH_MODES is None or _DISPATCH_MODES():
         return True
     return not _PLAIN.issuperset(map(type, arguments))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from prodial_kernels.mixers.arguments import cache_among, named_arguments, parameters_of
+from prodial_kernels.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.mixers.mamba_ssm.block import RECOMPUTE_XZ
 from prodial_kernels.mixers.seam import AdaptedMixer, Undo, View
 from prodial_kernels.training.blocks import (
@@ -108,12 +108,8 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
             f"{cached} in training: a block that runs again in backward would write its cache "
             "twice; call the model with use_cache=False"
         )
-    if not args:
-        first = parameters_of(upstream)[0]
-        if first not in kwargs:
-            return upstream(block, **kwargs)
-        args = (kwargs.pop(first),)
-    hidden = _Input(args[0])
+    first, args, kwargs = split_first(upstream, args, kwargs)
+    hidden = _Input(first)
     forward, target = upstream, block  # type: Callable[..., Any], Any
     if has_separate_norm(block):
         norm = block.get_submodule("norm")
@@ -123,9 +119,7 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
     def run(*others: Any) -> Any:
         return forward(target, hidden.get(), *others, **kwargs)
 
-    output = checkpoint(
-        run, *args[1:], use_reentrant=False, preserve_rng_state=_draws_numbers(block)
-    )
+    output = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=_draws_numbers(block))
     hidden.shrink()
     return output
 

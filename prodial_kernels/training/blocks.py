@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from prodial_kernels.mixers.seam import View
+from prodial_kernels.mixers.structure import code_of
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -49,10 +50,9 @@ def _own_code(cls: type) -> Any:
     for base in cls.__mro__:
         forward = vars(base).get("forward")
         if forward is not None and base.__module__.startswith("transformers.models."):
-            while forward is not None and "residual" not in forward.__code__.co_varnames:
-                forward = getattr(forward, "__wrapped__", None)
-            if forward is not None:
-                return forward.__code__
+            code = code_of(forward)
+            if code is not None and "residual" in code.co_varnames:
+                return code
     return None
 
 
@@ -70,6 +70,8 @@ class Calling(View):
 
 def plain_forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` below transformers' checkpointing, which asks more of ``self`` than a view."""
-    while upstream.__code__.co_name == "forward_with_checkpointing":
+    while getattr(upstream, "__code__", None) is not None and (
+        upstream.__code__.co_name == "forward_with_checkpointing"
+    ):
         upstream = vars(upstream)["__wrapped__"]
     return upstream

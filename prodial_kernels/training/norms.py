@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prodial_kernels.mixers.arguments import split_first
 from prodial_kernels.mixers.seam import AdaptedMixer, Undo, View
 from prodial_kernels.mixers.transformers import recognises
 from prodial_kernels.ops.autocast import autocast_off
@@ -104,12 +105,13 @@ def is_fused(module: nn.Module) -> bool:
     return _FUSED in vars(module)
 
 
-def fused_forward(norm: nn.Module, upstream: Any, hidden_states: Tensor) -> Tensor:
+def fused_forward(norm: nn.Module, upstream: Any, *args: Any, **kwargs: Any) -> Tensor:
     """``norm(hidden_states)``, [..., d] -> [..., d], in one kernel.
 
     Where the weight is wider than the input, what dtype comes out is a matter of the class: its own
     forward runs.
     """
+    hidden_states: Tensor = split_first(upstream, args, kwargs)[0]
     weight, dtype = norm._parameters.get("weight"), hidden_states.dtype
     if weight is not None and torch.promote_types(dtype, weight.dtype) != dtype:
         return upstream(norm, hidden_states)
@@ -121,10 +123,9 @@ def fused_forward(norm: nn.Module, upstream: Any, hidden_states: Tensor) -> Tens
         )  # fmt: skip
 
 
-def joined_forward(
-    block: nn.Module, upstream: Any, hidden_states: Tensor, *args: Any, **kwargs: Any
-) -> Any:
+def joined_forward(block: nn.Module, upstream: Any, *args: Any, **kwargs: Any) -> Any:
     """``block(hidden_states, ...)``, which is a residual and is rounded for the norm, at once."""
+    hidden_states, args, kwargs = split_first(upstream, args, kwargs)
     norm: Any = block.norm
     dtype = norm.weight.dtype
     # Whether transformers checkpoints the block has been decided outside; it may be a view here.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prodial_kernels.mixers.inject import apply_prodial
-from prodial_kernels.mixers.mamba_ssm.block import kernels_available
+from prodial_kernels.mixers.mamba_ssm.cuda_functions import kernels_available
 from prodial_kernels.training.allocator import SETTING, VARIABLE, segments_grow
 from prodial_kernels.training.chunked_cross_entropy import chunk_rows
 from prodial_kernels.training.config import FinetuneConfig

@@ -229,12 +229,19 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
     """Keeps what upstream's keeps, in its order, and computes every gradient, as upstream does."""
 
     @staticmethod
-    def forward(ctx: Any, zxbcdt: Tensor, *arguments: Any) -> Tensor:
+    def forward(
+        ctx: Any, zxbcdt: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor, dt_bias: Tensor,
+        A: Tensor, D: Tensor, chunk_size: int, initial_states: None = None,
+        seq_idx: Tensor | None = None, dt_limit: Any = (0.0, float("inf")),
+        return_final_states: bool = False, activation: str = "silu",
+        rmsnorm_weight: Tensor | None = None, rmsnorm_eps: float = 1e-6,
+        outproj_weight: Tensor | None = None, outproj_bias: Tensor | None = None,
+        headdim: int | None = None, ngroups: int = 1, norm_before_gate: bool = True,
+    ) -> Tensor:  # fmt: skip
         fused_calls.append("mamba_split_conv1d_scan_combined")
-        (weight, bias, dt_bias, A, D, _, initial_states, seq_idx, _, final, activation, norm,
-         eps, outproj_weight, outproj_bias, headdim, ngroups, before) = arguments  # fmt: skip
+        weight, bias, norm, eps = conv1d_weight, conv1d_bias, rmsnorm_weight, rmsnorm_eps
         assert initial_states is None
-        assert not final
+        assert not return_final_states
         assert activation in ("silu", "swish")
         assert ngroups == 1
         mlp, out, z, _ = _ssd(zxbcdt, weight, bias, dt_bias, A, D, headdim, seq_idx)
@@ -252,7 +259,7 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
             zxbcdt, weight, bias, out, A, D, dt_bias, initial_states, seq_idx, norm, rstd,
             outproj_weight, outproj_bias,
         )  # fmt: skip
-        ctx.rmsnorm_eps, ctx.ngroups, ctx.norm_before_gate = eps, ngroups, before
+        ctx.rmsnorm_eps, ctx.ngroups, ctx.norm_before_gate = eps, ngroups, norm_before_gate
         ctx.headdim = headdim
         return y
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mamba_ssm_stand_ins as stand_ins
@@ -44,6 +45,7 @@ def test_mamba2_of_an_unknown_version_is_refused(monkeypatch: pytest.MonkeyPatch
     rule = stand_ins.MambaSplitConv1dScanCombinedFn
     forward = rule.forward
 
+    @functools.wraps(forward)
     def keeps_one_more(ctx: Any, *arguments: Any) -> Tensor:
         y = forward(ctx, *arguments)
         ctx.save_for_backward(*ctx.saved_tensors, None)

@@ -21,13 +21,18 @@ scan (``ops/ahead.py``).
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels.mixers.mamba_ssm.cuda_functions import (
+    convolve,
+    convolve_backward,
+    scan,
+    scan_backward,
+)
 from prodial_kernels.mixers.mamba_ssm.norm import normed_again
 from prodial_kernels.mixers.projection import operands_of, placeholder
 from prodial_kernels.ops.ahead import Ahead
@@ -44,6 +49,9 @@ from prodial_kernels.ops.explicit import (
 )
 from prodial_kernels.ops.layout import gated_channels
 
+MAMBA_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "A_log", "D")
+"""What a Mamba-1 mixer consists of, and all that :func:`fused_mamba` computes with."""
+
 
 class Rules(NamedTuple):
     """What of the four projections is not a tensor."""
@@ -59,11 +67,6 @@ class Keeping(NamedTuple):
 
     recompute_xz: bool
     hidden_again: Callable[[], Tensor] | None
-
-
-def kernels_available() -> bool:
-    """Whether the CUDA functions of causal-conv1d and mamba-ssm can be imported."""
-    return all(map(find_spec, ("causal_conv1d", "selective_scan_cuda")))
 
 
 def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
@@ -118,17 +121,15 @@ class MambaBlock(torch.autograd.Function):
         *projections: Tensor | None,
     ) -> Tensor:
         """Tensors as upstream's; ``projections`` are the ``Operands`` of the four, in order."""
-        import selective_scan_cuda
-
         in_proj, x_proj, dt_proj, out_proj = _split(projections)
         with autocast_off(hidden.device.type):
             xz, in_h = project(hidden, in_proj, rules.in_proj, channel_first=True)
             x, z = xz.chunk(2, dim=1)
-            u = _convolve(x, conv_weight, conv_bias)
+            u = convolve(x, conv_weight, conv_bias)
             dbc, x_h = project(u.mT, x_proj, rules.x_proj, channel_first=True)
             dt, B, C = _parts(dbc, dt_proj, A)
             delta, dt_h = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
-            out, states, gated = selective_scan_cuda.fwd(u, delta, A, B, C, D, z, dt_bias, True)
+            out, states, gated = scan(u, delta, A, B, C, D, z, dt_bias, True)
             del u, delta
             y, out_h = project(gated.mT, out_proj, rules.out_proj)
             del gated
@@ -151,9 +152,6 @@ class MambaBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        import selective_scan_cuda
-        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-
         (hidden, xz, dbc, out, states, y, in_h, x_h, dt_h, out_h, conv_weight, conv_bias, A, D,
          dt_bias, *projections) = ctx.saved_tensors  # fmt: skip
         in_proj, x_proj, dt_proj, out_proj = _split(projections)
@@ -184,13 +182,13 @@ class MambaBlock(torch.autograd.Function):
 
             if ahead is not None:
                 ahead.begin()
-            u = _convolve(x, conv_weight, conv_bias)
+            u = convolve(x, conv_weight, conv_bias)
             dt, B, C = _parts(dbc, dt_proj, A)
             delta, _ = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
             # Its halves side by side: what in_proj's backward takes.
             dxz = torch.empty_like(xz)
             dx, dz = dxz.chunk(2, dim=1)
-            du, ddelta, dA, dB, dC, dD, d_dt_bias, *_ = selective_scan_cuda.bwd(
+            du, ddelta, dA, dB, dC, dD, d_dt_bias = scan_backward(
                 u, delta, A, B, C, D, z, dt_bias, dgated, states, out, dz, True, False
             )
             del dgated
@@ -212,9 +210,7 @@ class MambaBlock(torch.autograd.Function):
             d_conv_weight = d_conv_bias = d_hidden = None
             d_in_proj: list[Tensor | None] = [None] * (_OPERANDS - 1)
             if asked.x_proj.x:
-                _, d_conv_weight, d_conv_bias, _ = causal_conv1d_bwd_function(
-                    x, conv_weight, conv_bias, du, None, None, None, dx, False, True
-                )
+                d_conv_weight, d_conv_bias = convolve_backward(x, conv_weight, conv_bias, du, dx)
                 del du, u
                 scaled, hidden = (None, hidden_again()) if ahead is None else ahead.take()
                 d_hidden, *d_in_proj = project_backward(
@@ -270,10 +266,3 @@ def _parts(dbc: Tensor, dt_proj: Operands, A: Tensor) -> tuple[Tensor, Tensor, T
     rank, state = dt_proj.weight.shape[1], A.shape[1]
     dt, B, C = dbc.split([rank, state, state], dim=1)
     return dt, B.unsqueeze(1), C.unsqueeze(1)
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``silu(conv(x))``, causal and per channel: [b, E, l] -> contiguous [b, E, l]."""
-    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
-
-    return causal_conv1d_fwd_function(x, weight, bias, None, None, None, True)

@@ -7,14 +7,23 @@ backward can have it normalised once more instead of keeping a second copy.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prodial_kernels import upstream
+
 _MODULE = "mamba_ssm.ops.triton.layer_norm"
+# What the norm's node is asked for, what it keeps, and what the function behind it is given.
+_NODE = ("dropout_p", "has_x1", "prenorm", "x_dtype", "has_residual", "eps", "is_rms_norm",
+         "x_shape_og", "_input_metadata", "_raw_saved_tensors")  # fmt: skip
+_KEPT, _ROWSCALE = 9, 5
+_TAKEN = ("x", "weight", "bias", "eps"), {"out_dtype", "is_rms_norm"}
 
 
 def normed_again(hidden: Tensor) -> Callable[[], Tensor] | None:
@@ -33,7 +42,14 @@ def normed_again(hidden: Tensor) -> Callable[[], Tensor] | None:
         rule is None
         or (rule.__module__, rule.__name__) != (_MODULE, "LayerNormFn")
         or hidden.output_nr != 0
-        or node.dropout_p != 0.0
+    ):
+        return None
+    problem = _difference(node)
+    if problem is not None:
+        upstream.warn("mamba_ssm", f"{problem}: a Mamba mixer keeps its input for backward")
+        return None
+    if (
+        node.dropout_p != 0.0
         or node.has_x1
         or torch.compiler.is_compiling()
         or _saved_tensors_are_hooked()
@@ -47,8 +63,8 @@ def normed_again(hidden: Tensor) -> Callable[[], Tensor] | None:
 
     def again() -> Tensor:
         # Read from the node, which finds out whether anybody has changed them.
-        total, weight, bias, _, _, rowscale, *_ = node.saved_tensors
-        if rowscale is not None:
+        total, weight, bias, *others = node.saved_tensors
+        if others[_ROWSCALE - 3] is not None:
             raise RuntimeError(
                 "the norm before this Mamba mixer scales rows, so its output cannot be made again "
                 "from its sum; call layer_norm_fn without rowscale"
@@ -59,6 +75,32 @@ def normed_again(hidden: Tensor) -> Callable[[], Tensor] | None:
     return again
 
 
+def _difference(node: Any) -> str | None:
+    """Say what the norm's node, or the function behind it, lacks of what is asked of it."""
+    missing = [name for name in _NODE if not hasattr(node, name)]
+    if missing:
+        return f"LayerNormFn does not tell its {missing[0]}"
+    # Not the tensors themselves, which hooks would unpack.
+    if len(node._raw_saved_tensors) != _KEPT:
+        return f"LayerNormFn keeps {len(node._raw_saved_tensors)} tensors and not {_KEPT}"
+    return _difference_of_function(sys.modules[_MODULE].__dict__.get("_layer_norm_fwd"))
+
+
+@cache
+def _difference_of_function(function: Any) -> str | None:
+    if function is None:
+        return "LayerNormFn stands beside no _layer_norm_fwd"
+    first, named = _TAKEN
+    names = [*inspect.signature(function).parameters]
+    if names[: len(first)] != [*first] or not named <= {*names}:
+        return f"_layer_norm_fwd takes {', '.join(names)}"
+    return None
+
+
+# Private to torch. Without it, take everything for hooked, and keep the input.
+_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def _saved_tensors_are_hooked() -> bool:
     """Whether something like checkpointing packs what is kept; it may unpack a tensor only once."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _TOP_HOOKS is None or _TOP_HOOKS(True) is not None

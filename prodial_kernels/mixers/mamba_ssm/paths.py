@@ -8,28 +8,28 @@
   :mod:`prodial_kernels.mixers.mamba_ssm.split_scan`.
 * ``Mamba3`` calls its projectors.
 
-mamba_ssm is recognised by structure and never imported here.
+mamba_ssm is recognised by structure and never imported here. Where a release's code is not what
+these paths rely on, a warning says so, and upstream's own path runs with its projectors called.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from prodial_kernels import upstream as libraries
 from prodial_kernels.linear import ProdialLinear
-from prodial_kernels.mixers.mamba_ssm.block import (
-    RECOMPUTE_XZ,
-    fused_mamba,
-    kernels_available,
-)
+from prodial_kernels.mixers.arguments import cache_among, named_arguments, split_first
+from prodial_kernels.mixers.mamba_ssm.block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
+from prodial_kernels.mixers.mamba_ssm.cuda_functions import kernels_available
 from prodial_kernels.mixers.mamba_ssm.norm import normed_again
-from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, scan_and_project
+from prodial_kernels.mixers.mamba_ssm.split_scan import Keeping, difference, scan_and_project
 from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit, operands_of
 from prodial_kernels.mixers.seam import AdaptedMixer, Policy, Undo, View, rebound
+from prodial_kernels.mixers.structure import global_of, names_in, unknown_in
 from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.explicit import has_work_ahead, scaled_weight
 from prodial_kernels.ops.explicit_autograd import explicit_linear
@@ -39,7 +39,7 @@ Method = Any
 _Prepared = tuple[Tensor, Tensor]
 
 # Of a family: the fused function in forward's code, and attributes that its paths rely on.
-_MAMBA = ("mamba_inner_fn", ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "A_log", "D"))
+_MAMBA = ("mamba_inner_fn", MAMBA_PARTS)
 _MAMBA2 = ("mamba_split_conv1d_scan_combined", ("in_proj", "out_proj", "use_mem_eff_path"))
 
 
@@ -68,9 +68,15 @@ def adapt_mixers(model: nn.Module) -> list[Undo]:
     for mixer in model.modules():
         kind = _kind(mixer)
         if kind is not None and _adapted(mixer):
-            policies = _POLICIES[kind].items()
+            policies = dict(_POLICIES[kind])
+            problem = _difference(mixer, kind)
+            if problem is not None:
+                libraries.warn("mamba_ssm", f"{kind}: {problem}: it runs on separate kernels")
+                policies["forward"] = unfused
             changes.append(
-                AdaptedMixer(mixer, {n: policy for n, policy in policies if hasattr(mixer, n)})
+                AdaptedMixer(
+                    mixer, {n: policy for n, policy in policies.items() if hasattr(mixer, n)}
+                )
             )
     return [*changes, ForgottenGraphs(model)] if changes else []
 
@@ -93,33 +99,30 @@ class ForgottenGraphs:
                 vars(module)["_decoding_cache"] = None
 
 
-def mamba_forward(
-    mixer: Any, upstream: Method, hidden_states: Tensor, inference_params: Any = None
-) -> Tensor:
-    """``Mamba.forward``: [b, l, d] -> [b, l, d]."""
+def mamba_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
+    """``Mamba.forward``: [b, l, d] -> [b, l, d]; fused where the input is all that is given."""
     projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    if (
-        inference_params is None
-        and mixer.use_fast_path
-        and kernels_available()
-        and all(map(is_explicit, projections))
-    ):
-        return fused_mamba(mixer, hidden_states)
-    # Without this, upstream would put W' of out_proj into its own fused function.
-    return upstream(
-        _view(mixer, use_fast_path=False), hidden_states, inference_params=inference_params
-    )
+    if mixer.use_fast_path and kernels_available() and all(map(is_explicit, projections)):
+        hidden, positional, named = split_first(upstream, args, kwargs)
+        if all(given is None for given in (*positional, *named.values())):
+            return fused_mamba(mixer, hidden)
+    return unfused(mixer, upstream, *args, **kwargs)
+
+
+def unfused(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
+    """Upstream's ``forward`` on separate kernels: in its fused function it would put W'."""
+    return upstream(_view(mixer, use_fast_path=False, use_mem_eff_path=False), *args, **kwargs)
 
 
 def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
     """``Mamba2.forward`` and ``Mamba2Simple.forward``, fused where upstream is."""
-    arguments = inspect.signature(upstream).bind(mixer, *args, **kwargs).arguments
-    if not mixer.use_mem_eff_path or arguments.get("inference_params") is not None:
+    cached = cache_among(named_arguments(upstream, args, kwargs)) is not None
+    if not mixer.use_mem_eff_path or cached:
         return upstream(_view(mixer), *args, **kwargs)
     if getattr(mixer, "d_ssm", mixer.d_inner) < mixer.d_inner:
         # The fused function without out_proj fails in its backward here (UnboundLocalError).
         return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
-    in_proj = _in_proj(mixer, arguments["u"])
+    in_proj = _in_proj(mixer, split_first(upstream, args, kwargs)[0])
     view = View(mixer, in_proj=in_proj, out_proj=_NoProjection())
     if not is_explicit(mixer.out_proj):
         return mixer.out_proj(upstream(view, *args, **kwargs))
@@ -128,7 +131,7 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
         output=remade is not None and not getattr(mixer, RECOMPUTE_XZ, False),
         ahead=None if remade is None else remade.ahead,
     )
-    fused = partial(scan_and_project, upstream.__globals__[_MAMBA2[0]], mixer.out_proj, keeping)
+    fused = partial(scan_and_project, global_of(upstream, _MAMBA2[0]), mixer.out_proj, keeping)
     return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
 
 
@@ -137,7 +140,8 @@ def viewed(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Any:
     return upstream(_view(mixer), *args, **kwargs)
 
 
-_CACHE: dict[str, Policy] = {"allocate_inference_cache": viewed, "_get_states_from_cache": viewed}
+_STATES = "_get_states_from_cache"
+_CACHE: dict[str, Policy] = {"allocate_inference_cache": viewed, _STATES: viewed}
 _POLICIES: dict[str, dict[str, Policy]] = {
     "Mamba": {"forward": mamba_forward, "step": viewed, **_CACHE},
     "Mamba2": {"forward": mamba2_forward, **_CACHE},
@@ -207,8 +211,7 @@ def _kind(mixer: nn.Module) -> str | None:
         if cls.__name__ == "Mamba3":
             calls = cls.__module__.startswith("mamba_ssm.")
         else:
-            code = getattr(inspect.unwrap(vars(cls)["forward"]), "__code__", None)
-            calls = code is not None and function in code.co_names
+            calls = function in names_in(vars(cls)["forward"])
         if (
             calls
             and cls.__name__ in _POLICIES
@@ -219,6 +222,16 @@ def _kind(mixer: nn.Module) -> str | None:
             return cls.__name__
         return None
     return None
+
+
+def _difference(mixer: nn.Module, kind: str) -> str | None:
+    """Say what of the mixer's forward is not as its policy takes it, or return None."""
+    forward = next(vars(cls)["forward"] for cls in type(mixer).__mro__ if "forward" in vars(cls))
+    if kind == "Mamba":
+        return unknown_in(mixer, forward, parts=MAMBA_PARTS, known=("act", "step", _STATES))
+    if kind == "Mamba3":
+        return None
+    return difference(global_of(forward, _MAMBA2[0]))
 
 
 def _adapted(mixer: nn.Module) -> dict[str, ProdialLinear]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels import upstream as libraries
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.projection import operands_of, placeholder
 from prodial_kernels.ops.ahead import Ahead
@@ -35,8 +37,11 @@ _OPERANDS = len(Operands._fields)
 # Where the projector's operands begin among the arguments of the rule, and its scale.
 _FIRST = 3
 _SCALE = _FIRST + Operands._fields.index("scale_deviation")
-# What upstream's rule keeps, by position.
+# What upstream's rule keeps, by position, and by name.
 _KEPT, _ZXBCDT, _OUT, _NORM_WEIGHT = 13, 0, 3, 9
+_NAMED = ("rmsnorm_eps", "ngroups", "norm_before_gate")
+# What stands beside upstream's function.
+_RULE, _NORM = "MambaSplitConv1dScanCombinedFn", "_layer_norm_fwd"
 
 
 class Keeping(NamedTuple):
@@ -51,6 +56,23 @@ class Keeping(NamedTuple):
 
     output: bool
     ahead: Callable[[], Ahead[Any] | None] | None = None
+
+
+@cache
+def difference(upstream: Any) -> str | None:
+    """Say why :func:`scan_and_project` cannot take ``upstream``, or return None.
+
+    Args:
+        upstream: What is called ``mamba_split_conv1d_scan_combined``.
+    """
+    module = getattr(upstream, "__globals__", {})
+    missing = [name for name in (_RULE, _NORM) if name not in module]
+    if missing:
+        return f"beside mamba_split_conv1d_scan_combined is no {missing[0]}"
+    taken = [*inspect.signature(module[_RULE].forward).parameters][1:]
+    if taken != [*inspect.signature(upstream).parameters]:
+        return f"mamba_split_conv1d_scan_combined and its {_RULE} take different arguments"
+    return None
 
 
 def scan_and_project(
@@ -71,6 +93,10 @@ def scan_and_project(
 
     Returns:
         [b, l, out_features].
+
+    Raises:
+        UpstreamError: Upstream's rule keeps other tensors than it did, of which
+            :func:`difference` cannot tell.
     """
     bound = inspect.signature(upstream).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -89,13 +115,19 @@ class ScanAndProject(torch.autograd.Function):
         """``inputs``: the projector's ``Operands``, then the arguments of upstream's rule."""
         operands, arguments = Operands(*inputs[:_OPERANDS]), inputs[_OPERANDS:]
         kept = _Kept()
-        y = module["MambaSplitConv1dScanCombinedFn"].forward(kept, *arguments)
+        y = module[_RULE].forward(kept, *arguments)
         saved = kept.saved_tensors
-        if len(saved) != _KEPT or saved[_ZXBCDT] is not arguments[0] or saved[_OUT].ndim != 4:
-            raise RuntimeError(
+        if (
+            len(saved) != _KEPT
+            or saved[_ZXBCDT] is not arguments[0]
+            or saved[_OUT].ndim != 4
+            or not all(hasattr(kept, name) for name in _NAMED)
+        ):
+            raise libraries.error(
+                "mamba_ssm",
                 "mamba_split_conv1d_scan_combined of this mamba_ssm keeps other tensors than that "
                 "of mamba_ssm 2.3, from which out_proj's input is made again; set "
-                "use_mem_eff_path=False on the mixer, or install mamba_ssm 2.3"
+                "use_mem_eff_path=False on the mixer, or install mamba_ssm 2.3",
             )
         with autocast_off(y.device.type):
             output, h = project(y.to(operands.weight.dtype), operands, rule)
@@ -127,7 +159,7 @@ class ScanAndProject(torch.autograd.Function):
             if ahead is not None:
                 ahead.begin()
             ctx.kept.saved_tensors = saved
-            rule = ctx.module["MambaSplitConv1dScanCombinedFn"]
+            rule = ctx.module[_RULE]
             through = rule.backward(ctx.kept, dx.to(saved[_OUT].dtype))
             ctx.kept.saved_tensors = ()
         wanted = (g if need else None for g, need in zip(through, below, strict=True))
@@ -151,7 +183,7 @@ def _out_proj_input(module: dict[str, Any], kept: Any, saved: tuple[Any, ...]) -
     z = zxbcdt[..., :width]
     if weight is None:
         return F.silu(z).mul_(out)
-    normed, *_ = module["_layer_norm_fwd"](
+    normed, *_ = module[_NORM](
         out.flatten(0, 1), weight, None, kept.rmsnorm_eps, z.flatten(0, 1),
         group_size=width // kept.ngroups, norm_before_gate=kept.norm_before_gate,
         is_rms_norm=True,
