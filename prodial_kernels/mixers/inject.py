@@ -15,7 +15,17 @@ from prodial_kernels.mixers.families import adapt_mixers, check_mixers
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.seam import Undo
 from prodial_kernels.mixers.targets import Target, find_saved, find_targets, module_paths
-from prodial_kernels.quantization import FORMATS, QuantizationError, QuantizationReport
+from prodial_kernels.quantization import (
+    FORMATS,
+    QuantizationError,
+    QuantizationReport,
+    QuantizedLinear,
+)
+from prodial_kernels.quantization.saving import (
+    release_saving,
+    settle_configuration,
+    watch_saving,
+)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -84,6 +94,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
         _place(model, target.paths, layer)
     state.handles = adapt_mixers(model)
     setattr(model, _STATE, state)
+    watch_saving(model)
     return adapter_report(model)
 
 
@@ -92,8 +103,10 @@ def merge_prodial(model: ModelT) -> ModelT:
 
     Each adapted layer becomes an ``nn.Linear`` with weight W', dense on a quantised base too;
     layers are replaced one at a time, so memory grows by one layer only (on a quantised base, by
-    what the dense weights take more). ``requires_grad`` is as it was before ``apply_prodial``. A
-    weight that was tied to another one is no longer tied.
+    what the dense weights take more). Quantised layers without an adapter become dense too, so
+    that the model can be saved as any other. ``requires_grad`` is as it was before
+    ``apply_prodial``. A weight that was tied to another one is no longer tied, and
+    ``model.config`` says so; nor does it let transformers rescale weights when they are loaded.
 
     Returns:
         ``model``.
@@ -105,6 +118,9 @@ def merge_prodial(model: ModelT) -> ModelT:
     for paths in _adapted_paths(model):
         # No name may hold on to the old layer, or all of them would live until the end.
         _place(model, paths, _adapted_at(model, paths).to_linear())
+    for paths in _quantized_paths(model):
+        _place(model, paths, _quantized_at(model, paths).to_linear())
+    settle_configuration(model)
     return _detach(model, state)
 
 
@@ -204,6 +220,18 @@ def _adapted_at(model: nn.Module, paths: tuple[str, ...]) -> ProdialLinear:
     return layer
 
 
+def _quantized_paths(model: nn.Module) -> list[tuple[str, ...]]:
+    paths = module_paths(model)
+    return [names for module, names in paths.items() if isinstance(module, QuantizedLinear)]
+
+
+def _quantized_at(model: nn.Module, paths: tuple[str, ...]) -> QuantizedLinear:
+    layer = model.get_submodule(paths[0])
+    if not isinstance(layer, QuantizedLinear):
+        raise RuntimeError(f"{paths[0]} changed while it was being made dense")
+    return layer
+
+
 def _place(model: nn.Module, paths: tuple[str, ...], module: nn.Module) -> None:
     for path in paths:
         parent, _, name = path.rpartition(".")
@@ -214,6 +242,7 @@ def _detach(model: ModelT, state: _State) -> ModelT:
     for handle in state.handles:
         handle.remove()
     delattr(model, _STATE)
+    release_saving(model)
     _restore_requires_grad(model, state)
     return model
 

@@ -12,14 +12,13 @@ from prodial_kernels._validation import check_choice
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.int8 import Int8Linear
 from prodial_kernels.quantization.layer import QuantizedLinear
+from prodial_kernels.quantization.names import SIGNS, foreign_format
 from prodial_kernels.quantization.nf4 import NF4Linear
 
 _CLASSES: dict[str, type[QuantizedLinear]] = {
     cls.FORMAT: cls for cls in (NF4Linear, Int8Linear, FP8Linear)
 }
 FORMATS = tuple(_CLASSES)
-SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8", "weight_scale_inv": "fp8"}
-"""The entry of a state dict by which a layer in a format is recognised."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,6 +96,9 @@ def from_state_dict(
     }
     format = next((SIGNS[name] for name in entries if name in SIGNS), None)
     if format is None:
+        for name in entries:
+            if (whose := foreign_format(f".{name}")) is not None:
+                raise ValueError(f"{prefix}{name} is of a format that is not read: {whose}")
         raise ValueError(
             f"no quantised weight under prefix {prefix!r}: expected one of {', '.join(SIGNS)} "
             f"beside weight, found {', '.join(sorted(entries)[:8]) or 'nothing'}"

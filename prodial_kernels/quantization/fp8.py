@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prodial_kernels.quantization.int8 import NEGLIGIBLE, row_chunks
-from prodial_kernels.quantization.layer import QuantizedLinear
+from prodial_kernels.quantization.layer import QuantizedLinear, check_scales
 
 TILE = 128
 _LARGEST = 448.0
@@ -56,6 +56,7 @@ class FP8Linear(QuantizedLinear):
     ) -> FP8Linear:
         """See the base class; ``dtype`` defaults to bfloat16, as in DeepSeek's code."""
         codes = entries["weight"].contiguous()
+        check_scales("weight_scale_inv", entries["weight_scale_inv"])
         scale_inv = entries["weight_scale_inv"].float().contiguous()
         tiles = [-(-size // TILE) for size in codes.shape]
         if codes.dtype != torch.float8_e4m3fn or codes.ndim != 2 or list(scale_inv.shape) != tiles:
@@ -64,6 +65,9 @@ class FP8Linear(QuantizedLinear):
                 f"{tiles}, a scale per {TILE}×{TILE} tile; got weight {list(codes.shape)} "
                 f"{codes.dtype} and weight_scale_inv {list(scale_inv.shape)}"
             )
+        # e4m3fn has NaN, and no infinity.
+        if (codes.view(torch.uint8) & 0x7F == 0x7F).any():
+            raise ValueError("weight is not finite; fetch the checkpoint again")
         return cls(codes, scale_inv, bias, torch.bfloat16 if dtype is None else dtype)
 
     def entries(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear
+from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, check_scales
 
 # The fp32 number that bitsandbytes multiplies by.
 _STEP = 7.874015718698502e-3
@@ -50,6 +50,7 @@ class Int8Linear(QuantizedLinear):
         cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
     ) -> Int8Linear:
         """See the base class; ``dtype`` defaults to float16, which LLM.int8 is made for."""
+        check_scales("SCB", entries["SCB"])
         codes, scb = entries["weight"].contiguous(), entries["SCB"].float()
         if codes.dtype != torch.int8 or codes.ndim != 2 or scb.shape != codes.shape[:1]:
             raise ValueError(
@@ -57,9 +58,9 @@ class Int8Linear(QuantizedLinear):
                 f"weight {list(codes.shape)} {codes.dtype} and SCB {list(scb.shape)}"
             )
         layout = entries.get("weight_format")
-        if layout is not None and int(layout) != 0:
+        if layout is not None and layout.tolist() not in (0, [0]):
             raise ValueError(
-                f"weight_format must be 0 (rows), got {int(layout)}, a layout of bitsandbytes' "
+                f"weight_format must be 0 (rows), got {layout.tolist()}, a layout of bitsandbytes' "
                 "older GPU kernels; save the checkpoint again with bitsandbytes 0.45 or later"
             )
         return cls(codes, scb, bias, torch.float16 if dtype is None else dtype)

@@ -235,6 +235,21 @@ class QuantizedLinear(nn.Module, ABC):
             self._buffers[name] = None if buffer is None else buffer.to(device)
 
 
+def check_scales(name: str, scales: Tensor) -> None:
+    """Raise ValueError unless an entry of a format holds finite numbers, not codes of them.
+
+    Scales as bare exponents are read where their dtype says so (float8_e8m0fnu), and not as bytes.
+    """
+    exponents = scales.dtype == torch.float8_e8m0fnu
+    if not scales.is_floating_point() or (scales.itemsize < 2 and not exponents):
+        raise ValueError(
+            f"{name} must be scales in floating point, got {scales.dtype}: another format than the "
+            "one that is read"
+        )
+    if not scales.float().isfinite().all():
+        raise ValueError(f"{name} is not finite; fetch the checkpoint again")
+
+
 def _takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels write this; fp64, which serves tests, they do not."""
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16, torch.float32)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from prodial_kernels._validation import check_choice
 from prodial_kernels.quantization.convert import (
     FORMATS,
-    SIGNS,
     QuantizationError,
     from_state_dict,
     quantization_error,
@@ -24,8 +23,14 @@ from prodial_kernels.quantization.convert import (
 )
 from prodial_kernels.quantization.layer import QuantizedLinear
 from prodial_kernels.quantization.model import QuantizationReport, find_layers, place
-
-_SHOWN = 6
+from prodial_kernels.quantization.names import (
+    SIGNS,
+    check_dense_dtype,
+    foreign_format,
+    is_part_of_adapter,
+    listed,
+)
+from prodial_kernels.quantization.saving import watch_saving
 
 
 @torch.no_grad()
@@ -70,6 +75,12 @@ def load_quantized(
         check_choice("format", format, FORMATS)
     names = {(rename(key) if rename else key): key for key in tensors}
     slots = _Slots(model)
+    for name in names:
+        if name not in slots and (whose := foreign_format(name)) is not None:
+            raise ValueError(
+                f"{names[name]} is of a layer quantised in a format that is not read: {whose}. Use "
+                "the dense checkpoint, with --quantize where it is too large"
+            )
     stored = _stored_layers(names, model)
     loader = _Loader(model, torch.device(device), format)
     targets = {
@@ -87,14 +98,17 @@ def load_quantized(
             loader.quantize(targets[name], name, tensors[key])
         elif name in slots:
             slots.fill(name, tensors[key], loader.device)
-        elif not any(re.search(pattern, name) for pattern in ignore):
+        elif not any(re.search(pattern, name) for pattern in ignore) and not is_part_of_adapter(
+            name, names
+        ):
             unknown.append(name)
     if unknown:
-        raise ValueError(f"the checkpoint holds what this model does not know: {_some(unknown)}")
+        raise ValueError(f"the checkpoint holds what this model does not know: {listed(unknown)}")
     _fill_buffers(model, loader.device, fill)
     empty = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
-        raise ValueError(f"the checkpoint lacks {_some(empty)}")
+        raise ValueError(f"the checkpoint lacks {listed(empty)}")
+    watch_saving(model)
     return loader.report()
 
 
@@ -204,7 +218,12 @@ def _stored_layers(theirs: Mapping[str, str], model: nn.Module) -> dict[str, dic
             if path in stored:
                 stored[path][name.removeprefix(f"{path}.")] = key
     for path in stored:
-        linear = model.get_submodule(path)
+        try:
+            linear = model.get_submodule(path)
+        except AttributeError as error:
+            raise ValueError(
+                f"the checkpoint holds {path} quantised, and this model has no such layer"
+            ) from error
         if type(linear) is not nn.Linear:
             raise ValueError(
                 f"the checkpoint holds {path} quantised, which here is a {type(linear).__name__}"
@@ -224,6 +243,8 @@ def _fitting(name: str, tensor: Tensor, like: Tensor) -> Tensor:
             f"{name} has shape {list(tensor.shape)} in the checkpoint, {list(like.shape)} in the "
             "model; its configuration belongs to another checkpoint"
         )
+    if like.is_floating_point():
+        check_dense_dtype(name, str(tensor.dtype).removeprefix("torch."))
     return tensor
 
 
@@ -236,16 +257,11 @@ def _fill_buffers(model: nn.Module, device: torch.device, fill: Callable[[], Non
             continue
         if fill is None:
             raise ValueError(
-                f"{path or 'the model'} computes {_some(computed)} when it is built, and was built "
-                "on the meta device; pass fill, which computes them"
+                f"{path or 'the model'} computes {listed(computed)} when it is built, and was "
+                "built on the meta device; pass fill, which computes them"
             )
         for name in computed:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         filled = True
     if filled and fill is not None:
         fill()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

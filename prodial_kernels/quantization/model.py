@@ -14,6 +14,7 @@ from prodial_kernels.quantization.convert import (
     quantization_error,
     quantize_linear,
 )
+from prodial_kernels.quantization.saving import watch_saving
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def quantize_model(
 
     Layers are replaced one at a time, so that memory falls from the first one on. The model itself
     is dense when this starts; :func:`from_state_dict` reads a quantised checkpoint by layers.
+    ``save_pretrained`` of a model of transformers then writes the weights dense, because
+    ``from_pretrained`` would take codes for weights.
 
     Args:
         model: A dense model.
@@ -81,6 +84,7 @@ def quantize_model(
         place(model, (path, *others), quantized)
         # The last name of the dense layer, which would keep its weight alive.
         del dense
+    watch_saving(model)
     return QuantizationReport(format, errors, before, after)
 
 

@@ -20,12 +20,15 @@ from prodial_kernels.quantization.blocks import (
     dynamic_map,
     quantize_blocks,
 )
-from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear
+from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, check_scales
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = "weight.quant_state.bitsandbytes__nf4"
+_NESTED = ("nested_blocksize", "nested_dtype", "nested_offset")
+# Of a table that was stored in bfloat16.
+_TABLE_ROUNDING = 2**-8
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Quantiles of a standard normal, scaled to [-1, 1] (QLoRA, appendix E).
@@ -116,30 +119,39 @@ class NF4Linear(QuantizedLinear):
         out_features, in_features = state["shape"]
         count, blocksize = out_features * in_features, state["blocksize"]
         # bitsandbytes' quant_storage may have packed the same bytes as another dtype.
-        codes = entries["weight"].contiguous().view(torch.uint8).reshape(-1, 1)
-        absmax = entries["weight.absmax"]
+        codes = entries["weight"].contiguous().view(-1).view(torch.uint8).view(-1, 1)
+        absmax, quant_map = entries["weight.absmax"], entries["weight.quant_map"]
         _check_count("weight", codes, -(-count // 2))
         _check_count("weight.absmax", absmax, -(-count // blocksize))
-        _check_count("weight.quant_map", entries["weight.quant_map"], 16)
+        _check_count("weight.quant_map", quant_map, len(NF4_TABLE))
+        check_scales("weight.quant_map", quant_map)
+        # bitsandbytes' kernels have the table built in and do not look at the stored one.
+        if (quant_map.float().cpu() - torch.tensor(NF4_TABLE)).abs().max() > _TABLE_ROUNDING:
+            raise ValueError(f"weight.quant_map must be NF4's table, got {quant_map.tolist()}")
         nested = None
+        nested_blocksize = state.get("nested_blocksize", NESTED_BLOCKSIZE)
         if "nested_offset" in state:
-            scales = -(-absmax.numel() // state["nested_blocksize"])
-            _check_count("weight.nested_absmax", entries["weight.nested_absmax"], scales)
-            _check_count("weight.nested_quant_map", entries["weight.nested_quant_map"], 256)
-            nested = (
-                entries["weight.nested_absmax"].float(),
-                entries["weight.nested_quant_map"].float(),
-                torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device),
-            )
-        if absmax.dtype != torch.uint8 and nested is not None:
-            raise ValueError(
-                f"weight.absmax must be uint8 with double quantisation, got {absmax.dtype}"
-            )
+            outer, nested_map = entries["weight.nested_absmax"], entries["weight.nested_quant_map"]
+            _check_count("weight.nested_absmax", outer, -(-absmax.numel() // nested_blocksize))
+            _check_count("weight.nested_quant_map", nested_map, 256)
+            check_scales("weight.nested_absmax", outer)
+            check_scales("weight.nested_quant_map", nested_map)
+            if not (nested_map[1:] > nested_map[:-1]).all():
+                raise ValueError("weight.nested_quant_map must ascend")
+            if absmax.dtype != torch.uint8:
+                raise ValueError(
+                    f"weight.absmax must be uint8 with double quantisation, got {absmax.dtype}"
+                )
+            offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
+            nested = (outer.float().view(-1), nested_map.float().view(-1), offset)
+            absmax = absmax.view(-1)
+        else:
+            check_scales("weight.absmax", absmax)
+            absmax = absmax.float().view(-1)
         return cls(
             in_features, out_features, bias, _DTYPES[state["dtype"]] if dtype is None else dtype,
-            codes=codes, absmax=absmax if nested else absmax.float(),
-            quant_map=entries["weight.quant_map"].float(), blocksize=blocksize, nested=nested,
-            nested_blocksize=state.get("nested_blocksize", NESTED_BLOCKSIZE),
+            codes=codes, absmax=absmax, quant_map=quant_map.float().view(-1), blocksize=blocksize,
+            nested=nested, nested_blocksize=nested_blocksize,
         )  # fmt: skip
 
     def entries(self) -> dict[str, Tensor]:
@@ -214,18 +226,42 @@ def _name(dtype: torch.dtype) -> str:
 
 def _read_state(tensor: Tensor) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads(bytes(tensor.tolist()))
-        shape, blocksize, dtype = state["shape"], state["blocksize"], state["dtype"]
-    except (KeyError, TypeError, ValueError) as error:
+        state = json.loads(bytes(tensor.tolist()))
+        read = {key: state[key] for key in ("quant_type", "shape", "blocksize", "dtype")}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{_STATE} is damaged ({error}); fetch the checkpoint again") from error
-    if state.get("quant_type") != "nf4" or blocksize not in _BLOCKSIZES or dtype not in _DTYPES:
-        raise ValueError(
-            f"{_STATE} must describe quant_type 'nf4', a blocksize of {_BLOCKSIZES} and a dtype of "
-            f"{tuple(_DTYPES)}, got {state}"
+    nested = {name: state[name] for name in _NESTED if name in state}
+    fits = (
+        read["quant_type"] == "nf4"
+        and _is_one_of(read["blocksize"], _BLOCKSIZES)
+        and _is_one_of(read["dtype"], tuple(_DTYPES))
+        and isinstance(read["shape"], list)
+        and len(read["shape"]) == 2
+        and all(type(size) is int and size > 0 for size in read["shape"])
+        # Nothing that bitsandbytes might mean by another field is guessed.
+        and state.keys() == read.keys() | nested.keys()
+        and len(nested) in (0, len(_NESTED))
+    )
+    if fits and nested:
+        offset = nested["nested_offset"]
+        fits = (
+            _is_one_of(nested["nested_blocksize"], _BLOCKSIZES)
+            and nested["nested_dtype"] == "float32"
+            and type(offset) in (int, float)
+            and math.isfinite(offset)
         )
-    if len(shape) != 2 or math.prod(shape) < 1:
-        raise ValueError(f"{_STATE} must describe a matrix, got shape {shape}")
-    return state
+    if not fits:
+        raise ValueError(
+            f"{_STATE} must describe a matrix: quant_type 'nf4', a shape of two sizes, a blocksize "
+            f"of {_BLOCKSIZES}, a dtype of {tuple(_DTYPES)} and, with double quantisation, "
+            f"{', '.join(_NESTED)} (such a blocksize, 'float32', a finite number); got {state}"
+        )
+    return {**read, **nested}
+
+
+def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
+    """Whether ``value`` is among ``allowed`` and of its type: neither 64.0 nor True is a size."""
+    return any(type(value) is type(other) and value == other for other in allowed)
 
 
 def _check_count(name: str, tensor: Tensor, expected: int) -> None:

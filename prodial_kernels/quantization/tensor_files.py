@@ -7,9 +7,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -49,6 +55,11 @@ class TensorFiles(Mapping[str, Tensor]):
         """Number of tensors."""
         return len(self._files)
 
+    def dtype(self, name: str) -> str:
+        """Dtype of one tensor as safetensors calls it, such as ``"BF16"``; nothing is read."""
+        stored: str = self._reader(self._files[name]).dtype(name)
+        return stored
+
     def _reader(self, file: Path) -> Any:
         """A function from name to tensor, and ``names``."""
         if file not in self._open:
@@ -68,6 +79,9 @@ class _SafeFile:
         tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 
+    def dtype(self, name: str) -> str:
+        return str(self._handle.get_slice(name).get_dtype())
+
 
 class _TorchFile:
     def __init__(self, file: Path) -> None:
@@ -79,6 +93,10 @@ class _TorchFile:
 
     def __call__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def dtype(self, name: str) -> str:
+        dtype = self._tensors[name].dtype
+        return _NAMES.get(dtype, str(dtype).removeprefix("torch.").upper())
 
 
 def _files_of(path: Path, reader: Any) -> dict[str, Path]:

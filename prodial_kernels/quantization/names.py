@@ -1,0 +1,98 @@
+"""What the tensors of a checkpoint are called, and what their names say of how they are stored."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+_SHOWN = 6
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_OF_ADAPTER = re.compile(r"(.+)\.(?:prodial_[a-z_]+|base_layer\..+)")
+
+SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8", "weight_scale_inv": "fp8"}
+"""The entry of a state dict by which a layer in a format is recognised."""
+
+# What others write beside a weight, and whose it is: none of it can be read as if it were dense.
+_OTHERS = {
+    "weight.quant_state.bitsandbytes__fp4": "bitsandbytes' FP4; the 4-bit format read is nf4",
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "weight_packed": "compressed-tensors",
+    "weight_scale": "compressed-tensors, modelopt or fbgemm",
+    "weight_zero_point": "compressed-tensors",
+    "input_scale": "compressed-tensors or modelopt",
+    "weight_qdata": "torchao",
+    "weight_scales": "EETQ or quanto",
+    "W_q": "HQQ",
+    "weight._data": "quanto",
+    "weight._scale": "quanto",
+    "codebooks": "AQLM",
+    "_blocks": "MXFP4",
+    "_scales": "MXFP4",
+    "_scale_inv": "fp8 experts, several in one tensor",
+    "_qdata": "torchao",
+    ":qdata": "torchao",
+}
+_NARROW = {
+    "I8": "int8", "U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F4": "float4_e2m1fn_x2",
+}  # fmt: skip
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return ``names`` for a message: all of a few, else those of several layers as one."""
+    ordered = sorted(names, key=lambda name: [int(n) for n in _NUMBER.findall(name)])
+    if len(ordered) > _SHOWN:
+        folded = Counter(_NUMBER.sub("*", name) for name in ordered)
+        ordered = [f"{name} (×{n})" if n > 1 else name for name, n in folded.items()]
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more
+
+
+def is_part_of_adapter(name: str, weights: Collection[str]) -> bool:
+    """Whether ``name`` is of an adapter whose merged weight is among ``weights`` as well.
+
+    ``save_pretrained`` of an adapted model writes both: the merged weight for everyone, and the
+    parts for a trainer that resumes.
+    """
+    part = _OF_ADAPTER.fullmatch(name)
+    return part is not None and f"{part.group(1)}.weight" in weights
+
+
+def is_part(name: str) -> bool:
+    """Whether ``name`` is called as a tensor of an adapted layer is."""
+    return _OF_ADAPTER.fullmatch(name) is not None
+
+
+def foreign_format(name: str) -> str | None:
+    """Whose storage format ``name`` is an entry of; None for what belongs to none, or is read."""
+    if name.rpartition(".")[2] in SIGNS:
+        return None
+    for entry, whose in _OTHERS.items():
+        if name.endswith(entry if entry[0] in "_:" else f".{entry}"):
+            return whose
+    return None
+
+
+def check_dense_dtype(name: str, dtype: str) -> None:
+    """Raise ValueError if a tensor that is to be dense is stored as codes.
+
+    Args:
+        name: Of the tensor.
+        dtype: As safetensors calls it, or PyTorch.
+    """
+    called = _NARROW.get(dtype, dtype)
+    # A bias of 8 bits is a mask, which old checkpoints hold.
+    if called in _NARROW.values() and not name.endswith("bias"):
+        whose = foreign_format(name)
+        raise ValueError(
+            f"{name} is stored as {called}: "
+            + (
+                f"a format that is not read ({whose}). Use the dense checkpoint"
+                if whose is not None
+                else "codes of a quantised weight, without the scales of a format that is read "
+                f"({', '.join(SIGNS)} beside it). Use the dense checkpoint, or fetch this one again"
+            )
+        )

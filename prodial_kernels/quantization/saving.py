@@ -1,0 +1,277 @@
+"""What ``save_pretrained`` writes of a model with adapted or quantised layers: one that loads.
+
+Their state dicts hold codes, and a base layer beside an adapter's parts; a class of transformers
+knows neither, and completes a checkpoint with random weights. So the models given to
+``apply_prodial``, ``quantize_model`` and ``load_quantized`` write the plain layers that theirs
+stand for. The adapter's parts stay in the file too, exactly, for a trainer that resumes from it.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.quantization.layer import QuantizedLinear
+from prodial_kernels.quantization.names import is_part, is_part_of_adapter, listed
+
+RESCALING = "rescale_prenorm_residual"
+"""Setting of Mamba's configurations by which transformers divides out_proj at every load."""
+
+_METHOD = "save_pretrained"
+
+
+@runtime_checkable
+class StandsForLinear(Protocol):
+    """A layer that is not a plain linear one, and computes what one does."""
+
+    in_features: int
+    out_features: int
+
+    def to_linear(self) -> nn.Linear:
+        """Return that plain layer."""
+
+
+class _PlainSaving:
+    """Takes the place of a model's own ``save_pretrained``, copied and pickled with the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._handle = model.register_load_state_dict_pre_hook(_without_plain_weights)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model's own method so that it writes plain weights."""
+        model = self._model
+        own = getattr(type(model), _METHOD)
+        if not list(_stand_ins(model)):
+            return own(model, *args, **kwargs)
+        parameters = inspect.signature(own).parameters
+        with _plain_config(model):
+            if "state_dict" not in parameters:
+                return self._by_state_dict(own, *args, **kwargs)
+            given = inspect.signature(own).bind(model, *args, **kwargs)
+            _check_saveable(model, given.arguments)
+            if "save_original_format" in parameters:
+                # A trainer that resumes loads the file by the names that the model itself has.
+                given.arguments.setdefault("save_original_format", False)
+            if given.arguments.get("is_main_process", True):
+                state = given.arguments.get("state_dict")
+                given.arguments["state_dict"] = plain_state(model, state)
+            return own(*given.args, **given.kwargs)
+
+    def _by_state_dict(self, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """For a method that asks the model for its state: plain layers and nothing else."""
+        plain = plain_state(self._model, None, parts=False)
+        vars(self._model)["state_dict"] = lambda *_, **__: dict(plain)
+        try:
+            return own(self._model, *args, **kwargs)
+        finally:
+            del vars(self._model)["state_dict"]
+
+    def remove(self) -> None:
+        self._handle.remove()
+        vars(self._model).pop(_METHOD, None)
+
+
+def watch_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of ``model``, and of models within it, write plain layers."""
+    for module in model.modules():
+        if (
+            callable(getattr(type(module), _METHOD, None))
+            and _METHOD not in vars(module)
+            and next(_stand_ins(module), None) is not None
+        ):
+            vars(module)[_METHOD] = _PlainSaving(module)
+
+
+def release_saving(model: nn.Module) -> None:
+    """Give back ``save_pretrained`` to what has only plain layers again."""
+    for module in model.modules():
+        saving = vars(module).get(_METHOD)
+        if isinstance(saving, _PlainSaving) and next(_stand_ins(module), None) is None:
+            saving.remove()
+
+
+def settle_configuration(model: nn.Module) -> None:
+    """Let a merged model be loaded as it is: not rescaled, and not tied where it no longer is."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for name, value in _settled(module).items():
+            setattr(config, name, value)
+
+
+def plain_state(
+    model: nn.Module, state: Mapping[str, Any] | None, *, parts: bool = True
+) -> dict[str, Any]:
+    """Return a state dict with the plain layers that layers of ``model`` stand for.
+
+    Args:
+        model: Has adapted or quantised layers.
+        state: Its state dict, if somebody gathered it already, or a part of it.
+        parts: Whether the entries of adapted layers stay in it.
+
+    Returns:
+        Plain weights in the place of quantised ones, and beside those of adapted layers. What is
+        new is on the CPU.
+
+    Raises:
+        ValueError: ``state`` holds a part of a layer, from which its weight does not follow.
+    """
+    plain = dict(model.state_dict() if state is None else state)
+    shared = Counter(map(_memory, plain.values()))
+    made: dict[int, dict[str, Tensor]] = {}
+    for path, layer in _stand_ins(model):
+        prefix = f"{path}." if path else ""
+        own = {name: plain[name] for name in plain if name.startswith(prefix)}
+        if not own:
+            continue
+        first = id(layer) not in made
+        if first:
+            given = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
+            made[id(layer)] = _plain_entries(path, layer if state is None else _twin(layer, given))
+        for name, tensor in own.items():
+            if isinstance(layer, QuantizedLinear) or not parts or not first:
+                del plain[name]
+            elif shared[_memory(tensor)] > 1:
+                # A base layer may share its weight, as a tied head does; tensors of files do not.
+                plain[name] = tensor.clone()
+        for name, tensor in made[id(layer)].items():
+            plain[prefix + name] = tensor
+    without = sorted(
+        name for name in plain if is_part(name) and not is_part_of_adapter(name, plain)
+    )
+    if without:
+        raise ValueError(
+            f"state_dict holds parts of adapted layers whose names are not the model's: "
+            f"{listed(without)}; pass the state dict of the model itself"
+        )
+    return plain
+
+
+def _plain_entries(path: str, layer: Any) -> dict[str, Tensor]:
+    try:
+        with torch.no_grad():
+            linear: nn.Linear = layer.to_linear()
+            return {name: tensor.cpu() for name, tensor in linear.state_dict().items()}
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the weight that {path} stands for cannot be computed: {error}"
+        ) from error
+
+
+def _twin(layer: Any, given: Mapping[str, Any]) -> Any:
+    """A layer like ``layer`` with the tensors of a state dict; a sharded one has none itself."""
+    try:
+        if isinstance(layer, QuantizedLinear):
+            return type(layer).from_entries(given, given.get("bias"), layer.dtype)
+        twin = copy.copy(layer)
+        twin._parameters = {
+            name: None if own is None else nn.Parameter(given[name], requires_grad=False)
+            for name, own in layer._parameters.items()
+        }
+    except KeyError as error:
+        raise ValueError(
+            f"state_dict holds a part of a {type(layer).__name__} only, without {error.args[0]}; "
+            "pass the whole state dict, or none"
+        ) from error
+    twin._modules = {
+        name: _twin(child, {n.removeprefix(f"{name}."): t for n, t in given.items()})
+        for name, child in layer._modules.items()
+    }
+    return twin
+
+
+def _memory(tensor: Any) -> Any:
+    """What tensors that share memory have in common; nothing where there is no memory."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _stand_ins(model: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every layer of ``model`` that stands for a plain one, at each of its paths."""
+    if isinstance(model, StandsForLinear):
+        yield path, model
+        return
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from _stand_ins(child, f"{path}.{name}" if path else name)
+
+
+def _check_saveable(model: Any, arguments: Mapping[str, Any]) -> None:
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "this model holds adapted layers beside layers that transformers quantised, and cannot "
+            "be saved as a whole; use save_adapter(model, directory), or merge_prodial(model) first"
+        )
+    if arguments.get("distributed_checkpoint"):
+        raise ValueError(
+            "a distributed checkpoint of an adapted or quantised model could not be loaded again; "
+            "use save_adapter(model, directory), or save without distributed_checkpoint"
+        )
+
+
+@contextmanager
+def _plain_config(model: Any) -> Iterator[None]:
+    """Write the configuration that the plain model needs; the one in memory stays."""
+    config = getattr(model, "config", None)
+    settled = _settled(model)
+    before = {name: getattr(config, name) for name in settled}
+    for name, value in settled.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _settled(model: Any) -> dict[str, bool]:
+    config = getattr(model, "config", None)
+    settled = {}
+    if getattr(config, RESCALING, False):
+        settled[RESCALING] = False
+    if getattr(config, "tie_word_embeddings", False) and _untied(model):
+        settled["tie_word_embeddings"] = False
+    return settled
+
+
+def _untied(model: Any) -> bool:
+    """Whether input and output embeddings, tied in the base model, are apart now."""
+    try:
+        inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return False
+    if outputs is None or inputs is None:
+        return False
+    stand_ins = (isinstance(inputs, StandsForLinear), isinstance(outputs, StandsForLinear))
+    return any(stand_ins) or inputs.weight is not outputs.weight
+
+
+def _without_plain_weights(
+    module: nn.Module, state: MutableMapping[str, Any], prefix: str, *rest: Any
+) -> None:
+    """Before a state is loaded: leave out plain weights that were written beside what they say."""
+    errors: list[str] = rest[-1]
+    for path, layer in _stand_ins(module):
+        start = f"{prefix}{path}." if path else prefix
+        own = {name.removeprefix(start) for name in state if name.startswith(start)}
+        if not isinstance(layer, QuantizedLinear):
+            if any(name.startswith("base_layer.") for name in own):
+                for name in own & {"weight", "bias"}:
+                    del state[start + name]
+        elif "weight" in own <= {"weight", "bias"} and state[f"{start}weight"].is_floating_point():
+            dense = state.pop(f"{start}weight")
+            here = layer.dequantize(dtype=dense.dtype).to(dense.device)
+            if not torch.equal(here, dense):
+                errors.append(
+                    f"{start}weight is not what the quantised layer here holds: the state was "
+                    "saved from another base model"
+                )
+            state.update({start + name: tensor for name, tensor in layer.entries().items()})
