@@ -43,7 +43,7 @@ _NARROW = {
 
 def listed(names: Iterable[str]) -> str:
     """Return ``names`` for a message: all of a few, else those of several layers as one."""
-    ordered = sorted(names, key=lambda name: [int(n) for n in _NUMBER.findall(name)])
+    ordered = sorted(names, key=lambda name: ([int(n) for n in _NUMBER.findall(name)], name))
     if len(ordered) > _SHOWN:
         folded = Counter(_NUMBER.sub("*", name) for name in ordered)
         ordered = [f"{name} (×{n})" if n > 1 else name for name, n in folded.items()]

@@ -1,25 +1,41 @@
-"""Where a run's model comes from: the embedded one, a directory, or the hub; device and dtype."""
+"""A run's model, loaded whole or refused; device and dtype."""
 
 from __future__ import annotations
 
-import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prodial_kernels.quantization import QuantizationReport
+from prodial_kernels.quantization import QuantizationReport, TensorFiles
+from prodial_kernels.quantization.saving import RESCALING
+from prodial_kernels.training.completeness import check_dense, check_tokenizer, check_whole
+from prodial_kernels.training.model_source import (
+    EMBEDDED,
+    ModelError,
+    fetched,
+    model_source,
+    without_retries,
+)
 from prodial_kernels.training.quantized import load_by_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = "embedded"
+_RESCALED = ("mamba", "mamba2", "falcon_mamba")
 
-
-class ModelError(RuntimeError):
-    """A model cannot be loaded, or not on this device."""
+# What loading calls by this name is meant for users of this module too.
+__all__ = [
+    "EMBEDDED",
+    "LoadedModel",
+    "ModelError",
+    "empty_model",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 
 @dataclass(frozen=True)
@@ -55,26 +71,78 @@ def load_model(
     Raises:
         ModelError: There is no such model, or it cannot be read; the message says what to do.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     model: Any
     report = None
-    source = _source(name)
+    source = model_source(name)
     try:
-        config = AutoConfig.from_pretrained(source)
-        # It shapes initial values only, but transformers 5.23 applies it to loaded weights too and
-        # so divides a trained out_proj by sqrt(num_hidden_layers), at every load again.
-        if getattr(config, "rescale_prenorm_residual", False):
-            config.rescale_prenorm_residual = False
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        with without_retries(source) as options:
+            config = AutoConfig.from_pretrained(source, **options)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            except Exception as error:
+                raise ValueError(
+                    f"its tokenizer cannot be read ({type(error).__name__}: {_first_line(error)}); "
+                    "save it there with tokenizer.save_pretrained, which writes tokenizer.json"
+                ) from error
+            directory = source if isinstance(source, Path) else fetched(source, **options)
+        check_tokenizer(tokenizer, directory)
+        _warn_of_rescaling(name, config, quantize)
         if quantize is not None or hasattr(config, "quantization_config"):
-            model, report = load_by_tensors(source, config, device, dtype, quantize)
+            model, report = load_by_tensors(directory, config, device, dtype, quantize)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype)
+            model = _load_dense(directory, config, dtype)
     # Each layer below raises classes of its own for a missing, damaged or unknown model.
     except Exception as error:
         raise ModelError(_explain(name, source, error)) from error
+    if getattr(config, RESCALING, False):
+        # It is done, and must not be again when what is made of this model is loaded.
+        setattr(model.config, RESCALING, False)
+    if not isinstance(source, Path):
+        # By which an adapter names its base; the directory is in a cache.
+        model.name_or_path = model.config.name_or_path = source
     return LoadedModel(name, model.to(device).eval(), tokenizer, report)
+
+
+def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
+    """Load a checkpoint that is not quantised, all of it."""
+    from transformers import AutoModelForCausalLM
+
+    check_dense(TensorFiles(directory))
+    model: Any
+    model, info = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=dtype, trust_remote_code=False,
+        # Else transformers raises an error that names no tensor.
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    check_whole(info, model.state_dict().keys(), getattr(config, "num_hidden_layers", None))
+    return model
+
+
+def _warn_of_rescaling(name: str, config: Any, quantize: str | None) -> None:
+    """Say that transformers changes the weights of this checkpoint whenever it loads them.
+
+    The setting shapes initial values only, but for these models transformers applies it to loaded
+    weights too. What it makes of them is the model that its users know, so it is ours as well.
+
+    Raises:
+        ValueError: They are to be quantised while they are read, when nothing else changes them.
+    """
+    if not getattr(config, RESCALING, False) or config.model_type not in _RESCALED:
+        return
+    what = (
+        f"config.json of {name} sets {RESCALING}, so that transformers divides every out_proj by "
+        "the root of the number of layers whenever it loads the model"
+    )
+    if quantize is not None:
+        raise ValueError(
+            f"{what}, which is not done while quantising. Set it to false there for the weights as "
+            "they are in the file, or save the model as transformers loads it, with the setting "
+            "off, and use that"
+        )
+    if not hasattr(config, "quantization_config"):
+        warnings.warn(f"{what}; the model is used as it is then", stacklevel=3)
 
 
 def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -89,11 +157,14 @@ def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = _source(name)
+    source = model_source(name)
     try:
-        config = AutoConfig.from_pretrained(source)
+        with without_retries(source) as options:
+            config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
     except Exception as error:
         raise ModelError(_explain(name, source, error)) from error
     made: PreTrainedModel = model.requires_grad_(False)
@@ -117,30 +188,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def _source(name: str) -> Path | str:
-    """Return a directory that holds a model, or a hub id."""
-    if name == EMBEDDED:
-        from prodial_kernels.embedded import embedded_model_path
-
-        return embedded_model_path()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
-        if (path / "adapter_config.json").is_file():
-            raise ModelError(
-                f"{path} holds an adapter, not a model; give its base model as the model, and this "
-                "directory as the adapter"
-            )
-        raise ModelError(f"{path} holds no model: there is no config.json in it")
-    if path.exists():
-        raise ModelError(f"{path} is a file; give the directory that holds the model")
-    inside_a_directory_here = path.parent != Path(".") and path.parent.is_dir()
-    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or inside_a_directory_here:
-        raise ModelError(f"{name}: no such directory (looked in {Path.cwd()})")
-    return name
 
 
 def _explain(name: str, source: Path | str, error: Exception) -> str:

@@ -14,17 +14,16 @@ from prodial_kernels.quantization import (
     QuantizationReport,
     RandomWeights,
     TensorFiles,
+    check_stored_config,
     load_quantized,
 )
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_SMALL = ("*.json", "*.txt", "*.model")
-
 
 def load_by_tensors(
-    source: Path | str,
+    directory: Path,
     config: PretrainedConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -33,7 +32,7 @@ def load_by_tensors(
     """Load a model whose projectors are stored in ``format``, or as the checkpoint stores them.
 
     Args:
-        source: A directory or a hub id.
+        directory: A checkpoint.
         config: The model's; what it says of quantisation is taken out, because the weights say it.
         device: Where to put it.
         dtype: Of the dense weights.
@@ -45,13 +44,14 @@ def load_by_tensors(
     """
     from transformers import GenerationConfig
 
-    if hasattr(config, "quantization_config"):
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        check_stored_config(stored if isinstance(stored, Mapping) else stored.to_dict())
         del config.quantization_config
-    directory = source if isinstance(source, Path) else _fetched(source)
     model = _on_meta(config, dtype)
     tensors = TensorFiles(directory)
     report = _load(model, tensors, device, format, _renaming(model))
-    model.config.name_or_path = str(source)
+    model.name_or_path = model.config.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model, report
@@ -83,7 +83,9 @@ def _on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
     return model.eval()
 
 
@@ -99,16 +101,6 @@ def _load(
         ignore=model._keys_to_ignore_on_load_unexpected or (),
         fill=partial(_compute_buffers, model),
     )  # fmt: skip
-
-
-def _fetched(hub_id: str) -> Path:
-    """Download a checkpoint, in safetensors where it has them."""
-    from huggingface_hub import snapshot_download
-
-    directory = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, "*.safetensors"]))
-    if not any(directory.glob("*.safetensors")):
-        directory = Path(snapshot_download(hub_id, allow_patterns=[*_SMALL, "pytorch_model*.bin"]))
-    return directory
 
 
 def _compute_buffers(model: Any) -> None:

@@ -279,7 +279,9 @@ LOADED = ("mamba", "mamba2", "falcon_mamba", "zamba2", "falcon_h1")
 
 @pytest.fixture(autouse=True)
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: None)
+    # These models have none.
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr("prodial_kernels.training.model.check_tokenizer", lambda *_: None)
 
 
 @pytest.mark.parametrize("family", LOADED)

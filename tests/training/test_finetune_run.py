@@ -62,18 +62,6 @@ def test_adapter_and_merged_model_are_the_trained_model(
         assert not torch.allclose(merged(tokens).logits, base, atol=1e-2)
 
 
-def test_loaded_weights_are_not_rescaled(place: Path, tmp_path: Path) -> None:
-    """transformers divides out_proj by sqrt(layers) at every load if the configuration says so."""
-    model = load(place / "model")
-    model.config.rescale_prenorm_residual = True
-    model.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes((place / "model/tokenizer.json").read_bytes())
-    again = load(tmp_path)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, again.get_parameter(name)), name
-    assert not again.config.rescale_prenorm_residual
-
-
 def test_inspection_sees_the_training(prodial_run: FinetuneResult) -> None:
     inspection = inspect_adapter(prodial_run.output / "adapter")
     assert inspection.trainable == prodial_run.trainable

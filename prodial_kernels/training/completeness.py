@@ -1,0 +1,130 @@
+"""Does a checkpoint fit its model whole: every tensor there, known, and of the right shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prodial_kernels.quantization import (
+    SIGNS,
+    TensorFiles,
+    check_dense_dtype,
+    foreign_format,
+    is_part,
+    is_part_of_adapter,
+    listed,
+)
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+# Files that a tokenizer may be built from beside those that its class names.
+_WHOLE_TOKENIZERS = ("tokenizer.json", "tekken.json")
+# Of the files that a class names: not of the vocabulary, or one of several ways to store it.
+_NOT_VOCABULARY = ("tokenizer_file", "tokenizer_config_file", "normalizer_file")
+
+
+def check_whole(info: Mapping[str, Any], names: Collection[str], layers: int | None = None) -> None:
+    """Raise unless ``from_pretrained`` found every tensor of the model, and knew every one.
+
+    Args:
+        info: What it returns for ``output_loading_info``. Tensors that the model's class allows to
+            be missing or unexpected, and tied ones, are not in it.
+        names: The model's own tensors.
+        layers: How many its configuration says it has, if that is known.
+
+    Raises:
+        ValueError: A tensor is missing, unknown or of another shape; the message names it and
+            says what to do.
+    """
+    missing = set(info["missing_keys"])
+    there = set(names) - missing
+    unexpected = {name for name in info["unexpected_keys"] if not is_part_of_adapter(name, there)}
+    mismatched = {name: (stored, own) for name, stored, own in info["mismatched_keys"]}
+    wrong = []
+    if missing:
+        wrong.append(f"the checkpoint lacks {listed(missing)}")
+    if unexpected:
+        wrong.append(f"it holds what this model does not know: {listed(unexpected)}")
+    if mismatched:
+        name = min(mismatched)
+        stored, own = mismatched[name]
+        more = f" (and {len(mismatched) - 1} more differ)" if len(mismatched) > 1 else ""
+        wrong.append(
+            f"{name} has shape {list(stored)} in the checkpoint, {list(own)} in the model{more}"
+        )
+    if wrong:
+        raise ValueError(f"{'; '.join(wrong)}. {_advice(missing, unexpected, layers)}")
+
+
+def check_dense(tensors: TensorFiles) -> None:
+    """Raise unless every tensor of a checkpoint that says it is dense can be a dense one.
+
+    transformers casts what it finds: codes would become weights.
+
+    Raises:
+        ValueError: A tensor is stored in 8 bits or less; the message names it.
+    """
+    names = set(tensors)
+    # Of an adapted layer on a quantised base the merged weight is there too.
+    own = [name for name in tensors if not is_part_of_adapter(name, names)]
+    for name in own:
+        if any(name.endswith(f".{sign}") for sign in SIGNS):
+            raise ValueError(
+                f"{name} is of a quantised layer, but config.json has no quantization_config: add "
+                "the one that it was quantised with, or fetch the checkpoint again"
+            )
+    for name in own:
+        check_dense_dtype(name, tensors.dtype(name))
+
+
+def check_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Raise unless the vocabulary of ``tokenizer`` came from files of ``directory``.
+
+    For several models transformers invents an empty one otherwise.
+
+    Raises:
+        ValueError: Files are missing; the message names them.
+    """
+    if any((directory / file).is_file() for file in _WHOLE_TOKENIZERS):
+        return
+    named = dict(type(tokenizer).vocab_files_names)
+    files = [file for key, file in named.items() if key not in _NOT_VOCABULARY]
+    if not named:
+        # One without a vocabulary, of bytes say.
+        files = ["tokenizer_config.json"]
+    missing = [file for file in files if not (directory / file).is_file()]
+    if missing or not files:
+        alternative = f" (or {' and '.join(missing)})" if missing else ""
+        raise ValueError(
+            f"its tokenizer is incomplete: there is no tokenizer.json{alternative}; save the "
+            "tokenizer there too (tokenizer.save_pretrained), or fetch the model again"
+        )
+
+
+def _advice(missing: Iterable[str], unexpected: Iterable[str], layers: int | None) -> str:
+    """What most likely went wrong, and what to do."""
+    if any(map(is_part, unexpected)):
+        return (
+            "It was saved while adapted, without merged weights: save an adapted model with "
+            "save_adapter, or call merge_prodial first"
+        )
+    formats = {whose for name in unexpected if (whose := foreign_format(name)) is not None}
+    if formats:
+        return f"That is of a quantised format that is not read: {' or '.join(sorted(formats))}"
+    if any("backbone.embedding." in name for name in unexpected):
+        return (
+            "backbone.embedding is mamba_ssm's name: rename it to backbone.embeddings, or use the "
+            "'-hf' checkpoint"
+        )
+    numbers = [int(m.group(1)) for n in (*missing, *unexpected) if (m := _LAYER.search(n))]
+    beyond = [number for number in numbers if layers is not None and number >= layers]
+    if beyond:
+        return (
+            f"config.json says {layers} layers, and the checkpoint has more: its configuration "
+            "belongs to another checkpoint"
+        )
+    return (
+        "Nothing is filled in at random: fetch the checkpoint again, whole, and check that "
+        "config.json belongs to it"
+    )
