@@ -20,9 +20,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part may import itself and the parts before it. A new part goes where it belongs.
 ORDER = (
-    "_validation", "upstream", "kernels", "ops", "config", "functional", "testing", "quantization",
-    "linear", "mixers", "vision", "checkpoint", "embedded", "training", "cli_options", "cli",
-    "__main__",
+    "_process", "_disk", "_locking", "_validation", "upstream", "kernels", "ops", "config",
+    "functional", "testing", "quantization", "linear", "mixers", "vision", "checkpoint", "embedded",
+    "training", "cli_options", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -1,32 +1,39 @@
 """Two files that change together: a kill at any moment leaves the old or the new adapter.
 
 ``adapter_config.json`` holds the SHA-256 of the tensors it belongs to, and replacing it is the
-commit. New tensors first become ``adapter_model.<sha256>.pending``, then the configuration is
-replaced, then the pending file takes its final name. A kill before the commit leaves the old pair
-untouched; a kill after it leaves tensors that a reader finds under their pending name.
+commit. New tensors first become ``adapter_model.<sha256>.<unique>.pending``, then the configuration
+is replaced, then the pending file takes its final name. A kill before the commit leaves the old
+pair untouched; a kill after it leaves tensors that a reader finds under their pending name. Of
+several processes that save to one directory each waits for the others.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from prodial_kernels._disk import beside, flush, left_beside, write_new
+from prodial_kernels._locking import AlreadyLocked, locked
 from prodial_kernels.checkpoint.error import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 FORMAT_VERSION = 1
+_SECONDS_TO_WAIT = 300.0
 
 
 def write_files(directory: Path, header: Mapping[str, Any], payload: bytes) -> None:
     """Replace the adapter in ``directory``, which is created if needed, in one step.
 
-    Call it from one process at a time.
+    Several processes may do so at once: the last one's adapter stays.
 
     Args:
         directory: Where the two files go.
@@ -35,31 +42,33 @@ def write_files(directory: Path, header: Mapping[str, Any], payload: bytes) -> N
         payload: Content of the tensor file.
 
     Raises:
-        OSError: The disk is full, or the place cannot be written. The directory then holds the
-            adapter it held before, or the new one if the error came after the commit.
+        OSError: The disk is full, or the place cannot be written, or another process has been
+            saving to it for minutes. The directory then holds the adapter it held before, or the
+            new one if the error came after the commit.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _settle(directory)
     digest = hashlib.sha256(payload).hexdigest()
     content = {"format_version": FORMAT_VERSION, **header, "tensors_sha256": digest}
     text = json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
-    pending = _pending(directory, digest)
-    temporary = directory / f".{CONFIG_FILE}.tmp"
-    try:
-        _write_durably(pending, payload)
-        _write_durably(temporary, text.encode())
-        _flush_directory(directory)
-        os.replace(temporary, directory / CONFIG_FILE)
-    except BaseException:
-        # Asked of the disk, not of a variable: an interrupt may arrive just after the commit.
-        with suppress(OSError):
-            if _committed_digest(directory) != digest:
-                pending.unlink(missing_ok=True)
-            temporary.unlink(missing_ok=True)
-        raise
-    _flush_directory(directory)
-    os.replace(pending, directory / TENSOR_FILE)
-    _flush_directory(directory)
+    pending = directory / f"adapter_model.{digest}.{secrets.token_hex(8)}.pending"
+    config = directory / CONFIG_FILE
+    temporary = beside(config, "tmp")
+    with _settle(directory):
+        try:
+            write_new(pending, payload)
+            write_new(temporary, text.encode())
+            flush(directory)
+            os.replace(temporary, config)
+        except BaseException:
+            # Asked of the disk, not of a variable: an interrupt may arrive just after the commit.
+            with suppress(OSError):
+                if _committed_digest(directory) != digest:
+                    pending.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
+            raise
+        flush(directory)
+        os.replace(pending, directory / TENSOR_FILE)
+        flush(directory)
 
 
 def read_files(directory: Path) -> tuple[dict[str, Any], bytes]:
@@ -71,12 +80,13 @@ def read_files(directory: Path) -> tuple[dict[str, Any], bytes]:
     """
     # A save that ends between the reads of the two files changes the first; then look again.
     while True:
+        version = _version(directory)
         header = _read_header(directory)
         digest = header["tensors_sha256"]
         payload = _find_payload(directory, digest)
         if payload is not None:
             return header, payload
-        if _committed_digest(directory) == digest:
+        if _version(directory) == version:
             break
     path = directory / TENSOR_FILE
     if not path.exists():
@@ -84,6 +94,8 @@ def read_files(directory: Path) -> tuple[dict[str, Any], bytes]:
             f"{path} is missing, but {CONFIG_FILE} beside it names it; copy both files of the "
             "adapter, or save it again"
         )
+    if not path.is_file():
+        raise AdapterError(f"{path} is not a regular file; copy both files of the adapter")
     raise AdapterError(
         f"{path} is damaged or belongs to another {CONFIG_FILE}: its SHA-256 is not {digest} "
         f"(it has {path.stat().st_size:,} bytes); copy both files again from where they were saved"
@@ -100,7 +112,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} is missing; give the directory that save_adapter wrote")
     try:
         header = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(
             f"{path} is not valid JSON ({error}): it is damaged; copy it again from where it "
             "was saved"
@@ -124,70 +136,86 @@ def _read_header(directory: Path) -> dict[str, Any]:
             f"{path} was changed after it was saved: its checksum does not match; copy it again "
             "from where it was saved, or load it unchanged and save it with other options"
         )
-    if not isinstance(header.get("tensors_sha256"), str):
-        raise AdapterError(f"{path} has no tensors_sha256; save the adapter again")
+    digest = header.get("tensors_sha256")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise AdapterError(f"{path} has no SHA-256 in tensors_sha256; save the adapter again")
     return header
 
 
 def _find_payload(directory: Path, digest: str) -> bytes | None:
     """Return the tensor file's content if it has the SHA-256 ``digest``, pending or final."""
-    for path in (directory / TENSOR_FILE, _pending(directory, digest)):
+    final = directory / TENSOR_FILE
+    # The final name again: a pending file may have taken it between the two looks.
+    for path in (final, *_pending(directory, digest), final):
         with suppress(FileNotFoundError):
+            if not path.is_file():
+                continue
             payload = path.read_bytes()
             if hashlib.sha256(payload).hexdigest() == digest:
                 return payload
     return None
 
 
-def _settle(directory: Path) -> None:
-    """Finish a save that was killed after its commit, and remove what any other one left."""
-    digest = _committed_digest(directory)
-    tensors = directory / TENSOR_FILE
-    if digest is not None and not _has_digest(tensors, digest):
-        pending = _pending(directory, digest)
-        if _has_digest(pending, digest):
-            os.replace(pending, tensors)
-            _flush_directory(directory)
-    for leftover in directory.glob("adapter_model.*.pending"):
-        leftover.unlink(missing_ok=True)
+def _version(directory: Path) -> tuple[int, int, int] | None:
+    """What changes with every commit."""
+    try:
+        found = os.stat(directory / CONFIG_FILE)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@contextmanager
+def _settle(directory: Path) -> Iterator[None]:
+    """Be the only one to save here, with a save that was killed finished, or its traces removed."""
+    try:
+        with locked(directory, wait=_SECONDS_TO_WAIT):
+            digest = _committed_digest(directory)
+            tensors = directory / TENSOR_FILE
+            if digest is not None and not _has_digest(tensors, digest):
+                for pending in _pending(directory, digest):
+                    if _has_digest(pending, digest):
+                        os.replace(pending, tensors)
+                        flush(directory)
+                        break
+            for leftover in _leftovers(directory):
+                leftover.unlink(missing_ok=True)
+            yield
+    except AlreadyLocked as error:
+        waited = f"another process has been saving for {_SECONDS_TO_WAIT:.0f} s ({error})"
+        raise TimeoutError(errno.ETIMEDOUT, waited, str(directory)) from error
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    form = re.compile(r"adapter_model\.[0-9a-f]{64}(\.[0-9a-f]{16})?\.pending")
+    found = [path for path in directory.iterdir() if form.fullmatch(path.name)]
+    # Earlier versions had one name for all temporary files.
+    found += [*left_beside(directory / CONFIG_FILE, "tmp"), directory / f".{CONFIG_FILE}.tmp"]
+    return [path for path in found if path.is_file() or path.is_symlink()]
 
 
 def _committed_digest(directory: Path) -> str | None:
     """The SHA-256 that the JSON file names, or None where there is no readable one."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        return None
     try:
-        header = json.loads((directory / CONFIG_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        header = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     digest = header.get("tensors_sha256") if isinstance(header, dict) else None
-    return digest if isinstance(digest, str) else None
+    return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
 def _has_digest(path: Path, digest: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
-def _pending(directory: Path, digest: str) -> Path:
-    return directory / f"adapter_model.{digest}.pending"
+def _pending(directory: Path, digest: str) -> list[Path]:
+    # Earlier versions left out the unique part.
+    return sorted(directory.glob(f"adapter_model.{digest}*.pending"))
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(directory: Path) -> None:
-    """Make renames in ``directory`` survive a power cut, where the system lets one ask for it."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

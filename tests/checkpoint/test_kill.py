@@ -69,7 +69,7 @@ class Steps:
                 return self._file.fileno()
 
         def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if mode != "wb":
+            if mode != "xb":
                 return real_open(path, mode, *args, **kwargs)
             steps()
             return File(path, mode)
