@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from prodial_kernels import cli_options
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; by default those of this process.
 
     Returns:
-        The exit status: 0 on success, 1 on an error, 130 or 143 when interrupted. A wrong option
-        raises ``SystemExit(2)``.
+        The exit status: 0 on success, 1 on an error, 128 and the signal's number when interrupted
+        (130: Ctrl-C, 143: SIGTERM). A wrong option raises ``SystemExit(2)``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(arguments)
@@ -140,7 +141,7 @@ def _finetune(args: argparse.Namespace) -> int:
     except (KeyboardInterrupt, OSError, OutOfMemory):
         if RunDirectory(output).identity_file.exists():
             command = shlex.join(["prodial", "finetune", "--resume", "--output", output])
-            print(f"what was saved is kept; continue with: {command}", file=sys.stderr)
+            _say(f"what was saved is kept; continue with: {command}")
         raise
     return 0
 
@@ -266,7 +267,13 @@ _OWN_OR_BUILTIN = ("builtins", "prodial_kernels")
 
 
 def _complain(message: str) -> None:
-    print(f"prodial: error: {message}", file=sys.stderr)
+    _say(f"prodial: error: {message}")
+
+
+def _say(message: str) -> None:
+    """Print on stderr; the terminal may have gone, and with it whoever would read this."""
+    with suppress(OSError, ValueError):
+        print(message, file=sys.stderr)
 
 
 def _quiet_transformers() -> None:

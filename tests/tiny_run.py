@@ -11,7 +11,9 @@ from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetune
 from prodial_kernels.training.model import load_model
 
 
-def run(place: Path, output: Path, *, resume: bool = False, **options: Any) -> FinetuneResult:
+def run(
+    place: Path, output: Path, *, resume: bool = False, progress: bool = False, **options: Any
+) -> FinetuneResult:
     """Fine-tune the model in ``place`` on the text there; ``options`` go before the defaults."""
     defaults = {
         "model": str(place / "model"),
@@ -26,7 +28,7 @@ def run(place: Path, output: Path, *, resume: bool = False, **options: Any) -> F
         "device": "cpu",
     }
     config = FinetuneConfig(output=str(output), **{**defaults, **options})
-    return finetune(config, resume=resume, progress=False)
+    return finetune(config, resume=resume, progress=progress)
 
 
 def load(path: Path) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from prodial_kernels.checkpoint import load_adapter, read_adapter
+from prodial_kernels.embedded import embedded_model_path
 from prodial_kernels.mixers.inject import merge_prodial
+from prodial_kernels.training.interrupt import StopSignals
 from prodial_kernels.training.merging import (
     Agreement,
     check_written_model,
@@ -24,6 +27,8 @@ from prodial_kernels.training.model import (
     resolve_device,
     resolve_dtype,
 )
+from prodial_kernels.training.run import run_around
+from prodial_kernels.training.written import PlaceError, check_place, clear_leftovers, own_files
 
 
 def load_adapted(
@@ -74,14 +79,15 @@ def merge_to_directory(
 ) -> Agreement:
     """Fold an adapter into its base model and write a plain model in transformers' format.
 
-    The written model is dense, also where the base is quantised. It is loaded again and compared
-    with the adapted one.
+    The written model is dense, also where the base is quantised. Before it takes its place it is
+    loaded again and compared with the adapted one.
 
     Args:
         model: As for :func:`load_adapted`.
         adapter: Directory of the adapter.
         output: Directory to write, whole or not at all.
-        replace: Whether an existing ``output`` is replaced.
+        replace: Whether an empty directory, or a model that was written by this package and not
+            changed since, is replaced at ``output``.
         device: As for :func:`load_adapted`.
         dtype: As for :func:`load_adapted`; also the dtype of the written weights.
         quantize: As for :func:`load_adapted`.
@@ -92,21 +98,48 @@ def merge_to_directory(
     Raises:
         AdapterError: The adapter is damaged, or does not belong to the model.
         FileExistsError: ``output`` exists and is not to be replaced.
-        MergeError: The written model does not compute what the adapted one does.
+        Interrupted: SIGTERM or the like; what was at ``output`` is still there.
+        MergeError: The written model does not compute what the adapted one does. It is not kept,
+            and what was at ``output`` is still there.
         ModelError: The model or the device cannot be used.
+        PlaceError: At ``output`` is something else, or it is, holds or lies in the adapter, the
+            base model or a run, or is or holds the working directory.
         OSError: The disk is full, or the place cannot be written.
     """
-    path = Path(output).expanduser()
+    # Links are followed first: what they lead to is what would be replaced.
+    path = Path(output).expanduser().resolve()
     # Before the model is loaded, which may take minutes.
-    if path.exists() and not replace:
-        raise FileExistsError(errno.EEXIST, "already exists (--force replaces it)", str(path))
-    loaded = load_adapted(model, adapter, device=device, dtype=dtype, quantize=quantize)
-    first = next(loaded.model.parameters())
-    tokens = _probe_tokens(loaded)
-    expected = logits_of(loaded.model, tokens)
-    merge_prodial(loaded.model)
-    write_model(loaded.model, loaded.tokenizer, path, replace=replace)
-    return check_written_model(path, tokens, expected, device=first.device, dtype=first.dtype)
+    _check_output(path, model, Path(adapter).expanduser(), replace=replace)
+    with StopSignals():
+        loaded = load_adapted(model, adapter, device=device, dtype=dtype, quantize=quantize)
+        first = next(loaded.model.parameters())
+        tokens = _probe_tokens(loaded)
+        expected = logits_of(loaded.model, tokens)
+        merge_prodial(loaded.model)
+        with write_model(loaded.model, loaded.tokenizer, path, replace=replace) as written:
+            return check_written_model(
+                written, tokens, expected, device=first.device, dtype=first.dtype
+            )
+
+
+def _check_output(path: Path, model: str | None, adapter: Path, *, replace: bool) -> None:
+    """Raise unless a merged model may be written to ``path``."""
+    base = model or read_adapter(adapter).base_model
+    apart = {"the adapter": adapter}
+    if base is not None:
+        apart["the base model"] = (
+            embedded_model_path() if base == EMBEDDED else Path(base).expanduser()
+        )
+    check_place(path, apart, around={"the working directory": Path.cwd()})
+    clear_leftovers(path)
+    there = os.path.lexists(path)
+    run = run_around(path)
+    if run is not None and (there or path.relative_to(run.path).parts[0] in run.own_names):
+        raise PlaceError(f"{path} belongs to the run in {run.path}; choose another place")
+    if there:
+        own_files(path)
+        if not replace:
+            raise FileExistsError(errno.EEXIST, "already exists (--force replaces it)", str(path))
 
 
 def _probe_tokens(loaded: LoadedModel) -> torch.Tensor:

@@ -127,7 +127,8 @@ def assess_with_harness(
         limit = int(limit)
     with tempfile.TemporaryDirectory(prefix="prodial-") as folder:
         path = Path(folder, "model")
-        write_model(loaded.model, loaded.tokenizer, path)
+        with write_model(loaded.model, loaded.tokenizer, path):
+            pass
         results = run_lm_eval(
             path, tasks, num_fewshot=num_fewshot, batch_size=batch_size, device=str(device),
             limit=limit,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from prodial_kernels.checkpoint import save_adapter
 from prodial_kernels.mixers.inject import merge_prodial
-from prodial_kernels.training.atomic import atomic_text
+from prodial_kernels.training.atomic import atomic_file, atomic_text
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import limited, measure
 from prodial_kernels.training.evaluate import evaluate_examples
@@ -32,6 +33,7 @@ from prodial_kernels.training.metrics import MetricsLog, read_metrics
 from prodial_kernels.training.model import resolve_device, resolve_dtype
 from prodial_kernels.training.oom import GuardedStep, OutOfMemory, out_of_memory
 from prodial_kernels.training.planning import comparison_text, plan_run
+from prodial_kernels.training.preflight import check_fit, check_options
 from prodial_kernels.training.preparation import Run, prepare
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.report import (
@@ -41,15 +43,18 @@ from prodial_kernels.training.report import (
     peak_memory,
     plot_loss,
 )
-from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_config
+from prodial_kernels.training.result_file import read_result
+from prodial_kernels.training.run import RunDirectory, RunError, RunIdentity, check_same_config
 from prodial_kernels.training.state import (
     Position,
     StateError,
+    differing_surroundings,
     load_state,
     save_state,
     saved_states,
 )
 from prodial_kernels.training.steps import make_step
+from prodial_kernels.training.written import own_files
 
 
 def finetune(
@@ -63,7 +68,8 @@ def finetune(
 
     Args:
         config: What to do.
-        resume: Continue the run in ``config.output`` from its newest saved state.
+        resume: Continue the run in ``config.output`` from its newest saved state. Of a finished
+            run the result is returned, and nothing done.
         progress: Show progress on stderr.
 
     Returns:
@@ -73,55 +79,99 @@ def finetune(
         ConfigError: An option that cannot be used.
         DataError: The data cannot be used.
         ModelError: The model or the device cannot be used.
-        RunError: The directory holds a run already or, with ``resume``, another run or none.
+        GraphError: ``cuda_graph="on"``, and it cannot be.
+        LossError: ``loss`` cannot be used on this model or machine.
+        OptimizerError: ``optimizer`` cannot be used on this machine.
+        PlaceError: The written model of the run was changed since, so it cannot be replaced.
+        RunError: The directory holds a run already or, with ``resume``, another run or none;
+            another process is running in it; or it was removed during the run.
+        StateError: With ``resume``: none of the saved states is whole.
         NonFiniteLossError: Training diverged; the last saved state is kept.
         MemoryPlanError: The run does not fit into ``config.memory_budget``.
         OutOfMemory: It took more memory than there is; the state is saved.
-        MergeError: The written model does not compute what was trained.
-        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+        MergeError: The written model does not compute what was trained, and was not kept.
+        Interrupted: Ctrl-C, SIGTERM or the like; the state is saved.
         OSError: The disk is full, or a file cannot be written; the last saved state is kept.
     """
     started = time.perf_counter()
     with StopSignals() as signals:
         config = config.resolved()
         folder = RunDirectory(config.output)
-        saved = folder.read_identity() if resume else None
-        if saved is not None and config.quantize == "auto":
-            # What was chosen when the run began.
-            config = replace(config, quantize=saved.config.get("quantize"))
-        _check_open(folder, saved, config)
         display = Progress(enabled=progress)
-        display.say(f"loading model {config.model!r} and data {config.data!r}")
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
-        plan = plan_run(config, device, dtype)
-        if config.quantize == "auto":
-            config = replace(config, quantize=None if plan is None else plan.plan.quantize)
-        with limited(device, None if plan is None else plan.allowed):
-            run = prepare(config, folder, saved, plan, display)
-            with folder.only_one_process():
-                position = _restore(run, folder, display) if resume else Position()
-                position = _train(run, folder, position, signals, display)
+        check_options(config, device)
+        # Quickly, before a directory is made; what counts is the look under the lock.
+        if resume:
+            folder.read_identity()
+        else:
+            folder.check_startable()
+        with folder.only_one_process(create=not resume):
+            saved = _whose_run(folder, resume, display)
+            if saved is not None:
+                if config.quantize == "auto":
+                    # What was chosen when the run began.
+                    config = replace(config, quantize=saved.config.get("quantize"))
+                check_same_config(folder, saved, config)
+                finished = read_result(folder, display.say)
+                if finished is not None:
+                    display.say(f"the run in {folder.path} is finished: there is nothing to do")
+                    return finished
+                # They are replaced at the end: rather now than then, if they cannot be.
+                for path in (folder.merged, folder.full_model):
+                    with suppress(FileNotFoundError):
+                        own_files(path)
+            display.say(f"loading model {config.model!r} and data {config.data!r}")
+            plan = plan_run(config, device, dtype)
+            if config.quantize == "auto":
+                config = replace(config, quantize=None if plan is None else plan.plan.quantize)
+            check_fit(config, dtype)
+            with limited(device, None if plan is None else plan.allowed):
+                run = prepare(config, folder, saved, plan, display)
+                position = _train(run, folder, saved, signals, display)
                 return _finish(run, folder, position, started, display)
 
 
-def _check_open(folder: RunDirectory, saved: RunIdentity | None, config: FinetuneConfig) -> None:
-    if saved is None:
-        folder.check_startable()
+def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIdentity | None:
+    """Return the run to continue, None for a new one; call it under the lock."""
+    if resume:
+        saved = folder.read_identity()
     else:
-        check_same_config(folder, saved, config)
+        saved = None
+        folder.check_startable()
+        if folder.identity_file.exists():
+            display.say(f"an earlier run in {folder.path} saved nothing: a new one takes its place")
+    folder.remove_leftovers()
+    return saved
 
 
 def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
-    """Load the newest state that is whole; begin at step 0 where nothing was saved yet."""
-    for path in reversed(saved_states(folder.states)):
+    """Load the newest state that is whole; begin at step 0 where nothing was saved yet.
+
+    Raises:
+        StateError: States were saved, and none of them is whole.
+    """
+    states, reasons = saved_states(folder.states), []
+    for path in reversed(states):
         try:
-            position = load_state(path, run.loaded.model, run.method.optimizer)
+            position = load_state(
+                path, run.loaded.model, run.method.optimizer,
+                run=run.identity.fingerprint, fits=run.options.reaches,
+            )  # fmt: skip
         except StateError as error:
             display.say(f"skipping a damaged state: {error}")
+            reasons.append(str(error))
             continue
+        others = differing_surroundings(path)
+        if others:
+            display.say(f"the last bits may differ from here on: {', '.join(others)}")
         display.say(f"resuming after step {position.step} of {run.options.steps}")
         return position
+    if reasons:
+        raise StateError(
+            f"all {len(states)} saved states are damaged; of the newest: {reasons[0]}. Restore one "
+            f"from a copy, or remove {folder.states} to begin again at step 0"
+        )
     display.say("no saved state yet: starting from step 0")
     return Position()
 
@@ -129,10 +179,11 @@ def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
 def _train(
     run: Run,
     folder: RunDirectory,
-    position: Position,
+    saved: RunIdentity | None,
     signals: StopSignals,
     display: Progress,
 ) -> Position:
+    position = Position() if saved is None else _restore(run, folder, display)
     step = GuardedStep(
         make_step(
             run.loaded.model, run.method.optimizer, run.config, device=run.device,
@@ -142,7 +193,13 @@ def _train(
     )  # fmt: skip
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
+    if saved is None:
+        # As late as can be: what fails before leaves nothing behind.
+        folder.check_there()
+        folder.write_identity(run.identity)
     log = MetricsLog(folder.metrics_file, step=position.step)
+    if log.dropped:
+        display.say(f"{folder.metrics_file}: {log.dropped} lines that are no records were dropped")
     events = _Events(run, folder, log, display, position)
     try:
         return _take_steps(run, step, events, position, signals, display)
@@ -203,6 +260,7 @@ class _Events:
         self._display = display
 
     def logged(self, record: StepRecord) -> None:
+        self.folder.check_there()
         self.position = record.position
         self._display.step(record)
         step = record.position.step
@@ -222,8 +280,12 @@ class _Events:
         )
 
     def save(self, position: Position) -> None:
+        self.folder.check_there()
         self._log.flush()
-        save_state(self.folder.states, position, self._run.loaded.model, self._run.method.optimizer)
+        save_state(
+            self.folder.states, position, self._run.loaded.model, self._run.method.optimizer,
+            run=self._run.identity.fingerprint,
+        )  # fmt: skip
 
     def evaluate(self, position: Position) -> None:
         metrics = _evaluate(self._run, self._display)
@@ -250,6 +312,14 @@ def _finish(
     run: Run, folder: RunDirectory, position: Position, started: float, display: Progress
 ) -> FinetuneResult:
     """Save the adapter, write the merged model, check it, draw the curve, sum up."""
+    folder.check_there()
+    records = read_metrics(folder.metrics_file)
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    if not evaluations:
+        raise RunError(
+            f"{folder.metrics_file} holds no evaluation any more; continue with --resume, which "
+            "evaluates again"
+        )
     peak = peak_memory(run.device)
     memory = None
     if run.plan is not None:
@@ -262,11 +332,8 @@ def _finish(
     model_dir = folder.full_model if full else folder.merged
     display.say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
     agreement = _write_and_check(run, folder)
-    records = read_metrics(folder.metrics_file)
-    plot_loss(
-        records, folder.plot_file, title=f"{METHOD_NAMES[run.config.method]}: {run.split.name}"
-    )
-    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    with atomic_file(folder.plot_file) as picture:
+        plot_loss(records, picture, title=f"{METHOD_NAMES[run.config.method]}: {run.split.name}")
     result = FinetuneResult(
         method=run.config.method,
         rank=None if run.method.adapter is None else run.method.adapter.r,
@@ -307,13 +374,13 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
         model.cpu()
     if not full:
         merge_prodial(model)
-    write_model(model, run.loaded.tokenizer, path, replace=True)
-    if run.plan is not None:
-        # There need not be room for two.
-        model.cpu()
-        torch.cuda.empty_cache()
-    # Fully fine-tuned weights are written in float32, as they were trained.
-    dtype = torch.float32 if full else run.dtype
-    return check_written_model(
-        path, tokens, expected, device=run.device, dtype=dtype, by_blocks=by_blocks
-    )
+    with write_model(model, run.loaded.tokenizer, path, replace=True) as written:
+        if run.plan is not None:
+            # There need not be room for two.
+            model.cpu()
+            torch.cuda.empty_cache()
+        # Fully fine-tuned weights are written in float32, as they were trained.
+        dtype = torch.float32 if full else run.dtype
+        return check_written_model(
+            written, tokens, expected, device=run.device, dtype=dtype, by_blocks=by_blocks
+        )

@@ -1,4 +1,9 @@
-"""Ctrl-C and SIGTERM: a training step is finished and saved, everything else stops at once."""
+"""Ctrl-C, SIGTERM and the like: a step is finished and saved, everything else stops at once.
+
+The like are SIGHUP (the terminal has gone), SIGXCPU (the time limit is near) and SIGUSR1 (so batch
+systems warn of theirs): as far as the system has them and nothing else handles or ignores them, as
+``nohup`` makes a process ignore SIGHUP.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +31,40 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """What a shell reports for this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        """What a shell reports for this signal: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signum
 
 
-class StopSignals:
-    """Turn SIGINT and SIGTERM into :class:`Interrupted` while the context is open.
+_ALWAYS = ("SIGINT", "SIGTERM")
+_UNLESS_TAKEN = ("SIGHUP", "SIGXCPU", "SIGUSR1")
 
-    Inside :meth:`deferred` a first signal is only noted in ``received``; a second one raises all
-    the same. In a thread other than the main one signals cannot be handled and are left alone.
+
+class StopSignals:
+    """Turn signals that ask to stop into :class:`Interrupted` while the context is open.
+
+    Inside :meth:`deferred` a first signal is only noted in ``received``. A second SIGINT or SIGTERM
+    raises all the same; the others say nothing new when they come again, as SIGXCPU does every
+    second. In a thread other than the main one signals cannot be handled and are left alone.
     """
 
     def __init__(self) -> None:
         """Start with no signal received and nothing installed."""
         self.received: int | None = None
+        self._raised = False
         self._deferred = False
+        self._urgent = {getattr(signal, name) for name in _ALWAYS}
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._handle)
+            for name in (*_ALWAYS, *_UNLESS_TAKEN):
+                # Windows has but two of them.
+                signum = getattr(signal, name, None)
+                if signum is None:
+                    continue
+                if name in _ALWAYS or signal.getsignal(signum) is signal.SIG_DFL:
+                    self._before[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,10 +85,15 @@ class StopSignals:
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal was held back."""
         if self.received is not None:
+            self._raised = True
             raise Interrupted(self.received)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if self._deferred and self.received is None:
+        again = self._raised or self.received is not None
+        if again and signum not in self._urgent:
+            return
+        if self._deferred and (self.received is None or self.received not in self._urgent):
             self.received = signum
             return
+        self._raised = True
         raise Interrupted(signum)

@@ -42,6 +42,11 @@ class LoopOptions:
     eval_every: int = 0
     save_every: int = 0
 
+    def reaches(self, position: Position) -> bool:
+        """Whether such a training comes past a position."""
+        micro_batches = position.step * self.grad_accumulation
+        return position.step <= self.steps and position.micro_batches == micro_batches
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -116,7 +121,8 @@ def train(
                 events.evaluate(position)
             except Interrupted:
                 if position.step != saved:
-                    events.save(position)
+                    with signals.deferred():
+                        events.save(position)
                 raise
         if position.step >= options.steps:
             return position

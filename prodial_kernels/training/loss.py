@@ -168,20 +168,33 @@ def make_loss(model: nn.Module, kind: str = "auto", *, graphed: bool = False) ->
         if kind == "auto":
             return FullLoss(model), f"the logits are whole in memory: {error}"
         raise LossError(f"loss {kind!r} cannot be used: {error}; use loss 'full'") from error
-    on_cuda = head.layer.weight.device.type == "cuda"
-    liger = find_spec("liger_kernel") is not None
+    device = head.layer.weight.device
     if kind == "liger":
-        for holds, what in (
-            (on_cuda, "it needs a CUDA device; use 'chunked'"),
-            (liger, "it is not installed: pip install liger-kernel"),
-            (not graphed, "it waits for the device; use 'chunked', or cuda_graph 'off'"),
-        ):
-            if not holds:
-                raise LossError(f"loss 'liger' cannot be used: {what}")
+        check_loss(kind, device, graphed=graphed)
         return LigerLoss(head), "as asked for"
-    if kind == "auto" and on_cuda and liger and not graphed:
+    if kind == "auto" and not _without_liger(device, graphed):
         return LigerLoss(head), "liger-kernel is installed"
     return ChunkedLoss(head), "as asked for" if kind == "chunked" else "the logits are never whole"
+
+
+def check_loss(kind: str, device: torch.device, *, graphed: bool = False) -> None:
+    """Raise where :func:`make_loss` would whatever the model.
+
+    Raises:
+        LossError: ``kind`` cannot be used on this machine.
+    """
+    reason = _without_liger(device, graphed) if kind == "liger" else ""
+    if reason:
+        raise LossError(f"loss 'liger' cannot be used: {reason}")
+
+
+def _without_liger(device: torch.device, graphed: bool) -> str:
+    """Why liger-kernel's loss cannot be used; empty if it can."""
+    if device.type != "cuda":
+        return "it needs a CUDA device; use 'chunked'"
+    if find_spec("liger_kernel") is None:
+        return "it is not installed: pip install liger-kernel"
+    return "it waits for the device; use 'chunked', or cuda_graph 'off'" if graphed else ""
 
 
 @torch.no_grad()

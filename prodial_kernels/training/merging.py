@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from prodial_kernels.training.atomic import atomic_directory, safetensors_errors
 from prodial_kernels.training.device_memory import indexed
 from prodial_kernels.training.model import load_model
 from prodial_kernels.training.offload import blocks_on_demand
+from prodial_kernels.training.written import clear_leftovers, mark_written, own_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,22 +53,37 @@ class Agreement:
         )
 
 
+@contextmanager
 def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     path: Path,
     *,
     replace: bool = False,
-) -> None:
+) -> Iterator[Path]:
     """Write a plain model and its tokenizer in transformers' format, whole or not at all.
+
+    Yields the directory that they are in first, to be checked; it takes its place at ``path`` when
+    the block succeeds. Otherwise ``path`` stays as it was.
+
+    Args:
+        model: The model, without an adapter.
+        tokenizer: Its tokenizer.
+        path: The directory to write.
+        replace: Whether an empty directory or an earlier written model at ``path`` is replaced.
 
     Raises:
         FileExistsError: ``path`` exists and is not to be replaced.
+        PlaceError: ``path`` is to be replaced, and holds something that no earlier call wrote.
         OSError: The disk is full, or the place cannot be written.
     """
-    with atomic_directory(path, replace=replace) as temporary, safetensors_errors(path):
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    clear_leftovers(path)
+    with atomic_directory(path, own_files=own_files if replace else None) as temporary:
+        with safetensors_errors(path):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        mark_written(temporary)
+        yield temporary
 
 
 def has_room_dense(model: nn.Module, device: torch.device) -> bool:
@@ -128,9 +145,8 @@ def check_written_model(
     # "not <=" rather than ">": a NaN must fail.
     if not agreement.relative <= agreement.tolerance:
         raise MergeError(
-            f"the model written to {path} does not compute what was trained: {agreement}, "
-            f"where rounding explains {agreement.tolerance:.1e}; do not use it. The adapter "
-            "beside it is not affected"
+            f"the written model does not compute what was trained: {agreement}, where rounding "
+            f"explains {agreement.tolerance:.1e}; it was not kept. The adapter is not affected"
         )
     return agreement
 

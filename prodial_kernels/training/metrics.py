@@ -6,6 +6,7 @@ Training lines have ``"kind": "train"`` and the step that they finish; evaluatio
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -23,6 +24,8 @@ class MetricsLog:
     def __init__(self, path: Path, *, step: int) -> None:
         """Open the file to continue after ``step``: whatever belongs to later is removed.
 
+        ``dropped`` then counts the lines that are none of a run's.
+
         An evaluation at ``step`` itself is removed too, because a run saves its state first and
         then evaluates: a resumed run does it again. So is a line that a killed process left
         unfinished.
@@ -31,17 +34,22 @@ class MetricsLog:
             OSError: The disk is full, or the file cannot be written.
         """
         self.path = path
-        kept = [r for r in read_metrics(path) if _belongs_before(r, step)]
+        records = read_metrics(path)
+        kept = [r for r in records if _belongs_before(r, step)]
+        self.dropped = _lines(path) - len(records)
         atomic_text(path, "".join(_line(record) for record in kept))
         self._stream = path.open("a", encoding="utf-8")
+        self._file = _identity(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record; numbers that JSON cannot hold become null.
 
         Raises:
-            OSError: The disk is full.
+            OSError: The disk is full, or the file was removed or replaced meanwhile.
         """
         try:
+            if _identity(self.path) != self._file:
+                raise OSError(errno.ESTALE, "was replaced while the run was writing it")
             self._stream.write(_line(record))
             self._stream.flush()
         except OSError as error:
@@ -58,18 +66,48 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the complete records of a file, in order; none if there is no file."""
+    """Return the complete records of a file, in order; none if there is no file.
+
+    A record has a ``kind`` and a ``step`` as said above, and numbers or null for the rest.
+
+    Raises:
+        OSError: It cannot be read.
+    """
     if not path.exists():
         return []
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if _is_record(record):
             records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or record.get("kind") not in ("train", "evaluation"):
+        return False
+    numbers = [value for name, value in record.items() if name != "kind"]
+    step = record.get("step")
+    return (
+        type(step) is int
+        and step >= 0
+        and all(v is None or type(v) in (int, float) for v in numbers)
+        and (record["kind"] == "evaluation" or "loss" in record)
+    )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _belongs_before(record: Mapping[str, Any], step: int) -> bool:

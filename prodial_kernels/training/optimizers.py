@@ -34,23 +34,37 @@ def make_optimizer(
         OptimizerError: bitsandbytes is missing or cannot be loaded, or there is no CUDA device.
         ValueError: An unknown ``kind``.
     """
+    check_optimizer(kind, device)
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
+    from bitsandbytes import optim
+
+    made: torch.optim.Optimizer = getattr(optim, _BITSANDBYTES[kind])(groups, lr=lr)
+    return made
+
+
+def check_optimizer(kind: str, device: torch.device) -> None:
+    """Raise unless an optimiser can be made for parameters on ``device``.
+
+    Raises:
+        OptimizerError: As :func:`make_optimizer`.
+        ValueError: An unknown ``kind``.
+    """
     if kind not in OPTIMIZERS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, OPTIMIZERS))}, got {kind!r}")
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
+        return
     if device.type != "cuda":
         raise OptimizerError(
             f"optimizer {kind!r} needs a CUDA device, the model is on {device.type!r}; use 'adamw'"
         )
     try:
-        from bitsandbytes import optim
+        from bitsandbytes import optim  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise OptimizerError(
             f"optimizer {kind!r} needs bitsandbytes ({error}): pip install bitsandbytes, or use "
             "optimizer 'adamw'"
         ) from error
-    made: torch.optim.Optimizer = getattr(optim, _BITSANDBYTES[kind])(groups, lr=lr)
-    return made
 
 
 def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
@@ -85,6 +99,32 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
     return {kind: torch.as_tensor(value).clone() for kind, value in state.items()}
 
 
+def check_state(
+    optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Mapping[str, Tensor]]
+) -> None:
+    """Raise unless states are such as PyTorch's AdamW keeps; others check while they restore.
+
+    A parameter that never had a gradient has none.
+
+    Raises:
+        ValueError: Says what is missing or has another shape or dtype.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for parameter, saved in states.items():
+        if not saved:
+            continue
+        if saved.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"expected step, exp_avg and exp_avg_sq, got {', '.join(saved)}")
+        for kind, value in saved.items():
+            shape = torch.Size() if kind == "step" else parameter.shape
+            dtype = torch.float32 if kind == "step" else parameter.dtype
+            if value.shape != shape or value.dtype != dtype:
+                raise ValueError(
+                    f"{kind} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
+                )
+
+
 def restore_state(
     optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Mapping[str, Tensor]]
 ) -> None:
@@ -107,6 +147,8 @@ def restore_state(
 
 
 def _fill(state: dict[str, Any], saved: Mapping[str, Tensor]) -> None:
+    if not state.keys() <= saved.keys():
+        raise ValueError(f"{', '.join(sorted(state.keys() - saved.keys()))} missing")
     for kind, value in saved.items():
         if isinstance(state[kind], Tensor):
             state[kind].copy_(value)

@@ -39,6 +39,7 @@ class Run:
     dtype: torch.dtype
     plan: RunPlan | None
     levels: AppliedLevels
+    identity: RunIdentity
 
     @property
     def evaluation_batch(self) -> int:
@@ -69,7 +70,7 @@ def prepare(
     plan: RunPlan | None,
     display: Progress,
 ) -> Run:
-    """Load model and data, check or record whose run this is, and apply the method.
+    """Load model and data, check whose run this is, and apply the method; nothing is written.
 
     Args:
         config: A resolved configuration.
@@ -122,15 +123,15 @@ def prepare(
         check_same_identity(folder, saved, identity)
     torch.manual_seed(config.seed)
     method = prepare_method(loaded.model, config)
-    if saved is None:
-        folder.write_identity(identity)
     display.say(str(method.report))
     if plan is not None:
         display.say(str(plan))
     chosen = block_levels(loaded.model, config.chosen_activations, plan)
     levels = apply_savings(loaded.model, chosen, device=device, say=display.say)
     options = _loop_options(config, batches)
-    return Run(config, loaded, split, batches, method, options, device, dtype, plan, levels)
+    return Run(
+        config, loaded, split, batches, method, options, device, dtype, plan, levels, identity
+    )
 
 
 def _loop_options(config: FinetuneConfig, batches: TrainingBatches) -> LoopOptions:

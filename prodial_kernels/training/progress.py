@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prodial_kernels.training.loop import StepRecord
@@ -32,7 +32,7 @@ class Progress:
         if self._enabled:
             from tqdm import tqdm
 
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(message, file=_Stderr())
 
     @contextmanager
     def training(self, steps: int, position: Position) -> Iterator[None]:
@@ -84,5 +84,21 @@ class Progress:
             bar_format=_FORMAT,
             dynamic_ncols=in_terminal,
             mininterval=0.2 if in_terminal else _SECONDS_BETWEEN_LINES_IN_A_FILE,
-            file=sys.stderr,
+            file=_Stderr(),
         )
+
+
+class _Stderr:
+    """Standard error, which may go away: a run must not end because nobody watches it any more."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)

@@ -9,8 +9,8 @@ from torch import nn
 
 from prodial_kernels.training.buckets import Buckets
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.graphed import GraphedStep, choose_graph
-from prodial_kernels.training.loss import make_loss
+from prodial_kernels.training.graphed import GraphChoice, GraphedStep, choose_graph
+from prodial_kernels.training.loss import check_loss, make_loss
 from prodial_kernels.training.step import EagerStep, TrainingStep
 
 
@@ -39,14 +39,7 @@ def make_step(
         GraphError: ``cuda_graph="on"``, and it cannot be.
         LossError: ``loss`` cannot be used on this model or machine.
     """
-    batch_size, seq_len = config.batch_size or 1, config.seq_len or 2
-    choice = choose_graph(
-        config.cuda_graph,
-        device=device,
-        tokens=batch_size * seq_len,
-        parts=config.grad_accumulation,
-        obstacles=_obstacles(config, checkpoints),
-    )
+    choice = _choose(config, device, checkpoints)
     loss, why = make_loss(model, config.loss, graphed=choice.graphed)
     if loss.name == "full" and config.loss != "full":
         say(f"loss: {why}")
@@ -60,12 +53,33 @@ def make_step(
     return GraphedStep(
         loss,
         optimizer,
-        Buckets(batch_size, seq_len),
+        Buckets(config.batch_size or 1, config.seq_len or 2),
         CudaGraphs(device),
         clip=config.clip,
         autocast_dtype=autocast_dtype,
         required=config.cuda_graph == "on",
         say=say,
+    )
+
+
+def check_step(config: FinetuneConfig, device: torch.device) -> None:
+    """Raise where :func:`make_step` would whatever the model.
+
+    Raises:
+        GraphError: As :func:`make_step`.
+        LossError: As :func:`make_step`.
+    """
+    choice = _choose(config, device, checkpoints=False)
+    check_loss(config.loss, device, graphed=choice.graphed)
+
+
+def _choose(config: FinetuneConfig, device: torch.device, checkpoints: bool) -> GraphChoice:
+    return choose_graph(
+        config.cuda_graph,
+        device=device,
+        tokens=(config.batch_size or 1) * (config.seq_len or 2),
+        parts=config.grad_accumulation,
+        obstacles=_obstacles(config, checkpoints),
     )
 
 

@@ -323,9 +323,9 @@ def test_a_run_trains_with_them_and_leaves_without(
     written = []
     write = finetuning.write_model
 
-    def noting(model: nn.Module, *args: Any, **options: Any) -> None:
+    def noting(model: nn.Module, *args: Any, **options: Any) -> Any:
         written.append(any(map(is_fused, model.modules())))
-        write(model, *args, **options)
+        return write(model, *args, **options)
 
     monkeypatch.setattr(finetuning, "write_model", noting)
     config = FinetuneConfig(

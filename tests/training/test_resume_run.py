@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,35 @@ def test_a_damaged_state_is_skipped(
     assert _lines(tmp_path / "run") == _lines(whole_run.output)
 
 
-def test_resuming_a_finished_run_only_finishes_again(place: Path, tmp_path: Path) -> None:
-    first = run(place, tmp_path / "run", steps=4)
-    again = run(place, tmp_path / "run", steps=4, resume=True)
-    assert again.after == first.after
-    assert [r["step"] for r in _lines(tmp_path / "run") if r["kind"] == "train"] == [1, 2, 3, 4]
+def test_resuming_a_finished_run_does_nothing_and_says_so(
+    place: Path, whole_run: FinetuneResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _contents(whole_run.output)
+    again = run(place, whole_run.output, resume=True, progress=True, lora_dropout=0.1)
+    assert again == whole_run
+    assert "is finished: there is nothing to do" in capsys.readouterr().err
+    assert _contents(whole_run.output) == before
+
+
+@pytest.mark.parametrize("gone", ["results.json", "merged", "adapter"])
+def test_a_run_whose_end_was_cut_off_is_finished_again(
+    place: Path, tmp_path: Path, whole_run: FinetuneResult, gone: str
+) -> None:
+    folder = shutil.copytree(whole_run.output, tmp_path / "run")
+    if gone == "results.json":
+        (folder / gone).write_text("[" * 100_000)
+    else:
+        shutil.rmtree(folder / gone)
+    again = run(place, folder, resume=True, lora_dropout=0.1)
+    assert again.after == whole_run.after
+    assert _lines(folder) == _lines(whole_run.output)
+    for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        assert (folder / file).read_bytes() == (whole_run.output / file).read_bytes()
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def test_refuses_to_start_over_a_run_or_in_a_full_directory(
@@ -152,14 +177,16 @@ def test_refuses_to_resume_nothing(place: Path, tmp_path: Path) -> None:
 def test_refuses_to_resume_another_run(
     place: Path, tmp_path: Path, whole_run: FinetuneResult
 ) -> None:
+    output = shutil.copytree(whole_run.output, tmp_path / "run")
     with pytest.raises(RunError, match=r"differ: lr \(run: 0\.01, now: 0\.02\), r \(run: 16, now"):
-        run(place, whole_run.output, resume=True, lora_dropout=0.1, lr=0.02, r=3)
+        run(place, output, resume=True, lora_dropout=0.1, lr=0.02, r=3)
+    (output / "results.json").unlink()
     text = place / "text.txt"
     content = text.read_text()
     try:
         text.write_text(content.replace("red", "RED"))
         with pytest.raises(RunError, match=r"differ: data \(its contents have changed\)"):
-            run(place, whole_run.output, resume=True, lora_dropout=0.1)
+            run(place, output, resume=True, lora_dropout=0.1)
     finally:
         text.write_text(content)
     weights = place / "model" / "model.safetensors"
@@ -170,7 +197,7 @@ def test_refuses_to_resume_another_run(
             model.get_input_embeddings().weight.add_(1.0)
         model.save_pretrained(place / "model")
         with pytest.raises(RunError, match=r"differ: model \(its contents have changed\)"):
-            run(place, whole_run.output, resume=True, lora_dropout=0.1)
+            run(place, output, resume=True, lora_dropout=0.1)
     finally:
         weights.write_bytes(original)
 
