@@ -9,11 +9,20 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from prodial_kernels import cli_options
+from prodial_kernels.cli_messages import (
+    explained,
+    joined_numbers,
+    unexpected,
+    unknown_flag,
+    with_suggestion,
+)
+from prodial_kernels.cli_paths import adapter_directory, inspected
+from prodial_kernels.training.config import DEFAULTS, ConfigError
 
 _DESCRIPTION = """\
 Fine-tune Mamba language models through their projectors with ProDiaL, evaluate the result, and
@@ -76,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong option in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
-        _complain(f"{message} (see '{self.prog} --help')")
+        _complain(f"{with_suggestion(message)} (see '{self.prog} --help')")
         raise SystemExit(2)
 
 
@@ -90,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 on success, 1 on an error, 128 and the signal's number when interrupted
         (130: Ctrl-C, 143: SIGTERM). A wrong option raises ``SystemExit(2)``.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(arguments)
+    args = _parsed(list(sys.argv[1:] if argv is None else argv))
     command: _Command = args.command
     # PyTorch's OpenMP threads by default spin for about a millisecond at every barrier. With other
     # processes on the same cores that made training up to six times slower than this shorter spin
@@ -109,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "debug" in args:
             raise
-        _complain(_explain(error))
+        _complain(explained(error))
         return 1
 
 
@@ -149,28 +157,45 @@ def _finetune(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from prodial_kernels.training.adapted import load_adapted
     from prodial_kernels.training.assess import assess, assess_with_harness
+    from prodial_kernels.training.harness import check_tasks
 
-    _quiet_transformers()
     values = vars(args)
+    _check_evaluation(values)
+    adapter = adapter_directory(args.adapter) if "adapter" in args else None
+    if "lm_eval" in args:
+        check_tasks(args.lm_eval)
+    _quiet_transformers()
     loaded = load_adapted(
-        values.get("model"), values.get("adapter"),
+        values.get("model"), adapter,
         device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
         quantize=values.get("quantize"),
     )  # fmt: skip
     if "lm_eval" in args:
-        print(
-            assess_with_harness(
-                loaded, args.lm_eval, batch_size=args.batch_size,
-                num_fewshot=values.get("num_fewshot"), limit=values.get("limit"),
-            )
+        assessment = assess_with_harness(
+            loaded, args.lm_eval, batch_size=args.batch_size,
+            num_fewshot=values.get("num_fewshot"), limit=values.get("limit"),
         )  # fmt: skip
-        return 0
-    assessment = assess(
-        loaded, values.get("data", "stdlib"), split=values.get("split"),
-        max_tokens=values.get("max_tokens"), seq_len=args.seq_len, batch_size=args.batch_size,
-    )  # fmt: skip
+    else:
+        assessment = assess(
+            loaded, values.get("data", "stdlib"), split=values.get("split"),
+            max_tokens=values.get("max_tokens"), limit=values.get("limit"),
+            seq_len=values.get("seq_len", DEFAULTS["seq_len"]), batch_size=args.batch_size,
+        )  # fmt: skip
     print(assessment.to_json() if "json" in args else assessment)
     return 0
+
+
+def _check_evaluation(values: Mapping[str, object]) -> None:
+    """Raise where a flag would have no effect."""
+    if "lm_eval" in values:
+        idle = [n for n in ("data", "split", "max_tokens", "seq_len") if n in values]
+        why = "with `lm_eval`, whose tasks bring their own data and lengths"
+    else:
+        idle = [n for n in ("num_fewshot",) if n in values]
+        why = "without `lm_eval`"
+    if idle:
+        named = ", ".join(f"`{name}`" for name in idle)
+        raise ConfigError(f"{named} would have no effect {why}; leave it out")
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -179,7 +204,8 @@ def _merge(args: argparse.Namespace) -> int:
     _quiet_transformers()
     values = vars(args)
     agreement = merge_to_directory(
-        values.get("model"), args.adapter, args.output, replace="force" in args,
+        values.get("model"), adapter_directory(args.adapter), args.output,
+        replace="force" in args,
         device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
         quantize=values.get("quantize"),
     )  # fmt: skip
@@ -190,11 +216,12 @@ def _merge(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     from prodial_kernels.training.inspection import inspect_adapter, inspect_model, is_adapter
 
+    path = inspected(args.path)
     _quiet_transformers()
     report = (
-        inspect_adapter(args.path)
-        if is_adapter(args.path)
-        else inspect_model(args.path, cli_options.config_values(args))
+        inspect_adapter(path)
+        if is_adapter(path)
+        else inspect_model(path, cli_options.config_values(args))
     )
     print(report.to_json() if "json" in args else report)
     return 0
@@ -224,7 +251,25 @@ _COMMANDS = {
 }  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """Parse a command line; whatever is wrong with it ends in one line that says what to do."""
+    parser, commands = _parser()
+    place = next((i for i, word in enumerate(arguments) if not word.startswith("-")), None)
+    if place is not None and arguments[place] in commands:
+        name = arguments[place]
+        words = joined_numbers(commands[name], arguments[place + 1 :])
+        wrong = unknown_flag(commands, name, words)
+        if wrong is not None:
+            commands[name].error(wrong)
+        arguments = [*arguments[: place + 1], *words]
+    args, extras = parser.parse_known_args(arguments)
+    if extras:
+        commands[args.command_name].error(unexpected(extras, arguments))
+    return args
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """Return the parser of the whole command line, and those of its commands."""
     from prodial_kernels import __version__
 
     form = argparse.RawDescriptionHelpFormatter
@@ -233,6 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"prodial {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    made: dict[str, _Parser] = {}
     for name, command in _COMMANDS.items():
         subparser = commands.add_parser(
             name,
@@ -247,23 +293,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_options(subparser)
         subparser.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-        subparser.set_defaults(command=command)
-    return parser
-
-
-def _explain(error: Exception) -> str:
-    """Say what went wrong; what the package does not raise on purpose is named by its class."""
-    expected = (ValueError, RuntimeError, OSError)
-    if isinstance(error, OSError) and error.strerror:
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}"
-    message = str(error) or "no message"
-    if isinstance(error, expected) and type(error).__module__.split(".")[0] in _OWN_OR_BUILTIN:
-        return message
-    return f"{type(error).__name__}: {message} ('--debug' shows where)"
-
-
-_OWN_OR_BUILTIN = ("builtins", "prodial_kernels")
+        subparser.set_defaults(command=command, command_name=name)
+        made[name] = subparser
+    return parser, made
 
 
 def _complain(message: str) -> None:

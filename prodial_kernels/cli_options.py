@@ -6,6 +6,15 @@ import argparse
 import re
 from typing import Any
 
+from prodial_kernels.cli_values import (
+    at_least,
+    count,
+    integer,
+    merged_blocks,
+    number,
+    per_target,
+    share_or_count,
+)
 from prodial_kernels.training.config import (
     ACTIVATIONS,
     CUDA_GRAPHS,
@@ -21,7 +30,6 @@ from prodial_kernels.training.config import (
     SCHEDULES,
     STDLIB_EVAL_TOKENS,
     STDLIB_MAX_BYTES,
-    ConfigError,
     FinetuneConfig,
 )
 
@@ -37,18 +45,18 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--held-out", metavar="DATA", help="evaluate on this instead of splitting")
     what.add_argument(
         "--held-out-fraction",
-        type=float,
+        type=number,
         metavar="F",
         help=f"share of the data to hold out ({FinetuneConfig.held_out_fraction})",
     )
     what.add_argument(
         "--max-bytes",
-        type=_count,
+        type=count,
         metavar="N",
         help=f"use so much of the data (stdlib: {STDLIB_MAX_BYTES:,}, else all)",
     )
     what.add_argument(
-        "--eval-tokens", type=_count, metavar="N",
+        "--eval-tokens", type=count, metavar="N",
         help=f"evaluate on so many held-out tokens (stdlib: {STDLIB_EVAL_TOKENS:,}, else all)",
     )  # fmt: skip
     what.add_argument(
@@ -70,19 +78,23 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     add_adapter_options(method)
 
     training = parser.add_argument_group("training")
-    training.add_argument("--lr", type=float, help=f"peak learning rate ({_LRS})")
     training.add_argument(
-        "--steps", type=_count, metavar="N", help=f"optimiser steps ({DEFAULTS['steps']})"
+        "--lr", "--learning-rate", type=number, metavar="LR", help=f"peak learning rate ({_LRS})"
     )
-    training.add_argument("--epochs", type=float, help="passes over the data, instead of --steps")
+    training.add_argument(
+        "--steps", type=count, metavar="N", help=f"optimiser steps ({DEFAULTS['steps']})"
+    )
+    training.add_argument(
+        "--epochs", type=number, metavar="N", help="passes over the data, instead of --steps"
+    )
     training.add_argument(
         "--batch-size",
-        type=int,
+        type=integer,
         metavar="N",
         help=f"sequences in a batch ({DEFAULTS['batch_size']})",
     )
     training.add_argument(
-        "--seq-len", type=int, metavar="N", help=f"tokens in a sequence ({DEFAULTS['seq_len']})"
+        "--seq-len", type=integer, metavar="N", help=f"tokens in a sequence ({DEFAULTS['seq_len']})"
     )
     training.add_argument(
         "--packing", choices=PACKINGS,
@@ -90,12 +102,12 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     training.add_argument(
         "--grad-accumulation",
-        type=int,
+        type=integer,
         metavar="N",
         help=f"batches in an optimiser step ({FinetuneConfig.grad_accumulation})",
     )
     training.add_argument(
-        "--weight-decay", type=float, metavar="W", help=f"of AdamW ({DEFAULTS['weight_decay']})"
+        "--weight-decay", type=number, metavar="W", help=f"of AdamW ({DEFAULTS['weight_decay']})"
     )
     training.add_argument(
         "--schedule",
@@ -103,15 +115,21 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         help=f"learning rate after the warm-up ({DEFAULTS['schedule']})",
     )
     training.add_argument(
-        "--warmup", type=int, metavar="N", help=f"steps of linear warm-up ({FinetuneConfig.warmup})"
+        "--warmup",
+        type=integer,
+        metavar="N",
+        help=f"steps of linear warm-up ({FinetuneConfig.warmup})",
     )
     training.add_argument(
         "--clip",
-        type=float,
+        type=number,
+        metavar="NORM",
         help=f"largest gradient norm ({FinetuneConfig.clip:g}); 0: no clipping",
     )
     training.add_argument(
-        "--seed", type=int, help=f"of initial values, data order, dropout ({FinetuneConfig.seed})"
+        "--seed",
+        type=integer,
+        help=f"of initial values, data order, dropout ({FinetuneConfig.seed})",
     )
     training.add_argument(
         "--memory-budget", metavar="SIZE",
@@ -141,19 +159,19 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     records = parser.add_argument_group("how often")
     records.add_argument(
         "--eval-every",
-        type=int,
+        type=integer,
         metavar="N",
         help=f"steps between evaluations ({FinetuneConfig.eval_every}); 0: before and after",
     )
     records.add_argument(
         "--save-every",
-        type=int,
+        type=integer,
         metavar="N",
         help=f"steps between saved states ({FinetuneConfig.save_every}); 0: at the end",
     )
     records.add_argument(
         "--log-every",
-        type=int,
+        type=integer,
         metavar="N",
         help=f"steps between metric lines ({FinetuneConfig.log_every})",
     )
@@ -175,24 +193,26 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-tokens",
-        type=_count,
+        type=at_least(1, count),
         metavar="N",
         help=f"stop after so many tokens of text (stdlib: {STDLIB_EVAL_TOKENS:,}, else all)",
     )
     parser.add_argument(
-        "--seq-len",
-        type=int,
-        default=DEFAULTS["seq_len"],
-        metavar="N",
-        help="tokens at once (%(default)s)",
+        "--seq-len", type=at_least(1), metavar="N", help=f"tokens at once ({DEFAULTS['seq_len']})"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="texts at once (8)")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=8, metavar="N", help="texts at once (8)"
+    )
     parser.add_argument(
         "--lm-eval", nargs="+", metavar="TASK",
         help="run these tasks of lm-evaluation-harness instead, such as hellaswag arc_easy",
     )  # fmt: skip
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples per question")
-    parser.add_argument("--limit", type=float, metavar="N", help="questions per task")
+    parser.add_argument(
+        "--num-fewshot", type=at_least(0), metavar="N", help="of --lm-eval: examples per question"
+    )
+    parser.add_argument("--limit", type=share_or_count, metavar="N",
+        help="evaluate so many examples (of each task), or, under 1, such a share of them",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add_device_options(parser)
 
@@ -209,7 +229,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prodial inspect``."""
     parser.add_argument(
-        "path", help="an adapter's directory; or a model: directory, hub id, embedded"
+        "path", help="directory of an adapter or a run; or a model: directory, hub id, embedded"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     add_adapter_options(parser.add_argument_group("for a model: the adapter to plan"))
@@ -221,15 +241,17 @@ def add_adapter_options(group: Any) -> None:
         "--preset", metavar="NAME",
         help=f"a setting of the paper ({', '.join(LANGUAGE_PRESETS)}); other flags win over it",
     )  # fmt: skip
-    group.add_argument("--r", type=int, metavar="R", help="rank of the LoRA part (16); 0: none")
-    group.add_argument("--lora-alpha", type=float, metavar="A", help="LoRA is scaled by A / R (R)")
-    group.add_argument("--lora-dropout", type=float, metavar="P", help="on LoRA's input (0)")
     group.add_argument(
-        "--n-blocks", type=_per_target, nargs="+", metavar="N",
+        "--r", "--rank", type=integer, metavar="R", help="rank of the LoRA part (16); 0: none"
+    )
+    group.add_argument("--lora-alpha", type=number, metavar="A", help="LoRA is scaled by A / R (R)")
+    group.add_argument("--lora-dropout", type=number, metavar="P", help="on LoRA's input (0)")
+    group.add_argument(
+        "--n-blocks", type=per_target, nargs="+", metavar="N",
         help="diagonal blocks: one number, or in_proj=64 out_proj=32 (default: 1×1 blocks)",
     )  # fmt: skip
     group.add_argument(
-        "--block-size", type=_per_target, nargs="+", metavar="P", help="side of a block instead"
+        "--block-size", type=per_target, nargs="+", metavar="P", help="side of a block instead"
     )
     group.add_argument(
         "--diagonal", metavar="KIND", help="relu (the paper's Eq. 7) or free (two-sided)"
@@ -237,6 +259,14 @@ def add_adapter_options(group: Any) -> None:
     group.add_argument(
         "--target-modules", nargs="+", metavar="NAME",
         help="layers to adapt (in_proj out_proj), or one regular expression for whole paths",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow-partial", action="store_const", const=True,
+        help="adapt what matches, also where only some of the layers do",
+    )  # fmt: skip
+    group.add_argument(
+        "--modules-to-save", nargs="+", metavar="NAME",
+        help="other modules to train and save as a whole, such as a head",
     )  # fmt: skip
     group.add_argument(
         "--no-scale", dest="train_scale", action="store_const", const=False,
@@ -267,11 +297,11 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     values = {
         name: value
         for name, value in vars(args).items()
-        if name not in ("command", "debug", "config", "resume", "path", "json")
+        if name not in ("command", "command_name", "debug", "config", "resume", "path", "json")
     }
     for name in ("n_blocks", "block_size"):
         if name in values:
-            values[name] = _merged_blocks(name, values[name])
+            values[name] = merged_blocks(name, values[name])
     targets = values.get("target_modules")
     if targets is not None and len(targets) == 1 and re.search(r"[\\^$*+?()|\[\]{}]", targets[0]):
         values["target_modules"] = targets[0]
@@ -289,39 +319,17 @@ def _add_model(group: Any, default: str) -> None:
 def _add_data(group: Any) -> None:
     group.add_argument(
         "--data", metavar="DATA",
-        help="text file, JSONL (text; prompt, completion; context, choices, label; or HellaSwag, "
-        "Winogrande, ARC rows), directory, or hub data set NAME[:CONFIGURATION] (stdlib: the "
-        "source of Python's own library)",
+        help="text file, directory of texts, rows (JSONL, JSON, CSV, TSV, Parquet: text; prompt, "
+        "completion; instruction, output; messages; context, choices, label; or HellaSwag, "
+        "Winogrande, ARC), or hub data set NAME[:CONFIGURATION] (stdlib: the source of Python's "
+        "own library)",
     )  # fmt: skip
 
 
 def _add_adapter(group: Any, *, required: bool) -> None:
     group.add_argument(
-        "--adapter", metavar="DIR", required=required, help="directory of an adapter for the model"
+        "--adapter",
+        metavar="DIR",
+        required=required,
+        help="directory of an adapter for the model, or of its run",
     )
-
-
-def _count(text: str) -> int:
-    """Parse a count such as 500, 64k or 4M."""
-    match = re.fullmatch(r"(\d+)([kKmM]?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected a number such as 500, 64k or 4M, got {text!r}")
-    return int(match.group(1)) * {"": 1, "k": 1_000, "m": 1_000_000}[match.group(2).lower()]
-
-
-def _per_target(text: str) -> tuple[str | None, int]:
-    """Parse ``64`` or ``in_proj=64``."""
-    name, equals, number = text.rpartition("=")
-    if not number.isdecimal() or (equals and not name):
-        raise argparse.ArgumentTypeError(f"expected a number or NAME=NUMBER, got {text!r}")
-    return name or None, int(number)
-
-
-def _merged_blocks(option: str, parts: list[tuple[str | None, int]]) -> int | dict[str, int]:
-    if len(parts) == 1 and parts[0][0] is None:
-        return parts[0][1]
-    named = {name: number for name, number in parts if name is not None}
-    if len(named) != len(parts):
-        flag = option.replace("_", "-")
-        raise ConfigError(f"--{flag}: give one number, or a NAME=NUMBER for every target")
-    return named

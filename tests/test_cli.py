@@ -174,7 +174,9 @@ def test_evaluate_hands_the_merged_model_to_the_harness(
     run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prodial_kernels.training import assess
+    from prodial_kernels.training import harness as lm_eval_harness
 
+    monkeypatch.setattr(lm_eval_harness, "check_tasks", lambda tasks: None)
     seen: dict[str, Any] = {}
 
     def harness(path: Path, tasks: list[str], **options: Any) -> dict[str, dict[str, float]]:
@@ -231,11 +233,45 @@ def test_inspect_an_adapter_and_a_model(
     [
         ([], 2, "required: COMMAND"),
         (["finetun"], 2, "invalid choice: 'finetun'"),
-        (["finetune", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
+        (["finetun"], 2, "did you mean 'finetune'?"),
+        (["finetune", "--rannk=8"], 2, "unknown option --rannk; did you mean --rank?"),
+        (["finetune", "-r", "8"], 2, "unknown option -r; did you mean --r?"),
+        (["finetune", "--max_steps", "8"], 2, "unknown option --max_steps; did you mean --steps?"),
+        (["finetune", "--model-name", "x"], 2, "did you mean --model? (see 'prodial finetune"),
+        (["finetune", "--adapter", "x"], 2, "has none of that name, 'prodial evaluate' and"),
+        (["merge", "--adaptr", "x", "--output", "y"], 2, "--adaptr; did you mean --adapter?"),
+        (["finetune", "TEXT"], 2, "did you mean --data "),
+        (["finetune", "MODEL"], 2, "did you mean --model "),
+        (["evaluate", "ADAPTER"], 2, "did you mean --adapter "),
+        (["finetune", "none.txt"], 2, "unexpected 'none.txt': everything is given by name"),
+        (["finetune", "--memory-budget", "8", "GB"], 2, "takes one word: write 8GB, or '8 GB'"),
+        (["finetune", "--memory-budget", "-8GB"], 1, "--memory-budget: expected a size such as"),
+        (["finetune", "--memory-budget", "8"], 1, "is 8 bytes, too few .*; did you mean '8GB'?"),
+        (["finetune", "--steps", "-1"], 1, "--steps must be at least 1, got -1"),
+        (["finetune", "--lr", "-1e-3"], 1, "--lr must be positive, got -0.001"),
+        (["finetune", "--lr", "abc"], 2, "--lr/--learning-rate: expected a number such as 0.001"),
+        (["finetune", "--batch-size", "two"], 2, "expected a whole number such as 8, got 'two'"),
+        (["finetune", "--lr", "1e308"], 1, "--lr must be at most 100, got 1e+308"),
+        (["finetune", "--lr", "1e9"], 1, "--lr must be at most 100, got 1000000000.0"),
+        (["finetune", "--seed", "18446744073709551616"], 1, "--seed must be at most"),
+        (["finetune", "--lora-alpha", "1e308"], 1, "--lora-alpha must be at most 1000000.0"),
+        (["finetune", "--r", "1000000000"], 1, "--r must be at most 65536, got 1000000000"),
+        (["finetune", "--batch-size", "9000000"], 1, "tokens in a step; it must be at most"),
+        (["finetune", "--batch-size", "9" * 99], 1, "got a number of about"),
+        (["finetune", "--lora-dropout", "1.5"], 1, "--lora-dropout must be at least 0 and less"),
+        (["finetune", "--r", "0", "--no-scale", "--no-diagonal"], 1, "--r is 0, and there is nei"),
+        (["finetune", "--steps", "5", "--epochs", "1"], 1, "give --steps or --epochs, not both"),
+        (["finetune", "--method", "full", "--no-scale"], 1, "leave out --no-scale, or take"),
+        (["finetune", "--data", ""], 1, "--data must not be empty"),
+        (["evaluate", "--model", "MODEL", "--num-fewshot", "2"], 1, "--num-fewshot would have no"),
+        (["evaluate", "--lm-eval", "x", "--max-tokens", "2"], 1, "--max-tokens would have no ef"),
+        (["evaluate", "--limit", "0"], 2, "expected a whole number from 1 on, or a share"),
+        (["evaluate", "--seq-len", "0"], 2, "must be at least 1, got 0"),
+        (["finetune", "--stepz", "3"], 2, "unknown option --stepz; did you mean --steps? (see"),
         (["finetune", "--steps", "many"], 2, "expected a number such as 500"),
         (["finetune", "--n-blocks", "4", "5"], 1, "give one number, or a NAME=NUMBER"),
         (["finetune", "--preset", "arc-hard"], 1, "preset must be one of 'arc-easy'"),
-        (["finetune", "--config", "none.toml"], 1, "none.toml: cannot be read: No such file"),
+        (["finetune", "--config", "none.toml"], 1, "none.toml: no such file"),
         (["finetune", "--resume"], 1, "no run to resume in prodial-output"),
         (["finetune", "--model", "./none", "--data", "TEXT"], 1, "./none: no such directory"),
         (["finetune", "--model", "MODEL", "--data", "./none"], 1, "./none: no such file or dir"),
@@ -244,11 +280,16 @@ def test_inspect_an_adapter_and_a_model(
         ([*_ON_TEXT, "--n-blocks", "7"], 1, "must divide"),
         ([*_ON_TEXT, "--target-modules", "q"], 1, "matches nothing"),
         (["evaluate", "--adapter", "./none"], 1, "none: no such directory"),
+        (["evaluate", "--adapter", "EMPTY"], 1, "it is a file, and no adapter lies beside it"),
+        (["evaluate", "--adapter", "MODEL"], 1, "it holds a model, not an adapter"),
+        (["evaluate", "--adapter", "FOLDER"], 1, "it holds no adapter (no adapter_config.json"),
+        (["merge", "--adapter", "./folde", "--output", "x"], 1, "did you mean 'folder'?"),
         (["evaluate", "--model", "ADAPTER"], 1, "holds an adapter, not a model"),
         (["evaluate", "--model", "EMPTY"], 1, "is a file; give the directory"),
         (["merge", "--adapter", "ADAPTER"], 2, "required: --output"),
         (["inspect", "FOLDER"], 1, "no config.json in it"),
         (["inspect", "folder/adapter"], 1, "folder/adapter: no such directory"),
+        (["inspect", "my-run/adapter"], 1, "there is no directory 'my-run' either"),
     ],
 )  # fmt: skip
 def test_errors_are_one_clear_line(
@@ -274,7 +315,7 @@ def test_errors_are_one_clear_line(
         "FOLDER": str(tmp_path / "folder"),
     }
     found = _error(capsys, [stands_for.get(a, a) for a in arguments], code)
-    assert message in found
+    assert all(part in found for part in message.split(".*"))
     assert not (tmp_path / "prodial-output").exists()
 
 

@@ -22,7 +22,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     "_process", "_disk", "_locking", "_validation", "upstream", "kernels", "ops", "config",
     "functional", "testing", "quantization", "linear", "mixers", "vision", "checkpoint", "embedded",
-    "training", "cli_options", "cli", "__main__",
+    "training", "cli_values", "cli_paths", "cli_options", "cli_messages", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.inject import merge_prodial
 from prodial_kernels.training.config import STDLIB_EVAL_TOKENS, STDLIB_MAX_BYTES
-from prodial_kernels.training.data import load_all, load_documents
+from prodial_kernels.training.data import load_documents, read_whole
 from prodial_kernels.training.evaluate import evaluate_examples
-from prodial_kernels.training.examples import Example
+from prodial_kernels.training.examples import Example, kind_of
 from prodial_kernels.training.harness import run_lm_eval
 from prodial_kernels.training.merging import write_model
 from prodial_kernels.training.model import LoadedModel
@@ -56,6 +56,7 @@ def assess(
     *,
     split: str | None = None,
     max_tokens: int | None = None,
+    limit: float | None = None,
     seq_len: int = 256,
     batch_size: int = 8,
     progress: bool = True,
@@ -69,6 +70,7 @@ def assess(
             for everything (of a hub data set its validation or test part); None for held-out of
             ``"stdlib"`` and all of anything else.
         max_tokens: Stop after so many tokens of text; None for all (of ``"stdlib"``, 32,768).
+        limit: Evaluate so many examples, or under 1 such a share of them, at least one.
         seq_len: The most tokens that the model reads at once.
         batch_size: Windows in a forward pass.
         progress: Show progress on stderr.
@@ -82,13 +84,23 @@ def assess(
         split = "held-out" if stdlib else "all"
     max_bytes = STDLIB_MAX_BYTES if stdlib else None
     examples: Sequence[Example]
+    notes: Sequence[str]
     if split == "held-out":
-        examples = load_documents(data, max_bytes=max_bytes).held_out
+        both = load_documents(data, max_bytes=max_bytes)
+        examples, notes = both.held_out, both.notes
     else:
-        examples = load_all(data, max_bytes=max_bytes)
+        examples, notes = read_whole(data, max_bytes=max_bytes)
+    if limit is not None:
+        # The order is a fixed random one, so any beginning is a fair sample.
+        n = round(limit * len(examples)) if limit < 1 else int(limit)
+        examples = examples[: max(1, n)]
     if max_tokens is None and stdlib:
         max_tokens = STDLIB_EVAL_TOKENS
-    with Progress(enabled=progress).evaluating() as advance:
+    display = Progress(enabled=progress)
+    for note in notes:
+        display.say(note)
+    display.say(f"evaluating {loaded.name} on {len(examples):,} {kind_of(examples)} examples")
+    with display.evaluating(leave=True) as advance:
         metrics = evaluate_examples(
             loaded.model, loaded.tokenizer, examples, seq_len=seq_len, batch_size=batch_size,
             max_tokens=max_tokens, progress=advance,

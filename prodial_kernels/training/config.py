@@ -12,9 +12,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prodial_kernels.training.config_values import MINIMA, checked_value
+from prodial_kernels.training.config_checks import check_together
 from prodial_kernels.training.config_values import ConfigError as ConfigError
-from prodial_kernels.training.memory_budget import parse_budget
+from prodial_kernels.training.config_values import (
+    check_choice,
+    checked_value,
+)
+from prodial_kernels.training.suggestions import option_meant
 
 if TYPE_CHECKING:
     from prodial_kernels.config import Preset, ProdialConfig
@@ -40,6 +44,8 @@ ADAPTER_OPTIONS = (
     "train_scale",
     "train_diagonal",
 )
+# Options of the adapter that no preset and no method decides.
+OTHER_ADAPTER_OPTIONS = ("modules_to_save", "allow_partial")
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
 # the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
 # than an adapter.
@@ -73,7 +79,7 @@ class FinetuneConfig:
         method: ``"prodial"``, ``"lora"`` (no scale, no diagonal; without ``r`` the rank whose
             parameter count is closest to ProDiaL's) or ``"full"`` (every parameter).
         preset: A setting of the paper; fills in options that are None.
-        r: Adapter option as in :class:`prodial_kernels.ProdialConfig`, like the next eight.
+        r: Adapter option as in :class:`prodial_kernels.ProdialConfig`, like the next ten.
         lora_alpha: See ``r``.
         lora_dropout: See ``r``.
         n_blocks: See ``r``.
@@ -82,6 +88,8 @@ class FinetuneConfig:
         target_modules: See ``r``.
         train_scale: See ``r``.
         train_diagonal: See ``r``.
+        modules_to_save: See ``r``.
+        allow_partial: See ``r``.
         lr: Peak learning rate; the default is the method's (:data:`DEFAULT_LR`).
         steps: Optimiser steps; give this or ``epochs``.
         epochs: Passes over the training data; may be a fraction.
@@ -141,6 +149,8 @@ class FinetuneConfig:
     target_modules: str | tuple[str, ...] | None = None
     train_scale: bool | None = None
     train_diagonal: bool | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    allow_partial: bool | None = None
     lr: float | None = None
     steps: int | None = None
     epochs: float | None = None
@@ -182,43 +192,17 @@ class FinetuneConfig:
             ("activations", ACTIVATIONS),
             ("quantize", (*QUANTIZE, "auto")),
         ):
-            if getattr(self, name) not in (None, *choices):
-                listed = ", ".join(map(repr, choices))
-                raise ConfigError(f"{name} must be one of {listed}, got {getattr(self, name)!r}")
-        for name, minimum in MINIMA.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ConfigError(f"{name} must be at least {minimum}, got {value}")
-        for name in ("lr", "epochs"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} must be positive, got {value}")
-        if not 0.0 < self.held_out_fraction < 1.0:
-            raise ConfigError(
-                f"held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}"
-            )
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError(
-                f"give steps or epochs, not both (got steps={self.steps}, epochs={self.epochs})"
-            )
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), choices)
         if self.preset is not None and self._preset().seq_len is None:
             raise ConfigError(
-                f"preset {self.preset!r} is for image classification, which this command does not "
-                "train; take its adapter with get_preset() in your own training loop"
+                f"`preset` {self.preset!r} is for image classification, which is not trained here; "
+                "take its adapter with prodial_kernels.config.get_preset() in your own training "
+                "loop"
             )
-        if self.memory_budget is not None:
-            try:
-                parse_budget(self.memory_budget)
-            except ValueError as error:
-                raise ConfigError(f"memory_budget: {error}") from error
-        if self.gradient_checkpointing and self.activations not in ("auto", "checkpoint"):
-            raise ConfigError(
-                f"gradient_checkpointing is activations 'checkpoint', and contradicts activations "
-                f"{self.activations!r}; give one of them"
-            )
-        given = [name for name in (*ADAPTER_OPTIONS, "quantize") if getattr(self, name) is not None]
-        if self.method == "full" and given:
-            raise ConfigError(f"method 'full' trains every weight and has no adapter: drop {given}")
+        check_together(
+            self, sizes=DEFAULTS, adapter_options=(*ADAPTER_OPTIONS, *OTHER_ADAPTER_OPTIONS)
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
@@ -239,8 +223,23 @@ class FinetuneConfig:
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise ConfigError(f"{source}: unknown keys {unknown}; known are {known}")
+        if not unknown:
+            return
+        meant = {name: option_meant(name, known) for name in unknown}
+        hints = [f"{name!r}: did you mean {found!r}?" for name, found in meant.items() if found]
+        listed = "" if len(hints) == len(unknown) else f"; known are {', '.join(known)}"
+        raise ConfigError("; ".join([f"{source}: unknown keys {unknown}", *hints]) + listed)
+
+    @classmethod
+    def check_values(cls, values: Mapping[str, Any]) -> None:
+        """Raise unless each value by itself is one that its option may have.
+
+        Raises:
+            ConfigError: Names the option, what is expected and what came.
+        """
+        for field in fields(cls):
+            if field.name in values:
+                checked_value(field.name, values[field.name], str(field.type))
 
     @property
     def chosen_activations(self) -> str:
@@ -277,8 +276,12 @@ class FinetuneConfig:
         filled = {k: v for k, v in values.items() if getattr(self, k) is None}
         for name in ("model", "data", "held_out"):
             value = getattr(self, name)
-            if value not in (None, "embedded", "stdlib") and Path(value).expanduser().exists():
-                filled[name] = str(Path(value).expanduser().resolve())
+            if value in (None, "embedded", "stdlib"):
+                continue
+            path = Path(value).expanduser()
+            # A pipe has no path but the one that it was given by.
+            if path.is_file() or path.is_dir():
+                filled[name] = str(path.resolve())
         return replace(self, **filled)
 
     def adapter(self, *, r: int | None = None) -> ProdialConfig:
@@ -294,15 +297,17 @@ class FinetuneConfig:
         from prodial_kernels.config import ProdialConfig
 
         if self.method == "full":
-            raise ConfigError("method 'full' has no adapter")
+            raise ConfigError("`method` 'full' has no adapter")
         resolved = self.resolved()
         values = {name: getattr(resolved, name) for name in ADAPTER_OPTIONS}
         if values["r"] is None:
             values["r"] = r
         if values["r"] is None:
-            raise ConfigError("method 'lora' without r needs the model to choose its rank")
+            raise ConfigError("`method` 'lora' without `r` needs the model to choose its rank")
         if not values["train_diagonal"]:
             values["n_blocks"] = values["block_size"] = None
+        others = {name: getattr(self, name) for name in OTHER_ADAPTER_OPTIONS}
+        values |= {name: value for name, value in others.items() if value is not None}
         return ProdialConfig(**values)
 
     def reference_adapter(self) -> ProdialConfig:
@@ -317,12 +322,10 @@ class FinetuneConfig:
 
     def _preset(self) -> Preset:
         # Imported here, like the rest: the command line reads this module before PyTorch is loaded.
-        from prodial_kernels.config import get_preset
+        from prodial_kernels.config import PRESETS, get_preset
 
-        try:
-            return get_preset(self.preset or "")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        check_choice("preset", self.preset, PRESETS)
+        return get_preset(self.preset or "")
 
     def _adapter_defaults(self) -> dict[str, Any]:
         from prodial_kernels.config import ProdialConfig

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prodial_kernels.training.scoring import EvaluationError
+from prodial_kernels.training.suggestions import did_you_mean
 
 
 def run_lm_eval(
@@ -50,12 +52,7 @@ def run_lm_eval(
             f"{directory}: no config.json there, so it is no saved model; merge the adapter into "
             "its model and give the directory that this writes"
         )
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise EvaluationError(
-            "these tasks need lm-evaluation-harness: pip install 'prodial-kernels[harness]'"
-        ) from error
+    lm_eval = _library()
     try:
         output = lm_eval.simple_evaluate(
             model="hf",
@@ -85,6 +82,36 @@ def run_lm_eval(
         }
         for task, metrics in output["results"].items()
     }
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raise unless lm-evaluation-harness is installed and knows the tasks.
+
+    Raises:
+        EvaluationError: It is not installed, or has no such task; names the one that may be meant.
+    """
+    _library()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    for task in tasks:
+        # A file describes a task of the user's own; a pattern may name several.
+        if task.endswith((".yaml", ".yml")) or manager.match_tasks([task]):
+            continue
+        raise EvaluationError(
+            f"lm-evaluation-harness has no task {task!r}{did_you_mean(task, manager.all_tasks)}; "
+            "'lm-eval ls tasks' lists them"
+        )
+
+
+def _library() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise EvaluationError(
+            "these tasks need lm-evaluation-harness: pip install 'lm-eval[hf]'"
+        ) from error
+    return lm_eval
 
 
 def _plain_name(name: str) -> str:

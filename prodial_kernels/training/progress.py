@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -57,18 +58,21 @@ class Progress:
         self._bar.update(1)
 
     @contextmanager
-    def evaluating(self, title: str = "evaluate") -> Iterator[Callable[[int, int], None]]:
-        """Show a bar that disappears; yield what evaluation calls with (done, in all)."""
-        with self._open_bar(title, 1, initial=0, leave=False) as bar:
+    def evaluating(
+        self, title: str = "evaluate", *, leave: bool = False
+    ) -> Iterator[Callable[[int, int], None]]:
+        """Show a bar, which disappears unless ``leave``; yield what is told (done, in all)."""
+        started = time.perf_counter()
+        with self._open_bar(title, 1, initial=0, leave=leave) as bar:
 
             def advance(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
             yield advance
-        if self._bar is not None:
-            # Evaluation is no training: it must not slow down the bar's estimate.
-            self._bar.unpause()
+        if self._bar is not None and not self._bar.disable:
+            # Evaluation is no training: what it took counts neither as elapsed nor for the rest.
+            self._bar.start_t += time.perf_counter() - started
 
     def _open_bar(self, title: str, total: int, *, initial: int, leave: bool) -> Any:
         from tqdm import tqdm
@@ -83,6 +87,8 @@ class Progress:
             disable=not self._enabled or not (leave or in_terminal),
             bar_format=_FORMAT,
             dynamic_ncols=in_terminal,
+            # The mean speed since the start: a moving one jumps with every line in a file.
+            smoothing=0,
             mininterval=0.2 if in_terminal else _SECONDS_BETWEEN_LINES_IN_A_FILE,
             file=_Stderr(),
         )

@@ -6,6 +6,24 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+# What other trainers call options of ours.
+_ELSEWHERE = {
+    "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "learning_rate": "lr", "model_name": "model", "model_name_or_path": "model",
+    "base_model": "model", "dataset": "data", "dataset_name": "data", "train_file": "data",
+    "validation_file": "held_out", "eval_file": "held_out", "output_dir": "output",
+    "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "steps",
+    "max_seq_length": "seq_len", "max_seq_len": "seq_len", "max_length": "seq_len",
+    "context_length": "seq_len", "block_length": "seq_len",
+    "per_device_train_batch_size": "batch_size", "micro_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accumulation", "lr_scheduler_type": "schedule",
+    "scheduler": "schedule", "warmup_steps": "warmup", "max_grad_norm": "clip",
+    "grad_clip": "clip", "optim": "optimizer", "eval_steps": "eval_every",
+    "save_steps": "save_every", "logging_steps": "log_every", "bf16": "dtype", "fp16": "dtype",
+    "load_in_4bit": "quantize", "load_in_8bit": "quantize", "targets": "target_modules",
+    "random_seed": "seed", "resume_from_checkpoint": "resume",
+}  # fmt: skip
+
 # A directory of more files is not searched whole for a name like the one that was given.
 _MOST_NAMES = 10_000
 
@@ -17,6 +35,14 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     by_folded = {name.casefold(): name for name in known}
     found = get_close_matches(word.casefold(), by_folded, n=1, cutoff=0.6)
     return by_folded[found[0]] if found else None
+
+
+def option_meant(name: str, known: Iterable[str]) -> str | None:
+    """Return the option that an unknown one stands for: as others call it, or misspelt."""
+    options = tuple(known)
+    plain = name.replace("-", "_").casefold()
+    elsewhere = _ELSEWHERE.get(plain)
+    return elsewhere if elsewhere in options else closest(plain, options)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prodial_kernels.training import text_files
+from prodial_kernels.training import file_bytes, text_files
 from prodial_kernels.training.data import load_all, load_documents, make_batches, read_whole
 from prodial_kernels.training.evaluate import evaluate_examples
 from prodial_kernels.training.examples import (
@@ -171,10 +171,10 @@ def test_a_pipe_is_read_until_it_ends(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_pipes_that_never_end_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    monkeypatch.setattr(text_files, "SILENT_PIPE_SECONDS", 0.01)
+    monkeypatch.setattr(file_bytes, "SILENT_PIPE_SECONDS", 0.01)
     with pytest.raises(DataError, match=r"pipe through which nothing came for 0.01 s; give a file"):
         load_all(pipe)
-    monkeypatch.setattr(text_files, "SILENT_PIPE_SECONDS", 10.0)
+    monkeypatch.setattr(file_bytes, "SILENT_PIPE_SECONDS", 10.0)
     monkeypatch.setattr(text_files, "MOST_OF_A_PIPE", 1000)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     writer = os.open(pipe, os.O_WRONLY)

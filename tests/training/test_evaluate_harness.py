@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from prodial_kernels.training.harness import run_lm_eval
+from prodial_kernels.training.harness import check_tasks, run_lm_eval
 from prodial_kernels.training.scoring import EvaluationError
 
 
@@ -72,7 +73,7 @@ def test_device_by_default(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> 
 
 def test_not_installed(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(EvaluationError, match=r"pip install 'prodial-kernels\[harness\]'"):
+    with pytest.raises(EvaluationError, match=r"pip install 'lm-eval\[hf\]'"):
         run_lm_eval(model_dir, ["arc_easy"])
 
 
@@ -84,6 +85,26 @@ def test_failures_keep_their_cause(monkeypatch: pytest.MonkeyPatch, model_dir: P
     install(monkeypatch, None)
     with pytest.raises(EvaluationError, match="gave no results for arc_easy"):
         run_lm_eval(model_dir, ["arc_easy"])
+
+
+def test_misspelt_tasks_are_found_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, {})
+    tasks = ModuleType("lm_eval.tasks")
+    known = ["arc_easy", "arc_challenge", "hellaswag"]
+
+    class TaskManager:
+        all_tasks = known
+
+        def match_tasks(self, names: list[str]) -> list[str]:
+            return [task for task in known for name in names if fnmatch(task, name)]
+
+    tasks.TaskManager = TaskManager  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    check_tasks(["arc_easy", "arc_*", "my_own.yaml"])
+    with pytest.raises(EvaluationError, match=r"no task 'helaswag'; did you mean 'hellaswag'\?"):
+        check_tasks(["arc_easy", "helaswag"])
 
 
 def test_directory_without_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

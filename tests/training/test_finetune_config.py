@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from prodial_kernels.cli_options import LANGUAGE_PRESETS
 from prodial_kernels.config import PRESETS
+from prodial_kernels.training import file_bytes
 from prodial_kernels.training.config import DEFAULT_LR, ConfigError, FinetuneConfig
 from prodial_kernels.training.config_file import read_config_file
 
@@ -80,14 +82,37 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"steps": 5, "epochs": 1.0}, "not both"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": -1.0}, "lr must be positive"),
-        ({"lr": float("nan")}, "lr must be float"),
-        ({"batch_size": "8"}, "batch_size must be int"),
-        ({"batch_size": True}, "batch_size must be int"),
-        ({"gradient_checkpointing": 1}, "gradient_checkpointing must be bool"),
+        ({"lr": float("nan")}, "lr must be a number, got nan"),
+        ({"batch_size": "8"}, "batch_size must be a whole number, got '8'"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing must be true or false"),
         ({"target_modules": 3}, "target_modules must be a string or a list"),
         ({"held_out_fraction": 1.0}, "held_out_fraction must lie between"),
-        ({"method": "full", "r": 8}, r"no adapter: drop \['r'\]"),
-        ({"learning_rate": 1e-3}, r"unknown keys \['learning_rate'\].*'lr'"),
+        ({"method": "full", "r": 8}, "no adapter: leave out r, or"),
+        ({"learning_rate": 1e-3}, r"unknown keys \['learning_rate'\]; .*did you mean 'lr'\?$"),
+        (
+            {"batch-size": 4, "what": 1},
+            "'batch-size': did you mean 'batch_size'.*; known are",
+        ),
+        ({"n_blocks": {"in_proj": {}}}, "n_blocks for 'in_proj' must be a whole number, got {}"),
+        ({"n_blocks": [4]}, "n_blocks must be a whole number, or one for each target"),
+        ({"n_blocks": 4, "block_size": 4}, "give n_blocks or block_size, not both"),
+        ({"lr": 10**400}, "lr must be at most 100, got a number of about 401 digits"),
+        ({"lr": 1e308}, "lr must be at most 100"),
+        ({"epochs": 1e308}, "epochs must be at most"),
+        ({"seed": 2**64}, "seed must be at most"),
+        ({"seed": -(2**63) - 1}, "seed must be at least"),
+        ({"lora_alpha": -1e308}, "lora_alpha must be at least"),
+        ({"r": 10**9}, "r must be at most 65536"),
+        ({"batch_size": 10**6, "seq_len": 512}, "batch_size 1,000,000 × seq_len 512 × grad_accum"),
+        ({"grad_accumulation": 10**9}, "grad_accumulation must be at most"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and less than 1, got 1.0"),
+        ({"r": 0, "method": "lora"}, "nothing would be trained: r is 0"),
+        ({"model": " "}, "model must not be empty"),
+        ({"modules_to_save": 3}, "modules_to_save must be a string or a list of strings"),
+        ({"memory_budget": "8"}, "memory_budget: '8' is 8 bytes.*did you mean '8GB'"),
+        ({"memory_budget": "9" * 400 + "GB"}, "memory_budget: expected a size"),
+        ({"method": "prodail"}, "got 'prodail'; did you mean 'prodial'"),
     ],
 )
 def test_refusals_name_the_option(values: dict[str, Any], message: str) -> None:
@@ -109,7 +134,13 @@ def test_json_and_toml_files(tmp_path: Path) -> None:
         ("a.json", "{", "not valid"),
         ("a.json", "[1]", "expected options by name"),
         ("a.json", '{"stepz": 3}', r"a\.json: unknown keys \['stepz'\]"),
-        ("missing.json", None, "cannot be read: No such file"),
+        ("a.json", '{"batch_size": "two"}', r"a\.json: batch_size must be a whole number, got"),
+        ("a.json", '{"lr": 1, "lr": 2}', r"a\.json: not valid JSON .*'lr' is given twice"),
+        ("a.json", "[" * 100_000, r"a\.json: nested too deeply"),
+        ("a.toml", "lr = " + "[" * 100_000, r"a\.toml: "),
+        ("a.json", '{"steps": ' + "1" * 5000 + "}", r"a\.json: not valid JSON"),
+        ("a.json", "steps = 5", r"a\.json: not valid JSON \(or name it \.toml\)"),
+        ("missing.json", None, "missing.json: no such file"),
     ],
 )
 def test_files_that_cannot_be_used(
@@ -119,6 +150,38 @@ def test_files_that_cannot_be_used(
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_config_file(tmp_path / name)
+
+
+def test_a_runs_record_is_a_config_file(tmp_path: Path) -> None:
+    config = FinetuneConfig(output="there", steps=7).resolved().to_dict()
+    (tmp_path / "run.json").write_text(json.dumps({"format_version": 1, "config": config}))
+    values = read_config_file(tmp_path / "run.json")
+    assert values["steps"] == 7
+    assert "output" not in values
+    assert FinetuneConfig.from_dict(values).resolved().lr == config["lr"]
+
+
+def test_what_never_ends_is_no_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="/dev/zero: cannot be read: it is a device"):
+        read_config_file("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(file_bytes, "SILENT_PIPE_SECONDS", 0.01)
+    with pytest.raises(ConfigError, match="pipe through which nothing came"):
+        read_config_file(tmp_path / "pipe")
+
+
+def test_errors_can_name_flags() -> None:
+    with pytest.raises(ConfigError) as caught:
+        FinetuneConfig(steps=5, epochs=1.0)
+    assert caught.value.renamed(str.upper) == "give STEPS or EPOCHS, not both (got 5 and 1)"
+
+
+def test_other_adapter_options_reach_the_adapter() -> None:
+    config = FinetuneConfig(modules_to_save=["head"], allow_partial=True).resolved()
+    assert config.adapter().modules_to_save == ("head",)
+    assert config.adapter().allow_partial
+    # A run of an earlier version does not know them: not given, they stay so.
+    assert FinetuneConfig().resolved().modules_to_save is None
 
 
 def test_the_help_lists_every_preset_for_language() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_run import load, run
 
-from prodial_kernels.training import FinetuneResult, finetuning
+from prodial_kernels.training import FinetuneResult, config_values, finetuning
 from prodial_kernels.training.interrupt import Interrupted
 from prodial_kernels.training.loop import NonFiniteLossError
 from prodial_kernels.training.metrics import read_metrics
@@ -213,7 +213,11 @@ def test_a_run_may_be_moved_and_saved_more_often(
     assert run(place, tmp_path / "there", resume=True, save_every=1).steps == 12
 
 
-def test_divergence_stops_and_keeps_the_last_good_state(place: Path, tmp_path: Path) -> None:
+def test_divergence_stops_and_keeps_the_last_good_state(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What overflows within a few steps is refused as a slip of the keyboard.
+    monkeypatch.setitem(config_values.RANGES, "lr", (0, 1e40))
     with pytest.raises(NonFiniteLossError, match=r"at step \d+ .*lower.*learning rate") as caught:
         run(place, tmp_path / "run", lr=1e30, clip=0.0, save_every=1, eval_every=0)
     states = sorted(p.name for p in (tmp_path / "run/state").iterdir())
