@@ -17,6 +17,7 @@ TESTED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "transformers": ("5.17.0", "5.24.0"),
         "mamba_ssm": ("2.3.2", "2.3.2.post1"),
         "causal_conv1d": ("1.7.0", "1.7.0"),
+        "peft": ("0.18.0", "0.21.2"),
     }
 )
 """Of every library, by its import's name: the oldest and the newest release that were tested."""

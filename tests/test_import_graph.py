@@ -21,8 +21,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each part may import itself and the parts before it. A new part goes where it belongs.
 ORDER = (
     "_process", "_disk", "_locking", "_validation", "upstream", "kernels", "ops", "config",
-    "functional", "testing", "quantization", "linear", "mixers", "vision", "checkpoint", "embedded",
-    "training", "cli_values", "cli_paths", "cli_options", "cli_messages", "cli", "__main__",
+    "functional", "testing", "quantization", "linear", "mixers", "vision", "checkpoint", "peft",
+    "embedded", "training", "cli_values", "cli_paths", "cli_options", "cli_messages", "cli",
+    "__main__",
 )  # fmt: skip
 
 

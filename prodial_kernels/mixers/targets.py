@@ -56,7 +56,7 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
     for module, module_names in paths.items():
         matches = [name for path in module_names if (name := config.target_of(path)) is not None]
         if matches:
-            linear = _require_adaptable(module_names[0], module, matches[0])
+            linear = require_adaptable(module_names[0], module, matches[0])
             targets.append(Target(linear, module_names, matches[0]))
     linears: dict[nn.Module, tuple[str, ...]] = {
         m: names for m, names in paths.items() if isinstance(m, nn.Linear | QuantizedLinear)
@@ -109,7 +109,7 @@ def find_saved(
     return saved
 
 
-def _require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | QuantizedLinear:
+def require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | QuantizedLinear:
     """Return ``module``, or raise ValueError where an adapted layer would not do all it does."""
     kind = f"target {name!r} matches {path!r}, a {type(module).__module__}.{type(module).__name__}"
     if not isinstance(module, nn.Linear | QuantizedLinear):

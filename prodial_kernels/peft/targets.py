@@ -1,0 +1,154 @@
+"""Which layers a configuration means in a model that PEFT may have adapted, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.linear import ProdialLinear, resolve_block_size
+from prodial_kernels.mixers.families import check_mixers
+from prodial_kernels.mixers.structure import weight_reads
+from prodial_kernels.mixers.targets import (
+    Target,
+    find_saved,
+    module_paths,
+    require_adaptable,
+)
+from prodial_kernels.peft.config import ProdialPeftConfig
+from prodial_kernels.peft.layer import ProdialPeftLinear
+from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.bnb import from_bitsandbytes, is_bitsandbytes
+
+# PEFT adds these two by itself for classification, whichever of them the model has.
+_HEADS = frozenset(("classifier", "score"))
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """A layer that gets its first adapter.
+
+    Attributes:
+        base: What is adapted: the model's layer, or what was read from it.
+        original: The model's layer, if ``base`` is another one.
+        paths: Every dotted path under which the model holds it.
+    """
+
+    base: nn.Linear | QuantizedLinear
+    original: nn.Module | None
+    paths: tuple[str, ...]
+
+
+def find_layers(
+    model: nn.Module, config: ProdialPeftConfig, matches: Callable[[str], bool]
+) -> dict[nn.Module, NewLayer]:
+    """Check the layers that are to be adapted, and return those that have no adapter yet.
+
+    Args:
+        model: The model, with its mixers' own classes.
+        config: Of the adapter.
+        matches: Whether a dotted path is one of the targets.
+
+    Raises:
+        ValueError: A layer cannot be adapted, or an option does not fit the layers.
+    """
+    _check_methods(model)
+    new: dict[nn.Module, NewLayer] = {}
+    matched: list[str] = []
+    for module, paths in _outside_adapters(model).items():
+        if not matches(paths[0]):
+            continue
+        matched.append(paths[0])
+        features = module.in_features if isinstance(module, ProdialPeftLinear) else None
+        if features is None:
+            new[module] = layer = _new_layer(module, paths)
+            features = layer.base.in_features
+        options = config.for_layer(paths[0])
+        try:
+            resolve_block_size(features, **options.blocks_of(paths[0]))
+        except ValueError as error:
+            raise ValueError(f"{paths[0]}: {error}") from error
+    unused = config.unused_patterns(matched) if matched else {}
+    for option, names in unused.items():
+        raise ValueError(
+            f"{option} names {names}, which match none of the targets: {', '.join(matched[:8])}"
+        )
+    targets = [Target(layer.base, layer.paths, layer.paths[0]) for layer in new.values()]
+    check_mixers(model, targets)
+    saved = tuple(name for name in config.modules_to_save or () if name not in _HEADS)
+    find_saved(model, ProdialConfig(modules_to_save=saved), targets)
+    return new
+
+
+def check_lora_targets(
+    model: nn.Module,
+    config: ProdialPeftConfig,
+    is_prodial: Callable[[str], bool],
+    is_lora: Callable[[str], bool],
+) -> None:
+    """Refuse, before anything changes, where PEFT's LoRA would have no effect or two meanings.
+
+    Raises:
+        ValueError: A layer that is ProDiaL's too or is trained as a whole; a part of a mixer,
+            whose fused path reads weights and passes LoRA by; or no layer at all.
+    """
+    paths = [names[0] for names in _outside_adapters(model).values() if is_lora(names[0])]
+    if not paths:
+        raise ValueError("lora.target_modules matches nothing in this model")
+    for path in paths:
+        if is_prodial(path):
+            raise ValueError(
+                f"{path} is a target of ProDiaL and of lora; take it out of one of the two"
+            )
+        saved = [name for name in config.modules_to_save or () if name in path.split(".")]
+        if saved:
+            raise ValueError(f"{path} is a target of lora and inside modules_to_save={saved}")
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        if hasattr(owner, "A_log") or any(weight_reads(type(owner), [name])):
+            raise ValueError(
+                f"{path} belongs to a {type(owner).__name__}, which may read its weight instead of "
+                "calling it: LoRA would have no effect there until it is merged. Name it in "
+                "ProDiaL's target_modules, or take it out of lora.target_modules"
+            )
+
+
+def _outside_adapters(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Every module with its paths, but for what is inside of adapted layers."""
+    paths = module_paths(model)
+    inside = {
+        child
+        for module in paths
+        if isinstance(module, BaseTunerLayer)
+        for child in module.modules()
+        if child is not module
+    }
+    return {module: names for module, names in paths.items() if module not in inside}
+
+
+def _check_methods(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, ProdialPeftLinear):
+            continue
+        if isinstance(module, ProdialLinear):
+            raise ValueError(
+                f"{path} is adapted by apply_prodial already; call merge_prodial(model) or "
+                "remove_prodial(model) first"
+            )
+
+
+def _new_layer(module: nn.Module, paths: tuple[str, ...]) -> NewLayer:
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(
+            f"{paths[0]} has an adapter of another method, a {type(module).__module__}."
+            f"{type(module).__name__}; two methods on one layer are not supported"
+        )
+    if not is_bitsandbytes(module):
+        return NewLayer(require_adaptable(paths[0], module, paths[0]), None, paths)
+    try:
+        return NewLayer(from_bitsandbytes(module), module, paths)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{paths[0]} cannot be adapted: {error}") from error

@@ -1,0 +1,313 @@
+"""``ProdialTuner``: what PEFT asks of a method: put adapters in, switch, merge, take them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from packaging.version import Version
+from peft import PeftConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+
+from prodial_kernels.mixers.families import adapt_mixers
+from prodial_kernels.mixers.targets import module_paths
+from prodial_kernels.peft.combine import check_combination, combined_config, fill_combination
+from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
+from prodial_kernels.peft.layer import ProdialPeftLinear
+from prodial_kernels.peft.register import PEFT_VERSION, PREFIX
+from prodial_kernels.peft.targets import NewLayer, check_lora_targets, find_layers
+
+_MIXERS = "_prodial_peft_mixers"
+"""The attribute of an adapted model that holds what gives its mixers their own paths back."""
+
+
+class ProdialTuner(BaseTuner):
+    """A model whose linear layers carry ProDiaL adapters: ``base_model`` of a ``PeftModel``."""
+
+    prefix = PREFIX
+    # What PEFT does with "the method's layers" is meant for LoRA's beside ours too.
+    tuner_layer_cls = BaseTunerLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, **options: Any
+    ) -> None:
+        """Put the first adapter into ``model``; PEFT calls it.
+
+        Raises:
+            ValueError: The model is adapted by another method, or the configuration does not fit.
+        """
+        self._new_layers: dict[nn.Module, NewLayer] = {}
+        if isinstance(peft_config, PeftConfig):
+            _check_without_peft_model(model, peft_config)
+        super().__init__(model, peft_config, adapter_name, **options)
+
+    # --- Putting adapters in. -------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter to the layers that its configuration means; PEFT calls it.
+
+        Raises:
+            ValueError: The configuration does not fit the model, which is then as it was.
+        """
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], {})
+        with _own_mixers(model), _all_or_nothing(model, adapter_name):
+            if state_dict is None:
+                self._new_layers = find_layers(model, config, lambda path: _is_ours(config, path))
+            else:
+                paths = {name.rpartition(f".{PREFIX}")[0] for name in state_dict}
+                self._new_layers = find_layers(model, config, paths.__contains__)
+            if config.lora is not None:
+                _require_two_methods()
+                check_lora_targets(
+                    model, config,
+                    lambda path: _is_ours(config, path), lambda path: _is_lora(config, path),
+                )  # fmt: skip
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+
+    def _prepare_adapter_config(
+        self, peft_config: ProdialPeftConfig, model_config: Any
+    ) -> ProdialPeftConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = list(DEFAULT_TARGETS)
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ProdialPeftConfig, key: str) -> Any:
+        return _is_lora(peft_config, key) or check_target_module_exists(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: ProdialPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if _is_lora(peft_config, current_key):
+            _LoraBeside(self.model, self.active_adapters)._create_and_replace(
+                peft_config.lora, adapter_name, target, target_name, parent, current_key=current_key
+            )
+            return
+        options = peft_config.for_layer(current_key)
+        if isinstance(target, ProdialPeftLinear):
+            target.add_adapter(adapter_name, options)
+            return
+        new = self._new_layers[target]
+        layer = ProdialPeftLinear(new.base, new.original)
+        layer.add_adapter(adapter_name, options)
+        _place(self.model, new.paths, layer)
+
+    # --- Several adapters. ----------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter active, and trainable but in ``inference_mode``.
+
+        Raises:
+            ValueError: Several adapters that one layer has.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for layer in _layers(self.model).values():
+            layer.check_one_of(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **_: Any,
+    ) -> None:
+        """Add an adapter whose effect is the weighted sum of others': W + Σ w_i (W'_i − W).
+
+        Exact, up to rounding, where that sum has the form of an adapter: among adapters without
+        s, and among adapters without D_b; plain LoRA is both. Ranks add up. Dropout is that of the
+        first. The new adapter is not made active.
+
+        Raises:
+            ValueError: The sum is no adapter, an unknown adapter, or a name that is taken.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or adapter_name in self.peft_config:
+            raise ValueError(
+                f"adapters are {[*self.peft_config]}; cannot combine {adapters} as {adapter_name!r}"
+            )
+        configs = {name: self.peft_config[name] for name in adapters}
+        check_combination(configs, weights, combination_type)
+        layers = _layers(self.model)
+        self.peft_config[adapter_name] = combined_config(configs, weights, layers)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for layer in layers.values():
+            if adapter_name in layer.prodial_options:
+                fill_combination(layer, adapter_name, adapters, weights)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls it around every call, and takes its own arguments out of the model's."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names, an adapter for each row of a batch, is not supported by ProDiaL; "
+                "call set_adapter and run the rows of each adapter by themselves"
+            )
+        yield
+
+    # --- Taking adapters out. -------------------------------------------------------------------
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """``merge_and_unload`` and ``unload``: give the model its layers and its mixers back."""
+        paths = module_paths(self.model)
+        layers = [module for module in paths if isinstance(module, ProdialPeftLinear)]
+        if merge:
+            for layer in layers:
+                layer.check_one_of(adapter_names or ())
+        foreign = merge and any(layer.read_from for layer in layers)
+        while layers:
+            # No name may hold on to the old layer, or all of them would live until the end.
+            layer = layers.pop()
+            plain = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            _place(self.model, paths.pop(layer), plain)
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        for undo in vars(model).pop(_MIXERS, ()):
+            undo.remove()
+        # PEFT before 0.20 leaves it behind.
+        vars(model).pop("peft_config", None)
+        if foreign:
+            _keep_dense(model)
+        return model
+
+
+class _LoraBeside(LoraModel):
+    """PEFT's LoRA, as a maker of layers in a model that another tuner holds."""
+
+    def __init__(self, model: nn.Module, active_adapters: list[str]) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.active_adapter = active_adapters
+
+
+def _is_ours(config: ProdialPeftConfig, path: str) -> bool:
+    return bool(check_target_module_exists(config, path))
+
+
+def _is_lora(config: ProdialPeftConfig, path: str) -> bool:
+    return config.lora is not None and bool(check_target_module_exists(config.lora, path))
+
+
+def _check_without_peft_model(model: nn.Module, config: Any) -> None:
+    """Refuse what transformers' own ``load_adapter``, which makes no ``PeftModel``, would lose.
+
+    It logs, and does not raise, when a file's names fit no module.
+
+    Raises:
+        ValueError: It would look for the names of one method only, or in the wrong place.
+    """
+    instead = (
+        "use get_peft_model, PeftModel.from_pretrained or AutoPeftModelForCausalLM.from_pretrained "
+        "instead of inject_adapter_in_model or transformers' load_adapter, from_pretrained and "
+        "pipeline"
+    )
+    if config.lora is not None:
+        raise ValueError(
+            f"LoRA beside ProDiaL needs a PeftModel, which loads the names of both; {instead}"
+        )
+    if Version("0.20") > PEFT_VERSION and hasattr(model, "load_adapter"):
+        raise ValueError(
+            f"PEFT {PEFT_VERSION} makes transformers look for tensors under names that a "
+            f"{type(model).__name__} has not, and drop them; upgrade to PEFT 0.20 or newer, or "
+            f"{instead}"
+        )
+
+
+def _require_two_methods() -> None:
+    """Raise ValueError where PEFT saves only the tensors with one prefix."""
+    if not hasattr(BaseTuner, "_get_adapter_state_dict"):
+        raise ValueError(
+            f"LoRA beside ProDiaL needs PEFT 0.21 or newer, which saves both; this is "
+            f"{PEFT_VERSION}: pip install --upgrade 'peft>=0.21'"
+        )
+
+
+def _layers(model: nn.Module) -> dict[str, ProdialPeftLinear]:
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, ProdialPeftLinear)
+    }
+
+
+def _place(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+
+
+@contextmanager
+def _own_mixers(model: nn.Module) -> Iterator[None]:
+    """Give the mixers their own classes, and afterwards the paths for what is then adapted."""
+    for undo in vars(model).pop(_MIXERS, ()):
+        undo.remove()
+    try:
+        yield
+    finally:
+        if _layers(model):
+            setattr(model, _MIXERS, adapt_mixers(model))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Take an adapter out again, and thaw what it froze, if putting it in fails half way."""
+    before = {module for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    thawed = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, paths in module_paths(model).items():
+            if not isinstance(module, BaseTunerLayer):
+                continue
+            if module not in before:
+                ours = isinstance(module, ProdialPeftLinear)
+                _place(model, paths, module.original_layer() if ours else module.base_layer)
+            elif adapter_name in module._get_available_adapters():
+                module.delete_adapter(adapter_name)
+        for parameter, requires_grad in thawed:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def _keep_dense(model: nn.Module) -> None:
+    """Say in a model that transformers quantised which layers are dense now.
+
+    Its configuration is saved with it, and names what is not quantised; without this, dense
+    weights would be read as codes.
+    """
+    quantization: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if hasattr(quantization, "llm_int8_skip_modules"):
+        dense = [path for path, module in model.named_modules() if type(module) is nn.Linear]
+        quantization.llm_int8_skip_modules = dense
