@@ -33,15 +33,15 @@ from prodial_kernels.training.metrics import MetricsLog, read_metrics
 from prodial_kernels.training.model import resolve_device, resolve_dtype
 from prodial_kernels.training.oom import GuardedStep, OutOfMemory, out_of_memory
 from prodial_kernels.training.planning import comparison_text, plan_run
+from prodial_kernels.training.plot import plot_loss
 from prodial_kernels.training.preflight import check_fit, check_options
 from prodial_kernels.training.preparation import Run, prepare
 from prodial_kernels.training.progress import Progress
 from prodial_kernels.training.report import (
-    METHOD_NAMES,
     FinetuneResult,
+    best_evaluation,
     finite_or_none,
     peak_memory,
-    plot_loss,
 )
 from prodial_kernels.training.result_file import read_result
 from prodial_kernels.training.run import RunDirectory, RunError, RunIdentity, check_same_config
@@ -54,6 +54,7 @@ from prodial_kernels.training.state import (
     saved_states,
 )
 from prodial_kernels.training.steps import make_step
+from prodial_kernels.training.versions import versions
 from prodial_kernels.training.written import own_files
 
 
@@ -333,7 +334,7 @@ def _finish(
     display.say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
     agreement = _write_and_check(run, folder)
     with atomic_file(folder.plot_file) as picture:
-        plot_loss(records, picture, title=f"{METHOD_NAMES[run.config.method]}: {run.split.name}")
+        plot_loss(records, picture, title=run.title)
     result = FinetuneResult(
         method=run.config.method,
         rank=None if run.method.adapter is None else run.method.adapter.r,
@@ -352,6 +353,9 @@ def _finish(
         output=folder.path,
         adapter_dir=None if full else folder.adapter,
         model_dir=model_dir,
+        best=best_evaluation(evaluations),
+        data=run.data_record,
+        versions=versions(),
     )
     atomic_text(folder.results_file, json.dumps(result.to_dict(), indent=2) + "\n")
     return result

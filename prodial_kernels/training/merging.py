@@ -37,13 +37,13 @@ class Agreement:
     Attributes:
         max_difference: Largest absolute difference of a logit.
         relative: Root mean square of the differences by that of the logits.
-        tolerance: The largest ``relative`` that rounding explains in the dtype.
+        relative_tolerance: The largest ``relative`` that rounding explains in the dtype.
         n_tokens: Tokens compared.
     """
 
     max_difference: float
     relative: float
-    tolerance: float
+    relative_tolerance: float
     n_tokens: int
 
     def __str__(self) -> str:
@@ -143,10 +143,11 @@ def check_written_model(
         found = logits_of(model, tokens)
     agreement = compare_logits(found, expected, dtype=dtype)
     # "not <=" rather than ">": a NaN must fail.
-    if not agreement.relative <= agreement.tolerance:
+    if not agreement.relative <= agreement.relative_tolerance:
         raise MergeError(
             f"the written model does not compute what was trained: {agreement}, where rounding "
-            f"explains {agreement.tolerance:.1e}; it was not kept. The adapter is not affected"
+            f"explains {agreement.relative_tolerance:.1e}; it was not kept. The adapter is not "
+            "affected"
         )
     return agreement
 
@@ -158,6 +159,6 @@ def compare_logits(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Ag
     return Agreement(
         max_difference=float(difference.abs().max()),
         relative=float(difference.square().mean().sqrt() / scale),
-        tolerance=_TOLERANCE_IN_EPS[dtype] * torch.finfo(dtype).eps,
+        relative_tolerance=_TOLERANCE_IN_EPS[dtype] * torch.finfo(dtype).eps,
         n_tokens=expected.shape[0] * expected.shape[1],
     )

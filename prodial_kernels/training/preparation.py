@@ -6,6 +6,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from prodial_kernels.training.planning import RunPlan, block_levels
 from prodial_kernels.training.progress import Progress
+from prodial_kernels.training.report import METHOD_NAMES
 from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
 from prodial_kernels.training.savings import apply_savings
 
@@ -55,6 +58,21 @@ class Run:
     def seq_len(self) -> int:
         """Tokens in a sequence."""
         return _resolved(self.config.seq_len)
+
+    @property
+    def title(self) -> str:
+        """What is trained how on what, in one line."""
+        adapter = self.method.adapter
+        rank = "" if adapter is None or not adapter.r else f" of rank {adapter.r}"
+        path = Path(self.config.model)
+        model = path.name if path.is_dir() else self.config.model
+        return f"{METHOD_NAMES[self.config.method]}{rank}: {model} on {self.split.name}"
+
+    @property
+    def data_record(self) -> dict[str, Any]:
+        """What people ask later of the data, as plain JSON-ready values."""
+        notes = [*self.split.notes, *self.batches.notes]
+        return {**self.split.to_dict(), "rows_cut": self.batches.n_truncated, "notes": notes}
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -50,6 +50,10 @@ class FinetuneResult:
         memory: The memory plan, what was measured, and their ratio, where there was a plan.
         device: ``"cpu"`` or ``"cuda"``.
         agreement: How well the written model agrees with the trained one.
+        best: The best held-out metrics of the run, with their step.
+        data: What was trained on: its name, how many examples, how many were cut, and what reading
+            changed, left out or guessed.
+        versions: Of the packages that decide what a run computes.
         output: Directory of the run.
         adapter_dir: The adapter; None for full fine-tuning.
         model_dir: The merged (or fully fine-tuned) model in transformers' format.
@@ -72,6 +76,9 @@ class FinetuneResult:
     output: Path
     adapter_dir: Path | None
     model_dir: Path
+    best: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -98,7 +105,29 @@ class FinetuneResult:
         if self.adapter_dir is not None:
             lines.append(("adapter", str(self.adapter_dir)))
         lines.append(("model", str(self.model_dir)))
+        lines += _doubts(self.before, self.best, self.after)
+        cut = self.data.get("rows_cut", 0)
+        if cut:
+            lines.append(("warning", f"{cut:,} of {self.data['train']:,} rows were cut, see above"))
         return two_columns(lines)
+
+
+def _doubts(
+    before: Mapping[str, Any], best: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return a row where training has made the model worse, or was better before its end."""
+    name = "bits_per_byte" if after.get("bits_per_byte") is not None else "acc"
+    if before.get(name) is None or best.get(name) is None or after.get(name) is None:
+        return []
+    better = -1 if name == "bits_per_byte" else 1
+    title, form = _SHOWN[name]
+    if better * (after[name] - before[name]) < 0:
+        advice = "try fewer steps, a lower learning rate or more data"
+        return [("warning", f"{title} got worse in training; {advice}")]
+    if better * (best[name] - after[name]) > 0:
+        shown = f"{form.format(best[name])} at step {best['step']}"
+        return [("note", f"{title} was best, {shown}; what is saved is the last step")]
+    return []
 
 
 def comparison_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -166,73 +195,11 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Draw the training loss, smoothed and raw, and the held-out points as a PNG.
-
-    Args:
-        records: Lines of ``metrics.jsonl``.
-        path: Where to write the picture.
-        title: Its title.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
-    """
-    # The object interface: no global state, no display, nothing to close.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"]]
-    held_out = [r for r in records if r["kind"] == "evaluation"]
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set(title=title, xlabel="optimiser step", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    if train:
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.8, label="train, smoothed")
-    points = [(r["step"], r["loss"]) for r in held_out if r.get("loss") is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), "o-", color="tab:orange", label="held-out", zorder=3)
-        last = held_out[-1]
-        # On one text bits per byte are a fixed multiple of nats per token.
-        factor = last["bits_per_byte"] / last["loss"]
-        second = axes.secondary_yaxis(
-            "right", functions=(lambda y: y * factor, lambda y: y / factor)
-        )
-        second.set_ylabel("held-out bits per byte")
-        for record in {held_out[0]["step"]: held_out[0], last["step"]: last}.values():
-            axes.annotate(
-                f"{record['bits_per_byte']:.3f} bits/byte",
-                (record["step"], record["loss"]),
-                textcoords="offset points",
-                xytext=(8, 8) if record is held_out[0] else (-8, 10),
-                ha="left" if record is held_out[0] else "right",
-                fontsize=9,
-                color="tab:orange",
-                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"},
-                zorder=4,
-            )
-    accuracies = [(r["step"], r["acc"]) for r in held_out if r.get("acc") is not None]
-    if accuracies:
-        right = axes.twinx()
-        right.plot(*zip(*accuracies, strict=True), "o-", color="tab:green", label="held-out acc")
-        right.set_ylabel("held-out accuracy")
-        right.legend(loc="lower right")
-    axes.legend(loc="upper right")
-    figure.savefig(path, format="png")
-
-
-def smoothed(values: Sequence[float], *, weight: float = 0.9) -> list[float]:
-    """Return the exponential moving average, corrected for its start."""
-    average, out = 0.0, []
-    for index, value in enumerate(values, start=1):
-        average = weight * average + (1 - weight) * value
-        out.append(average / (1 - weight**index))
-    return out
+def best_evaluation(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the evaluation with the best headline metric; the earliest of equal ones."""
+    if all(record.get("bits_per_byte") is not None for record in evaluations):
+        return min(evaluations, key=lambda record: record["bits_per_byte"])
+    return max(evaluations, key=lambda record: record.get("acc") or 0.0)
 
 
 def finite_or_none(metrics: Metrics) -> dict[str, Any]:

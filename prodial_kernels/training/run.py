@@ -15,6 +15,7 @@ from prodial_kernels._disk import beside, left_beside
 from prodial_kernels._locking import LOCK_FILE, AlreadyLocked, locked
 from prodial_kernels.training.atomic import atomic_text
 from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.versions import versions
 
 FORMAT_VERSION = 1
 # How often a run is saved, where it is kept, how its steps are launched and what they keep for
@@ -177,6 +178,8 @@ class RunDirectory:
         try:
             values = json.loads(self.identity_file.read_text(encoding="utf-8"))
             version = values.pop("format_version")
+            # For people to read.
+            values.pop("made_with", None)
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version}, expected {FORMAT_VERSION}")
             identity = RunIdentity(**values)
@@ -198,7 +201,7 @@ class RunDirectory:
         Raises:
             OSError: The disk is full, or the place cannot be written.
         """
-        values = {"format_version": FORMAT_VERSION, **asdict(identity)}
+        values = {"format_version": FORMAT_VERSION, "made_with": versions(), **asdict(identity)}
         atomic_text(self.identity_file, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
     def _make(self) -> list[Path]:

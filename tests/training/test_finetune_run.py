@@ -44,7 +44,13 @@ def test_leaves_everything_behind(prodial_run: FinetuneResult) -> None:
     records = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 13))
     assert [r["step"] for r in records if r["kind"] == "evaluation"] == [0, 5, 10, 12]
-    assert json.loads((folder / "results.json").read_text())["steps"] == 12
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 12
+    assert results["agreement"]["relative"] <= results["agreement"]["relative_tolerance"]
+    assert results["best"]["bits_per_byte"] <= results["after"]["bits_per_byte"]
+    assert (results["data"]["train"], results["data"]["rows_cut"]) == (54, 0)
+    assert "text.txt: divided at blank lines into 60 texts" in results["data"]["notes"]
+    assert results["versions"] == json.loads((folder / "run.json").read_text())["made_with"]
     assert sorted(p.name for p in (folder / "state").iterdir()) == ["step-000008", "step-000012"]
 
 

@@ -309,7 +309,7 @@ def test_the_written_model_is_checked_by_blocks_where_it_does_not_fit(
     run = config(place, output=str(tmp_path / "run"), quantize="nf4", **options)
     result = finetune(run, progress=False)
     assert visited == [torch.device("cpu")]
-    assert result.agreement.relative <= result.agreement.tolerance
+    assert result.agreement.relative <= result.agreement.relative_tolerance
 
 
 def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
