@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import build
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
@@ -89,3 +90,25 @@ def test_errors(model: Model) -> None:
         adapter_parameter_groups(model, weight_decay=-1)
     with pytest.raises(ValueError, match=r"no trainable parameter; call apply_prodial"):
         adapter_parameter_groups(Model().requires_grad_(False), weight_decay=0.1)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "zamba", "falcon_mamba", "jamba"])
+def test_dynamics_and_biases_are_never_decayed(family: str) -> None:
+    model = build(family)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = adapter_parameter_groups(model, weight_decay=0.1)
+    wrong = ("A_log", "D", "bias")
+    assert not [n for p in decayed["params"] if (n := names[id(p)]).endswith(wrong)]
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    if family in ("mamba", "zamba"):
+        # Not because they are vectors.
+        assert [p for p in kept["params"] if p.ndim >= 2 and names[id(p)].endswith("A_log")]
+
+
+def test_a_parameter_can_be_marked() -> None:
+    model = nn.Module()
+    model.free, model.marked = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+    model.marked._no_weight_decay = True
+    decayed, kept = adapter_parameter_groups(model, weight_decay=0.1)
+    assert decayed["params"] == [model.free]
+    assert kept["params"] == [model.marked]
