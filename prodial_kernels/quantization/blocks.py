@@ -1,8 +1,10 @@
-"""Block-wise quantisation to a table of values, as bitsandbytes does it on the CPU.
+"""Block-wise quantisation to a table of values, as bitsandbytes does it.
 
 Block j of a flat tensor is stored as ``absmax[j] = max |v|`` and, per value, the index of the
 table's entry nearest to ``v / absmax[j]``; ties go to the smaller entry. The order of the fp32
-operations is that of bitsandbytes 0.50, so that the stored bytes are equal too.
+operations is that of bitsandbytes' 4-bit code, so that its bytes are equal too. Its CPU code for
+8 bits looks the entry up by ``v / absmax[j]`` rounded to 65,536 steps, which near the middle
+between two entries is not always the nearest: there these bytes differ.
 """
 
 from __future__ import annotations

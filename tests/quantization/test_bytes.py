@@ -148,3 +148,16 @@ def test_fp8_has_one_scale_for_every_tile() -> None:
             assert codes[tile].float().abs().max() == 448
             layer = from_state_dict(entries, dtype=torch.float32)
             assert torch.equal(layer.dequantize()[tile], codes[tile].float() * scales[i, j])
+
+
+def test_scales_take_the_nearest_entry_on_any_device() -> None:
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    layer = NF4Linear.quantize(weight, None)
+    assert layer.nested_absmax is not None
+    assert layer.nested_offset is not None
+    scales = weight.view(-1, 64).abs().amax(1)
+    assert layer.nested_offset == scales.double().mean().float()
+    outer = layer.nested_absmax.repeat_interleave(256)[: scales.numel()]
+    apart = ((scales - layer.nested_offset) / outer)[:, None] - dynamic_map()
+    taken = apart.gather(1, layer.absmax.long()[:, None]).abs()[:, 0]
+    torch.testing.assert_close(taken, apart.abs().amin(1), rtol=0, atol=1e-7)

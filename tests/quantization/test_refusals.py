@@ -89,3 +89,105 @@ def test_wrong_entries_are_refused() -> None:
         from_state_dict({**nf4, "weight.quant_state.bitsandbytes__nf4": damaged})
     with pytest.raises(ValueError, match="absmax must be uint8"):
         from_state_dict({**nf4, "weight.absmax": nf4["weight.absmax"].float()})
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [6.0, 22]}, {"shape": [True, 132]}, {"shape": [0, 22]}, {"shape": [-6, -22]},
+        {"shape": "ab"}, {"shape": None}, {"shape": 6}, {"shape": [[6], 22]},
+        {"shape": [10**400, 1]},
+        {"blocksize": 64.0}, {"blocksize": "64"}, {"blocksize": 0}, {"blocksize": None},
+        {"blocksize": [64]}, {"dtype": None}, {"dtype": ["float32"]}, {"quant_type": None},
+        {"nested_blocksize": 0}, {"nested_blocksize": 256.0}, {"nested_offset": "1"},
+        {"nested_offset": math.nan}, {"nested_offset": math.inf}, {"nested_offset": None},
+        {"nested_dtype": "float16"}, {"extra": 1},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("double", [False, True])
+def test_malformed_quant_states_are_refused(changes: dict[str, object], double: bool) -> None:
+    layer = NF4Linear.quantize(waves(6, 22), None, double_quantization=double)
+    state = json.loads(bytes(layer.state_dict()[STATE].tolist()))
+    text = json.dumps({**state, **changes})
+    state = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"quant_state|weight must have"):
+        from_state_dict({**layer.state_dict(), STATE: state})
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"1", b"null", b"\xff\xfe", b"[" * 100_000, b'{"shape": 1}']
+)
+def test_quant_states_that_are_none_are_refused(content: bytes) -> None:
+    layer = NF4Linear.quantize(waves(6, 22), None)
+    state = torch.tensor(list(content), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="is damaged"):
+        from_state_dict({**layer.state_dict(), STATE: state})
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_hostile_entries_end_in_the_documented_errors(format: str) -> None:
+    """Every entry of a layer by itself replaced by what it is not: ValueError, or unharmed."""
+    layer = quantize_linear(dense(waves(6, 22)), format)
+    weight = layer.dequantize()
+    for name, entry in layer.state_dict().items():
+        if name in ("bias", STATE):
+            continue
+        numbers = entry.float()
+        for wrong in (
+            numbers.new_full(entry.shape, math.nan), numbers.new_full(entry.shape, -math.inf),
+            torch.zeros(0), torch.ones(1, 1, 1, 2), torch.zeros(entry.shape, dtype=torch.int64),
+            torch.zeros(entry.shape, dtype=torch.bool), entry.new_zeros(3, 3), numbers.cfloat(),
+        ):  # fmt: skip
+            if wrong.dtype == entry.dtype and wrong.shape == entry.shape and wrong.isfinite().all():
+                continue
+            try:
+                read = from_state_dict({**layer.state_dict(), name: wrong}, dtype=torch.float32)
+            except ValueError:
+                continue
+            # A tensor of one dtype may stand for another with the same bytes, or say nothing.
+            assert torch.equal(read.dequantize(), weight) or name == "weight", (name, wrong)
+
+
+def test_tables_and_scales_that_are_no_nf4_are_refused() -> None:
+    entries = NF4Linear.quantize(waves(6, 22), None).state_dict()
+    for name, message in (
+        ("weight.quant_map", "must be NF4's table"),
+        ("weight.nested_quant_map", "must ascend"),
+    ):
+        for wrong in (entries[name].flip(0), torch.zeros_like(entries[name])):
+            with pytest.raises(ValueError, match=message):
+                from_state_dict({**entries, name: wrong})
+    half = {**entries, "weight.quant_map": entries["weight.quant_map"].bfloat16()}
+    from_state_dict(half)
+
+
+def test_scales_as_bare_exponents() -> None:
+    """e8m0 says what it is; the same bytes as uint8 would be read as numbers."""
+    layer = quantize_linear(dense(waves(6, 22)), "fp8")
+    powers = torch.full((1, 1), 2.0**-6)
+    entries = {**layer.state_dict(), "weight_scale_inv": powers.to(torch.float8_e8m0fnu)}
+    expected = {**layer.state_dict(), "weight_scale_inv": powers}
+    read, same = from_state_dict(entries), from_state_dict(expected)
+    assert torch.equal(read.dequantize(), same.dequantize())
+    entries["weight_scale_inv"] = entries["weight_scale_inv"].view(torch.uint8)
+    with pytest.raises(ValueError, match=r"weight_scale_inv must be scales in floating point"):
+        from_state_dict(entries)
+
+
+@pytest.mark.parametrize(
+    ("entry", "whose"),
+    [
+        ("weight.quant_state.bitsandbytes__fp4", "bitsandbytes' FP4"),
+        ("qweight", "GPTQ or AWQ"),
+        ("weight_packed", "compressed-tensors"),
+        ("weight_scale", "compressed-tensors"),
+        ("W_q", "HQQ"),
+    ],
+)
+def test_other_formats_are_named(entry: str, whose: str) -> None:
+    entries = {"a.weight": torch.zeros(4, 2, dtype=torch.uint8), f"a.{entry}": torch.zeros(1)}
+    with pytest.raises(ValueError, match=f"a.{entry} is of a format that is not read: {whose}"):
+        from_state_dict(entries, "a.")
