@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -14,7 +16,9 @@ from tiny_model import subprocess_environment
 
 import prodial_kernels
 from prodial_kernels.cli import main
+from prodial_kernels.cli_messages import in_flags
 from prodial_kernels.cli_options import add_finetune_options, config_values
+from prodial_kernels.cli_paths import PathError, adapter_directory
 from prodial_kernels.training.config import FinetuneConfig
 
 _ON_TEXT = ["finetune", "--model", "MODEL", "--data", "TEXT"]
@@ -157,6 +161,75 @@ def test_evaluate_base_adapter_and_merged_agree_with_the_run(
         assert metrics["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-5)
 
 
+def test_a_run_or_a_file_of_an_adapter_stands_for_it(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = set()
+    for path in (run_folder, run_folder / "adapter", run_folder / "adapter/adapter_config.json"):
+        capsys.readouterr()
+        assert main(["inspect", str(path)]) == 0
+        printed.add(capsys.readouterr().out)
+        assert adapter_directory(str(path)) == str(run_folder / "adapter")
+    assert len(printed) == 1
+
+
+def test_a_run_without_an_adapter_says_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(PathError, match=r"no adapter yet.*prodial finetune --resume --output"):
+        adapter_directory(str(tmp_path))
+
+
+def test_evaluate_takes_the_number_of_examples_that_is_asked_for(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data", str(place / "text.txt"), "--seq-len", "32", "--json"]
+    for limit, n in (("7", 7), ("0.5", 30), ("1000", 60)):
+        capsys.readouterr()
+        assert main(["evaluate", "--model", str(place / "model"), *data, "--limit", limit]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["metrics"]["n_documents"] == n
+        assert f"on {n} text examples" in printed.err
+        assert "text.txt: divided at blank lines into 60 texts" in printed.err
+
+
+def test_inspection_shows_nothing_that_steers_a_terminal(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prodial_kernels.training import inspection
+
+    read = inspection.read_adapter
+
+    def hostile(path: Path) -> Any:
+        saved = read(path)
+        for tensor in saved.tensors.values():
+            tensor.fill_(math.nan)
+        return dataclasses.replace(saved, base_model="\x1b[2Jowned\n")
+
+    monkeypatch.setattr(inspection, "read_adapter", hostile)
+    assert main(["inspect", str(run_folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\\x1b[2Jowned\\n" in printed
+    assert main(["inspect", str(run_folder), "--json"]) == 0
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    shown = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert shown["layers"][0]["lora_norm"] is None
+
+
+def test_messages_for_python_are_put_into_flags() -> None:
+    assert in_flags("set allow_partial=True, or r=8") == "set --allow-partial, or r=8"
+    assert in_flags("n_blocks=7 must divide in_features=192") == (
+        "--n-blocks 7 must divide in_features=192"
+    )
+    assert in_flags("r must be >= 0") == "--r must be >= 0"
+    assert in_flags("or set seq_len to at most 4.") == "or set --seq-len to at most 4."
+    for kept in ("/tmp/seq_len/a.txt: empty", "the model must be", "'batch_size'", "my_seq_len"):
+        assert in_flags(kept) == kept
+
+
 def test_evaluate_multiple_choice(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,7 +350,10 @@ def test_inspect_an_adapter_and_a_model(
         (["finetune", "--model", "MODEL", "--data", "./none"], 1, "./none: no such file or dir"),
         (["finetune", "--model", "MODEL", "--data", "EMPTY"], 1, "empty"),
         (["finetune", "--model", "MODEL", "--data", "BINARY"], 1, "not UTF-8"),
-        ([*_ON_TEXT, "--n-blocks", "7"], 1, "must divide"),
+        ([*_ON_TEXT, "--n-blocks", "7"], 1, "--n-blocks 7 must divide"),
+        ([*_ON_TEXT, "--r", "1000"], 1, "--r must be at most 32, the smaller side of .*, got 1000"),
+        (["inspect", "MODEL", "--rank", "65"], 1, "--r must be at most 32.*got 65"),
+        ([*_ON_TEXT, "--n-blocks", "in_porj=4"], 1, "--n-blocks given per target must use names"),
         ([*_ON_TEXT, "--target-modules", "q"], 1, "matches nothing"),
         (["evaluate", "--adapter", "./none"], 1, "none: no such directory"),
         (["evaluate", "--adapter", "EMPTY"], 1, "it is a file, and no adapter lies beside it"),

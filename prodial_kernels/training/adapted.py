@@ -55,7 +55,7 @@ def load_adapted(
     """
     if model is None and adapter is not None:
         model = read_adapter(adapter).base_model
-        if model is None:
+        if not isinstance(model, str) or not model.strip():
             raise ModelError(f"the adapter in {adapter} names no base model; give it as the model")
     on = resolve_device(device)
     loaded = load_model(

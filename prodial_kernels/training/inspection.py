@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.mixers.report import AdapterReport
 from prodial_kernels.ops.diagonal import deviation
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.method import matched_lora_rank
+from prodial_kernels.training.method import check_rank, matched_lora_rank
 from prodial_kernels.training.model import load_model, resolve_device, resolve_dtype
 from prodial_kernels.training.report import two_columns
 
@@ -73,14 +74,15 @@ class AdapterInspection:
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        writer = f"written by prodial-kernels {self.package_version}"
         head = two_columns(
             [
-                ("adapter", f"{self.path} (written by prodial-kernels {self.package_version})"),
-                ("base model", self.base_model or "not named"),
+                ("adapter", _printable(f"{self.path} ({writer})")),
+                ("base model", _printable(str(self.base_model or "not named"))),
                 ("configuration", settings),
                 ("parameters", f"{self.trainable:,}"),
             ]
@@ -108,7 +110,7 @@ class ModelInspection:
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -160,6 +162,8 @@ def inspect_model(name: str, options: Mapping[str, Any]) -> ModelInspection:
     model = load_model(name, device=device, dtype=resolve_dtype("float32", device)).model
     rank = matched_lora_rank(model, config.reference_adapter()) if config.method == "lora" else None
     adapter = config.adapter(r=rank)
+    if config.r is not None:
+        check_rank(model, adapter)
     return ModelInspection(name, adapter.to_dict(), apply_prodial(model, adapter))
 
 
@@ -201,11 +205,25 @@ def _cells(layer: LayerStatistics) -> tuple[str, ...]:
 
     blocks = f"{layer.n_blocks} of {layer.block_size}×{layer.block_size}" if layer.n_blocks else ""
     return (
-        layer.module, f"{layer.trainable:,}", blocks,
+        _printable(layer.module), f"{layer.trainable:,}", blocks,
         number(layer.diagonal_mean), number(layer.diagonal_max),
         number(layer.scale_mean), number(layer.scale_max),
         "" if layer.r is None else str(layer.r), number(layer.lora_norm),
     )  # fmt: skip
+
+
+def _plain(values: Any) -> Any:
+    """Replace numbers that JSON does not have by None."""
+    if isinstance(values, Mapping):
+        return {name: _plain(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _printable(text: str) -> str:
+    """Write characters that would steer a terminal as escapes: an adapter may come from anybody."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> str:

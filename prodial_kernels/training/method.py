@@ -57,6 +57,25 @@ def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
     return PreparedMethod(adapter, optimizer, adapter_report(model))
 
 
+def check_rank(model: nn.Module, adapter: ProdialConfig) -> None:
+    """Raise if no adapted layer can have a product B A of the rank that is asked for.
+
+    Raises:
+        ValueError: ``r`` is more than the smaller side of every layer, or the adapter does not fit
+            the model.
+    """
+    sides = {
+        min(t.linear.in_features, t.linear.out_features): t.paths[0]
+        for t in find_targets(model, adapter)
+    }
+    most = max(sides, default=adapter.r)
+    if adapter.r > most:
+        raise ValueError(
+            f"r must be at most {most}, the smaller side of {sides[most]}, got {adapter.r}: no "
+            "product B A has a larger rank than that, so more would only cost memory"
+        )
+
+
 def matched_lora_rank(model: nn.Module, reference: ProdialConfig) -> int:
     """Return the rank, at least 1, at which LoRA is closest in size to a ProDiaL adapter.
 

@@ -6,7 +6,7 @@ import torch
 
 from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.method import matched_lora_rank
+from prodial_kernels.training.method import check_rank, matched_lora_rank
 from prodial_kernels.training.model import empty_model
 from prodial_kernels.training.optimizers import check_optimizer
 from prodial_kernels.training.steps import check_step
@@ -47,4 +47,7 @@ def check_fit(config: FinetuneConfig, dtype: torch.dtype) -> None:
         return
     model = empty_model(config.model, dtype=dtype)
     rank = matched_lora_rank(model, config.reference_adapter()) if config.r is None else None
-    apply_prodial(model, config.adapter(r=rank))
+    adapter = config.adapter(r=rank)
+    if config.r is not None:
+        check_rank(model, adapter)
+    apply_prodial(model, adapter)
