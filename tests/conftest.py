@@ -46,6 +46,17 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan() -> Iterator[None]:
+    """What reads memory that nobody wrote finds NaN there, or the largest integer."""
+    if torch.cuda.is_available():
+        yield  # deterministic operators are fewer there
+        return
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def _memory_goes_back(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test's memory on the GPU is free for the tests of other workers when it is done."""
     yield

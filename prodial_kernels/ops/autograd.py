@@ -15,6 +15,7 @@ from prodial_kernels.ops.diagonal import (
     deviation_backward,
     rotate,
 )
+from prodial_kernels.ops.products import wide_product
 from prodial_kernels.ops.reference import scale_of
 
 
@@ -130,17 +131,18 @@ def torch_backward(
                 dx = du if e is None else rotate(du, e, transpose=True)
         if lora_a is not None and lora_b is not None:
             if need_b and h is not None:
-                db = (lora_scaling * (dy.T @ h)).to(lora_b.dtype)
+                db = (lora_scaling * wide_product(dy.T, h)).to(lora_b.dtype)
             if need_a or need_x:
                 t = lora_scaling * (dy @ lora_b.to(dy.dtype))
             if need_a:
                 kept = _kept_input(rows, dropout_mask, lora_dropout)
-                da = (t.T @ kept).to(lora_a.dtype)
+                da = wide_product(t.T, kept).to(lora_a.dtype)
             if dx is not None:
                 low_rank = t @ lora_a.to(t.dtype)
                 dx = dx + _kept_input(low_rank, dropout_mask, lora_dropout)
         if need_bias:
-            dbias = dy.sum(0).to(bias_dtype)
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            dbias = dy.sum(0, dtype=wide).to(bias_dtype)
         if dx is not None:
             dx = dx.reshape(x.shape)
     return dx, dblocks, dscale, da, db, dbias

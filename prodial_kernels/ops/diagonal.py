@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prodial_kernels.ops.products import wide_product
+
 DIAGONALS = ("relu", "free")
 
 
@@ -71,14 +73,19 @@ def rotate_weight(weight: Tensor, deviation: Tensor) -> Tensor:
 
 
 def block_outer_product(grad_u: Tensor, x: Tensor, block_size: int) -> Tensor:
-    """Return ``dD_g = dU_gᵀ X_g`` for every block: [M, K], [M, K] -> [K / P, P, P]."""
+    """Return ``dD_g = dU_gᵀ X_g`` for every block: [M, K], [M, K] -> [K / P, P, P].
+
+    In fp32, of fp64 operands in fp64: the sum over the tokens is for the caller to round.
+    """
     tokens, width = x.shape
     if block_size == 1:
-        return (grad_u * x).sum(0).reshape(width, 1, 1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (grad_u.to(wide) * x).sum(0).reshape(width, 1, 1)
     n_blocks = width // block_size
     grad_blocked = grad_u.reshape(tokens, n_blocks, block_size)
     blocked = x.reshape(tokens, n_blocks, block_size)
-    return torch.einsum("mgo,mgi->goi", grad_blocked, blocked)
+    # [G, P, M] @ [G, M, P] -> [G, P, P]
+    return wide_product(grad_blocked.permute(1, 2, 0), blocked.permute(1, 0, 2))
 
 
 def _diagonal_mask(blocks: Tensor) -> Tensor:

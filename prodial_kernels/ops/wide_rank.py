@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prodial_kernels.kernels.launch import MAX_FUSED_RANK, padded_rank
+from prodial_kernels.ops.products import wide_product
 
 
 def is_wide(lora_a: Tensor | None, seed: Tensor | None) -> bool:
@@ -60,7 +61,7 @@ def add_low_rank_gradient(
 def product_of(dy: Tensor, x: Tensor) -> Tensor:
     """F = dYᵀ X [N, K] of either layouts: bf16 of bf16, fp32 of fp16."""
     left, right = tokens_of(dy).T, tokens_of(x)
-    return left @ right if dy.dtype == torch.bfloat16 else _in_fp32(left, right)
+    return left @ right if dy.dtype == torch.bfloat16 else wide_product(left, right)
 
 
 def low_rank_gradients(
@@ -75,17 +76,10 @@ def low_rank_gradients(
     """Return dA and dB, those asked for, from F [N, K]."""
     da = db = None
     if need_a:
-        da = (alpha * _in_fp32(lora_b.T.to(product.dtype), product)).to(lora_a.dtype)
+        da = (alpha * wide_product(lora_b.T.to(product.dtype), product)).to(lora_a.dtype)
     if need_b:
-        db = (alpha * _in_fp32(product, lora_a.T.to(product.dtype))).to(lora_b.dtype)
+        db = (alpha * wide_product(product, lora_a.T.to(product.dtype))).to(lora_b.dtype)
     return da, db
-
-
-def _in_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of matrices of one dtype, in fp32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 def _add_product(target: Tensor, rows: Tensor, factor: Tensor) -> None:

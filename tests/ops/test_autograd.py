@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.ops.autograd import TorchProdialLinear
+from prodial_kernels.ops.diagonal import block_outer_product, deviation_backward
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
 
@@ -242,3 +243,41 @@ def test_nan_in_the_blocks_reaches_the_output(diagonal: str) -> None:
         result = case.run(hand_written)
         assert result["output"].isnan().all(), block_size
         assert result["d_x"].isnan().any(), block_size
+
+
+@pytest.mark.parametrize("block_size", [1, 6])
+def test_sums_over_tokens_that_fp16_cannot_hold(block_size: int) -> None:
+    """Each term fits, their sum does not; the masters are fp32."""
+    case = make_case(17, 42, 29, block_size=block_size).cast(torch.float16, torch.float32)
+    case.x.fill_(200.0)
+    case.grad_output.fill_(200.0)
+    gradients = case.run(hand_written)
+    exact = case.cast(torch.float64, torch.float64).run(hand_written)
+    for name in ("d_blocks", "d_scale", "d_lora_a", "d_lora_b"):
+        assert exact[name].abs().max() > 65504, name
+        error = (gradients[name].double() - exact[name]).norm() / exact[name].norm()
+        assert error < 2e-3, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [1, 2, 6])
+@pytest.mark.parametrize("tokens", [3, 256])
+def test_what_is_summed_over_tokens_is_rounded_to_the_master_alone(
+    block_size: int, dtype: torch.dtype, tokens: int
+) -> None:
+    """From the same 16-bit factors, so that only the sums can err."""
+    case = make_case(tokens, 48, 40, block_size=block_size).cast(dtype, torch.float32)
+    case = replace(case, scale=None, bias=case.bias.float())
+    found = case.run(hand_written)
+    dy, x = case.grad_output, case.x
+    du = (dy @ case.weight).double()
+    exact = {
+        "d_bias": dy.double().sum(0),
+        "d_lora_b": case.lora_scaling * dy.double().T @ (x @ case.lora_a.T.to(dtype)).double(),
+        "d_lora_a": (case.lora_scaling * (dy @ case.lora_b.to(dtype))).double().T @ x.double(),
+        "d_blocks": deviation_backward(
+            block_outer_product(du, x.double(), block_size), case.blocks.double(), "relu"
+        ),
+    }
+    for name, expected in exact.items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-4)

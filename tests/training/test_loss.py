@@ -13,7 +13,9 @@ from torch.nn import functional
 
 from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
 from prodial_kernels.testing import assert_all_accurate
+from prodial_kernels.training import chunked_cross_entropy as chunked
 from prodial_kernels.training.batches import IGNORED
+from prodial_kernels.training.chunked_cross_entropy import chunked_cross_entropy
 from prodial_kernels.training.head import find_head
 from prodial_kernels.training.loss import (
     ChunkedLoss,
@@ -174,3 +176,30 @@ def test_scores_are_those_of_the_whole_logits(by_kernel: bool) -> None:
         model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none"
     )
     torch.testing.assert_close(negative_log_likelihoods(head, hidden, ids[0, 1:]), expected)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 264, 303, 320])
+def test_no_product_is_given_memory_that_nobody_wrote(
+    vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU with AMX, products in bf16 read rows to their ends, whatever their length."""
+    buffers: list[Tensor] = []
+    make = chunked._buffer
+
+    def kept(*arguments: Any) -> Tensor:
+        buffers.append(make(*arguments))
+        return buffers[-1]
+
+    monkeypatch.setattr(chunked, "_buffer", kept)
+    hidden = torch.randn(96, 64).bfloat16().requires_grad_()
+    matrix = (0.05 * torch.randn(vocabulary, 64)).bfloat16().requires_grad_()
+    targets = torch.randint(0, vocabulary, (96,))
+    chunked_cross_entropy(
+        hidden, matrix, None, targets, None, weight=1.0, scale=1.0, rows=64
+    ).backward()
+    chunked.chunked_losses(hidden, matrix, None, targets, scale=1.0, rows=64)
+    assert hidden.grad.isfinite().all()
+    assert matrix.grad.isfinite().all()
+    assert len(buffers) == 2
+    for buffer in buffers:
+        assert buffer.isfinite().all()
