@@ -11,7 +11,7 @@ from prodial_kernels.kernels.taped import taped
 
 # A tile's side: 128 bytes of a 16-bit row in both layouts.
 SIDE = 64
-# Elements of a row that one program gates.
+# Elements that one program gates: of one row, or of several short ones.
 SPAN = 2048
 
 
@@ -21,12 +21,13 @@ def _transpose_kernel(
 ):
     """Y[b] = X[b]ᵀ: X [b, ROWS, COLUMNS] with unit inner stride, Y [b, COLUMNS, ROWS] contiguous.
 
-    A program owns a tile of one batch; the batch is the grid's second axis.
+    A program owns a tile of one batch. All are on the grid's first axis: the others end at 65,535.
     """
-    tiles = tl.cdiv(ROWS, SIDE)
-    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows = tile % tiles * SIDE + tl.arange(0, SIDE)
-    columns = tile // tiles * SIDE + tl.arange(0, SIDE)
+    tiles_r = tl.cdiv(ROWS, SIDE)
+    tiles = tiles_r * tl.cdiv(COLUMNS, SIDE)
+    tile, batch = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    rows = tile % tiles_r * SIDE + tl.arange(0, SIDE)
+    columns = tile // tiles_r * SIDE + tl.arange(0, SIDE)
     inside = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
     at = rows.to(tl.int64)[:, None]
     x = tl.load(
@@ -40,22 +41,23 @@ def _transpose_kernel(
 @triton.jit
 def _gate_kernel(
     x_ptr, z_ptr, y_ptr, ROWS, COLUMNS, stride_x_batch, stride_x_row, stride_z_batch, stride_z_row,
-    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Y = X ⊙ silu(Z): X, Z [b, ROWS, COLUMNS] with unit inner stride, Y contiguous.
 
-    A program owns SPAN elements of one row of one batch; the batch is the grid's second axis.
+    A program owns SPAN columns of BLOCK rows of one batch.
     """
-    spans = tl.cdiv(COLUMNS, SPAN)
-    row, batch = tl.program_id(0) // spans, tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) % spans * SPAN + tl.arange(0, SPAN)
-    inside = columns < COLUMNS
-    at = row.to(tl.int64)
-    x = tl.load(x_ptr + batch * stride_x_batch + at * stride_x_row + columns, mask=inside)
-    z = tl.load(z_ptr + batch * stride_z_batch + at * stride_z_row + columns, mask=inside)
+    blocks, spans = tl.cdiv(ROWS, BLOCK), tl.cdiv(COLUMNS, SPAN)
+    tile, batch = tl.program_id(0) % (blocks * spans), tl.program_id(0) // (blocks * spans)
+    rows = (tile // spans * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
+    columns = (tile % spans * SPAN + tl.arange(0, SPAN))[None, :]
+    inside = (rows < ROWS) & (columns < COLUMNS)
+    batch = batch.to(tl.int64)
+    x = tl.load(x_ptr + batch * stride_x_batch + rows * stride_x_row + columns, mask=inside)
+    z = tl.load(z_ptr + batch * stride_z_batch + rows * stride_z_row + columns, mask=inside)
     wide = z.to(tl.float32)
     gated = (x.to(tl.float32) * wide * tl.sigmoid(wide)).to(x.dtype)
-    tl.store(y_ptr + (batch * ROWS + at) * COLUMNS + columns, gated, mask=inside)
+    tl.store(y_ptr + (batch * ROWS + rows) * COLUMNS + columns, gated, mask=inside)
 
 
 def launch_transpose(x: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def _transpose(x: Tensor) -> tuple[Tensor]:
     y = torch.empty(batch, columns, rows, device=x.device, dtype=x.dtype)
     if y.numel() != 0:
         launch(
-            _transpose_kernel, (ceil_div(rows, SIDE) * ceil_div(columns, SIDE), batch),
+            _transpose_kernel, (batch * ceil_div(rows, SIDE) * ceil_div(columns, SIDE),),
             x, y, rows, columns, x.stride(0), x.stride(1), SIDE=SIDE, num_warps=4,
         )  # fmt: skip
     return (y,)
@@ -86,9 +88,10 @@ def _gate(x: Tensor, z: Tensor) -> tuple[Tensor]:
     y = torch.empty(batch, rows, columns, device=x.device, dtype=x.dtype)
     if y.numel() != 0:
         span = min(SPAN, triton.next_power_of_2(columns))
+        block = SPAN // span
         launch(
-            _gate_kernel, (rows * ceil_div(columns, span), batch),
+            _gate_kernel, (batch * ceil_div(rows, block) * ceil_div(columns, span),),
             x, z, y, rows, columns, x.stride(0), x.stride(1), z.stride(0), z.stride(1),
-            SPAN=span, num_warps=4,
+            BLOCK=block, SPAN=span, num_warps=4,
         )  # fmt: skip
     return (y,)

@@ -39,9 +39,10 @@ class Projector:
     dtype: torch.dtype = torch.bfloat16
     needs: tuple[bool, ...] = ALL_NEEDS
     columns_before_x: int = 0
-    # Two sequences, of which X, Y or both are stored channel-first.
+    # Sequences, of which X, Y or both are stored channel-first.
     x_channel_first: bool = False
     y_channel_first: bool = False
+    sequences: int = 2
 
     def __str__(self) -> str:
         """What differs from the defaults."""
@@ -80,9 +81,9 @@ class Projector:
         before = self.columns_before_x
         x, dy = narrow(m, k + before).narrow(1, before, k), narrow(m, n)
         if self.x_channel_first:
-            x = narrow(2, k, m // 2)
+            x = narrow(self.sequences, k, m // self.sequences)
         if self.y_channel_first:
-            dy = narrow(2, n, m // 2)
+            dy = narrow(self.sequences, n, m // self.sequences)
         operands = {
             "x": x,
             "weight": narrow(n, k),
@@ -96,7 +97,7 @@ class Projector:
         options = {
             "alpha": 0.5, "dropout": 0.1 if self.dropout else 0.0, "relu": self.relu,
         }  # fmt: skip
-        length = m // 2 if self.y_channel_first else 0
+        length = m // self.sequences if self.y_channel_first else 0
         y, h = projector.forward(**operands, **options, length=length)
         given = ("x", "blocks", "scale_deviation", "lora_a", "lora_b", "bias")
         needs = projector.Needs(

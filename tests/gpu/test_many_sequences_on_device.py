@@ -1,0 +1,66 @@
+"""More sequences in a batch than the second axis of CUDA's grid holds: short ones, as of pixels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from mamba_ssm_loaded import CONFIG, MARKS, WIDTH, adapt
+from torch import Tensor, nn
+
+pytestmark = MARKS
+
+MANY = 2**16 + 9
+
+
+def both(name: str) -> tuple[nn.Module, nn.Module]:
+    """A mixer as upstream has it, and the same one adapted."""
+    import mamba_ssm
+
+    torch.manual_seed(0)
+    plain = nn.Module()
+    options: dict[str, Any] = {"headdim": 64} if name == "Mamba2" else {}
+    plain.mixer = getattr(mamba_ssm, name)(WIDTH, device="cuda", dtype=torch.bfloat16, **options)
+    return plain, adapt(copy.deepcopy(plain), CONFIG)
+
+
+def step(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().requires_grad_()
+    y = module.mixer(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y.detach(), dx
+
+
+def ends(function: Any, *arguments: Any) -> str:
+    """How a call ends: well, or in which error."""
+    try:
+        function(*arguments)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return type(error).__name__
+    return "well"
+
+
+# Channel-first as it lies, and transposed.
+@pytest.mark.parametrize("length", [8, 12])
+def test_mamba(length: int) -> None:
+    plain, adapted = both("Mamba")
+    x = torch.randn(MANY, length, WIDTH, device="cuda", dtype=torch.bfloat16)
+    assert ends(step, plain, x) == "well"
+    y, dx = step(adapted, x)
+    # No sequence depends on another.
+    for first in (0, MANY - 100):
+        part = slice(first, first + 100)
+        part_y, part_dx = step(adapted, x[part].contiguous())
+        torch.testing.assert_close(y[part], part_y, rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(dx[part], part_dx, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("length", [8, 12])
+def test_mamba2_ends_as_the_plain_mixer_does(length: int) -> None:
+    """Upstream's own kernels put batches on the second axis."""
+    plain, adapted = both("Mamba2")
+    x = torch.randn(MANY, length, WIDTH, device="cuda", dtype=torch.bfloat16)
+    assert ends(step, adapted, x) == ends(step, plain, x)
