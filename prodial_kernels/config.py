@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from numbers import Real
+from functools import lru_cache
+from re import Pattern
 from typing import Any
 
-from prodial_kernels._validation import IMPLS, check_choice, check_dropout
+from prodial_kernels._validation import (
+    IMPLS,
+    check_choice,
+    check_dropout,
+    check_finite,
+    check_flag,
+    check_integer,
+)
+from prodial_kernels.module_patterns import compile_pattern, is_plain_name, matches_name
 from prodial_kernels.ops.diagonal import DIAGONALS
 
 
@@ -22,19 +30,22 @@ class ProdialConfig:
         lora_alpha: α = lora_alpha / r. With the default, lora_alpha = r and α = 1 (Eq. 7).
         lora_dropout: Dropout probability on the LoRA input, in [0, 1).
         target_modules: As in PEFT: a list of names, each matching a module whose dotted path ends
-            with it, or one regular expression that must match whole dotted paths.
+            with it, or one regular expression that must match whole dotted paths. A string that
+            is one plain name, such as ``"in_proj"``, is that name.
         n_blocks: Number of diagonal blocks (the paper's r_b), one number or a number per target
             name; must divide ``in_features``. Default: a pure diagonal (1×1 blocks).
         block_size: Side P of a block instead of their number, one number or one per target name.
         diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
         train_scale: Whether to have the output scale s.
         train_diagonal: Whether to have the block-diagonal factor.
-        modules_to_save: Names of other modules that stay trainable, such as a classifier head.
+        modules_to_save: Names of other modules or parameters that stay trainable, such as a
+            classifier head or ``"A_log"``; each matches the end of a dotted path.
         allow_partial: Whether a target may match in only some of a model's layers.
         impl: As in :func:`prodial_kernels.prodial_linear`.
 
     Raises:
-        ValueError: A value out of range, or a choice that does not exist.
+        ValueError: A value out of range, a choice that does not exist, or a regular expression
+            that may take for ever.
         TypeError: A value of the wrong kind, as a hand-written JSON file may hold.
     """
 
@@ -53,10 +64,10 @@ class ProdialConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        if self.r < 0:
-            raise ValueError(f"r must be >= 0 (0 switches the LoRA part off), got {self.r}")
-        if self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", float(self.r))
+        alpha = float(self.r) if self.lora_alpha is None else self.lora_alpha
+        check_finite("lora_alpha", alpha)
+        # Not a number of NumPy's, which JSON cannot hold.
+        object.__setattr__(self, "lora_alpha", alpha if isinstance(alpha, int) else float(alpha))
         check_dropout(self.lora_dropout)
         check_choice("diagonal", self.diagonal, DIAGONALS)
         check_choice("impl", self.impl, IMPLS)
@@ -69,12 +80,10 @@ class ProdialConfig:
         self._freeze_names("target_modules", allow_pattern=True)
         self._freeze_names("modules_to_save", allow_pattern=False)
         if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise ValueError(
-                    f"target_modules={self.target_modules!r} is not a regular expression: {error}"
-                ) from error
+            if is_plain_name(self.target_modules):
+                object.__setattr__(self, "target_modules", (self.target_modules,))
+            else:
+                _compiled(self.target_modules)
         elif not self.target_modules:
             raise ValueError("target_modules must name at least one module, got none")
         for option in ("n_blocks", "block_size"):
@@ -89,23 +98,22 @@ class ProdialConfig:
                     )
 
     def _check_kinds(self) -> None:
-        def require(name: str, value: object, kind: type, expected: str) -> None:
-            # bool is an int to isinstance, but r=True is a mistake.
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-                raise TypeError(f"{name} must be {expected}, got {value!r}")
-
-        require("r", self.r, int, "an integer")
-        require("lora_dropout", self.lora_dropout, Real, "a number")
-        if self.lora_alpha is not None:
-            require("lora_alpha", self.lora_alpha, Real, "a number")
+        check_integer("r", self.r, least=0, hint=" (0 switches the LoRA part off)")
+        check_finite("r", self.r)
         for name in ("train_scale", "train_diagonal", "allow_partial"):
-            require(name, getattr(self, name), bool, "true or false")
+            check_flag(name, getattr(self, name))
         for name in ("n_blocks", "block_size"):
             value = getattr(self, name)
-            counts = value.values() if isinstance(value, Mapping) else [value]
-            for count in counts:
-                if value is not None:
-                    require(name, count, int, "an integer, or an integer per target")
+            if value is None:
+                continue
+            if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+                raise TypeError(f"{name} given per target must have names as keys, got {value!r}")
+            for count in value.values() if isinstance(value, Mapping) else [value]:
+                if not isinstance(count, int) or isinstance(count, bool):
+                    raise TypeError(
+                        f"{name} must be an integer, or an integer per target, got {count!r}"
+                    )
+                check_integer(name, count, least=1)
 
     def _freeze_names(self, option: str, *, allow_pattern: bool) -> None:
         value = getattr(self, option)
@@ -120,10 +128,10 @@ class ProdialConfig:
     def target_of(self, module_name: str) -> str | None:
         """Return the target that matches a module's dotted path, or None."""
         if isinstance(self.target_modules, str):
-            matched = re.fullmatch(self.target_modules, module_name)
-            return self.target_modules if matched else None
+            pattern = self.target_modules
+            return pattern if _compiled(pattern).fullmatch(module_name) else None
         for target in self.target_modules:
-            if module_name == target or module_name.endswith(f".{target}"):
+            if matches_name(module_name, target):
                 return target
         return None
 
@@ -157,7 +165,7 @@ class ProdialConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the configuration is not valid JSON: {error}") from error
         return cls.from_dict(values)
 
@@ -176,6 +184,11 @@ class ProdialConfig:
         if unknown:
             raise ValueError(f"unknown configuration keys {unknown}; known are {known}")
         return cls(**values)
+
+
+@lru_cache
+def _compiled(pattern: str) -> Pattern[str]:
+    return compile_pattern(pattern, "target_modules")
 
 
 @dataclass(frozen=True)
