@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels._validation import IMPLS, check_choice, check_dropout, divisors
 from prodial_kernels.functional import adapted_linear, lay_out, resolve_impl
-from prodial_kernels.ops.diagonal import DIAGONALS
+from prodial_kernels.linear_options import check_adapter, check_base_layer, resolve_block_size
+from prodial_kernels.merged_weight import Marks, marks_of
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.quantization import (
     QuantizationError,
@@ -21,6 +21,8 @@ from prodial_kernels.quantization import (
     quantize_linear,
 )
 from prodial_kernels.quantization.project import quantized_prodial_linear
+from prodial_kernels.scale_versions import scale_to_load
+from prodial_kernels.tuners import check_still_trained
 
 ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
 
@@ -38,11 +40,15 @@ class ProdialLinear(nn.Module):
     masters by default): 16-bit formats would round many of an optimiser's updates away.
     """
 
+    # Of the state dict: 1 held the scale s, 2 holds s - 1.
+    _version = 2
+
     prodial_blocks: nn.Parameter | None
     prodial_scale: nn.Parameter | None
     prodial_a: nn.Parameter | None
     prodial_b: nn.Parameter | None
     _merged_weight: Tensor | None
+    _merged_of: Marks
 
     def __init__(
         self,
@@ -51,7 +57,7 @@ class ProdialLinear(nn.Module):
         r: int = 16,
         n_blocks: int | None = None,
         block_size: int | None = None,
-        lora_alpha: float = 16.0,
+        lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
         diagonal: str = "relu",
         train_scale: bool = True,
@@ -61,22 +67,13 @@ class ProdialLinear(nn.Module):
     ) -> None:
         """Wrap ``base_layer`` and freeze it. See :meth:`from_linear` for the arguments."""
         super().__init__()
-        if not isinstance(base_layer, nn.Linear | QuantizedLinear):
-            raise TypeError(
-                f"base_layer must be an nn.Linear, got {type(base_layer).__name__}; a quantised "
-                "layer comes from prodial_kernels.quantization"
-            )
-        check_choice("diagonal", diagonal, DIAGONALS)
-        check_choice("impl", impl, IMPLS)
-        check_dropout(lora_dropout)
-        if r < 0:
-            raise ValueError(f"r must be >= 0 (0 switches the LoRA part off), got {r}")
-        if not adapter_dtype.is_floating_point:
-            raise TypeError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype}")
-        if r == 0 and not train_scale and not train_diagonal:
-            raise ValueError(
-                "nothing would be trained: set r > 0, train_scale=True or train_diagonal=True"
-            )
+        check_base_layer(base_layer)
+        lora_alpha = r if lora_alpha is None else lora_alpha
+        check_adapter(
+            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, diagonal=diagonal,
+            train_scale=train_scale, train_diagonal=train_diagonal, adapter_dtype=adapter_dtype,
+            impl=impl,
+        )  # fmt: skip
         self.in_features = base_layer.in_features
         self.out_features = base_layer.out_features
         self.r = r
@@ -100,6 +97,8 @@ class ProdialLinear(nn.Module):
         self.prodial_a = parameter(r, width) if r else None
         self.prodial_b = parameter(self.out_features, r) if r else None
         self.register_buffer("_merged_weight", None, persistent=False)
+        self._merged_of = ()
+        self.register_load_state_dict_post_hook(_merge_again)
         self.reset_adapter()
 
     @classmethod
@@ -110,7 +109,7 @@ class ProdialLinear(nn.Module):
         r: int = 16,
         n_blocks: int | None = None,
         block_size: int | None = None,
-        lora_alpha: float = 16.0,
+        lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
         diagonal: str = "relu",
         train_scale: bool = True,
@@ -125,7 +124,7 @@ class ProdialLinear(nn.Module):
             r: Rank of the LoRA part; 0 switches it off.
             n_blocks: Number of diagonal blocks (the paper's r_b); must divide ``in_features``.
             block_size: Side P of a block; give this or ``n_blocks``. Default: 1, a pure diagonal.
-            lora_alpha: LoRA's numerator: α = lora_alpha / r.
+            lora_alpha: LoRA's numerator: α = lora_alpha / r. Default: r, so that α = 1 (Eq. 7).
             lora_dropout: Dropout on the LoRA input only, active in training mode.
             diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
             train_scale: Whether to have the output scale s.
@@ -134,9 +133,10 @@ class ProdialLinear(nn.Module):
             impl: As in :func:`prodial_kernels.prodial_linear`.
 
         Raises:
-            TypeError: ``linear`` is neither an ``nn.Linear`` nor a ``QuantizedLinear``.
-            ValueError: An option out of range, or a block count that does not divide
-                ``in_features`` (the message lists the divisors).
+            TypeError: ``linear`` is neither an ``nn.Linear`` with a weight nor a
+                ``QuantizedLinear``, or an option is of the wrong kind.
+            ValueError: An option out of range or not finite, a layer without features, or a block
+                count that does not divide ``in_features`` (the message lists the divisors).
         """
         return cls(
             linear, r=r, n_blocks=n_blocks, block_size=block_size, lora_alpha=lora_alpha,
@@ -177,11 +177,8 @@ class ProdialLinear(nn.Module):
         if not self.adapter_enabled:
             return self.base_layer.weight
         if self._merged_weight is not None:
-            return self._merged_weight
-        return effective_weight(
-            self.base_layer.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
-            self.prodial_b, self.lora_scaling, self.diagonal,
-        )  # fmt: skip
+            return self._cached_weight()
+        return self.adapted_weight()
 
     def forward(self, input: Tensor, channel_first: bool = False) -> Tensor:
         """[..., in_features] -> [..., out_features]; the argument is named as in ``nn.Linear``.
@@ -200,7 +197,7 @@ class ProdialLinear(nn.Module):
                     "this ProdialLinear is merged, so its adapter would get no gradient; call "
                     "unmerge() before training, or eval() for inference"
                 )
-            merged = nn.functional.linear(input, self._merged_weight, bias)
+            merged = nn.functional.linear(input, self._cached_weight(), bias)
             return lay_out(merged, channel_first)
         return self.adapted(input, bias, channel_first)
 
@@ -212,7 +209,13 @@ class ProdialLinear(nn.Module):
         return adapted_linear(x, base.weight, channel_first=channel_first, **options)
 
     def operation(self, bias: Tensor | None) -> dict[str, Any]:
-        """What ``adapted_linear`` takes beside the input, the weight and the layout."""
+        """What ``adapted_linear`` takes beside the input, the weight and the layout.
+
+        Raises:
+            RuntimeError: PEFT has frozen the adapter, and this call is for training.
+        """
+        if self.training and torch.is_grad_enabled():
+            check_still_trained(self, [parameter for _, parameter in self.adapter_parameters()])
         return {
             "blocks": self.prodial_blocks,
             "scale_deviation": self.prodial_scale,
@@ -236,28 +239,53 @@ class ProdialLinear(nn.Module):
         if self.prodial_a is not None and self.prodial_b is not None:
             nn.init.kaiming_uniform_(self.prodial_a, a=math.sqrt(5))
             self.prodial_b.zero_()
+        _merge_again(self)
 
     @property
     def merged(self) -> bool:
         """Whether calls use the cached effective weight."""
         return self._merged_weight is not None
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Cache W' and use it in every call: plain-linear speed for inference.
 
         The base weight is left untouched, so :meth:`unmerge` is exact and the state dict does not
         change; the price is one more weight in memory. :meth:`to_linear` gives a layer without it.
+        W' is formed anew when what it is made of changes, as by ``load_state_dict`` or a moving
+        average; :func:`~prodial_kernels.merged_weight.marks_of` says what cannot be seen.
         """
-        if self._merged_weight is None:
-            self._merged_weight = effective_weight(
-                self.base_layer.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
-                self.prodial_b, self.lora_scaling, self.diagonal,
-            ).clone()  # fmt: skip
+        marks = self._marks()
+        if self._merged_weight is None or self._merged_of != marks:
+            # A weight made in inference mode could never be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._merged_weight = self.adapted_weight().clone()
+            self._merged_of = marks
 
     def unmerge(self) -> None:
         """Drop the cached W'; calls use the adapter again, bit for bit as before."""
         self._merged_weight = None
+        self._merged_of = ()
+
+    def _cached_weight(self) -> Tensor:
+        """The merged W', made again first if what it was made of has changed."""
+        if not torch.compiler.is_compiling():
+            self.merge()
+        if self._merged_weight is None:
+            raise RuntimeError("the merged weight was asked of a layer that is not merged")
+        return self._merged_weight
+
+    def adapted_weight(self) -> Tensor:
+        """W' of the adapter as it is now, whether merged, switched off or neither."""
+        return effective_weight(
+            self.base_layer.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
+            self.prodial_b, self.lora_scaling, self.diagonal,
+        )  # fmt: skip
+
+    def _marks(self) -> Marks:
+        base = self.base_layer
+        weights = base.packed() if isinstance(base, QuantizedLinear) else (base.weight,)
+        parts = (self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b)
+        return marks_of((*weights, *parts), self.lora_alpha, self.diagonal)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -266,11 +294,7 @@ class ProdialLinear(nn.Module):
         linear = nn.Linear(
             self.in_features, self.out_features, bias=base.bias is not None, device="meta"
         )
-        merged = effective_weight(
-            base.weight, self.prodial_blocks, self.prodial_scale, self.prodial_a,
-            self.prodial_b, self.lora_scaling, self.diagonal,
-        )  # fmt: skip
-        linear.weight = nn.Parameter(merged.clone())
+        linear.weight = nn.Parameter(self.adapted_weight().clone())
         if base.bias is not None:
             linear.bias = nn.Parameter(base.bias.clone())
         return linear.train(self.training)
@@ -315,6 +339,15 @@ class ProdialLinear(nn.Module):
             parts.append("adapter disabled")
         return ", ".join(parts)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Take a scale of version 0.1.0, which was kept as s, for what it is."""
+        name = f"{prefix}prodial_scale"
+        if self.prodial_scale is not None and isinstance(state_dict.get(name), Tensor):
+            state_dict[name] = scale_to_load(state_dict[name], local_metadata.get("version"))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
     def _adapter_active(self) -> bool:
         return self.adapter_enabled and self._merged_weight is None
 
@@ -339,33 +372,17 @@ class ProdialLinear(nn.Module):
         return self
 
 
+def _merge_again(layer: ProdialLinear, incompatible_keys: object = None) -> None:
+    """Renew the merged weight, if there is one, now: a compiled call would not look."""
+    if layer.merged:
+        layer.merge()
+
+
 def weight_like(layer: nn.Linear | QuantizedLinear) -> Tensor:
     """Return a tensor with the dtype and device that ``layer.weight`` has; nothing is unpacked."""
     if isinstance(layer, QuantizedLinear):
         return torch.empty(0, dtype=layer.dtype, device=layer.device)
     return layer.weight
-
-
-def resolve_block_size(in_features: int, n_blocks: int | None, block_size: int | None) -> int:
-    """Return the side P of a diagonal block; 1 when neither argument is given.
-
-    Raises:
-        ValueError: Both are given, or the one given does not divide ``in_features``.
-    """
-    if n_blocks is not None and block_size is not None:
-        raise ValueError(
-            f"give n_blocks or block_size, not both (got n_blocks={n_blocks}, "
-            f"block_size={block_size})"
-        )
-    name, value = ("n_blocks", n_blocks) if n_blocks is not None else ("block_size", block_size)
-    if value is None:
-        return 1
-    if value < 1 or in_features % value:
-        raise ValueError(
-            f"{name}={value} must divide in_features={in_features}; "
-            f"its divisors are {divisors(in_features)}"
-        )
-    return in_features // value if name == "n_blocks" else value
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch import nn
 from trained_layers import plain, trained
 
 from prodial_kernels import ProdialLinear
-from prodial_kernels.linear import ADAPTER_PARAMETERS, resolve_block_size
+from prodial_kernels.linear import ADAPTER_PARAMETERS
+from prodial_kernels.linear_options import resolve_block_size
 
 SHAPES = ((42, 29), (29, 42), (6, 1), (1, 6))
 PARTS = list(itertools.product([0, 4], [False, True], [False, True]))[1:]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import resolve_block_size
+from prodial_kernels.linear_options import resolve_block_size
 from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.targets import find_targets
