@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import resolve_block_size
+from prodial_kernels.linear_options import resolve_block_size
+from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.quantization import QuantizedLinear
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -28,6 +29,28 @@ class Target:
     linear: nn.Linear | QuantizedLinear
     paths: tuple[str, ...]
     name: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A module, or one parameter, that is trained as it is beside the adapter.
+
+    Attributes:
+        path: Its dotted path in the model, the first of several.
+        module: The module, or the one that holds the parameter.
+        parameter: The parameter's name in ``module``; None for the whole module.
+    """
+
+    path: str
+    module: nn.Module
+    parameter: str | None = None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what is trained, and the integer parameters that a whole module has."""
+        if self.parameter is None:
+            yield from self.module.parameters()
+        else:
+            yield self.module.get_parameter(self.parameter)
 
 
 def path_pattern(path: str) -> str:
@@ -72,41 +95,57 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
     return targets
 
 
-def find_saved(
-    model: nn.Module, config: ProdialConfig, targets: Iterable[Target]
-) -> list[nn.Module]:
-    """Return the modules of ``config.modules_to_save``, which stay trainable beside the adapter.
+def find_saved(model: nn.Module, config: ProdialConfig, targets: Iterable[Target]) -> list[Saved]:
+    """Return what ``config.modules_to_save`` names: it stays trainable beside the adapter.
+
+    A name means every module whose path ends with it; if there is none, every parameter.
 
     Raises:
-        ValueError: A name matches no module with floating-point parameters, or a match contains
-            or shares the weight of a layer that is to be adapted.
+        ValueError: A name matches no module with floating-point parameters and no such parameter,
+            or a match contains or shares the weight of a layer that is to be adapted.
     """
     paths = module_paths(model)
     saved = []
     for name in config.modules_to_save:
-        matches = {
-            module: names[0]
-            for module, names in paths.items()
-            if any(path == name or path.endswith(f".{name}") for path in names)
-            and any(parameter.is_floating_point() for parameter in module.parameters())
-        }
+        matches = list(_saved_modules(paths, name)) or list(_saved_parameters(model, name))
         if not matches:
             owners = (names for m, names in paths.items() if any(True for _ in m.parameters(False)))
             raise ValueError(
-                f"modules_to_save={name!r} matches no module with floating-point parameters; "
-                f"modules of this model that have parameters: {_patterns(owners)}"
+                f"modules_to_save={name!r} matches no module with floating-point parameters and no "
+                f"such parameter; modules of this model that have parameters: {_patterns(owners)}"
             )
-        for module, path in matches.items():
-            owned = {id(parameter) for parameter in module.parameters()}
+        for match in matches:
+            owned = {id(parameter) for parameter in match.parameters()}
             for target in targets:
-                if not owned.isdisjoint(map(id, target.linear.parameters())):
+                # The bias of an adapted layer is not adapted, and may be trained by its own name.
+                shared = target.linear.named_parameters()
+                if not owned.isdisjoint(
+                    id(p) for own, p in shared if match.parameter is None or own == "weight"
+                ):
                     raise ValueError(
-                        f"modules_to_save={name!r} ({path}) contains or shares the weight of "
+                        f"modules_to_save={name!r} ({match.path}) contains or shares the weight of "
                         f"{target.paths[0]}, which is also a target; a weight is either adapted "
                         "(frozen) or trained itself: take one of the two out"
                     )
-            saved.append(module)
+            saved.append(match)
     return saved
+
+
+def _saved_modules(paths: Mapping[nn.Module, tuple[str, ...]], name: str) -> Iterator[Saved]:
+    for module, names in paths.items():
+        if any(matches_name(path, name) for path in names) and any(
+            parameter.is_floating_point() for parameter in module.parameters()
+        ):
+            yield Saved(names[0], module)
+
+
+def _saved_parameters(model: nn.Module, name: str) -> Iterator[Saved]:
+    for path, parameter in model.named_parameters():
+        # An adapted layer's bias goes by the name that it has in the plain model.
+        plain = path.replace(".base_layer.", ".")
+        if matches_name(plain, name) and parameter.is_floating_point():
+            owner, _, own = path.rpartition(".")
+            yield Saved(plain, model.get_submodule(owner), own)
 
 
 def require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | QuantizedLinear:
@@ -148,6 +187,8 @@ def _check_names_used(
     unused = [n for n in ((names,) if isinstance(names, str) else names) if n not in used]
     if unused:
         reason = " (or only modules that an earlier name already matches)" if used else ""
+        if isinstance(names, str):
+            reason = ": a string is an expression for whole dotted paths; give names as a list"
         raise ValueError(
             f"target_modules {unused} matches nothing in this model{reason}; "
             f"its nn.Linear layers: {_patterns(linear_paths)}"

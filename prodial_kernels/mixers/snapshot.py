@@ -1,0 +1,52 @@
+"""The structure of a model as it was, to go back to whatever stopped a change, and wherever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Snapshot:
+    """Classes, attributes, children, hooks and flags of every module; no value is copied."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Note how ``model`` is now."""
+        self._modules = [
+            (module, type(module), dict(vars(module)), _registries(module))
+            for module in model.modules()
+        ]
+        self._parameters = [
+            (parameter, parameter.requires_grad, parameter.data, parameter.grad)
+            for parameter in model.parameters()
+        ]
+
+    def restore(self) -> None:
+        """Give the model back its structure; values that were changed in place stay changed."""
+        for module, cls, attributes, registries in self._modules:
+            module.__class__ = cls
+            for registry, content in registries:
+                registry.clear()
+                registry.update(content)
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, requires_grad, data, grad in self._parameters:
+            if parameter.dtype != data.dtype:
+                parameter.grad = None
+                parameter.data = data
+            _set_flag(parameter, requires_grad)
+            parameter.grad = grad
+
+
+def _registries(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The dictionaries of parameters, buffers, children and hooks, each with a copy."""
+    return [
+        (value, value.copy())
+        for name, value in vars(module).items()
+        if name.startswith("_") and isinstance(value, dict)
+    ]
+
+
+def _set_flag(parameter: Tensor, requires_grad: bool) -> None:
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
