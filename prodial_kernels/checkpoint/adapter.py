@@ -15,15 +15,34 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as serialise_safetensors
 from torch import Tensor, nn
 
+from prodial_kernels.checkpoint.contents import (
+    Contents,
+    base_without,
+    configured_beside,
+    contents_of,
+    expected_shapes,
+    is_adapter_tensor,
+)
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, read_files, write_files
-from prodial_kernels.checkpoint.fingerprint import check_base, describe_base
+from prodial_kernels.checkpoint.fingerprint import (
+    all_finite,
+    check_has_values,
+    check_layers,
+    check_values,
+    describe_base,
+    describe_layers,
+)
+from prodial_kernels.checkpoint.first_format import check_first_base, convert_tensors
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear
+from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.mixers.inject import apply_prodial, get_prodial_config, remove_prodial
+from prodial_kernels.mixers.names import base_state, plain_path, unwrapped
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
-from prodial_kernels.mixers.targets import find_saved, find_targets, module_paths
-from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.mixers.targets import find_targets
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -32,11 +51,13 @@ class SavedAdapter:
 
     Attributes:
         config: The configuration it was trained with.
-        tensors: By name, on the CPU: ``<module path>.prodial_*``, and the tensors of
-            ``config.modules_to_save``.
+        tensors: By name, on the CPU: ``<module path>.prodial_*`` (the scale as s − 1, whatever the
+            format keeps), and what was trained beside: the tensors of ``config.modules_to_save``,
+            parameters that were set to require a gradient, running statistics.
         base: Fingerprint of the base model (:func:`describe_base`).
         base_model: Name of the base model as given to :func:`save_adapter`, or None.
         package_version: Version of this package that wrote it.
+        format_version: Of the files: 1 kept s, and a few values of the base; 2 is today's.
     """
 
     config: ProdialConfig
@@ -44,44 +65,67 @@ class SavedAdapter:
     base: Mapping[str, Any]
     base_model: str | None
     package_version: str
+    format_version: int
+
+    @property
+    def base_format(self) -> str | None:
+        """How the adapted weights were stored: ``"dense"``, ``"nf4"``, ``"int8"``, ``"fp8"``.
+
+        None where they differ, or where the file does not say, as in format 1.
+        """
+        formats = {layer.get("format") for layer in self.base["layers"].values()}
+        return formats.pop() if len(formats) == 1 else None
 
 
 def save_adapter(
     model: nn.Module, directory: str | PathLike[str], *, base_model: str | None = None
 ) -> None:
-    """Write the adapter of ``model``, and the modules trained beside it, to ``directory``.
+    """Write the adapter of ``model``, and all that is trained beside it, to ``directory``.
 
     Two files: ``adapter_model.safetensors`` and ``adapter_config.json``. The directory always
     holds the previous adapter or this one, even if the process is killed. Tensors keep their
-    dtype. Call it from one process only.
+    dtype. Beside the adapter it holds what ``modules_to_save`` names, every other parameter that
+    requires a gradient, and the running statistics of layers such as ``BatchNorm``.
+
+    Every value of the base model is read, to recognise it by
+    (:func:`~prodial_kernels.checkpoint.hashing.hash_tensor` says how fast).
 
     Args:
-        model: What ``apply_prodial`` or ``load_adapter`` was called on.
+        model: What ``apply_prodial`` or ``load_adapter`` was called on, also inside the wrapper of
+            ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``.
         directory: Created if it does not exist; an adapter already in it is replaced.
         base_model: Name or path of the base model, for people and the command line to find it by.
             Default: ``model.name_or_path`` where there is one, as in transformers.
 
     Raises:
-        AdapterError: The model has no adapter, or its weights are on the meta device.
+        AdapterError: The model has no adapter, its weights are on the meta device or sharded, a
+            trained value is NaN or inf, or ``base_model`` is not printable.
         OSError: The disk is full, or the place cannot be written.
     """
     from prodial_kernels import __version__
 
     config = _config_of(model)
-    tensors = _adapter_tensors(model, config)
-    base = describe_base(_base_layers(model))
+    model = unwrapped(model)
+    contents = contents_of(model, config)
+    tensors = contents.adapter | contents.beside
+    for name, tensor in tensors.items():
+        check_has_values(name, tensor)
+    _check_values(tensors, "this adapter cannot be saved", "It diverged; go back to an earlier one")
     if base_model is None:
         own_name = getattr(model, "name_or_path", None)
-        base_model = own_name if isinstance(own_name, str) and own_name else None
+        if isinstance(own_name, str) and own_name.isprintable():
+            base_model = own_name or None
+    elif not (isinstance(base_model, str) and base_model.isprintable()):
+        raise AdapterError(f"base_model must be a name in printable letters, got {base_model!r}")
     header = {
         "package_version": __version__,
         "base_model": base_model,
         "config": config.to_dict(),
         "tensors": {name: _description(tensor) for name, tensor in tensors.items()},
-        "base": base,
+        "base": describe_base(contents.base, contents.linears),
     }
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
-    owned = {name: t.to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    owned = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     write_files(Path(directory), header, serialise_safetensors(owned))
 
 
@@ -89,7 +133,8 @@ def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
     """Read and verify the adapter in ``directory``, without a model.
 
     Raises:
-        AdapterError: Something is missing, damaged, changed by hand, or of another version.
+        AdapterError: Something is missing, damaged, changed by hand, or of another version, or a
+            value is one that no training can have left.
         OSError: A file exists but cannot be read.
     """
     directory = Path(directory)
@@ -97,22 +142,31 @@ def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
     try:
         tensors = parse_safetensors(payload)
         config = ProdialConfig.from_dict(header["config"])
-        listed: dict[str, Any] = header["tensors"]
+        listed = _dictionary(header, "tensors")
+        base = _dictionary(header, "base")
+        _dictionary(base, "layers")
         saved = SavedAdapter(
-            config, tensors, header["base"], header["base_model"], header["package_version"]
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            config, tensors, base, _printable(header, "base_model"),
+            _printable(header, "package_version") or "unknown", header["format_version"],
+        )  # fmt: skip
+    except (SafetensorError, *_MALFORMED) as error:
         raise AdapterError(
             f"the adapter in {directory} cannot be read although its checksums match "
             f"({type(error).__name__}: {error}); save it again"
         ) from error
     found = {name: _description(tensor) for name, tensor in tensors.items()}
     for name in sorted(found.keys() | listed.keys()):
-        if found.get(name) != listed.get(name):
+        if found.get(name) != listed.get(name) or not name.isprintable():
             raise AdapterError(
-                f"{directory / TENSOR_FILE} holds {name} as {found.get(name, 'missing')}, but "
+                f"{directory / TENSOR_FILE} holds {name!r} as {found.get(name, 'missing')}, but "
                 f"{CONFIG_FILE} lists it as {listed.get(name, 'missing')}; save it again"
             )
+    if saved.format_version == 1:
+        saved = replace(saved, tensors=convert_tensors(tensors))
+    _check_values(
+        saved.tensors, f"the adapter in {directory} cannot be used",
+        "No training that worked can have left that; take another save of it",
+    )  # fmt: skip
     return saved
 
 
@@ -121,10 +175,11 @@ def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterRep
 
     A plain model gets the saved configuration by ``apply_prodial`` first; a model that is already
     adapted must have that configuration (``impl`` aside). Everything is checked before the first
-    change, and on an error the model is as it was.
+    change, and on an error the model is as it was. What was trained beside the adapter is put in
+    too, and requires a gradient again.
 
     The base may be in another floating-point dtype than the one the adapter was trained on. The
-    adapter's tensors are never narrowed; those of ``modules_to_save`` take the model's dtype.
+    adapter's tensors are never narrowed; those trained beside it take the model's dtype.
 
     Returns:
         What is trained now; prints as a table.
@@ -138,22 +193,103 @@ def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterRep
     saved = read_adapter(directory)
     if saved.base_model is not None:
         origin += f" (base model {saved.base_model!r})"
+    model = unwrapped(model)
     adapted = [m for m in model.modules() if isinstance(m, ProdialLinear)]
     if adapted:
         _check_same_config(_config_of(model), saved.config, origin)
         if any(layer.merged for layer in adapted):
             raise AdapterError("the model's adapter is merged; call unmerge() on its layers first")
-        check_base(saved.base, _base_layers(model), origin)
-        _copy_into(_adapter_tensors(model, saved.config), saved.tensors, origin)
-        return adapter_report(model)
+        contents = contents_of(model, saved.config)
+        shapes = {name: list(tensor.shape) for name, tensor in contents.adapter.items()}
+        beside = _check_fits(model, saved, shapes, contents, origin)
+        _copy_into(contents.adapter | beside, saved.tensors, origin)
+    else:
+        contents = _prospective(model, saved, origin)
+        shapes = expected_shapes(find_targets(model, saved.config), saved.config)
+        beside = _check_fits(model, saved, shapes, contents, origin)
+        with _applied(model, saved.config, origin):
+            adapter = contents_of(model, saved.config).adapter
+            _copy_into(adapter | beside, saved.tensors, origin)
+    for tensor in beside.values():
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+            tensor.requires_grad_()
+    return adapter_report(model)
+
+
+def _prospective(model: nn.Module, saved: SavedAdapter, origin: str) -> Contents:
+    """What :func:`contents_of` would find in a plain model, but for the adapter's tensors."""
     try:
         targets = find_targets(model, saved.config)
+        state = base_state(model)
+        beside = configured_beside(model, saved.config, state)
+    except AdapterError:
+        raise
     except ValueError as error:
         raise AdapterError(f"{origin} does not fit this model: {error}") from error
-    check_base(saved.base, {t.paths[0]: t.linear for t in targets}, origin)
-    with _applied(model, saved.config, origin):
-        _copy_into(_adapter_tensors(model, saved.config), saved.tensors, origin)
-    return adapter_report(model)
+    linears = {plain_path(target.paths[0]): target.linear for target in targets}
+    return Contents({}, beside, base_without(state, {}), linears)
+
+
+def _check_fits(
+    model: nn.Module,
+    saved: SavedAdapter,
+    shapes: Mapping[str, list[int]],
+    contents: Contents,
+    origin: str,
+) -> dict[str, Tensor]:
+    """Raise AdapterError unless ``saved`` belongs to ``model``, which is not changed.
+
+    Args:
+        model: Plain or adapted.
+        saved: The adapter.
+        shapes: Of the adapter tensors that the model has, or would have.
+        contents: Of the model; of ``beside``, what must be in the file.
+        origin: What messages call the adapter.
+
+    Returns:
+        The model's tensors that the file has something for beside the adapter.
+    """
+    first = saved.format_version == 1
+    with _readable_base(origin):
+        if first:
+            check_first_base(saved.base, contents.linears, origin)
+        else:
+            check_layers(saved.base["layers"], describe_layers(contents.linears), origin)
+    state = base_state(model)
+    own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    names = [name for name in saved.tensors if not is_adapter_tensor(name)]
+    missing = sorted((shapes.keys() | contents.beside.keys()) - saved.tensors.keys())
+    extra = sorted(saved.tensors.keys() - shapes.keys() - own.keys())
+    if missing or extra:
+        raise AdapterError(
+            f"{origin} does not hold this model's tensors: missing {missing or 'none'}, "
+            f"not in the model {extra or 'none'}"
+        )
+    beside = {name: own[name] for name in names}
+    for name, tensor in saved.tensors.items():
+        expected = shapes[name] if name in shapes else list(own[name].shape)
+        if list(tensor.shape) != expected:
+            raise AdapterError(
+                f"{origin}: {name} must have shape {expected}, got {list(tensor.shape)}"
+            )
+    if not first:
+        with _readable_base(origin):
+            check_values(saved.base, base_without(state, beside), contents.linears, origin)
+    return beside
+
+
+@contextmanager
+def _readable_base(origin: str) -> Iterator[None]:
+    """Turn what a malformed description of a base model runs into into an AdapterError."""
+    try:
+        yield
+    except AdapterError:
+        raise
+    except _MALFORMED as error:
+        raise AdapterError(
+            f"{origin} describes its base model in a way that cannot be read "
+            f"({type(error).__name__}: {error}); save it again"
+        ) from error
 
 
 @contextmanager
@@ -191,62 +327,40 @@ def _check_same_config(current: ProdialConfig, saved: ProdialConfig, origin: str
         )
 
 
-def _base_layers(model: nn.Module) -> dict[str, nn.Linear | QuantizedLinear]:
-    return {
-        paths[0]: module.base_layer
-        for module, paths in module_paths(model).items()
-        if isinstance(module, ProdialLinear)
-    }
-
-
-def _adapter_tensors(model: nn.Module, config: ProdialConfig) -> dict[str, Tensor]:
-    """Every tensor an adapter consists of, by its name in the file; they share the model's memory.
-
-    Raises:
-        AdapterError: A tensor is on the meta device, or a module's state is not made of tensors.
-    """
-    paths = module_paths(model)
-    tensors: dict[str, Tensor] = {}
-    for module, names in paths.items():
-        if isinstance(module, ProdialLinear):
-            for name, parameter in module.adapter_parameters():
-                tensors[f"{names[0]}.{name}"] = parameter.detach()
-    for module in find_saved(model, config, ()):
-        for name, value in module.state_dict(prefix=f"{paths[module][0]}.").items():
-            if not isinstance(value, Tensor):
-                raise AdapterError(
-                    f"modules_to_save: {name} is a {type(value).__name__}, and only tensors can "
-                    "be saved; name the submodules that hold tensors instead"
-                )
-            tensors[name] = value
+def _check_values(tensors: Mapping[str, Tensor], subject: str, advice: str) -> None:
+    """Raise AdapterError for NaN or inf; a buffer beside the adapter may hold inf, as masks do."""
     for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise AdapterError(
-                f"{name} is on the meta device and has no values; load the weights first"
-            )
-    return tensors
+        if all_finite(tensor):
+            continue
+        trained = is_adapter_tensor(name) or isinstance(tensor, nn.Parameter)
+        if trained or tensor.float().isnan().any():
+            raise AdapterError(f"{subject}: {name} holds NaN or inf. {advice}")
+
+
+def _dictionary(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = content[key]
+    if not isinstance(value, dict):
+        raise TypeError(f"{key} must be an object, got {type(value).__name__}")
+    return value
+
+
+def _printable(content: Mapping[str, Any], key: str) -> str | None:
+    """A name that may be shown on a terminal: no escape sequences."""
+    value = content[key]
+    if value is not None and not (isinstance(value, str) and value.isprintable() and value):
+        raise TypeError(f"{key} must be null or a name in printable letters, got {value!r}")
+    return value
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], origin: str) -> None:
-    """Copy every source over the target of its name, after checking them all."""
-    missing = sorted(targets.keys() - sources.keys())
-    extra = sorted(sources.keys() - targets.keys())
-    if missing or extra:
-        raise AdapterError(
-            f"{origin} does not hold this model's tensors: missing {missing or 'none'}, "
-            f"not in the model {extra or 'none'}"
-        )
+    """Copy every source over the target of its name and shape, after checking them all."""
     ready: dict[str, Tensor] = {}
     for name, target in targets.items():
         source = sources[name]
-        if source.shape != target.shape:
-            raise AdapterError(
-                f"{origin}: {name} must have shape {list(target.shape)}, got {list(source.shape)}"
-            )
         # A head may be cast with the model it belongs to; a master must not lose resolution.
-        floating = source.is_floating_point() and target.is_floating_point()
-        wider = torch.promote_types(source.dtype, target.dtype) != target.dtype
-        master = name.rpartition(".")[2] in ADAPTER_PARAMETERS
+        floating = source.dtype in _FLOATING and target.dtype in _FLOATING
+        wider = floating and torch.promote_types(source.dtype, target.dtype) != target.dtype
+        master = is_adapter_tensor(name)
         if source.dtype != target.dtype and (not floating or (master and wider)):
             raise AdapterError(
                 f"{origin}: {name} must have dtype {target.dtype} or narrower, got "

@@ -26,7 +26,9 @@ from prodial_kernels.checkpoint.error import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-FORMAT_VERSION = 1
+# 1: the scale is kept as s, and of the base a few values of each adapted weight. 2: as s - 1.
+FORMAT_VERSION = 2
+_READABLE = (1, 2)
 _SECONDS_TO_WAIT = 300.0
 
 
@@ -111,7 +113,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"{path} is missing; give the directory that save_adapter wrote")
     try:
-        header = json.loads(path.read_bytes())
+        header = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise AdapterError(
             f"{path} is not valid JSON ({error}): it is damaged; copy it again from where it "
@@ -121,14 +123,14 @@ def _read_header(directory: Path) -> dict[str, Any]:
         kind = header.get("peft_type") if isinstance(header, dict) else None
         raise AdapterError(
             f"{path} has no format_version: "
-            + (f"it is PEFT's, for {kind}; load it with peft" if kind else "it is not ProDiaL's")
+            + (f"it is PEFT's, for {kind!r}; load it with peft" if kind else "it is not ProDiaL's")
         )
     version = header["format_version"]
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version not in _READABLE:
         raise AdapterError(
             f"{path} has format_version={version!r}, written by prodial-kernels "
-            f"{header.get('package_version')}; this version reads {FORMAT_VERSION}: install one "
-            "that reads it"
+            f"{header.get('package_version')!r}; this version reads "
+            f"{' and '.join(map(str, _READABLE))}: install one that reads it"
         )
     checksum = header.pop("checksum", None)
     if checksum != _checksum(header):

@@ -1,4 +1,4 @@
-"""Which model is this: its layers' names and shapes, and a few values of every weight."""
+"""Which model is this: the names, shapes and every value of its tensors."""
 
 from __future__ import annotations
 
@@ -11,106 +11,239 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.checkpoint.error import AdapterError
+from prodial_kernels.checkpoint.hashing import hash_tensor
 from prodial_kernels.quantization import QuantizedLinear
 
 _SAMPLES = 16
 # Knuth's multiplicative hash: spreads the samples over rows and columns whatever the shape.
 _STRIDE = 2654435761
-_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+# What values are rounded to when a model is loaded in another dtype.
+_NARROWER = {
+    torch.float64: (torch.float32, torch.bfloat16, torch.float16),
+    torch.float32: (torch.bfloat16, torch.float16),
+    torch.bfloat16: (),
+    torch.float16: (),
+}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NARROWER}
+
+Linears = Mapping[str, nn.Linear | QuantizedLinear]
+Values = Tensor | QuantizedLinear
+"""A tensor, or the layer whose weight it is, to be dequantised when it is looked at."""
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Return a hash of every parameter's and buffer's name, shape, dtype and sampled values.
+    """Return a hash of every parameter's and buffer's name, shape, dtype and values.
 
-    Equal for the same model loaded twice, different after any training of it.
+    Equal for the same model loaded twice, different after any change to it. It takes as long as
+    reading the model once: see :func:`~prodial_kernels.checkpoint.hashing.hash_tensor`.
 
     Raises:
-        AdapterError: A tensor is on the meta device, so it has no values.
+        AdapterError: A tensor is on the meta device, so it has no values, or sharded.
     """
+    hashes = _Hashes()
     content = {
-        name: (list(tensor.shape), str(tensor.dtype), [str(v) for v in _samples(name, tensor)])
-        for name, tensor in model.state_dict().items()
+        name: hashes.of(tensor, _dense(name, tensor))
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor)
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def describe_base(linears: Mapping[str, nn.Linear | QuantizedLinear]) -> dict[str, Any]:
-    """Return the fingerprint of the frozen layers an adapter sits on, as JSON values.
+def describe_base(tensors: Mapping[str, Values], linears: Linears) -> dict[str, Any]:
+    """Return the fingerprint of a base model, as JSON values.
 
     Args:
-        linears: The plain layers by the dotted path of the layer (adapted or not).
+        tensors: Everything that the adapter was trained on and does not hold itself, by name.
+        linears: The layers that it adapts, as they are without it, by dotted path.
 
     Raises:
-        AdapterError: A weight is on the meta device or not finite.
+        AdapterError: A tensor is on the meta device or sharded, or an adapted weight not finite.
     """
-    layers = {}
     for path, linear in linears.items():
-        samples = _samples(path, linear.weight)
-        if not torch.tensor(samples).isfinite().all():
-            raise AdapterError(
-                f"the base weight of {path} is not finite, so no adapter can be trained on it or "
-                "recognise it; load the base model again"
-            )
-        layers[path] = {"shape": list(linear.weight.shape), "samples": samples}
-    return {"structure": _structure(layers), "layers": layers}
+        stored = linear.packed() if isinstance(linear, QuantizedLinear) else (linear.weight,)
+        for tensor in stored:
+            check_has_values(path, tensor)
+            if not all_finite(tensor):
+                raise AdapterError(
+                    f"the base weight of {path} is not finite, so no adapter can be trained on it "
+                    "or recognise it; load the base model again"
+                )
+    hashes = _Hashes()
+    return {
+        "layers": describe_layers(linears),
+        "tensors": {name: _description(name, t, hashes) for name, t in tensors.items()},
+    }
 
 
-def check_base(
-    saved: Mapping[str, Any], linears: Mapping[str, nn.Linear | QuantizedLinear], origin: str
+def check_values(
+    saved: Mapping[str, Any], tensors: Mapping[str, Values], linears: Linears, origin: str
 ) -> None:
-    """Raise AdapterError unless ``linears`` are the layers that ``saved`` describes.
+    """Raise AdapterError unless the model at hand has the very tensors that ``saved`` describes.
 
-    Rounding to another dtype is the only difference that is accepted: both sides are rounded to
-    the coarser of their formats and must then be equal.
+    Rounding to another floating-point dtype is the only difference that is accepted. Every value
+    is compared, except between bfloat16 and float16, neither of which holds the other's: there, 16
+    values of each tensor, to a bit of bfloat16.
 
     Args:
         saved: :func:`describe_base` of the model the adapter was trained on.
+        tensors: As for :func:`describe_base`, of the model at hand.
         linears: As for :func:`describe_base`, of the model at hand.
         origin: What the message calls the adapter and its base.
     """
-    layers: dict[str, Any] = saved["layers"]
-    current = describe_base(linears)["layers"]
-    if saved["structure"] != _structure(current):
-        raise AdapterError(f"{origin} does not fit this model: {_difference(layers, current)}")
+    before: dict[str, Any] = saved["tensors"]
+    lacking = sorted(before.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - before.keys())
+    if lacking or extra:
+        raise AdapterError(
+            f"{origin} belongs to a model of other tensors: this one lacks {_few(lacking)} and has "
+            f"{_few(extra)} beside. Load the very base model, in the class, it was trained in"
+        )
+    hashes = _Hashes()
     wrong = [
-        path
-        for path, layer in layers.items()
-        if not _same_but_for_rounding(layer["samples"], current[path]["samples"])
+        name for name, tensor in tensors.items() if not _same(before[name], name, tensor, hashes)
     ]
     if wrong:
         raise AdapterError(
             f"{origin} was trained on other weights than this model's: they differ in "
-            f"{len(wrong)} of {len(layers)} layers, first in {wrong[0]}. Load the very base model "
-            "it was trained on: not another size or revision, not a fine-tuned or merged one"
+            f"{len(wrong)} of {len(before)} tensors, first in {wrong[0]}. "
+            + (
+                _other_format(saved["layers"], linears)
+                or "Load the very base model it was trained on: not another size or revision, not "
+                "a fine-tuned or merged one"
+            )
         )
 
 
-def _structure(layers: Mapping[str, Any]) -> str:
-    shapes = {path: layer["shape"] for path, layer in layers.items()}
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+def check_layers(saved: Mapping[str, Any], current: Mapping[str, Any], origin: str) -> None:
+    """Raise AdapterError unless the adapted layers are the same, of the same shapes and formats.
+
+    Raises KeyError for a layer that has other fields than :func:`describe_layers` gives one.
+    """
+    for path, layer in saved.items():
+        if path in current and layer.keys() != current[path].keys():
+            raise KeyError(f"{path} has {sorted(layer)}, not {sorted(current[path])}")
+    if difference := _difference(saved, current):
+        raise AdapterError(f"{origin} does not fit this model: {difference}")
+
+
+def check_has_values(name: str, tensor: Tensor) -> None:
+    """Raise AdapterError for a tensor whose values are not all here."""
+    if tensor.is_meta:
+        raise AdapterError(
+            f"{name} is on the meta device and has no values; load the weights first"
+        )
+    if hasattr(tensor, "full_tensor"):
+        raise AdapterError(
+            f"{name} is sharded (a DTensor), and this process holds a part of it only; call "
+            "unshard() on every FSDPModule in every process, save in one, then reshard()"
+        )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor inf; integers do not."""
+    if not tensor.is_floating_point():
+        return True
+    wide = tensor if tensor.dtype in _NARROWER else tensor.float()
+    # A sum is an order of magnitude faster, and only wrong where it overflows itself.
+    total = wide.detach().sum(dtype=torch.promote_types(wide.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(wide.isfinite().all())
+
+
+class _Hashes:
+    """Hashes of a model's values, of tied ones once. The model must live as long."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.dtype], str] = {}
+
+    def of(self, values: Values, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+        """Hash of ``tensor``, which is what ``values`` hold, rounded to ``dtype`` first."""
+        dtype = tensor.dtype if dtype is None else dtype
+        key = (id(values), dtype)
+        if key not in self._known:
+            self._known[key] = hash_tensor(tensor.detach().to(dtype))
+        return self._known[key]
+
+
+def describe_layers(linears: Linears) -> dict[str, Any]:
+    """Return shape and storage format of the layers that an adapter sits on, as JSON values."""
+    return {
+        path: {
+            "shape": [linear.out_features, linear.in_features],
+            "format": linear.FORMAT if isinstance(linear, QuantizedLinear) else "dense",
+        }
+        for path, linear in linears.items()
+    }
 
 
 def _difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    for path in saved:
+    for path, layer in saved.items():
         if path not in current:
             return f"it adapts {path}, which is no target here (these are: {', '.join(current)})"
-        if saved[path]["shape"] != current[path]["shape"]:
+        ours = current[path]
+        if layer["shape"] != ours["shape"]:
             return (
                 f"the weight of {path} must have shape [out_features, in_features] = "
-                f"{saved[path]['shape']}, got {current[path]['shape']}"
+                f"{layer['shape']}, got {ours['shape']}"
             )
-    extra = [path for path in current if path not in saved]
-    return f"it has nothing for {', '.join(extra)}, which its configuration targets"
+    if extra := [path for path in current if path not in saved]:
+        return f"it has nothing for {', '.join(extra)}, which its configuration targets"
+    return ""
 
 
-def _samples(name: str, tensor: Tensor) -> list[Any]:
+def _other_format(saved: Mapping[str, Any], linears: Linears) -> str:
+    """What to do where a layer was stored in another format than it is now; empty where none."""
+    for path, layer in describe_layers(linears).items():
+        then, now = saved[path]["format"], layer["format"]
+        if then != now:
+            fix = (
+                "load the model without quantising it"
+                if then == "dense"
+                else f"quantise the model to {then!r} first (--quantize {then})"
+            )
+            return f"It was trained on {path} stored as {then}, and here it is {now}: {fix}"
+    return ""
+
+
+def _dense(name: str, values: Values) -> Tensor:
+    tensor = values.dequantize() if isinstance(values, QuantizedLinear) else values
+    check_has_values(name, tensor)
+    return tensor
+
+
+def _description(name: str, values: Values, hashes: _Hashes) -> dict[str, Any]:
+    tensor = _dense(name, values)
+    described: dict[str, Any] = {
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "hash": hashes.of(values, tensor),
+    }
+    if tensor.dtype in _NARROWER:
+        narrower = _NARROWER[tensor.dtype]
+        described |= {str(d).removeprefix("torch."): hashes.of(values, tensor, d) for d in narrower}
+        if not narrower:
+            described["samples"] = samples(tensor)
+    return described
+
+
+def _same(saved: Mapping[str, Any], name: str, values: Values, hashes: _Hashes) -> bool:
+    tensor = _dense(name, values)
+    own = str(tensor.dtype).removeprefix("torch.")
+    if saved["shape"] != list(tensor.shape):
+        return False
+    if saved["dtype"] == own:
+        return saved["hash"] == hashes.of(values, tensor)
+    then = _DTYPES.get(saved["dtype"])
+    if then is None or own not in _DTYPES:
+        return False
+    if own in saved:
+        return saved[own] == hashes.of(values, tensor)
+    if then in _NARROWER[tensor.dtype]:
+        return saved["hash"] == hashes.of(values, tensor, then)
+    return _roundings_of_one(saved["samples"], samples(tensor))
+
+
+def samples(tensor: Tensor) -> list[float]:
     """Values at fixed positions; the same in every dtype but for rounding."""
-    if tensor.is_meta:
-        raise AdapterError(
-            f"{name} is on the meta device and has no values to recognise the model by; load the "
-            "weights first"
-        )
     count = tensor.numel()
     if count == 0:
         return []
@@ -121,25 +254,17 @@ def _samples(name: str, tensor: Tensor) -> list[Any]:
     return picked.reshape(-1).tolist()
 
 
-def _same_but_for_rounding(a: list[float], b: list[float]) -> bool:
+def _roundings_of_one(a: list[float], b: list[float]) -> bool:
+    """Whether values in bfloat16 and in float16 may be roundings of the same."""
     first, second = torch.tensor(a).double(), torch.tensor(b).double()
-    formats = {_coarsest_format(first), _coarsest_format(second)}
     difference = (first - second).abs()
     largest = torch.maximum(first.abs(), second.abs())
-    if formats == {torch.bfloat16, torch.float16}:
-        # Neither holds the other: both are roundings of the same value, one ulp of bf16 apart.
-        close = difference <= largest * 2**-7
-    else:
-        coarser = next((f for f in _FORMATS if f in formats), torch.float64)
-        close = first.to(coarser) == second.to(coarser)
-    # Below 2^-14 fp16 keeps multiples of 2^-24 only, whatever else the values went through.
+    # An ulp of bf16; and below 2^-14 fp16 keeps multiples of 2^-24 only.
+    close = difference <= largest * 2**-7
     tiny = (largest <= 2**-14) & (difference <= 2**-24)
     return bool((close | tiny).all())
 
 
-def _coarsest_format(values: Tensor) -> torch.dtype:
-    """The narrowest format that holds all ``values`` exactly."""
-    for candidate in _FORMATS:
-        if torch.equal(values.to(candidate).double(), values):
-            return candidate
-    return torch.float64
+def _few(names: list[str]) -> str:
+    listed = ", ".join(names[:4]) or "none"
+    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more"

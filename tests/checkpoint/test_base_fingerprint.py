@@ -40,7 +40,7 @@ def test_the_same_base_in_another_dtype(
 def test_another_or_a_trained_base(tmp_path: Path, saved: torch.dtype, loaded: torch.dtype) -> None:
     source = trained(model=Model().to(saved))
     save_adapter(source, tmp_path)
-    expect_refusal(tmp_path, "other weights than this model's: .* in 4 of 4",
+    expect_refusal(tmp_path, "other weights than this model's: .* in 6 of 6 tensors",
                    Model(seed=1).to(loaded))  # fmt: skip
 
     fine_tuned = Model()
@@ -61,7 +61,7 @@ def test_one_changed_layer_is_named(directory: Path) -> None:
     model = Model()
     with torch.no_grad():
         model.layers[1].in_proj.weight += 1e-6
-    expect_refusal(directory, r"in 1 of 4 layers, first in layers\.1\.in_proj", model)
+    expect_refusal(directory, r"in 1 of 6 tensors, first in layers\.1\.in_proj\.weight", model)
 
 
 def test_model_fingerprint() -> None:

@@ -1,0 +1,96 @@
+"""Adapters in format 1, as prodial-kernels 0.1.0 wrote them: what was stored otherwise then."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.checkpoint.error import AdapterError
+from prodial_kernels.checkpoint.fingerprint import (
+    Linears,
+    check_has_values,
+    check_layers,
+    samples,
+)
+from prodial_kernels.scale_versions import from_first_version
+
+_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def convert_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of today: the scale, stored as s, becomes s − 1."""
+    return {
+        name: from_first_version(t) if name.rpartition(".")[2] == "prodial_scale" else t
+        for name, t in tensors.items()
+    }
+
+
+def check_first_base(saved: Mapping[str, Any], linears: Linears, origin: str) -> None:
+    """Raise AdapterError unless ``linears`` are the layers that ``saved`` describes.
+
+    Format 1 kept the shape and 16 values of each adapted weight, and nothing else of the model.
+
+    Args:
+        saved: The file's description of the base.
+        linears: The layers that would be adapted, by dotted path.
+        origin: What the message calls the adapter and its base.
+    """
+    layers: dict[str, Any] = saved["layers"]
+    if saved["structure"] != _structure(layers):
+        raise AdapterError(
+            f"{origin} describes its base model in a way that contradicts itself: it was changed "
+            "after it was saved; copy it again from where it was saved"
+        )
+    weights = {}
+    for path, linear in linears.items():
+        weight = linear.weight
+        check_has_values(path, weight)
+        weights[path] = weight
+    current = {p: {"shape": list(w.shape), "samples": None} for p, w in weights.items()}
+    check_layers(layers, current, origin)
+    wrong = [
+        path
+        for path, layer in layers.items()
+        if not _same_but_for_rounding(layer["samples"], samples(weights[path]))
+    ]
+    if wrong:
+        raise AdapterError(
+            f"{origin} was trained on other weights than this model's: they differ in "
+            f"{len(wrong)} of {len(layers)} layers, first in {wrong[0]}. Load the very base model "
+            "it was trained on: not another size or revision, not a fine-tuned or merged one"
+        )
+
+
+def _structure(layers: Mapping[str, Any]) -> str:
+    shapes = {path: layer["shape"] for path, layer in layers.items()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+
+
+def _same_but_for_rounding(a: list[float], b: list[float]) -> bool:
+    first, second = torch.tensor(a).double(), torch.tensor(b).double()
+    formats = {_coarsest_format(first), _coarsest_format(second)}
+    difference = (first - second).abs()
+    largest = torch.maximum(first.abs(), second.abs())
+    if formats == {torch.bfloat16, torch.float16}:
+        # Neither holds the other: both are roundings of the same value, one ulp of bf16 apart.
+        close = difference <= largest * 2**-7
+    else:
+        coarser = next((f for f in _FORMATS if f in formats), torch.float64)
+        close = first.to(coarser) == second.to(coarser)
+    if torch.float32 not in formats and torch.float64 not in formats:
+        # Below 2^-14 fp16 keeps multiples of 2^-24 only, whatever else the values went through.
+        close |= (largest <= 2**-14) & (difference <= 2**-24)
+    return first.shape == second.shape and bool(close.all())
+
+
+def _coarsest_format(values: Tensor) -> torch.dtype:
+    """The narrowest format that holds all ``values`` exactly."""
+    for candidate in _FORMATS:
+        if torch.equal(values.to(candidate).double(), values):
+            return candidate
+    return torch.float64
