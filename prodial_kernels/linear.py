@@ -40,15 +40,14 @@ class ProdialLinear(nn.Module):
     masters by default): 16-bit formats would round many of an optimiser's updates away.
     """
 
-    # Of the state dict: 1 held the scale s, 2 holds s - 1.
-    _version = 2
+    _version = 2  # of the state dict: 1 held the scale s, 2 holds s - 1
 
     prodial_blocks: nn.Parameter | None
     prodial_scale: nn.Parameter | None
     prodial_a: nn.Parameter | None
     prodial_b: nn.Parameter | None
     _merged_weight: Tensor | None
-    _merged_of: Marks
+    _merged_of: Marks = ()
 
     def __init__(
         self,
@@ -97,7 +96,6 @@ class ProdialLinear(nn.Module):
         self.prodial_a = parameter(r, width) if r else None
         self.prodial_b = parameter(self.out_features, r) if r else None
         self.register_buffer("_merged_weight", None, persistent=False)
-        self._merged_of = ()
         self.register_load_state_dict_post_hook(_merge_again)
         self.reset_adapter()
 
@@ -254,6 +252,9 @@ class ProdialLinear(nn.Module):
         W' is formed anew when what it is made of changes, as by ``load_state_dict`` or a moving
         average; :func:`~prodial_kernels.merged_weight.marks_of` says what cannot be seen.
         """
+        self._renew_merged()
+
+    def _renew_merged(self) -> None:
         marks = self._marks()
         if self._merged_weight is None or self._merged_of != marks:
             # A weight made in inference mode could never be used outside of it.
@@ -269,7 +270,7 @@ class ProdialLinear(nn.Module):
     def _cached_weight(self) -> Tensor:
         """The merged W', made again first if what it was made of has changed."""
         if not torch.compiler.is_compiling():
-            self.merge()
+            self._renew_merged()
         if self._merged_weight is None:
             raise RuntimeError("the merged weight was asked of a layer that is not merged")
         return self._merged_weight
@@ -342,7 +343,6 @@ class ProdialLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Take a scale of version 0.1.0, which was kept as s, for what it is."""
         name = f"{prefix}prodial_scale"
         if self.prodial_scale is not None and isinstance(state_dict.get(name), Tensor):
             state_dict[name] = scale_to_load(state_dict[name], local_metadata.get("version"))
@@ -375,7 +375,7 @@ class ProdialLinear(nn.Module):
 def _merge_again(layer: ProdialLinear, incompatible_keys: object = None) -> None:
     """Renew the merged weight, if there is one, now: a compiled call would not look."""
     if layer.merged:
-        layer.merge()
+        layer._renew_merged()
 
 
 def weight_like(layer: nn.Linear | QuantizedLinear) -> Tensor:

@@ -243,6 +243,14 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
             raise ValueError(_NOT_FINITE.format(name))
         self.merged_adapters = [name]
 
+    def _renew_merged(self) -> None:
+        """Make the cached W' anew if what it is made of has changed: of the adapter merged."""
+        if not self.merged_adapters:
+            super()._renew_merged()
+            return
+        with self.reading(self.merged_adapters[0]):
+            super()._renew_merged()
+
     def unmerge(self) -> None:
         """Drop the cached W'; calls use the active adapter again, bit for bit as before."""
         ProdialLinear.unmerge(self)

@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ProdialLinear, resolve_block_size
+from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.linear_options import resolve_block_size
 from prodial_kernels.mixers.families import check_mixers
 from prodial_kernels.mixers.structure import weight_reads
 from prodial_kernels.mixers.targets import (
