@@ -5,19 +5,25 @@ from __future__ import annotations
 import builtins
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prodial_kernels._disk import beside
+from prodial_kernels._locking import locked
+from prodial_kernels.checkpoint import files
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, read_files, write_files
 
@@ -263,21 +269,129 @@ def test_a_committed_adapter_loads_from_a_directory_that_is_read_only(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-# One process imports the package; for every line it gets, it forks a child that saves for ever.
+def test_a_second_saver_and_a_reader_at_any_step(tmp_path: Path) -> None:
+    """The second waits, whatever its first look finds; the reader finds one whole pair."""
+    save(tmp_path / "count", OLD)
+    for step in range(1, count_steps(tmp_path / "count") + 1):
+        directory = tmp_path / str(step)
+        save(directory, OLD)
+        second = threading.Thread(target=save, args=(directory, OLD))
+
+        def others(directory: Path = directory, second: threading.Thread = second) -> None:
+            second.start()
+            second.join(0.002)
+            check_whole(directory)
+
+        with pytest.MonkeyPatch.context() as patch:
+            steps = Steps(step, others)
+            steps.install(lambda target, name, new: patch.setattr(target, name, new))
+            save(directory, NEW)
+            second.join()
+        assert check_whole(directory) in (OLD, NEW)
+        assert sorted(path.name for path in directory.iterdir()) == [CONFIG_FILE, TENSOR_FILE]
+
+
+def test_who_waits_too_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_SECONDS_TO_WAIT", 0.0)
+    with locked(tmp_path), pytest.raises(TimeoutError, match="another process has been saving"):
+        save(tmp_path, OLD)
+
+
+def test_a_save_follows_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever guesses a temporary name must not choose which file is overwritten."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    directory = tmp_path / "adapter"
+    save(directory, OLD)
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * 2 * n)
+    digest = hashlib.sha256(NEW).hexdigest()
+    names = {
+        TENSOR_FILE,
+        f".{CONFIG_FILE}.tmp",
+        beside(directory / CONFIG_FILE, "tmp").name,
+        f"adapter_model.{digest}.pending",
+        f"adapter_model.{digest}.{'0' * 16}.pending",
+    }
+    real = files.write_new
+    for name in sorted(names):
+        (directory / name).unlink(missing_ok=True)
+        (directory / name).symlink_to(precious)
+
+        def late(path: Path, data: bytes, name: str = name) -> None:
+            # Those of killed saves were removed by now; it is put in place again.
+            if not (directory / name).is_symlink() and name != TENSOR_FILE:
+                (directory / name).symlink_to(precious)
+            real(path, data)
+
+        monkeypatch.setattr(files, "write_new", late)
+        with suppress(FileExistsError):
+            save(directory, NEW)
+        monkeypatch.setattr(files, "write_new", real)
+        save(directory, OLD)
+        assert check_whole(directory) == OLD
+    assert precious.read_text() == "mine"
+    assert sorted(path.name for path in directory.iterdir()) == [CONFIG_FILE, TENSOR_FILE]
+
+
+@pytest.mark.parametrize("digest", ["\0", "", "../" * 8, "a" * 63, "A" * 64, 7, None])
+def test_a_hash_that_is_none_is_refused(tmp_path: Path, digest: Any) -> None:
+    save(tmp_path, OLD)
+    header = json.loads((tmp_path / CONFIG_FILE).read_text())
+    header = {**header, "tensors_sha256": digest}
+    del header["checksum"]
+    text = json.dumps({**header, "checksum": files._checksum(header)})
+    (tmp_path / CONFIG_FILE).write_text(text)
+    with pytest.raises(AdapterError, match="no SHA-256"):
+        read_files(tmp_path)
+    save(tmp_path, NEW)
+    assert check_whole(tmp_path) == NEW
+
+
+def test_nested_too_deep_is_refused_and_replaced(tmp_path: Path) -> None:
+    save(tmp_path, OLD)
+    (tmp_path / CONFIG_FILE).write_text("[" * 100_000)
+    with pytest.raises(AdapterError, match="not valid JSON"):
+        read_files(tmp_path)
+    save(tmp_path, NEW)
+    assert check_whole(tmp_path) == NEW
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSOR_FILE])
+def test_a_file_that_never_ends_is_refused_and_replaced(tmp_path: Path, name: str) -> None:
+    save(tmp_path, OLD)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(AdapterError, match=r"is missing|is not a regular file"):
+        read_files(tmp_path)
+    save(tmp_path, NEW)
+    assert check_whole(tmp_path) == NEW
+
+
+# One process imports the package; for every line it gets, it forks a child that saves for ever,
+# beside another one that is not killed.
 WRITER = """
-    import itertools, os, sys
+    import itertools, os, signal, sys
     from pathlib import Path
     from prodial_kernels.checkpoint.files import write_files
 
     OLD, NEW = b"old tensors" * 1000, b"new tensors" * 1000
-    for line in sys.stdin:
+
+    def save_for_ever():
         child = os.fork()
         if child == 0:
             for payload in itertools.cycle((NEW, OLD)):
                 write_files(Path(sys.argv[1]), {"config": {"name": payload[:3].decode()}}, payload)
+        return child
+
+    other = save_for_ever()
+    for line in sys.stdin:
+        child = save_for_ever()
         print(child, flush=True)
         os.waitpid(child, 0)
         print("dead", flush=True)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
 """
 
 

@@ -173,3 +173,4 @@ def test_a_wrong_merge_is_found(
     with pytest.raises(MergeError, match="does not compute what was trained"):
         run(place, tmp_path / "run", steps=5)
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+    assert not [p.name for p in (tmp_path / "run").iterdir() if "merged" in p.name]

@@ -248,21 +248,40 @@ def test_a_full_disk_keeps_the_last_state(
     assert _lines(tmp_path / "run") == _lines(whole_run.output)
 
 
-def test_ctrl_c_saves_the_step(
-    place: Path, tmp_path: Path, whole_run: FinetuneResult, monkeypatch: pytest.MonkeyPatch
+class _Gone:
+    """A terminal that was closed."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    flush = fileno = isatty = lambda self: self.write("")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_a_signal_saves_the_step(
+    place: Path,
+    tmp_path: Path,
+    whole_run: FinetuneResult,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
+    """Also where the terminal has gone, to which the run would show its progress."""
     import signal
 
     logged = finetuning._Events.logged
 
     def interrupting(self: Any, record: Any) -> None:
-        logged(self, record)
         if record.position.step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
+            if name == "SIGHUP":
+                monkeypatch.setattr("sys.stderr", _Gone())
+            os.kill(os.getpid(), getattr(signal, name))
+        logged(self, record)
 
     monkeypatch.setattr(finetuning._Events, "logged", interrupting)
-    with pytest.raises(Interrupted):
-        run(place, tmp_path / "run", lora_dropout=0.1)
+    with pytest.raises(Interrupted, match=name):
+        run(place, tmp_path / "run", progress=True, lora_dropout=0.1)
     monkeypatch.undo()
     states = sorted(p.name for p in (tmp_path / "run/state").iterdir())
     assert states[-1] == "step-000007"
