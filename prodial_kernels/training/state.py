@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.training.atomic import atomic_directory, remove_files, write_safetensors
 from prodial_kernels.training.optimizers import check_state, restore_state, state_tensors
+from prodial_kernels.training.versions import versions
 
 FORMAT_VERSION = 2
 KEPT_STATES = 2
@@ -105,13 +106,7 @@ def save_state(
 
 def surroundings() -> dict[str, str]:
     """Return what decides the last bits of a run without being an option of it."""
-    from prodial_kernels import __version__
-
-    return {
-        "prodial-kernels": __version__,
-        "torch": torch.__version__,
-        "threads": str(torch.get_num_threads()),
-    }
+    return {**versions(), "threads": str(torch.get_num_threads())}
 
 
 def saved_states(folder: Path) -> list[Path]:

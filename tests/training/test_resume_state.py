@@ -25,6 +25,7 @@ from prodial_kernels.training.state import (
     save_state,
     saved_states,
 )
+from prodial_kernels.training.versions import versions
 
 
 class _Net(nn.Module):
@@ -267,7 +268,7 @@ def test_says_what_else_decides_the_last_bits(
     path = save_state(tmp_path, Position(), *_trained(0))
     assert differing_surroundings(path) == []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    monkeypatch.setattr(torch, "__version__", "9.9")
+    monkeypatch.setattr(state, "versions", lambda: {**versions(), "torch": "9.9"})
     found = differing_surroundings(path)
     assert [text.split(" (was ")[0] for text in found] == ["torch 9.9", "threads 7"]
 
