@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from packaging.version import Version
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
@@ -190,6 +191,8 @@ class ProdialTuner(BaseTuner):
             # No name may hold on to the old layer, or all of them would live until the end.
             layer = layers.pop()
             plain = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            if layer.read_from and type(plain) is nn.Linear:
+                plain = plain.to(_dtype_between_layers(self.model) or plain.weight.dtype)
             _place(self.model, paths.pop(layer), plain)
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
@@ -299,6 +302,15 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for parameter, requires_grad in thawed:
             parameter.requires_grad_(requires_grad)
         raise
+
+
+def _dtype_between_layers(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype that hidden states have: bitsandbytes' layers took any, dense ones do not.
+
+    ``prepare_model_for_kbit_training`` makes it fp32, whatever the model was loaded in.
+    """
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(getattr(embeddings, "weight", None), "dtype", None)
 
 
 def _keep_dense(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ def from_bitsandbytes(module: nn.Module) -> QuantizedLinear:
         for what it computes in and for what it dequantises to.
 
     Raises:
-        ValueError: Another format, or a weight that is not there.
+        ValueError: Another format, or a weight that is not there or no longer what was loaded.
     """
     kinds = {cls.__name__ for cls in type(module).__mro__}
     if _8BIT in kinds:
@@ -39,13 +39,17 @@ def from_bitsandbytes(module: nn.Module) -> QuantizedLinear:
             'in 16 bits and call prodial_kernels.quantize_model(model, "int8"), which stores the '
             "same 8 bits"
         )
-    # bitsandbytes repacks a layer in place when it is evaluated on some CPUs, and takes that back
-    # when its state is asked for: the tensors are the state's, never the attributes.
+    quant_state = getattr(module.weight, "quant_state", None)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "a Linear4bit that was evaluated on this CPU, where bitsandbytes repacks it in place "
+            "and rounds its scales; load the model again and adapt it before it is evaluated"
+        )
     state = module.state_dict()
     stored = state.get("weight")
     if stored is None or stored.is_meta:
         raise ValueError("a Linear4bit without a weight; load its weight first")
-    kind = getattr(getattr(module.weight, "quant_state", None), "quant_type", None)
+    kind = getattr(quant_state, "quant_type", None)
     if kind is None:
         raise ValueError(
             "a Linear4bit whose weight is not quantised yet; move the model to its device first"
