@@ -12,6 +12,7 @@ import torch
 from prodial_kernels.checkpoint import load_adapter, read_adapter
 from prodial_kernels.embedded import embedded_model_path
 from prodial_kernels.mixers.inject import merge_prodial
+from prodial_kernels.quantization import FORMATS
 from prodial_kernels.training.interrupt import StopSignals
 from prodial_kernels.training.merging import (
     Agreement,
@@ -23,6 +24,7 @@ from prodial_kernels.training.model import (
     EMBEDDED,
     LoadedModel,
     ModelError,
+    is_stored_quantized,
     load_model,
     resolve_device,
     resolve_dtype,
@@ -47,16 +49,20 @@ def load_adapted(
         adapter: Directory of an adapter; None for the model alone.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
-        quantize: As for :func:`load_model`. An adapter belongs to the format it was trained on.
+        quantize: As for :func:`load_model`. An adapter belongs to the format it was trained on,
+            and has it recorded: None takes that, where the checkpoint is not stored so itself.
 
     Raises:
         AdapterError: The adapter is damaged, or does not belong to the model.
         ModelError: The model or the device cannot be used.
     """
-    if model is None and adapter is not None:
-        model = read_adapter(adapter).base_model
+    if adapter is not None:
+        saved = read_adapter(adapter)
+        model = saved.base_model if model is None else model
         if not isinstance(model, str) or not model.strip():
             raise ModelError(f"the adapter in {adapter} names no base model; give it as the model")
+        if quantize is None and saved.base_format in FORMATS and not is_stored_quantized(model):
+            quantize = saved.base_format
     on = resolve_device(device)
     loaded = load_model(
         model or EMBEDDED, device=on, dtype=resolve_dtype(dtype, on), quantize=quantize

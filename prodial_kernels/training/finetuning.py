@@ -16,6 +16,7 @@ import torch
 
 from prodial_kernels.checkpoint import save_adapter
 from prodial_kernels.mixers.inject import merge_prodial
+from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.atomic import atomic_file, atomic_text
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import limited, measure
@@ -363,7 +364,9 @@ def _finish(
 
 def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
     model, tokens = run.loaded.model, run.batches.batch(0).input_ids[:4]
-    by_blocks = run.config.quantize is not None and not has_room_dense(model, run.device)
+    # Also where the checkpoint itself is.
+    quantised = any(isinstance(module, QuantizedLinear) for module in model.modules())
+    by_blocks = quantised and not has_room_dense(model, run.device)
     if by_blocks:
         # As few as it takes to tell.
         tokens = tokens[:1, :32]
@@ -373,7 +376,7 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
     expected = logits_of(model, tokens)
     full = run.config.method == "full"
     path = folder.full_model if full else folder.merged
-    if run.config.quantize is not None:
+    if quantised:
         # Merged, it is dense: that is left to the host.
         model.cpu()
     if not full:

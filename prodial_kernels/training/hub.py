@@ -37,7 +37,7 @@ def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
         ) from error
     name, _, configuration = source.partition(":")
     try:
-        splits = datasets.load_dataset(name, configuration or None)
+        splits = datasets.load_dataset(name, configuration or None, **_without_code(datasets))
     # Every release of the library raises other classes for a missing, gated or unreachable data
     # set; all mean the same to the caller, and the cause is kept.
     except Exception as error:
@@ -55,6 +55,12 @@ def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
         _split(source, train, splits[train]),
         None if held_out is None else _split(source, held_out, splits[held_out]),
     )
+
+
+def _without_code(datasets: Any) -> dict[str, bool]:
+    """Options by which releases before 4 run no code of a data set; later ones have none to run."""
+    major = int(str(getattr(datasets, "__version__", "4")).split(".")[0])
+    return {"trust_remote_code": False} if major < 4 else {}
 
 
 def _split(source: str, split: str, rows: Any) -> Candidates:

@@ -12,6 +12,7 @@ from prodial_kernels.linear_options import resolve_block_size
 from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.mixers.report import AdapterReport, adapter_report
 from prodial_kernels.mixers.targets import find_targets
+from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.optimizers import make_optimizer
 from prodial_kernels.training.parameter_groups import adapter_parameter_groups
@@ -41,10 +42,12 @@ def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
 
     Raises:
         OptimizerError: The optimiser needs what is not there.
-        ValueError: The adapter does not fit the model.
+        ValueError: The adapter does not fit the model, or all of it is to be trained and some is
+            quantised.
     """
     adapter = None
     if config.method == "full":
+        _check_dense(model)
         # Sixteen-bit weights would swallow an optimiser's small steps.
         model.float().requires_grad_(True)
     else:
@@ -73,6 +76,19 @@ def check_rank(model: nn.Module, adapter: ProdialConfig) -> None:
         raise ValueError(
             f"r must be at most {most}, the smaller side of {sides[most]}, got {adapter.r}: no "
             "product B A has a larger rank than that, so more would only cost memory"
+        )
+
+
+def _check_dense(model: nn.Module) -> None:
+    stored = {
+        layer.FORMAT: path
+        for path, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
+    for format, path in stored.items():
+        raise ValueError(
+            f"method 'full' trains dense weights, and this checkpoint holds {path} (and more) in "
+            f"{format}, which gets no gradient; use a dense checkpoint, or train an adapter"
         )
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "LoadedModel",
     "ModelError",
     "empty_model",
+    "is_stored_quantized",
     "load_model",
     "resolve_device",
     "resolve_dtype",
@@ -145,6 +146,15 @@ def _warn_of_rescaling(name: str, config: Any, quantize: str | None) -> None:
         warnings.warn(f"{what}; the model is used as it is then", stacklevel=3)
 
 
+def is_stored_quantized(name: str) -> bool:
+    """Whether the checkpoint that :func:`load_model` would load says that it is quantised.
+
+    Raises:
+        ModelError: There is no such model, or its configuration cannot be read.
+    """
+    return hasattr(_read_config(name), "quantization_config")
+
+
 def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model that :func:`load_model` would load, on the ``meta`` device: shapes only.
 
@@ -155,18 +165,16 @@ def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ModelError: There is no such model, or its configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    source = model_source(name)
+    config = _read_config(name)
     try:
-        with without_retries(source) as options:
-            config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=False
             )
     except Exception as error:
-        raise ModelError(_explain(name, source, error)) from error
+        raise ModelError(_explain(name, model_source(name), error)) from error
     made: PreTrainedModel = model.requires_grad_(False)
     return made
 
@@ -188,6 +196,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _read_config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    source = model_source(name)
+    try:
+        with without_retries(source) as options:
+            return AutoConfig.from_pretrained(source, **options)
+    except Exception as error:
+        raise ModelError(_explain(name, source, error)) from error
 
 
 def _explain(name: str, source: Path | str, error: Exception) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 import tiny_run
 import torch
 from models import randomise_adapters
+from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
-from prodial_kernels.checkpoint import AdapterError
+from prodial_kernels.checkpoint import AdapterError, load_adapter
 from prodial_kernels.cli import main
 from prodial_kernels.mixers.inject import merge_quantized
 from prodial_kernels.quantization import FORMATS, QuantizedLinear
@@ -53,16 +57,22 @@ def test_a_run_learns_and_merges_into_a_dense_model(result: FinetuneResult) -> N
 
 
 def test_the_adapter_belongs_to_the_quantised_base(place: Path, result: FinetuneResult) -> None:
-    adapted = load_adapted(None, result.adapter_dir, device="cpu", quantize="nf4").model
-    assert len(quantised(adapted)) == 4
+    # It has its format recorded.
+    for quantize in ("nf4", None):
+        adapted = load_adapted(None, result.adapter_dir, device="cpu", quantize=quantize).model
+        assert {layer.FORMAT for layer in quantised(adapted)} == {"nf4"}
+        assert len(quantised(adapted)) == 4
+    with pytest.raises(AdapterError, match=r"does not fit|trained on other weights"):
+        load_adapted(None, result.adapter_dir, device="cpu", quantize="int8")
+    dense = load_adapted(device="cpu", model=str(place / "model")).model
     with pytest.raises(AdapterError, match=r"trained on other weights .* stored as nf4, and"):
-        load_adapted(None, result.adapter_dir, device="cpu")
+        load_adapter(dense, result.adapter_dir)
     for output, options in (("by-api", {}), ("by-cli", {"cli": True})):
         path = place / output
         if options:
             assert not main(
                 ["merge", "--adapter", str(result.adapter_dir), "--output", str(path),
-                 "--quantize", "nf4", "--device", "cpu"]
+                 "--device", "cpu"]
             )  # fmt: skip
         else:
             agreement = merge_to_directory(
@@ -72,6 +82,34 @@ def test_the_adapter_belongs_to_the_quantised_base(place: Path, result: Finetune
         found = load_model(str(path), device=CPU, dtype=torch.float32).model.state_dict()
         kept = load_model(str(result.model_dir), device=CPU, dtype=torch.float32).model.state_dict()
         assert all(torch.equal(found[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_checkpoint_that_is_quantised_throughout(
+    place: Path, tmp_path: Path, format: str
+) -> None:
+    """As transformers makes them with bitsandbytes: more layers than are adapted."""
+    model = load_model(str(place / "model"), device=CPU, dtype=torch.float32).model
+    quantize_model(model, format, target_modules=("in_proj", "out_proj"))
+    entries = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    base = shutil.copytree(place / "model", tmp_path / "base")
+    save_file(entries, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    bits = 4 if format == "nf4" else 8
+    config["quantization_config"] = {
+        "quant_method": "bitsandbytes", f"load_in_{bits}bit": True, "bnb_4bit_quant_type": "nf4",
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    options = {"quantize": None, "model": str(base), "target_modules": ["out_proj"], "steps": 2}
+    done = tiny_run.run(place, tmp_path / "run", **{**options, "batch_size": 2, "eval_every": 0})
+    merged = AutoModelForCausalLM.from_pretrained(done.model_dir)
+    assert not quantised(merged)
+    assert "quantization_config" not in (done.model_dir / "config.json").read_text()
+    adapted = load_adapted(None, done.adapter_dir, device="cpu").model
+    ids = torch.randint(0, 257, (2, 30))
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits)
+    with pytest.raises(ValueError, match=r"'full' trains dense weights.* holds .*_proj"):
+        tiny_run.run(place, tmp_path / "full", model=str(base), method="full", steps=1)
 
 
 def test_resuming_keeps_to_the_format(place: Path, result: FinetuneResult) -> None:
