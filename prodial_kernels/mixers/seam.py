@@ -108,14 +108,13 @@ def _adapted_class(original: Any, policies: tuple[tuple[str, Policy], ...]) -> t
     """
 
     def adapted(name: str, policy: Policy) -> Callable[..., Any]:
-        method = getattr(original, name)
-
         def through_policy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return policy(self, method, *args, **kwargs)
+            # Looked up now: who replaces upstream's method later means this mixer too.
+            return policy(self, getattr(original, name), *args, **kwargs)
 
         # Who asks for the arguments is told upstream's. Not __wrapped__, which would be unwrapped,
         # and the policy left out.
-        vars(through_policy)["__signature__"] = inspect.signature(method)
+        vars(through_policy)["__signature__"] = inspect.signature(getattr(original, name))
         return through_policy
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear_options import resolve_block_size
+from prodial_kernels.mixers.aliases import second_name
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.quantization import QuantizedLinear
 
@@ -72,7 +73,8 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
 
     Raises:
         ValueError: Nothing matches, a name matches nothing, a match cannot be adapted, a target
-            matches in only some of the layers, or a block count does not divide ``in_features``.
+            matches in only some of the layers, a block count does not divide ``in_features``, or a
+            module holds a target or its weight under a second name.
     """
     paths = module_paths(model)
     targets = []
@@ -92,6 +94,14 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
             resolve_block_size(target.linear.in_features, **config.blocks_of(target.name))
         except ValueError as error:
             raise ValueError(f"{target.paths[0]}: {error}") from error
+    held = second_name(model, {target.linear: target.paths[0] for target in targets})
+    if held is not None:
+        path, name = held
+        raise ValueError(
+            f"{name} holds {path}, or its weight, under a second name: what uses that would go on "
+            "without the adapter; remove the attribute and let the module call the layer, or take "
+            "the layer out of target_modules"
+        )
     return targets
 
 

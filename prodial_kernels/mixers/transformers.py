@@ -200,9 +200,7 @@ def _evaluated(mixer: nn.Module, forward: Forward) -> Policy:
     """:func:`unfused_forward`; warns unless ``training`` chooses the path and nothing else."""
     reads = times_read(forward, "training")
     if reads != 1:
-        _warn(
-            mixer, f"its forward asks {reads} times whether it is training, of which one is known"
-        )
+        _warn(mixer, f"its forward reads self.training {reads} times, and once is known")
     return unfused_forward
 
 

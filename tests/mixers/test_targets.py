@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -50,6 +51,100 @@ def with_replaced_forward(model: Toy) -> None:
 
 def with_hook(model: Toy) -> None:
     model.blocks[1].in_proj.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def with_weight_of_the_mixer(model: Toy) -> None:
+    block = model.blocks[1]
+    block.w = block.in_proj.weight
+
+
+def with_weight_of_the_model(model: Toy) -> None:
+    model.w = model.blocks[1].in_proj.weight
+
+
+def with_transposed_weight(model: Toy) -> None:
+    block = model.blocks[1]
+    block.register_buffer("turned", block.in_proj.weight.detach().t())
+
+
+def with_weight_in_a_list(model: Toy) -> None:
+    model.blocks[1].kept = [(), {"w": (model.blocks[1].in_proj.weight,)}]
+
+
+def with_layer_in_a_list(model: Toy) -> None:
+    model.blocks[1].order = [model.blocks[1].norm, model.blocks[1].in_proj]
+
+
+def with_layer_as_plain_attribute(model: Toy) -> None:
+    vars(model.blocks[1])["expand"] = model.blocks[1].in_proj
+
+
+def with_bound_method(model: Toy) -> None:
+    model.blocks[1].expand = model.blocks[1].in_proj.forward
+
+
+def with_partial(model: Toy) -> None:
+    weight = model.blocks[1].in_proj.weight
+    model.blocks[1].expand = partial(nn.functional.linear, weight=weight)
+
+
+def with_closure(model: Toy) -> None:
+    weight = model.blocks[1].in_proj.weight
+    model.blocks[1].expand = lambda x: x @ weight.t()
+
+
+def with_default(model: Toy) -> None:
+    def expand(x: Tensor, weight: Tensor = model.blocks[1].in_proj.weight) -> Tensor:
+        return x @ weight.t()
+
+    model.blocks[1].expand = expand
+
+
+SECOND_NAMES = {
+    with_weight_of_the_mixer: "blocks.1.w",
+    with_weight_of_the_model: "w",
+    with_transposed_weight: "blocks.1.turned",
+    with_weight_in_a_list: "blocks.1.kept",
+    with_layer_in_a_list: "blocks.1.order",
+    with_layer_as_plain_attribute: "blocks.1.expand",
+    with_bound_method: "blocks.1.expand",
+    with_partial: "blocks.1.expand",
+    with_closure: "blocks.1.expand",
+    with_default: "blocks.1.expand",
+}
+
+
+@pytest.mark.parametrize("prepare", SECOND_NAMES, ids=lambda prepare: prepare.__name__)
+def test_a_second_name_of_a_target_is_refused(prepare: Callable[[Toy], None]) -> None:
+    """What uses it would compute without the adapter."""
+    model = Toy()
+    prepare(model)
+    before = snapshot(model)
+    message = f"{SECOND_NAMES[prepare]} holds blocks.1.in_proj, or its weight, under a second name"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        apply_prodial(model, ProdialConfig(r=2))
+    assert snapshot(model) == before
+    # It is no matter of other targets.
+    apply_prodial(model, ProdialConfig(r=2, target_modules=("out_proj",)))
+
+
+def test_what_is_no_second_name() -> None:
+    model = Toy()
+    block = model.blocks[1]
+    # Parts of one allocation, a bias, a copy, other layers' weights; and tied layers.
+    whole = torch.randn(2 * 12 * 6)
+    block.in_proj.weight = nn.Parameter(whole[: 12 * 6].view(12, 6))
+    block.rest = whole[12 * 6 :]
+    block.bias = model.blocks[0].in_proj.bias
+    block.first = block.in_proj.weight.detach().clone()
+    block.norms = [block.norm, block.norm.weight]
+    block.project = partial(nn.functional.linear, weight=model.stem.weight)
+    model.blocks[2].in_proj.weight = model.blocks[0].in_proj.weight
+    apply_prodial(model, ProdialConfig(r=2, target_modules=("in_proj", "out_proj", "head")))
+    with torch.device("meta"):
+        model = Toy()
+    model.kept = list(model.stem.parameters())
+    apply_prodial(model, ProdialConfig(r=2))
 
 
 def untouched(model: Toy) -> None:

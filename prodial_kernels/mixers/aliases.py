@@ -1,0 +1,139 @@
+"""Second names of a target: what would go on using the layer, or its weight, without the adapter.
+
+An adapted layer takes the place of a layer at every path at which a model's modules hold it. Held
+in another way, by a module that computes with it, the old layer or its weight stays where it is,
+and the adapter has no effect there, nor a gradient. Two layers or embeddings that are tied share a
+weight, and each does its own work: that is no second name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.quantization import QuantizedLinear
+
+# Layers in their own right, which may be tied to one another.
+_TIED = (nn.Linear, QuantizedLinear, nn.Embedding, nn.EmbeddingBag)
+# Of what modules keep for themselves.
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_DEPTH = 4
+
+
+def second_name(model: nn.Module, layers: Mapping[nn.Module, str]) -> tuple[str, str] | None:
+    """Find what holds one of ``layers``, or its weight, besides the modules' tree.
+
+    Looked for are parameters and buffers that share its memory, and what modules keep as plain
+    attributes: tensors, modules and bound methods, in lists, tuples, sets and dicts, partials and
+    closures too.
+
+    Args:
+        model: What holds the layers.
+        layers: Layers that are to be adapted, and a path of each.
+
+    Returns:
+        The path of the layer and the dotted name under which it is held, or None.
+    """
+    weights = [
+        (tensor, path, layer) for layer, path in layers.items() for tensor in _weights(layer)
+    ]
+    by_storage: dict[int, list[tuple[Tensor, str, nn.Module]]] = {}
+    for held in weights:
+        by_storage.setdefault(_storage(held[0]), []).append(held)
+
+    def found_in(tensor: Tensor, owner: nn.Module) -> str | None:
+        for weight, path, layer in by_storage.get(_storage(tensor), ()):
+            if owner is not layer and _overlap(tensor, weight):
+                return path
+        return None
+
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        if not isinstance(module, _TIED):
+            for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+                path = None if tensor is None else found_in(tensor, module)
+                if path is not None:
+                    return path, prefix + own
+        if type(module).__module__.startswith("torch."):
+            continue
+        for own, value in vars(module).items():
+            if own in _REGISTERED:
+                continue
+            for part in _parts(value):
+                if isinstance(part, nn.Module):
+                    path = None if part is module else layers.get(part)
+                else:
+                    path = found_in(part, module)
+                if path is not None:
+                    return path, prefix + own
+    return None
+
+
+def _weights(layer: nn.Module) -> list[Tensor]:
+    """The tensors that an adapter stands before: all but the bias."""
+    named: Iterable[tuple[str, Tensor | None]] = (
+        *layer._parameters.items(), *layer._buffers.items(),
+    )  # fmt: skip
+    return [tensor for name, tensor in named if tensor is not None and name != "bias"]
+
+
+def _parts(value: Any, depth: int = _DEPTH) -> Iterator[Tensor | nn.Module]:
+    """Tensors and modules that a plain attribute holds; what is in those is not looked at."""
+    if isinstance(value, Tensor | nn.Module):
+        yield value
+        return
+    inner: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = value
+    elif isinstance(value, functools.partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, MethodType):
+        inner = (value.__self__,)
+    elif isinstance(value, FunctionType):
+        inner = (
+            *(_contents(cell) for cell in value.__closure__ or ()),
+            *(value.__defaults__ or ()),
+            *(value.__kwdefaults__ or {}).values(),
+        )
+    if depth:
+        for part in inner:
+            yield from _parts(part, depth - 1)
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # Of a variable that has no value yet.
+        return None
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; without memory, the tensor itself."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have bytes in common: parts of one allocation have not."""
+    if one is other:
+        return True
+    (begin, end), (first, last) = _extent(one), _extent(other)
+    return begin < last and first < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    if not tensor.numel() or tensor.layout is not torch.strided:
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    length = 1 + sum((int(size) - 1) * int(stride) for size, stride in steps)
+    begin = int(tensor.storage_offset()) * tensor.itemsize
+    return begin, begin + length * tensor.itemsize
