@@ -15,7 +15,7 @@ TESTED: Mapping[str, tuple[str, str]] = MappingProxyType(
         "torch": ("2.11.0", "2.14.1"),
         "triton": ("3.6.0", "3.9.0"),
         "transformers": ("5.17.0", "5.24.0"),
-        "mamba_ssm": ("2.3.2", "2.3.2.post1"),
+        "mamba_ssm": ("2.3.2.post1", "2.3.2.post1"),
         "causal_conv1d": ("1.7.0", "1.7.0"),
         "peft": ("0.18.0", "0.21.2"),
     }

@@ -76,7 +76,7 @@ def test_the_readme_and_ci_name_the_tested_releases() -> None:
         named = oldest if oldest == newest else f"{oldest} to {newest}"
         assert f"{library} {named}" in readme
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert f"transformers=={upstream.TESTED['transformers'][0]}" in ci
+    assert f"for release in {upstream.TESTED['transformers'][0]} " in ci
 
 
 # --- The installed transformers. ----------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""The page on other libraries' insides lists what the sources touch, all of it and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from private_uses import private_uses
+
+import prodial_kernels
+from prodial_kernels.mixers import transformers
+from prodial_kernels.mixers.mamba_ssm import paths, split_scan
+from prodial_kernels.upstream import TESTED
+
+ROOT = Path(prodial_kernels.__file__).parent
+PAGE = (ROOT / "mixers" / "README.md").read_text(encoding="utf-8")
+
+# Globals of upstream's modules, which are named by strings.
+GLOBALS = (
+    transformers.FUSED_S6, transformers.FUSED_SSD, transformers.MASK_PADDING,
+    paths._MAMBA[0], paths._MAMBA2[0], split_scan._RULE, split_scan._NORM,
+    "mamba_inner_fn_no_out_proj", "forward_with_checkpointing", "LayerNormFn",
+    "causal_conv1d_fwd_function", "causal_conv1d_bwd_function",
+)  # fmt: skip
+
+
+def listed() -> dict[str, set[str]]:
+    """Names of the page's tables, and the files that their rows give."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for line in PAGE.splitlines():
+        cells = line.split("|")
+        if len(cells) == 6 and "`" in cells[2]:
+            for name in re.findall(r"`([^`]+)`", cells[1]):
+                names[name] |= set(re.findall(r"`([^`]+)`", cells[2]))
+    return dict(names)
+
+
+def test_every_use_is_listed() -> None:
+    page = listed()
+    for name, files in private_uses(ROOT).items():
+        missing = files - page.get(name, set())
+        assert not missing, f"{name} is used in {sorted(missing)}: add it to mixers/README.md"
+    assert set(GLOBALS) <= page.keys()
+
+
+def test_nothing_is_listed_that_is_not_used() -> None:
+    used = private_uses(ROOT)
+    assert len(used) > 40
+    for name, files in listed().items():
+        assert name in used or name in GLOBALS, f"{name} is listed and not used"
+        for file in files:
+            assert (ROOT / file).is_file(), file
+        assert any(name in (ROOT / file).read_text(encoding="utf-8") for file in files), name
+
+
+def test_the_tested_releases_are_listed() -> None:
+    (checked,) = re.findall(r"^Checked: .*?\.$", PAGE, re.MULTILINE | re.DOTALL)
+    for library, releases in TESTED.items():
+        (named,) = re.findall(rf"\b{library} ([^;(]+)", checked)
+        assert set(releases) <= set(re.findall(r"[\d.]+\d(?:\.post\d)?", named)), library
+
+
+def test_the_scan_sees_what_it_should(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(
+        '"""`_not_this`."""\n'
+        "import torch._dynamo, triton\n"
+        "from transformers.deep import _hidden\n"
+        "_OWN = getattr(torch, '_by_string')\n"
+        "def run(x, tuple):\n"
+        "    return x._private, x['_by_key'], _OWN, x.public, tuple._replace(a='_not_that, too')\n"
+        "class Module:\n"
+        "    def _apply(self): return self._own\n"
+        "    def _own(self): return run.__code__\n",
+        encoding="utf-8",
+    )
+    assert set(private_uses(tmp_path)) == {
+        "torch._dynamo", "transformers.deep", "_hidden", "_by_string", "_private", "_by_key",
+        "_apply", "__code__",
+    }  # fmt: skip
