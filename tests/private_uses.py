@@ -28,8 +28,10 @@ _OF_PEFT = {n for n in (*dir(LoraModel), *dir(BaseTunerLayer)) if re.match("_[A-
 _OF_TUPLES = {"_fields", "_replace", "_asdict", "_make"}
 # Where a string may be the name of an attribute.
 _NAMING = ast.Call | ast.Subscript | ast.Compare | ast.Tuple | ast.Assign
-# Names of files that are left out of a corpus.
-_NO_ATTRIBUTES = {"_sysconfigdata"}
+# Beginnings of files' names, and endings of others.
+_NO_ATTRIBUTES = {"_sysconfigdata", "_REPEAT"}
+# Modules that are private or gone in some release.
+_MODULES = {"dis", "sre_parse", "selective_scan_cuda"}
 _PRIVATE = re.compile(r"_(?!prodial)[A-Za-z][A-Za-z0-9_]*[A-Za-z0-9]")
 
 
@@ -45,7 +47,7 @@ def private_uses(root: Path) -> dict[str, set[str]]:
             private = _PRIVATE.fullmatch(name) and name not in ours
             if private or name in _OF_FUNCTIONS or _is_submodule(name):
                 found[name].add(str(path.relative_to(root)))
-        for name in _overridden(tree):
+        for name in (*_overridden(tree), *_imported(tree)):
             found[name].add(str(path.relative_to(root)))
     return dict(found)
 
@@ -67,7 +69,7 @@ def _named(tree: ast.Module) -> Iterator[str]:
 
 
 def _is_submodule(name: str) -> bool:
-    if name == "dis" or name == "selective_scan_cuda":
+    if name in _MODULES:
         return True
     parts = name.split(".")
     if parts[0] == "torch" and not any(part.startswith("_") for part in parts):
@@ -92,6 +94,13 @@ def _defined(tree: ast.Module) -> Iterator[str]:
             yield node.id
         elif isinstance(node, ast.arg):
             yield node.arg
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """Private names that are imported from elsewhere."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("prodial_"):
+            yield from (alias.name for alias in node.names if _PRIVATE.fullmatch(alias.name))
 
 
 def _overridden(tree: ast.Module) -> Iterator[str]:
