@@ -222,7 +222,11 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     _add_model(parser, "the adapter's base model")
     _add_adapter(parser, required=True)
     parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
-    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an empty directory, or a model that prodial wrote and nobody changed since",
+    )
     add_device_options(parser)
 
 

@@ -44,6 +44,7 @@ def write_files(directory: Path, header: Mapping[str, Any], payload: bytes) -> N
         payload: Content of the tensor file.
 
     Raises:
+        AdapterError: ``adapter_config.json`` is of another library.
         OSError: The disk is full, or the place cannot be written, or another process has been
             saving to it for minutes. The directory then holds the adapter it held before, or the
             new one if the error came after the commit.
@@ -56,6 +57,7 @@ def write_files(directory: Path, header: Mapping[str, Any], payload: bytes) -> N
     config = directory / CONFIG_FILE
     temporary = beside(config, "tmp")
     with _settle(directory):
+        _check_own(config)
         try:
             write_new(pending, payload)
             write_new(temporary, text.encode())
@@ -194,6 +196,21 @@ def _leftovers(directory: Path) -> list[Path]:
     # Earlier versions had one name for all temporary files.
     found += [*left_beside(directory / CONFIG_FILE, "tmp"), directory / f".{CONFIG_FILE}.tmp"]
     return [path for path in found if path.is_file() or path.is_symlink()]
+
+
+def _check_own(path: Path) -> None:
+    """Raise where a save would replace what is not ours; what cannot be read is nobody's."""
+    if not path.is_file():
+        return
+    try:
+        header = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(header, dict) or "format_version" not in header:
+        raise AdapterError(
+            f"{path} is of another library, such as PEFT, and is left alone; save to another "
+            "directory"
+        )
 
 
 def _committed_digest(directory: Path) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -188,9 +187,16 @@ def _times(seconds: float, train_seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory so far in bytes: of the process, or of PyTorch's CUDA allocator."""
+    """Return the peak memory so far in bytes: of the process, or of PyTorch's CUDA allocator.
+
+    0 for a process of a system that does not keep count, as Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -104,6 +104,8 @@ class RunDirectory:
         """
         if os.path.lexists(self.identity_file):
             if self.saved_nothing:
+                # It may be anybody's: such a name is soon found.
+                self.read_identity()
                 return
             raise RunError(
                 f"{self.path} already holds a run: continue it with --resume, or choose another "

@@ -356,6 +356,17 @@ def test_nested_too_deep_is_refused_and_replaced(tmp_path: Path) -> None:
     assert check_whole(tmp_path) == NEW
 
 
+@pytest.mark.parametrize("text", ['{"peft_type": "LORA"}', "{}", "[]"])
+def test_another_librarys_adapter_stays(tmp_path: Path, text: str) -> None:
+    (tmp_path / CONFIG_FILE).write_text(text)
+    (tmp_path / TENSOR_FILE).write_bytes(b"mine")
+    with pytest.raises(AdapterError, match="is of another library"):
+        save(tmp_path, NEW)
+    assert (tmp_path / CONFIG_FILE).read_text() == text
+    assert (tmp_path / TENSOR_FILE).read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("name", [CONFIG_FILE, TENSOR_FILE])
 def test_a_file_that_never_ends_is_refused_and_replaced(tmp_path: Path, name: str) -> None:

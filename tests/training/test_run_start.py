@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,16 @@ def test_a_start_that_was_killed_while_it_wrote_makes_room(
     place: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_text("{")
-    RunDirectory(tmp_path).check_startable()
-    (tmp_path / "run.json").write_text("{")
     run(place, tmp_path, **_SHORT)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("text", ["{", '{"steps": 3}', "[]"])
+def test_another_programs_run_json_stays(place: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunError, match=r"run\.json: cannot be read"):
+        run(place, tmp_path, **_SHORT)
+    assert (tmp_path / "run.json").read_text() == text
 
 
 @pytest.mark.parametrize(
@@ -274,3 +281,21 @@ def test_says_what_other_versions_it_goes_on_with(
         text for text in capsys.readouterr().err.splitlines() if "the last bits may differ" in text
     ]
     assert "torch 9.9 (was " in line
+
+
+def test_runs_where_there_is_no_lock_of_the_system(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, which also keeps no count of a process's memory and flushes no directory."""
+    from prodial_kernels import _locking
+
+    monkeypatch.setattr(_locking, "_module", {}.get)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    result = run(place, tmp_path / "run", **_SHORT)
+    assert result.peak_bytes == 0
+    assert not list((tmp_path / "run").rglob(".lock"))
+    with (
+        RunDirectory(tmp_path / "run").only_one_process(),
+        pytest.raises(RunError, match=r"another process is running.*remove .*\.lock"),
+    ):
+        run(place, tmp_path / "run", resume=True, **_SHORT)
