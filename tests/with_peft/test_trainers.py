@@ -16,6 +16,13 @@ from tiny_model import byte_tokenizer, tiny_mamba2, write_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    # PEFT before 0.21, of a model that was made in memory.
+    "ignore:Could not find a config file",
+)
+
 IDS = token_ids()
 ROWS = [{"input_ids": row, "labels": row} for row in token_ids(8, 12, seed=3)]
 QUIET: dict[str, Any] = {
@@ -114,7 +121,6 @@ def base(tmp_path: Path) -> Path:
 
 
 TRL_QUIET = {**QUIET, "max_steps": 2, "max_length": 32, "bf16": False, "learning_rate": 1e-2}
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 def sft(trl: Any, datasets: Any, base: Path, folder: Path) -> Any:
