@@ -94,7 +94,18 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
             resolve_block_size(target.linear.in_features, **config.blocks_of(target.name))
         except ValueError as error:
             raise ValueError(f"{target.paths[0]}: {error}") from error
-    held = second_name(model, {target.linear: target.paths[0] for target in targets})
+    refuse_second_names(model, {target.linear: target.paths[0] for target in targets})
+    return targets
+
+
+def refuse_second_names(model: nn.Module, layers: dict[nn.Module, str]) -> None:
+    """Raise ValueError where ``model`` holds one of ``layers``, or its weight, unseen.
+
+    Args:
+        model: The model.
+        layers: Layers that are to be replaced, and a path of each.
+    """
+    held = second_name(model, layers)
     if held is not None:
         path, name = held
         raise ValueError(
@@ -102,7 +113,6 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
             "without the adapter; remove the attribute and let the module call the layer, or take "
             "the layer out of target_modules"
         )
-    return targets
 
 
 def find_saved(model: nn.Module, config: ProdialConfig, targets: Iterable[Target]) -> list[Saved]:

@@ -61,12 +61,12 @@ def combined_config(
     ranks: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for path, layer in layers.items():
-        held = [name for name in configs if name in layer.prodial_options]
+        held = [name for name in configs if name in layer._prodial_options]
         if not held:
             continue
-        ranks[path] = sum(layer.prodial_options[name]["r"] for name in held)
+        ranks[path] = sum(layer._prodial_options[name]["r"] for name in held)
         found = {
-            layer.prodial_options[name]["block_size"]
+            layer._prodial_options[name]["block_size"]
             for name in held
             if configs[name].train_diagonal
         }
@@ -106,7 +106,7 @@ def fill_combination(
     rows: list[Tensor] = []
     columns: list[Tensor] = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        if adapter not in layer.prodial_options:
+        if adapter not in layer._prodial_options:
             continue
         with layer.reading(adapter):
             if layer.prodial_scale is not None:

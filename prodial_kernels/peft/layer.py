@@ -71,7 +71,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(PARTS.values())
-    other_param_names = ("prodial_options",)
+    other_param_names = ("_prodial_options",)
 
     prodial_blocks, prodial_scale, prodial_a, prodial_b = map(_active_part, PARTS.values())
 
@@ -95,12 +95,13 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         self.read_from = () if original is None else (original,)
         for attribute in PARTS.values():
             setattr(self, attribute, nn.ModuleDict())
-        self.prodial_options: dict[str, dict[str, Any]] = {}
+        self._prodial_options: dict[str, dict[str, Any]] = {}
         self.merged_adapters: list[str] = []
         self._reading: str | None = None
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.register_buffer("_merged_weight", None, persistent=False)
+        self.register_load_state_dict_post_hook(_merge_again)
         self.train(base_layer.training)
 
     # --- Adapters. ------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
             ValueError: The layer has one of this name, or a block count does not divide
                 ``in_features``.
         """
-        if adapter_name in self.prodial_options:
+        if adapter_name in self._prodial_options:
             raise ValueError(f"this layer already has an adapter called {adapter_name!r}")
         made = ProdialLinear.from_linear(
             self.base_layer,
@@ -128,12 +129,12 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         )
         for name, parameter in made.adapter_parameters():
             self.factors(PARTS[name])[adapter_name] = Factor(parameter)
-        self.prodial_options[adapter_name] = {
+        self._prodial_options[adapter_name] = {
             name: value
             for name, value in vars(made).items()
             if not name.startswith("_") and name not in ("training", "adapter_enabled")
         }
-        if len(self.prodial_options) == 1:
+        if len(self._prodial_options) == 1:
             self._use(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -159,7 +160,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         Raises:
             ValueError: It has several.
         """
-        here = [name for name in adapter_names if name in self.prodial_options]
+        here = [name for name in adapter_names if name in self._prodial_options]
         if len(here) > 1:
             raise ValueError(
                 f"one ProDiaL adapter can be active at a time, got {here}: each multiplies the "
@@ -173,7 +174,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         """Name of the adapter that calls compute with; None if the layer has no active one."""
         if self._reading is not None:
             return self._reading
-        return next((n for n in self.active_names() if n in self.prodial_options), None)
+        return next((n for n in self.active_names() if n in self._prodial_options), None)
 
     @property
     def adapter_enabled(self) -> bool:
@@ -208,7 +209,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
 
     def _use(self, adapter_name: str | None) -> None:
         if adapter_name is not None:
-            self.__dict__.update(self.prodial_options[adapter_name])
+            self.__dict__.update(self._prodial_options[adapter_name])
 
     # --- Merging. -------------------------------------------------------------------------------
 
@@ -298,7 +299,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         """As :meth:`ProdialLinear.extra_repr`, with the adapters' names."""
-        known = ", ".join(map(repr, self.prodial_options)) or "none"
+        known = ", ".join(map(repr, self._prodial_options)) or "none"
         if self.adapter_in_use is None:
             return (
                 f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -314,6 +315,11 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         if merged:
             self.merge(adapter_names=merged)
         return self
+
+
+def _merge_again(layer: ProdialPeftLinear, incompatible_keys: object) -> None:
+    if layer.merged:
+        layer._renew_merged()
 
 
 def _finite(weight: Tensor | None) -> bool:

@@ -17,6 +17,7 @@ from prodial_kernels.mixers.targets import (
     Target,
     find_saved,
     module_paths,
+    refuse_second_names,
     require_adaptable,
 )
 from prodial_kernels.peft.config import ProdialPeftConfig
@@ -79,6 +80,7 @@ def find_layers(
         )
     targets = [Target(layer.base, layer.paths, layer.paths[0]) for layer in new.values()]
     check_mixers(model, targets)
+    refuse_second_names(model, {module: layer.paths[0] for module, layer in new.items()})
     saved = tuple(name for name in config.modules_to_save or () if name not in _HEADS)
     find_saved(model, ProdialConfig(modules_to_save=saved), targets)
     return new

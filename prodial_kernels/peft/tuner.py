@@ -14,12 +14,15 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import Tensor, nn
 
 from prodial_kernels.mixers.families import adapt_mixers
+from prodial_kernels.mixers.snapshot import Snapshot
 from prodial_kernels.mixers.targets import module_paths
 from prodial_kernels.peft.combine import check_combination, combined_config, fill_combination
 from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.peft.register import PEFT_VERSION, PREFIX
 from prodial_kernels.peft.targets import NewLayer, check_lora_targets, find_layers
+from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.saving import release_saving, settle_configuration
 
 _MIXERS = "_prodial_peft_mixers"
 """The attribute of an adapted model that holds what gives its mixers their own paths back."""
@@ -62,7 +65,7 @@ class ProdialTuner(BaseTuner):
             ValueError: The configuration does not fit the model, which is then as it was.
         """
         config = self._prepare_adapter_config(self.peft_config[adapter_name], {})
-        with _own_mixers(model), _all_or_nothing(model, adapter_name):
+        with _own_mixers(model), _all_or_nothing(model):
             if state_dict is None:
                 self._new_layers = find_layers(model, config, lambda path: _is_ours(config, path))
             else:
@@ -158,7 +161,7 @@ class ProdialTuner(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         for layer in layers.values():
-            if adapter_name in layer.prodial_options:
+            if adapter_name in layer._prodial_options:
                 fill_combination(layer, adapter_name, adapters, weights)
 
     @contextmanager
@@ -201,6 +204,12 @@ class ProdialTuner(BaseTuner):
             undo.remove()
         # PEFT before 0.20 leaves it behind.
         vars(model).pop("peft_config", None)
+        if merge:
+            for module, names in module_paths(model).items():
+                if isinstance(module, QuantizedLinear):
+                    _place(model, names, module.to_linear())
+            settle_configuration(model)
+            release_saving(model)
         if foreign:
             _keep_dense(model)
         return model
@@ -284,23 +293,13 @@ def _own_mixers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Take an adapter out again, and thaw what it froze, if putting it in fails half way."""
-    before = {module for module in model.modules() if isinstance(module, BaseTunerLayer)}
-    thawed = [(p, p.requires_grad) for p in model.parameters()]
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give ``model`` its structure back if what is done to it fails half way."""
+    before = Snapshot(model)
     try:
         yield
     except BaseException:
-        for module, paths in module_paths(model).items():
-            if not isinstance(module, BaseTunerLayer):
-                continue
-            if module not in before:
-                ours = isinstance(module, ProdialPeftLinear)
-                _place(model, paths, module.original_layer() if ours else module.base_layer)
-            elif adapter_name in module._get_available_adapters():
-                module.delete_adapter(adapter_name)
-        for parameter, requires_grad in thawed:
-            parameter.requires_grad_(requires_grad)
+        before.restore()
         raise
 
 

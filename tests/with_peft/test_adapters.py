@@ -12,7 +12,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft_models import MIXES_METHODS, adapted, config, layers, logits, move
 from torch import nn
 
-from prodial_kernels import ProdialConfig, adapter_disabled, apply_prodial
+from prodial_kernels import (
+    ProdialConfig,
+    QuantizedLinear,
+    adapter_disabled,
+    apply_prodial,
+    quantize_model,
+)
 from prodial_kernels.peft import ProdialPeftConfig
 
 IDS = token_ids()
@@ -98,9 +104,32 @@ def test_merging_and_back_is_exact() -> None:
     layer = layers(model)[0]
     assert layer.merged_adapters == ["wide"]
     with layer.reading("wide"):
-        torch.testing.assert_close(layer.effective_weight(), layer._merged_weight)
+        expected = layer.adapted_weight()
+    x = torch.randn(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, expected))
     model.unmerge_adapter()
     assert torch.equal(logits(model, IDS), separate)
+
+
+def test_a_merge_follows_what_is_loaded() -> None:
+    model, other = adapted(), adapted()
+    move(other, "default", seed=7)
+    model.merge_adapter()
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(logits(model, IDS), logits(other, IDS), rtol=1e-4, atol=1e-5)
+
+
+def test_quantised_bases_merge_into_dense_models() -> None:
+    model = build("mamba2")
+    quantize_model(model, "int8")
+    quantised = {p for p, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    model = get_peft_model(model, config(target_modules=["in_proj"], n_blocks=None))
+    move(model, "default")
+    expected = logits(model, IDS)
+    merged = model.merge_and_unload()
+    assert {type(merged.get_submodule(path)) for path in quantised} == {nn.Linear}
+    torch.testing.assert_close(logits(merged, IDS), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_merging_writes_the_adapter_that_is_named() -> None:
@@ -255,6 +284,13 @@ def test_a_model_that_apply_prodial_adapted_is_refused() -> None:
     assert any(p.requires_grad for p in model.parameters())
 
 
+def test_a_second_name_is_refused() -> None:
+    model = build("mamba2")
+    model.kept = [model.backbone.layers[1].mixer.out_proj.weight]
+    with pytest.raises(ValueError, match="under a second name"):
+        get_peft_model(model, config())
+
+
 def test_a_failed_second_adapter_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(target_modules=["in_proj"], n_blocks=4)
     before = logits(model, IDS)
@@ -310,7 +346,7 @@ def test_a_combination_is_the_weighted_sum(case: str, weights: list[float]) -> N
         base = layer.base_layer.weight
         expected = base.clone()
         for name, weight in zip(["default", "second"], weights, strict=True):
-            if name in layer.prodial_options:
+            if name in layer._prodial_options:
                 with layer.reading(name):
                     expected += weight * (layer.effective_weight() - base)
         with layer.reading("both"):
