@@ -156,14 +156,20 @@ def _finetune(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from prodial_kernels.training.adapted import load_adapted
-    from prodial_kernels.training.assess import assess, assess_with_harness
+    from prodial_kernels.training.assess import assess, assess_with_harness, evaluation_data
     from prodial_kernels.training.harness import check_tasks
 
     values = vars(args)
     _check_evaluation(values)
     adapter = adapter_directory(args.adapter) if "adapter" in args else None
+    # Before the model is loaded, which may take minutes.
     if "lm_eval" in args:
         check_tasks(args.lm_eval)
+    else:
+        data = evaluation_data(
+            values.get("data", "stdlib"), split=values.get("split"),
+            max_tokens=values.get("max_tokens"), limit=values.get("limit"),
+        )  # fmt: skip
     _quiet_transformers()
     loaded = load_adapted(
         values.get("model"), adapter,
@@ -177,8 +183,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         )  # fmt: skip
     else:
         assessment = assess(
-            loaded, values.get("data", "stdlib"), split=values.get("split"),
-            max_tokens=values.get("max_tokens"), limit=values.get("limit"),
+            loaded, data,
             seq_len=values.get("seq_len", DEFAULTS["seq_len"]), batch_size=args.batch_size,
         )  # fmt: skip
     print(assessment.to_json() if "json" in args else assessment)

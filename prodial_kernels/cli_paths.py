@@ -55,7 +55,7 @@ def inspected(path: str) -> str:
 def _what_is_there(place: Path) -> str:
     wanted = "give the directory of an adapter, or of the run that wrote it"
     if not place.exists():
-        return f"no such directory (looked in {Path.cwd()}){similar_path(place)}; {wanted}"
+        return f"no such directory (looked in {Path.cwd()}); {wanted}{similar_path(place)}"
     if not place.is_dir():
         return f"no such directory: it is a file, and no adapter lies beside it; {wanted}"
     if (place / "config.json").is_file():

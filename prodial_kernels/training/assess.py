@@ -50,34 +50,42 @@ class Assessment:
         return two_columns([*rows, *metric_rows(self.metrics)])
 
 
-def assess(
-    loaded: LoadedModel,
+@dataclass(frozen=True)
+class EvaluationData:
+    """What a model is to be evaluated on.
+
+    Attributes:
+        name: The source and the part of it, for people.
+        examples: Of one kind.
+        notes: What reading changed, left out, cut or guessed, a line each.
+        max_tokens: Stop after so many tokens of text; None for all.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    notes: Sequence[str]
+    max_tokens: int | None
+
+
+def evaluation_data(
     data: str = "stdlib",
     *,
     split: str | None = None,
     max_tokens: int | None = None,
     limit: float | None = None,
-    seq_len: int = 256,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> Assessment:
-    """Evaluate a model on a source: loss and bits per byte, or multiple-choice accuracy.
+) -> EvaluationData:
+    """Read what a model is to be evaluated on.
 
     Args:
-        loaded: The model, with or without an adapter.
         data: As ``load_documents`` takes it.
         split: ``"held-out"`` for the part that fine-tuning on the same source holds out, ``"all"``
             for everything (of a hub data set its validation or test part); None for held-out of
             ``"stdlib"`` and all of anything else.
         max_tokens: Stop after so many tokens of text; None for all (of ``"stdlib"``, 32,768).
-        limit: Evaluate so many examples, or under 1 such a share of them, at least one.
-        seq_len: The most tokens that the model reads at once.
-        batch_size: Windows in a forward pass.
-        progress: Show progress on stderr.
+        limit: Take so many examples, or under 1 such a share of them, at least one.
 
     Raises:
         DataError: The data cannot be used.
-        EvaluationError: A log-likelihood is not finite.
     """
     stdlib = data == "stdlib"
     if split is None:
@@ -96,17 +104,47 @@ def assess(
         examples = examples[: max(1, n)]
     if max_tokens is None and stdlib:
         max_tokens = STDLIB_EVAL_TOKENS
+    source = "Python's standard library" if stdlib else data
+    return EvaluationData(f"{source} ({split})", examples, notes, max_tokens)
+
+
+def assess(
+    loaded: LoadedModel,
+    data: EvaluationData,
+    *,
+    seq_len: int = 256,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Assessment:
+    """Evaluate a model: loss and bits per byte, or multiple-choice accuracy.
+
+    Args:
+        loaded: The model, with or without an adapter.
+        data: What to evaluate it on.
+        seq_len: The most tokens that the model reads at once.
+        batch_size: Windows in a forward pass.
+        progress: Show progress on stderr.
+
+    Raises:
+        DataError: The data cannot be used with this model's tokenizer.
+        EvaluationError: A log-likelihood is not finite.
+    """
     display = Progress(enabled=progress)
-    for note in notes:
+    for note in data.notes:
         display.say(note)
-    display.say(f"evaluating {loaded.name} on {len(examples):,} {kind_of(examples)} examples")
+    kind = kind_of(data.examples)
+    display.say(f"evaluating {loaded.name} on {len(data.examples):,} {kind} examples")
     with display.evaluating(leave=True) as advance:
         metrics = evaluate_examples(
-            loaded.model, loaded.tokenizer, examples, seq_len=seq_len, batch_size=batch_size,
-            max_tokens=max_tokens, progress=advance,
+            loaded.model, loaded.tokenizer, data.examples, seq_len=seq_len, batch_size=batch_size,
+            max_tokens=data.max_tokens, progress=advance,
         )  # fmt: skip
-    source = "Python's standard library" if stdlib else data
-    return Assessment(loaded.name, f"{source} ({split})", finite_or_none(metrics))
+    if metrics.n_truncated:
+        display.say(
+            f"{metrics.n_truncated:,} contexts were longer than seq_len {seq_len} allows and lost "
+            "their start"
+        )
+    return Assessment(loaded.name, data.name, finite_or_none(metrics))
 
 
 def assess_with_harness(

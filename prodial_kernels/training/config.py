@@ -324,7 +324,9 @@ class FinetuneConfig:
         # Imported here, like the rest: the command line reads this module before PyTorch is loaded.
         from prodial_kernels.config import PRESETS, get_preset
 
-        check_choice("preset", self.preset, PRESETS)
+        if self.preset not in PRESETS:
+            trained_here = (name for name, preset in PRESETS.items() if preset.seq_len is not None)
+            check_choice("preset", self.preset, trained_here)
         return get_preset(self.preset or "")
 
     def _adapter_defaults(self) -> dict[str, Any]:

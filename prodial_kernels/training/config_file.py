@@ -25,7 +25,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     try:
         content = read_bytes(file, most_of_a_pipe=_LARGEST)
     except FileNotFoundError as error:
-        raise ConfigError(f"{file}: no such file{similar_path(file)}") from error
+        raise ConfigError(
+            f"{file}: no such file (looked in {Path.cwd()}){similar_path(file)}"
+        ) from error
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
     if len(content) > _LARGEST:

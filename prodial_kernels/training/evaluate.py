@@ -24,7 +24,7 @@ from prodial_kernels.training.multiple_choice import (
     MultipleChoiceMetrics,
     evaluate_multiple_choice,
 )
-from prodial_kernels.training.scoring import Progress, Window, log_likelihoods, windows
+from prodial_kernels.training.scoring import Progress, Window, cut_by, log_likelihoods, windows
 from prodial_kernels.training.tokenization import encode, encode_pairs, encode_up_to, prefix_token
 
 if TYPE_CHECKING:
@@ -234,8 +234,7 @@ def _metrics(
     n_truncated = 0
     for context, continuation in pairs:
         scored.extend(windows(context, continuation, seq_len))
-        # A document's context is one token, and what is scored in windows loses nothing.
-        n_truncated += len(context) > 1 and len(context) + len(continuation) > seq_len + 1
+        n_truncated += cut_by(context, continuation, seq_len)
     n_tokens = sum(window.n_scored for window in scored)
     if not n_tokens:
         raise DataError("there is no text to score: all documents are empty")

@@ -91,16 +91,20 @@ def check_tasks(tasks: Sequence[str]) -> None:
         EvaluationError: It is not installed, or has no such task; names the one that may be meant.
     """
     _library()
-    from lm_eval.tasks import TaskManager
-
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness lacks a library ({error}): pip install 'lm-eval[hf]'"
+        ) from error
     manager = TaskManager()
     for task in tasks:
         # A file describes a task of the user's own; a pattern may name several.
         if task.endswith((".yaml", ".yml")) or manager.match_tasks([task]):
             continue
         raise EvaluationError(
-            f"lm-evaluation-harness has no task {task!r}{did_you_mean(task, manager.all_tasks)}; "
-            "'lm-eval ls tasks' lists them"
+            f"lm-evaluation-harness has no task {task!r}; 'lm-eval ls tasks' lists them"
+            f"{did_you_mean(task, manager.all_tasks)}"
         )
 
 

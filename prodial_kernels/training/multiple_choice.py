@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.training.batches import check_sizes
 from prodial_kernels.training.examples import DataError, MultipleChoice
-from prodial_kernels.training.scoring import Progress, Window, log_likelihoods, windows
+from prodial_kernels.training.scoring import Progress, Window, cut_by, log_likelihoods, windows
 from prodial_kernels.training.tokenization import encode_pairs, prefix_token
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class MultipleChoiceMetrics:
         n_examples: Examples scored.
         n_ties: Examples in which the highest log-likelihood belongs to more than one choice. As
             in lm-evaluation-harness the first of them counts as the prediction.
+        n_truncated: Choices whose contexts did not fit beside them and lost their start.
     """
 
     acc: float
@@ -39,6 +40,7 @@ class MultipleChoiceMetrics:
     acc_norm_stderr: float
     n_examples: int
     n_ties: int
+    n_truncated: int = 0
 
 
 def evaluate_multiple_choice(
@@ -98,7 +100,12 @@ def evaluate_multiple_choice(
         n_ties += int((scores == scores.max()).sum() > 1)
     acc, acc_stderr = _mean_and_error(right)
     acc_norm, acc_norm_stderr = _mean_and_error(right_normalised)
-    return MultipleChoiceMetrics(acc, acc_norm, acc_stderr, acc_norm_stderr, len(examples), n_ties)
+    # Known by their lengths: tokenising once more costs little beside running the model.
+    pairs = encode_pairs(tokenizer, [e.pair(i) for e in examples for i in range(len(e.choices))])
+    return MultipleChoiceMetrics(
+        acc, acc_norm, acc_stderr, acc_norm_stderr, len(examples), n_ties,
+        sum(cut_by(pair.context, pair.continuation, seq_len) for pair in pairs),
+    )  # fmt: skip
 
 
 def choice_log_likelihoods(

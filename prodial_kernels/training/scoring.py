@@ -51,6 +51,11 @@ def windows(context: Tensor, continuation: Tensor, seq_len: int) -> Iterator[Win
         yield Window(tokens[max(0, end - seq_len - 1) : end], end - start)
 
 
+def cut_by(context: Tensor, continuation: Tensor, seq_len: int) -> bool:
+    """Whether :func:`windows` leaves out a part of the context, which is more than one token."""
+    return len(context) > 1 and len(context) + len(continuation) > seq_len + 1
+
+
 @torch.inference_mode()
 def log_likelihoods(
     model: nn.Module,

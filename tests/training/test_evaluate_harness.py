@@ -103,7 +103,7 @@ def test_misspelt_tasks_are_found_before_anything_is_loaded(
     tasks.TaskManager = TaskManager  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
     check_tasks(["arc_easy", "arc_*", "my_own.yaml"])
-    with pytest.raises(EvaluationError, match=r"no task 'helaswag'; did you mean 'hellaswag'\?"):
+    with pytest.raises(EvaluationError, match=r"no task 'helaswag'; .*did you mean 'hellaswag'\?"):
         check_tasks(["arc_easy", "helaswag"])
 
 

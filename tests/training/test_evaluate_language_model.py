@@ -224,3 +224,14 @@ def test_sizes_out_of_range(byte_tokenizer: Any, sizes: dict[str, int]) -> None:
 def test_one_string_is_no_list_of_documents(byte_tokenizer: Any) -> None:
     with pytest.raises(TypeError, match="got one string; put it in a list"):
         evaluate_language_model(Constant(torch.zeros(257)), byte_tokenizer, "text")
+
+
+def test_prompts_that_lost_their_start_are_counted(byte_tokenizer: Any, tiny_mamba2: Any) -> None:
+    rows = [PromptCompletion("p" * n, "ccc") for n in (5, 6, 40)]
+    metrics = evaluate_examples(tiny_mamba2, byte_tokenizer, rows, seq_len=8)
+    # Eight tokens are read to score the last: six of the prompt and two of the completion.
+    assert metrics.n_truncated == 1
+    choices = [MultipleChoice(("c" * n,) * 2, ("aa", "bbb"), 0, "") for n in (5, 6, 7)]
+    assert evaluate_examples(tiny_mamba2, byte_tokenizer, choices, seq_len=8).n_truncated == 1
+    texts = ["a long document in several windows"]
+    assert evaluate_examples(tiny_mamba2, byte_tokenizer, texts, seq_len=8).n_truncated == 0
