@@ -18,6 +18,7 @@ from prodial_kernels.training.merging import (
     Agreement,
     check_written_model,
     logits_of,
+    round_as_stored,
     write_model,
 )
 from prodial_kernels.training.model import (
@@ -95,7 +96,8 @@ def merge_to_directory(
         replace: Whether an empty directory, or a model that was written by this package and not
             changed since, is replaced at ``output``.
         device: As for :func:`load_adapted`.
-        dtype: As for :func:`load_adapted`; also the dtype of the written weights.
+        dtype: As for :func:`load_adapted`; also the dtype of the written weights. With ``"auto"``
+            they are no wider than the checkpoint's.
         quantize: As for :func:`load_adapted`.
 
     Returns:
@@ -121,10 +123,12 @@ def merge_to_directory(
         first = next(loaded.model.parameters())
         tokens = _probe_tokens(loaded)
         expected = logits_of(loaded.model, tokens)
+        device_of, dtype_of = first.device, first.dtype
         merge_prodial(loaded.model)
+        rounded = round_as_stored(loaded, tokens, expected, dtype=dtype)
         with write_model(loaded.model, loaded.tokenizer, path, replace=replace) as written:
             return check_written_model(
-                written, tokens, expected, device=first.device, dtype=first.dtype
+                written, tokens, expected, device=device_of, dtype=dtype_of, rounded=rounded
             )
 
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prodial_kernels.quantization import (
     SIGNS,
     TensorFiles,
@@ -18,6 +20,9 @@ from prodial_kernels.quantization import (
 )
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+_FLOATING = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+}  # fmt: skip
 # Files that a tokenizer may be built from beside those that its class names.
 _WHOLE_TOKENIZERS = ("tokenizer.json", "tekken.json")
 # Of the files that a class names: not of the vocabulary, or one of several ways to store it.
@@ -76,6 +81,43 @@ def check_dense(tensors: TensorFiles) -> None:
             )
     for name in own:
         check_dense_dtype(name, tensors.dtype(name))
+
+
+def dtype_of_dense(tensors: TensorFiles) -> torch.dtype | None:
+    """Return what all of a checkpoint's floating-point tensors are stored in; None if they differ.
+
+    Those of quantised layers do not count.
+    """
+    quantised = {
+        name.removesuffix(f".{sign}") for name in tensors for sign in SIGNS if name.endswith(sign)
+    }
+    found = {
+        tensors.dtype(name)
+        for name in tensors
+        if not any(name.startswith(f"{path}.") for path in quantised)
+    }
+    found &= _FLOATING.keys()
+    return _FLOATING[found.pop()] if len(found) == 1 else None
+
+
+def check_merged(error: RuntimeError) -> None:
+    """Raise for tensors, such as those of experts, that ``from_pretrained`` could not put together.
+
+    Its own error points to a report in a log that need not be shown.
+
+    Raises:
+        ValueError: ``error`` is about such tensors; the message names what they make up.
+    """
+    step = error.__traceback__
+    while step is not None:
+        info = step.tb_frame.f_locals.get("loading_info")
+        failed = getattr(info, "conversion_errors", None)
+        if failed:
+            raise ValueError(
+                f"the checkpoint's tensors for {listed(failed)} do not fit together: they differ "
+                "in shape or number; fetch the checkpoint again, whole"
+            ) from error
+        step = step.tb_next
 
 
 def check_tokenizer(tokenizer: Any, directory: Path) -> None:

@@ -28,6 +28,7 @@ from prodial_kernels.training.merging import (
     check_written_model,
     has_room_dense,
     logits_of,
+    round_as_stored,
     write_model,
 )
 from prodial_kernels.training.metrics import MetricsLog, read_metrics
@@ -379,8 +380,10 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
     if quantised:
         # Merged, it is dense: that is left to the host.
         model.cpu()
+    rounded = None
     if not full:
         merge_prodial(model)
+        rounded = round_as_stored(run.loaded, tokens, expected, dtype=run.config.dtype)
     with write_model(model, run.loaded.tokenizer, path, replace=True) as written:
         if run.plan is not None:
             # There need not be room for two.
@@ -389,5 +392,6 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
         # Fully fine-tuned weights are written in float32, as they were trained.
         dtype = torch.float32 if full else run.dtype
         return check_written_model(
-            written, tokens, expected, device=run.device, dtype=dtype, by_blocks=by_blocks
-        )
+            written, tokens, expected, device=run.device, dtype=dtype, by_blocks=by_blocks,
+            rounded=rounded,
+        )  # fmt: skip

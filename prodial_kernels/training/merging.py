@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.atomic import atomic_directory, safetensors_errors
 from prodial_kernels.training.device_memory import indexed
-from prodial_kernels.training.model import load_model
+from prodial_kernels.training.model import LoadedModel, load_model
 from prodial_kernels.training.offload import blocks_on_demand
 from prodial_kernels.training.written import clear_leftovers, mark_written, own_files
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Merging rounds each weight once, and the matrix products sum in another order. Measured on eight
 # layers: 5 eps in float32, 1 eps in bfloat16; deeper models need room above that.
-_TOLERANCE_IN_EPS = {torch.float32: 64, torch.bfloat16: 8}
+_TOLERANCE_IN_EPS = {torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 
 
 class MergeError(RuntimeError):
@@ -51,6 +51,19 @@ class Agreement:
             f"logits differ by at most {self.max_difference:.1e} "
             f"({self.relative:.1e} relative) over {self.n_tokens:,} tokens"
         )
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A model whose weights were rounded before they are written.
+
+    Attributes:
+        dtype: To what.
+        logits: :func:`logits_of` it, computed in the dtype that it had before.
+    """
+
+    dtype: torch.dtype
+    logits: Tensor
 
 
 @contextmanager
@@ -120,6 +133,7 @@ def check_written_model(
     device: torch.device,
     dtype: torch.dtype,
     by_blocks: bool = False,
+    rounded: Rounded | None = None,
 ) -> Agreement:
     """Load a written model and compare its logits with those of the model in memory.
 
@@ -130,9 +144,10 @@ def check_written_model(
         device: Where to run it.
         dtype: The dtype to run it in.
         by_blocks: Keep the model on the CPU and bring its blocks to the device one by one.
+        rounded: What :func:`round_as_stored` gave for the model before it was written.
 
     Returns:
-        The comparison.
+        The comparison with ``expected``.
 
     Raises:
         MergeError: They differ by more than rounding.
@@ -142,14 +157,66 @@ def check_written_model(
     with blocks_on_demand(model, device) if by_blocks else nullcontext():
         found = logits_of(model, tokens)
     agreement = compare_logits(found, expected, dtype=dtype)
+    if rounded is None:
+        _check(agreement, "the written model does not compute what was trained")
+        return agreement
+    # The file must hold the rounded weights, and nothing else may tell it from what was trained.
+    _check(
+        compare_logits(found, rounded.logits, dtype=dtype),
+        "the written model does not compute what was merged",
+    )
+    return compare_logits(found, expected, dtype=rounded.dtype)
+
+
+def round_as_stored(
+    loaded: LoadedModel, tokens: Tensor, expected: Tensor, *, dtype: str
+) -> Rounded | None:
+    """Cast a merged model to what its checkpoint is stored in, if that is narrower, in place.
+
+    A base of 16 bits that was computed with in fp32 becomes one of 16 bits again, of the same
+    size. Buffers, such as rotary frequencies, which no file holds, stay as they are.
+
+    Args:
+        loaded: What was loaded and merged; on the CPU or a GPU.
+        tokens: int64 ``[batch, length]``.
+        expected: :func:`logits_of` the model before it was merged.
+        dtype: The option; only ``"auto"`` leaves the choice.
+
+    Returns:
+        What the rounded model computes; None where it is not rounded.
+
+    Raises:
+        MergeError: Merging changed what the model computes by more than rounding.
+    """
+    model, stored = loaded.model, loaded.stored_dtype
+    wide = next(model.parameters()).dtype
+    if dtype != "auto" or stored is None or stored.itemsize >= wide.itemsize:
+        return None
+    largest = max(float(p.detach().abs().max()) for p in model.parameters() if p.numel())
+    if not largest <= torch.finfo(stored).max:
+        return None
+    merged = compare_logits(logits_of(model, tokens), expected, dtype=wide)
+    _check(merged, "the merged model does not compute what was trained")
+    _cast_parameters(model, stored)
+    _cast_parameters(model, wide)
+    logits = logits_of(model, tokens)
+    _cast_parameters(model, stored)
+    return Rounded(stored, logits)
+
+
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _check(agreement: Agreement, problem: str) -> None:
     # "not <=" rather than ">": a NaN must fail.
     if not agreement.relative <= agreement.relative_tolerance:
         raise MergeError(
-            f"the written model does not compute what was trained: {agreement}, where rounding "
-            f"explains {agreement.relative_tolerance:.1e}; it was not kept. The adapter is not "
-            "affected"
+            f"{problem}: {agreement}, where rounding explains {agreement.relative_tolerance:.1e}; "
+            "it was not kept. The adapter is not affected"
         )
-    return agreement
 
 
 def compare_logits(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Agreement:

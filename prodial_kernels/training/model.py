@@ -11,7 +11,13 @@ import torch
 
 from prodial_kernels.quantization import QuantizationReport, TensorFiles
 from prodial_kernels.quantization.saving import RESCALING
-from prodial_kernels.training.completeness import check_dense, check_tokenizer, check_whole
+from prodial_kernels.training.completeness import (
+    check_dense,
+    check_merged,
+    check_tokenizer,
+    check_whole,
+    dtype_of_dense,
+)
 from prodial_kernels.training.model_source import (
     EMBEDDED,
     ModelError,
@@ -48,12 +54,14 @@ class LoadedModel:
         model: The model, on its device, in eval mode.
         tokenizer: Its tokenizer.
         quantization: What was quantised, if anything.
+        stored_dtype: What the checkpoint's dense weights are stored in, if it is one dtype.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     quantization: QuantizationReport | None = None
+    stored_dtype: torch.dtype | None = None
 
 
 def load_model(
@@ -89,6 +97,7 @@ def load_model(
                 ) from error
             directory = source if isinstance(source, Path) else fetched(source, **options)
         check_tokenizer(tokenizer, directory)
+        stored = dtype_of_dense(TensorFiles(directory))
         _warn_of_rescaling(name, config, quantize)
         if quantize is not None or hasattr(config, "quantization_config"):
             model, report = load_by_tensors(directory, config, device, dtype, quantize)
@@ -103,7 +112,7 @@ def load_model(
     if not isinstance(source, Path):
         # By which an adapter names its base; the directory is in a cache.
         model.name_or_path = model.config.name_or_path = source
-    return LoadedModel(name, model.to(device).eval(), tokenizer, report)
+    return LoadedModel(name, model.to(device).eval(), tokenizer, report, stored)
 
 
 def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -112,11 +121,15 @@ def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
 
     check_dense(TensorFiles(directory))
     model: Any
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype, trust_remote_code=False,
-        # Else transformers raises an error that names no tensor.
-        output_loading_info=True, ignore_mismatched_sizes=True,
-    )  # fmt: skip
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, trust_remote_code=False,
+            # Else transformers raises an error that names no tensor.
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except RuntimeError as error:
+        check_merged(error)
+        raise
     check_whole(info, model.state_dict().keys(), getattr(config, "num_hidden_layers", None))
     return model
 

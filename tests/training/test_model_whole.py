@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import build
 from safetensors.torch import load_file, save_file
 from tiny_model import byte_tokenizer, tiny_mamba2, write_tiny_model
 from torch import Tensor
@@ -270,3 +271,19 @@ def test_rescaled_weights_are_those_that_python_sees(folder: Path, tmp_path: Pat
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again.get_parameter(name), model.get_parameter(name))
     assert "not done while quantising" in refused(folder, "nf4")
+
+
+def test_experts_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
+    """Several tensors of a file become one of the model: too few, or one of another shape."""
+    build("jamba").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    name = "model.layers.1.feed_forward.experts.0.down_proj.weight"
+    kept = load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, lambda tensors: tensors.pop(name))
+    assert "layers.1.feed_forward.experts.down_proj has shape [1, " in refused(tmp_path)
+    kept[name] = kept[name][:-1].clone()
+    rewrite(tmp_path, lambda tensors: tensors.update(kept))
+    message = refused(tmp_path)
+    assert "layers.1.feed_forward.experts.0.down_proj" in message or "experts.down_proj" in message
+    assert "do not fit together" in message
+    assert "above report" not in message
