@@ -149,10 +149,10 @@ def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIden
 
 
 def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
-    """Load the newest state that is whole; begin at step 0 where nothing was saved yet.
+    """Load the newest state that can be; begin at step 0 where nothing was saved yet.
 
     Raises:
-        StateError: States were saved, and none of them is whole.
+        StateError: States were saved, and none of them can be loaded.
     """
     states, reasons = saved_states(folder.states), []
     for path in reversed(states):
@@ -162,7 +162,7 @@ def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
                 run=run.identity.fingerprint, fits=run.options.reaches,
             )  # fmt: skip
         except StateError as error:
-            display.say(f"skipping a damaged state: {error}")
+            display.say(f"skipping a state: {error}")
             reasons.append(str(error))
             continue
         others = differing_surroundings(path)
@@ -172,8 +172,9 @@ def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
         return position
     if reasons:
         raise StateError(
-            f"all {len(states)} saved states are damaged; of the newest: {reasons[0]}. Restore one "
-            f"from a copy, or remove {folder.states} to begin again at step 0"
+            f"all {len(states)} saved states are damaged, or of another run or version; of the "
+            f"newest: {reasons[0]}. Restore one from a copy, or remove {folder.states} to begin "
+            "again at step 0"
         )
     display.say("no saved state yet: starting from step 0")
     return Position()

@@ -38,7 +38,7 @@ class MetricsLog:
         kept = [r for r in records if _belongs_before(r, step)]
         self.dropped = _lines(path) - len(records)
         atomic_text(path, "".join(_line(record) for record in kept))
-        self._stream = path.open("a", encoding="utf-8")
+        self._stream = os.fdopen(_append_to(path), "a", encoding="utf-8")
         self._file = _identity(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -99,6 +99,11 @@ def _is_record(record: Any) -> bool:
         and all(v is None or type(v) in (int, float) for v in numbers)
         and (record["kind"] == "evaluation" or "loss" in record)
     )
+
+
+def _append_to(path: Path) -> int:
+    """Open a file to append to; not where a link leads, if there is one by now."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
 
 
 def _identity(path: Path) -> tuple[int, int]:

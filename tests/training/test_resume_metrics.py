@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,40 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
             log.write({"kind": "train", "step": 1})
         log.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 100_000, "[]", "7", "null", '{"step": 3}', '{"kind": "train", "loss": 1.0}',
+        '{"kind": "other", "step": 3}', '{"kind": "train", "step": 3}', "\x00\x00",
+        '{"kind": "train", "step": true, "loss": 1.0}', '{"kind": "train", "step": -1, "loss": 1}',
+        '{"kind": "train", "step": "3", "loss": 1.0}', '{"kind": "train", "step": 3, "loss": "x"}',
+        '{"kind": "evaluation", "step": 3, "acc": [1]}', '{"kind": ["train"], "step": 3}',
+    ],
+    ids=lambda line: line[:44],
+)  # fmt: skip
+def test_lines_that_are_no_records_are_counted_and_dropped(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _fill(path)
+    before = read_metrics(path)
+    path.write_text(f"{line}\n" + path.read_text() + '{"unfinished')
+    assert read_metrics(path) == before
+    log = MetricsLog(path, step=9)
+    log.close()
+    assert log.dropped == 1
+    assert read_metrics(path) == before
+
+
+def test_a_file_that_is_replaced_or_never_ends_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, step=0)
+    path.rename(tmp_path / "moved")
+    path.touch()
+    with pytest.raises(OSError, match=r"was replaced.*metrics\.jsonl"):
+        log.write({"kind": "train", "step": 1, "loss": 1.0})
+    log.close()
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=r"not a regular file.*metrics\.jsonl"):
+        read_metrics(path)
