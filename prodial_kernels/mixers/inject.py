@@ -96,9 +96,10 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
     if others := tuner_layers(model):
         raise ValueError(
             f"the model carries {len(others)} layers of PEFT, such as {others[0]}, whose "
-            "parameters apply_prodial would freeze; merge them first (merge_and_unload), or call "
+            "parameters apply_prodial would freeze; merge them first (merge_and_unload), call "
             "apply_prodial before get_peft_model and requires_grad_(True) on the parameters named "
-            "prodial_* after it"
+            "prodial_* after it, or train both as one adapter: get_peft_model with a "
+            "prodial_kernels.peft.ProdialPeftConfig(lora=LoraConfig(...))"
         )
     targets = find_targets(model, config)
     saved = find_saved(model, config, targets)

@@ -163,6 +163,11 @@ def test_two_at_once_are_refused() -> None:
     assert torch.equal(logits(model, IDS), before)
 
 
+def test_a_mixed_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
+        get_peft_model(build("mamba2"), config(), mixed=True)
+
+
 def test_copies_and_pickles() -> None:
     model = two()
     expected = logits(model, IDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from safetensors.torch import load_file
 from tiny_model import byte_tokenizer, tiny_mamba2, write_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+from prodial_kernels.embedded import embedded_model_path
+from prodial_kernels.peft import ProdialPeftConfig
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -193,3 +197,20 @@ def test_dpo_after_sft_measures_against_sft(
     assert torch.equal(logits(made.model, IDS), before)
     made.model.set_adapter("default")
     assert not torch.equal(logits(made.model, IDS), before)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_the_readmes_example(
+    trl: Any, datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    blocks = re.findall(r"^```py\n(.*?)^```$", readme.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "ProdialPeftConfig": ProdialPeftConfig,
+        "embedded_model_path": embedded_model_path,
+    }
+    exec(compile(blocks[0], "README.md", "exec"), names)
+    assert len(load_file(tmp_path / "sft-adapter" / "adapter_model.safetensors")) == 4 * 2 * 4
