@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import nn
 
 from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear
@@ -44,41 +42,35 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def base_state(model: nn.Module) -> dict[str, object]:
-    """Return ``state_dict`` without the adapter, by the names that the plain model has.
+    """Return what ``state_dict`` holds, without the adapter, by the names of the plain model.
 
     Tensors are the model's own, parameters as parameters; a tied one is there under every name.
     The weight of a quantised layer is there as the layer, in the place of the tensors it is stored
-    in: what counts is the weight that they stand for.
+    in: what counts is the weight that they stand for. Not read off ``state_dict``, which gives
+    FSDP's shards even of a gathered model.
     """
-    quantised = {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QuantizedLinear)
-    }
-    adapted = {
-        path
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, ProdialLinear)
-    }
+    modules = [(plain_path(p), m) for p, m in model.named_modules(remove_duplicate=False)]
+    adapted = {path for path, module in modules if isinstance(module, ProdialLinear)}
     state: dict[str, object] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        parent, _, own = name.rpartition(".")
-        if own in ADAPTER_PARAMETERS and parent in adapted:
-            continue
-        if own != "bias" and (path := _within(name, quantised)) is not None:
-            name, value = f"{path}.weight" if path else "weight", quantised[path]
-        state[plain_path(_without_base_layer(name, adapted))] = value
+    for path, module in modules:
+        base = _without_base_layer(f"{path}.", adapted) if path else ""
+        for name, value in _own_state(module).items():
+            state[base + name] = value
     return state
 
 
-def _within(name: str, paths: Mapping[str, object]) -> str | None:
-    """The path among ``paths`` that a tensor's name begins with."""
-    end = name.rfind(".")
-    while end >= 0:
-        if name[:end] in paths:
-            return name[:end]
-        end = name.rfind(".", 0, end)
-    return "" if "" in paths else None
+def _own_state(module: nn.Module) -> dict[str, object]:
+    if isinstance(module, QuantizedLinear):
+        bias = {} if module.bias is None else {"bias": module.bias}
+        return {"weight": module, **bias}
+    left_out: set[str] = set(module._non_persistent_buffers_set)
+    if isinstance(module, ProdialLinear):
+        left_out |= set(ADAPTER_PARAMETERS)
+    own: dict[str, object] = {**module._parameters, **module._buffers}
+    state = {n: value for n, value in own.items() if value is not None and n not in left_out}
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        state["_extra_state"] = module.get_extra_state()
+    return state
 
 
 def _without_base_layer(name: str, adapted: set[str]) -> str:

@@ -51,7 +51,10 @@ class Saved:
         if self.parameter is None:
             yield from self.module.parameters()
         else:
-            yield self.module.get_parameter(self.parameter)
+            # By the registry: as an attribute, a master is read in 16 bits.
+            parameter = self.module._parameters[self.parameter]
+            if parameter is not None:
+                yield parameter
 
 
 def path_pattern(path: str) -> str:

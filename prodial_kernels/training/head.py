@@ -123,7 +123,8 @@ def _last_layer(model: nn.Module) -> nn.Linear | QuantizedLinear:
             f"{type(model).__name__} names no head: it has neither get_output_embeddings() nor "
             "lm_head"
         )
-    plain = type(layer) is nn.Linear or isinstance(layer, QuantizedLinear)
+    # Not by its class: one that is trained through masters has another, and the same forward.
+    plain = type(layer).forward is nn.Linear.forward or isinstance(layer, QuantizedLinear)
     if not plain or "forward" in vars(layer):
         raise HeadError(
             f"the head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
