@@ -266,7 +266,7 @@ def _check_fits(
             f"not in the model {extra or 'none'}"
         )
     beside = {name: own[name] for name in names}
-    for name, tensor in saved.tensors.items():
+    for name, tensor in sorted(saved.tensors.items()):
         expected = shapes[name] if name in shapes else list(own[name].shape)
         if list(tensor.shape) != expected:
             raise AdapterError(

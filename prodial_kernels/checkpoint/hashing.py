@@ -33,9 +33,12 @@ def hash_tensor(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     data = tensor.detach()
     data = (torch.view_as_real(data) if data.is_complex() else data).contiguous()
-    raw = data.reshape(-1).view(torch.uint8)
-    if raw.data_ptr() % _WORD:
-        raw = raw.clone()
+    flat = data.reshape(-1)
+    offset = flat.storage_offset() * flat.element_size()
+    # A single value counts as contiguous whatever its stride; words begin at multiples of eight.
+    if flat.stride(0) != 1 or offset % _WORD or flat.data_ptr() % _WORD:
+        flat = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device).copy_(flat)
+    raw = flat.view(torch.uint8)
     whole = raw.numel() // _WORD * _WORD
     words = raw[:whole].view(torch.int64)
     rows = words.numel() // _ROW
