@@ -9,6 +9,7 @@ from prodial_kernels._validation import (
     IMPLS,
     check_choice,
     check_dropout,
+    check_finite,
     check_frozen,
     check_operands,
     check_triton,
@@ -87,8 +88,9 @@ def prodial_linear(
         [..., out_features], dtype of ``x`` (of autocast where it is on).
 
     Raises:
-        TypeError: A dtype that cannot be used.
-        ValueError: A shape, device or choice that does not fit, or a ``weight`` that requires a
+        TypeError: A dtype that cannot be used, or an option of the wrong kind.
+        ValueError: A shape, device or choice that does not fit, a ``lora_scaling`` that is not
+            finite, or a ``weight`` that requires a
             gradient (only ``impl="reference"`` gives one).
     """
     deviation = None
@@ -126,6 +128,8 @@ def adapted_linear(
     """
     check_choice("diagonal", diagonal, DIAGONALS)
     check_dropout(lora_dropout)
+    if not torch.compiler.is_compiling():
+        check_finite("lora_scaling", lora_scaling)
     dtype = autocast_dtype(x)
     check_operands(
         x, weight, blocks, scale_deviation, lora_a, lora_b, bias, autocast=dtype is not None
