@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prodial_kernels.checkpoint import load_adapter, save_adapter
     from prodial_kernels.config import ProdialConfig
-    from prodial_kernels.functional import prodial_linear, resolve_impl
+    from prodial_kernels.functional import prodial_linear
+    from prodial_kernels.implementation import resolve_impl
     from prodial_kernels.linear import ProdialLinear, adapter_disabled
     from prodial_kernels.mixers.inject import (
         apply_prodial,
@@ -60,7 +61,7 @@ _HOMES = {
     "quantize_linear": "quantization",
     "quantize_model": "quantization",
     "remove_prodial": "mixers.inject",
-    "resolve_impl": "functional",
+    "resolve_impl": "implementation",
     "save_adapter": "checkpoint",
 }
 

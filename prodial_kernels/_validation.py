@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-_TRITON_DTYPES = (torch.float16, torch.bfloat16)
+TRITON_DTYPES = (torch.float16, torch.bfloat16)
 IMPLS = ("auto", "reference", "torch", "triton")
 FP32_MAX = torch.finfo(torch.float32).max
 
@@ -164,13 +164,13 @@ def check_triton(x: Tensor) -> None:
     reason = triton_obstacle(x)
     if reason is None:
         return
-    error = TypeError if x.dtype not in _TRITON_DTYPES else RuntimeError
+    error = TypeError if x.dtype not in TRITON_DTYPES else RuntimeError
     raise error(f"impl='triton' cannot run: {reason}; use impl='auto' or impl='torch'")
 
 
 def triton_obstacle(x: Tensor) -> str | None:
     """Say why the Triton kernels cannot run on ``x``; None where they can."""
-    if x.dtype not in _TRITON_DTYPES:
+    if x.dtype not in TRITON_DTYPES:
         return (
             f"x has dtype {x.dtype}, the kernels take float16 and bfloat16 (other dtypes do not "
             "run on 16-bit tensor cores, and cuBLAS sums them better)"

@@ -6,39 +6,20 @@ import torch
 from torch import Tensor
 
 from prodial_kernels._validation import (
-    IMPLS,
     check_choice,
     check_dropout,
     check_finite,
     check_frozen,
     check_operands,
     check_triton,
-    device_capability,
-    triton_obstacle,
 )
+from prodial_kernels.implementation import resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.layout import direct_length, unit_stride_rows
 from prodial_kernels.ops.reference import reference_linear, scale_deviation_of
 from prodial_kernels.ops.triton_autograd import TritonProdialLinear
-
-
-def resolve_impl(impl: str, x: Tensor | None = None) -> str:
-    """Return the implementation that ``impl`` stands for on ``x``.
-
-    ``"auto"`` is ``"triton"`` for a 16-bit tensor on a Hopper GPU, where the kernels are tested,
-    else ``"torch"``. ``"triton"`` can be asked for on any GPU from Ampere on.
-
-    Raises:
-        ValueError: ``impl`` is not a known name.
-    """
-    check_choice("impl", impl, IMPLS)
-    if impl != "auto":
-        return impl
-    if x is None or not x.is_cuda or triton_obstacle(x) is not None:
-        return "torch"
-    return "triton" if device_capability(x.device)[0] == 9 else "torch"
 
 
 def prodial_linear(
@@ -80,7 +61,8 @@ def prodial_linear(
         diagonal: ``"relu"`` for Eq. 7 (diagonal of D_b ≤ 1; subgradient 1 at 0) or ``"free"`` for
             D_b = I + D_a.
         impl: ``"reference"`` (plain autograd, the definition), ``"torch"`` (hand-written backward,
-            any device), ``"triton"`` (fused kernels) or ``"auto"`` (see :func:`resolve_impl`).
+            any device), ``"triton"`` (fused kernels) or ``"auto"`` (see
+            :func:`prodial_kernels.resolve_impl`).
         channel_first: Return [..., out_features, l] for x [..., l, in_features], contiguous: the
             layout that Mamba-1's convolution and scan take.
 
@@ -90,8 +72,7 @@ def prodial_linear(
     Raises:
         TypeError: A dtype that cannot be used, or an option of the wrong kind.
         ValueError: A shape, device or choice that does not fit, a ``lora_scaling`` that is not
-            finite, or a ``weight`` that requires a
-            gradient (only ``impl="reference"`` gives one).
+            finite, or a ``weight`` that requires a gradient (only ``impl="reference"`` gives one).
     """
     deviation = None
     if scale is not None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.functional import adapted_linear, lay_out, resolve_impl
+from prodial_kernels.functional import adapted_linear, lay_out
+from prodial_kernels.implementation import described_impl
 from prodial_kernels.linear_options import check_adapter, check_base_layer, resolve_block_size
 from prodial_kernels.merged_weight import Marks, marks_of
 from prodial_kernels.ops.reference import effective_weight
@@ -332,8 +333,7 @@ class ProdialLinear(nn.Module):
             parts.append(f"n_blocks={n_blocks}, block_size={self.block_size}")
             parts.append(f"diagonal={self.diagonal!r}")
         parts.append(f"scale={self.prodial_scale is not None}")
-        chosen = resolve_impl(self.impl, weight_like(self.base_layer))
-        parts.append(f"impl={self.impl!r} ({chosen})")
+        parts.append(described_impl(self.impl, weight_like(self.base_layer)))
         if self.merged:
             parts.append("merged")
         if not self.adapter_enabled:

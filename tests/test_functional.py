@@ -307,3 +307,33 @@ def test_channel_first_is_the_transposed_contiguous_output(impl: str) -> None:
     (expected,) = torch.autograd.grad(rows, x, grad.transpose(1, 2))
     (got,) = torch.autograd.grad(first, x, grad)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_part_may_be_left_out() -> None:
+    case = make_case(7, 12, 5)
+    assert torch.equal(
+        prodial_linear(case.x, case.weight), torch.nn.functional.linear(case.x, case.weight)
+    )
+    expected = apply(case, blocks=None, scale=None, bias=None)
+    found = prodial_linear(
+        case.x, case.weight, lora_a=case.lora_a, lora_b=case.lora_b, lora_scaling=case.lora_scaling
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (float("nan"), ValueError, "lora_scaling must be a finite number .* got nan"),
+        (float("-inf"), ValueError, "lora_scaling must be a finite number .* got -inf"),
+        ("1", TypeError, "lora_scaling must be a number, got '1'"),
+        (None, TypeError, "lora_scaling must be a number, got None"),
+        (True, TypeError, "lora_scaling must be a number, got True"),
+    ],
+)
+def test_a_scaling_that_is_no_finite_number(
+    value: object, error: type[Exception], message: str, impl: str
+) -> None:
+    with pytest.raises(error, match=message):
+        apply(make_case(7, 12, 5), lora_scaling=value, impl=impl)

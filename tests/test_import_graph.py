@@ -21,10 +21,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each part may import itself and the parts before it. A new part goes where it belongs.
 ORDER = (
     "_process", "_disk", "_locking", "_validation", "module_patterns", "upstream", "kernels", "ops",
-    "config", "functional", "testing", "quantization", "linear_options", "merged_weight",
-    "scale_versions", "tuners", "linear", "mixers", "vision", "checkpoint", "peft", "embedded",
-    "training", "cli_values", "cli_paths", "cli_options", "cli_messages", "cli",
-    "__main__",
+    "config", "self_check", "implementation", "functional", "testing", "quantization",
+    "linear_options", "merged_weight", "scale_versions", "tuners", "linear", "mixers", "vision",
+    "checkpoint", "peft", "embedded", "training", "cli_values", "cli_paths", "cli_options",
+    "cli_messages", "cli", "__main__",
 )  # fmt: skip
 
 

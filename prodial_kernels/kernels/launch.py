@@ -6,6 +6,10 @@ from dataclasses import dataclass, replace
 
 from prodial_kernels.kernels.sharing import block_programs, block_window, ceil_div, split_tokens
 
+# Compute capabilities for which every launch is compiled in tests/kernels/test_compile_only.py, and
+# found to fit; speed is measured on (9, 0).
+COMPILED_FOR = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+
 # The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
 # and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
 MAX_FUSED_RANK = 64

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from prodial_kernels._validation import check_frozen, check_operands, check_triton
-from prodial_kernels.functional import adapted_linear, draw_seed, lay_out, resolve_impl
+from prodial_kernels._validation import check_finite, check_frozen, check_operands, check_triton
+from prodial_kernels.functional import adapted_linear, draw_seed, lay_out
+from prodial_kernels.implementation import resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.explicit import Operands, Rule
 from prodial_kernels.ops.explicit_autograd import explicit_linear
@@ -159,6 +160,8 @@ def adapted_operands(
         ValueError: A shape or device that does not fit, a weight that requires a gradient, or
             ``impl="reference"``, whose backward is autograd's.
     """
+    if not torch.compiler.is_compiling():
+        check_finite("lora_scaling", lora_scaling)
     dtype = autocast_dtype(x) or x.dtype
     like = base if isinstance(base, Tensor) else _stand_in(base)
     check_operands(

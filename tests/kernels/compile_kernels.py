@@ -11,7 +11,7 @@ import triton
 from launch_recorder import DEVICES, Launch, Recorder
 from triton.backends.compiler import GPUTarget
 
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def check_all(

@@ -47,6 +47,7 @@ DEVICES = {
     device.arch: device
     for device in (
         Device("Ampere", 80, 108, 99),
+        Device("RTX A6000", 86, 84, 99),
         Device("Ada", 89, 128, 99),
         Device("H100", 90, 132, 227),
         Device("B200", 100, 148, 227),

@@ -33,7 +33,7 @@ def test_effective_weight_merging_and_back(format: str) -> None:
     assert torch.equal(layer(x), before)
     with adapter_disabled(layer):
         assert torch.equal(layer.weight, layer.base_layer.dequantize())
-    assert "impl='auto' (torch)" in repr(layer)
+    assert "impl='auto' (torch: the weight is on cpu)" in repr(layer)
     assert layer.bias is layer.base_layer.bias
 
 
