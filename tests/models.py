@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialLinear
+from prodial_kernels.mixers.arguments import is_cache
 
 _VOCABULARY = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2}
@@ -178,6 +179,18 @@ class Step:
 
     logits: Tensor
     gradients: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def decoded(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] token by token, with a cache by the release's name."""
+    cache: dict[str, Any] = {}
+    logits = []
+    for token in ids.split(1, dim=1):
+        output = model.eval()(input_ids=token, use_cache=True, **cache)
+        cache = {name: value for name, value in output.items() if is_cache(name, value)}
+        assert len(cache) == 1
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
 
 
 def training_step(model: nn.Module, ids: Tensor) -> Step:

@@ -17,12 +17,13 @@ import pytest
 import torch
 from adapted_families import EffectiveWeight, forbid_reading_the_weight
 from captured import captured
-from models import Step, build, randomise_adapters, token_ids, training_step
+from models import Step, build, decoded, randomise_adapters, token_ids, training_step
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
 from prodial_kernels.mixers import transformers
+from prodial_kernels.mixers.arguments import is_cache
 from prodial_kernels.mixers.seam import AdaptedMixer
 from prodial_kernels.mixers.transformers import fused_function, unfused_forward
 
@@ -150,14 +151,38 @@ def test_training_evaluation_and_decoding_agree(name: str) -> None:
     model.eval()
     with torch.no_grad():
         evaluated = model(input_ids=ids(), use_cache=False).logits
-        cache, decoded = None, []
-        for token in ids()[:, :24].split(1, dim=1):
-            output = model(input_ids=token, cache_params=cache, use_cache=True)
-            cache = output.cache_params
-            decoded.append(output.logits)
-    for other in (evaluated[:, :24], torch.cat(decoded, dim=1)):
+        one_by_one = decoded(model, ids()[:, :24])
+    for other in (evaluated[:, :24], one_by_one):
         difference = (other.float() - trained[:, :24].float()).norm()
         assert difference < 0.05 * trained[:, :24].float().norm()
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_cache_in_training_is_filled(name: str) -> None:
+    """The fused path has no states to write, whatever the cache is called."""
+    filled = []
+    for model in (plain(name, torch.bfloat16), plain(name, torch.bfloat16)):
+        if filled:
+            apply_prodial(model, CONFIG)
+        with torch.no_grad():
+            output = model.train()(input_ids=ids(), use_cache=True)
+        cache = next(value for key, value in output.items() if is_cache(key, value))
+        states = [vars(layer) for layer in cache.layers]
+        filled.append([output.logits, *tensors_in(states)])
+    assert len(filled[0]) == len(filled[1]) > 2
+    for found, expected in zip(*filled, strict=True):
+        assert expected.norm() > 0
+        assert (found.float() - expected.float()).norm() <= 0.05 * expected.float().norm()
+
+
+def tensors_in(states: Any) -> list[Tensor]:
+    """The floating-point tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(states, Tensor):
+        return [states] if states.is_floating_point() else []
+    if not isinstance(states, list | tuple | dict):
+        return []
+    parts = states.values() if isinstance(states, dict) else states
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])

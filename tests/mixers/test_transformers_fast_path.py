@@ -17,7 +17,7 @@ from adapted_families import (
     install_stand_in,
     oracle_step,
 )
-from models import FAMILIES, FUSED_FAMILIES, Step, build, token_ids, training_step
+from models import FAMILIES, FUSED_FAMILIES, Step, build, decoded, token_ids, training_step
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, merge_prodial, remove_prodial
@@ -95,12 +95,7 @@ def test_cached_decoding_continues_what_was_trained(monkeypatch: pytest.MonkeyPa
     install_stand_in(monkeypatch, "mamba2")
     model = adapt("mamba2")
     logits = training_step(model, token_ids()).logits
-    cache, decoded = None, []
-    for ids in token_ids().split(1, dim=1):
-        output = model.eval()(input_ids=ids, cache_params=cache, use_cache=True)
-        cache = output.cache_params
-        decoded.append(output.logits)
-    torch.testing.assert_close(torch.cat(decoded, dim=1), logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded(model, token_ids()), logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
