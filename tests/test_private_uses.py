@@ -16,6 +16,8 @@ from prodial_kernels.upstream import TESTED
 ROOT = Path(prodial_kernels.__file__).parent
 PAGE = (ROOT / "mixers" / "README.md").read_text(encoding="utf-8")
 
+ALL = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py")}
+
 # Globals of upstream's modules, which are named by strings.
 GLOBALS = (
     transformers.FUSED_S6, transformers.FUSED_SSD, transformers.MASK_PADDING,
@@ -30,9 +32,11 @@ def listed() -> dict[str, set[str]]:
     names: dict[str, set[str]] = defaultdict(set)
     for line in PAGE.splitlines():
         cells = line.split("|")
-        if len(cells) == 6 and "`" in cells[2]:
+        if len(cells) == 6:
+            throughout = cells[2].strip() == "throughout"
+            files = ALL if throughout else set(re.findall(r"`([^`]+)`", cells[2]))
             for name in re.findall(r"`([^`]+)`", cells[1]):
-                names[name] |= set(re.findall(r"`([^`]+)`", cells[2]))
+                names[name] |= files
     return dict(names)
 
 
