@@ -84,7 +84,9 @@ def adapter_report(model: nn.Module) -> AdapterReport:
     for module, paths in module_paths(model).items():
         if module in inside:
             continue
-        if any(p.requires_grad for p in module.parameters(recurse=False)):
+        # An adapter that PEFT holds has its tensors in children of the layer.
+        own = module.parameters(recurse=isinstance(module, ProdialLinear))
+        if any(p.requires_grad for p in own):
             key = (path_pattern(paths[0]), type(module), *_kind(module))
             groups.setdefault(key, []).append((paths[0], module))
     parameters = list(model.parameters())

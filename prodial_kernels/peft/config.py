@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 from prodial_kernels.config import ProdialConfig
+from prodial_kernels.module_patterns import compile_pattern
 from prodial_kernels.peft.register import PEFT_TYPE
 
 DEFAULT_TARGETS = ("in_proj", "out_proj")
@@ -86,6 +87,7 @@ class ProdialPeftConfig(PeftConfig):
                 "layers_to_transform needs target_modules as a list of names; a regular expression "
                 "can name the layers itself"
             )
+        self._check_patterns()
         if isinstance(self.lora, Mapping):
             self.lora = LoraConfig(**self.lora)
         if self.lora is not None:
@@ -96,6 +98,24 @@ class ProdialPeftConfig(PeftConfig):
                 for blocks in _values(self.n_blocks):
                     for size in _values(self.block_size):
                         self._prodial_config("layer", rank, alpha, blocks, size)
+
+    def _check_patterns(self) -> None:
+        """Refuse expressions that may never end: a file of somebody else's may name them."""
+        targets = self.target_modules
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            raise ValueError(
+                'target_modules="all-linear" is not supported: beside the projectors it would take '
+                "layers whose weights mixers read; name the targets, such as "
+                f"{[*DEFAULT_TARGETS]}, and give PEFT's LoRA the others with lora=LoraConfig(...)"
+            )
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                compile_pattern(value, name)
+        for name in ("rank_pattern", "alpha_pattern", "n_blocks", "block_size"):
+            value = getattr(self, name)
+            for pattern in value if isinstance(value, Mapping) else ():
+                compile_pattern(_ending(pattern), f"a key of {name}, read as ")
 
     @classmethod
     def from_prodial(cls, config: ProdialConfig, **options: Any) -> ProdialPeftConfig:
@@ -196,4 +216,8 @@ def _of_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> 
 
 
 def _matches(pattern: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return re.match(_ending(pattern), path) is not None
+
+
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"

@@ -19,6 +19,7 @@ from prodial_kernels import (
     apply_prodial,
     quantize_model,
 )
+from prodial_kernels.mixers.report import adapter_report
 from prodial_kernels.peft import ProdialPeftConfig
 
 IDS = token_ids()
@@ -46,6 +47,17 @@ def test_each_adapter_computes_as_if_it_were_alone() -> None:
     assert torch.equal(logits(alone, IDS), second)
     model.set_adapter("default")
     assert torch.equal(logits(model, IDS), first)
+
+
+def test_a_layer_compiles_without_graph_breaks() -> None:
+    layer = layers(two())[0]
+    x = torch.randn(3, 16)
+    expected = layer(x)
+    torch._dynamo.reset()
+    found = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
 
 
 def test_only_the_active_adapter_trains() -> None:
@@ -214,6 +226,15 @@ def test_layers_and_exclusions() -> None:
     assert model.targeted_module_names == ["backbone.layers.1.mixer.in_proj"]
 
 
+def test_the_report_counts_the_active_adapter() -> None:
+    model = two()
+    report = adapter_report(model)
+    assert [row.count for row in report.rows] == [2, 2]
+    assert [row.r for row in report.rows] == [2, 2]
+    assert sum(row.trainable for row in report.rows) == report.trainable
+    assert report.trainable == model.get_nb_trainable_parameters()[0]
+
+
 def test_a_preset_as_a_peft_configuration() -> None:
     own = ProdialConfig(r=8, lora_alpha=8, lora_dropout=0.1, n_blocks={"in_proj": 4, "out_proj": 4})
     found = ProdialPeftConfig.from_prodial(own, task_type="CAUSAL_LM")
@@ -264,6 +285,9 @@ def test_refused_with_the_model_as_it_was(case: str) -> None:
         ({"diagonal": "full"}, ValueError, "diagonal must be one of"),
         ({"n_blocks": 2, "block_size": 2}, ValueError, "not both"),
         ({"r": 0, "train_scale": False, "train_diagonal": False}, ValueError, "nothing would be"),
+        ({"target_modules": "all-linear"}, ValueError, "all-linear.* is not supported"),
+        ({"target_modules": r"(\w+\w*)+_proj"}, ValueError, "may take for ever"),
+        ({"rank_pattern": {r"(\w+\w*)+_proj": 2}}, ValueError, "may take for ever"),
         ({"layers_pattern": "layers"}, ValueError, "give layers_to_transform"),
         ({"target_modules": ".*in_proj", "layers_to_transform": [0]}, ValueError, "list of names"),
         ({"lora": LoraConfig()}, ValueError, "lora.target_modules must name"),

@@ -213,4 +213,4 @@ def test_the_readmes_example(
         "embedded_model_path": embedded_model_path,
     }
     exec(compile(blocks[0], "README.md", "exec"), names)
-    assert len(load_file(tmp_path / "sft-adapter" / "adapter_model.safetensors")) == 4 * 2 * 4
+    assert len(load_file(tmp_path / "sft-adapter" / "adapter_model.safetensors")) == 8 * 2 * 4
