@@ -158,6 +158,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from prodial_kernels.training.adapted import load_adapted
     from prodial_kernels.training.assess import assess, assess_with_harness, evaluation_data
     from prodial_kernels.training.harness import check_tasks
+    from prodial_kernels.training.projectors import implementation_of
 
     values = vars(args)
     _check_evaluation(values)
@@ -174,8 +175,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     loaded = load_adapted(
         values.get("model"), adapter,
         device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
-        quantize=values.get("quantize"),
+        quantize=values.get("quantize"), impl=values.get("impl"),
     )  # fmt: skip
+    implementation = implementation_of(loaded.model)
+    if implementation is not None:
+        _say(f"projectors run by {implementation}")
     if "lm_eval" in args:
         assessment = assess_with_harness(
             loaded, args.lm_eval, batch_size=args.batch_size,

@@ -22,6 +22,7 @@ from prodial_kernels.training.config import (
     DEFAULTS,
     DEVICES,
     DTYPES,
+    IMPLS,
     LOSSES,
     METHODS,
     OPTIMIZERS,
@@ -154,6 +155,7 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--cuda-graph", choices=CUDA_GRAPHS,
         help="launch a step as one CUDA graph; auto (default): where the GPU would wait otherwise",
     )  # fmt: skip
+    add_impl_option(training)
     add_device_options(training, formats=(*QUANTIZE, "auto"))
 
     records = parser.add_argument_group("how often")
@@ -214,6 +216,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="evaluate so many examples (of each task), or, under 1, such a share of them",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add_impl_option(parser)
     add_device_options(parser)
 
 
@@ -279,6 +282,15 @@ def add_adapter_options(group: Any) -> None:
     group.add_argument(
         "--no-diagonal", dest="train_diagonal", action="store_const", const=False,
         help="without the block-diagonal factor",
+    )  # fmt: skip
+
+
+def add_impl_option(group: Any) -> None:
+    """Add ``--impl``."""
+    group.add_argument(
+        "--impl", choices=IMPLS,
+        help="what computes the adapted projectors; auto (default): the Triton kernels on GPUs "
+        "that they are compiled for, after comparing one product, else PyTorch",
     )  # fmt: skip
 
 

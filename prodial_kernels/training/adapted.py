@@ -30,6 +30,7 @@ from prodial_kernels.training.model import (
     resolve_device,
     resolve_dtype,
 )
+from prodial_kernels.training.projectors import check_implementation, set_implementation
 from prodial_kernels.training.run import run_around
 from prodial_kernels.training.written import PlaceError, check_place, clear_leftovers, own_files
 
@@ -41,6 +42,7 @@ def load_adapted(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    impl: str | None = None,
 ) -> LoadedModel:
     """Load a model, and put a saved adapter into it.
 
@@ -52,9 +54,11 @@ def load_adapted(
         dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         quantize: As for :func:`load_model`. An adapter belongs to the format it was trained on,
             and has it recorded: None takes that, where the checkpoint is not stored so itself.
+        impl: What the adapted projectors run by; None: what the adapter was trained with.
 
     Raises:
         AdapterError: The adapter is damaged, or does not belong to the model.
+        ConfigError: ``impl`` cannot run on this machine.
         ModelError: The model or the device cannot be used.
     """
     if adapter is not None:
@@ -65,11 +69,13 @@ def load_adapted(
         if quantize is None and saved.base_format in FORMATS and not is_stored_quantized(model):
             quantize = saved.base_format
     on = resolve_device(device)
-    loaded = load_model(
-        model or EMBEDDED, device=on, dtype=resolve_dtype(dtype, on), quantize=quantize
-    )
+    to = resolve_dtype(dtype, on)
+    check_implementation(impl or "auto", on, to)
+    loaded = load_model(model or EMBEDDED, device=on, dtype=to, quantize=quantize)
     if adapter is not None:
         load_adapter(loaded.model, adapter)
+        if impl is not None:
+            set_implementation(loaded.model, impl)
         loaded = replace(loaded, name=f"{loaded.name} with the adapter in {adapter}")
     return loaded
 

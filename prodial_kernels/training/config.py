@@ -29,6 +29,7 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LOSSES = ("auto", "chunked", "liger", "full")
+IMPLS = ("auto", "triton", "torch", "reference")
 CUDA_GRAPHS = ("auto", "on", "off")
 PACKINGS = ("stream", "documents")
 QUANTIZE = ("nf4", "int8", "fp8")
@@ -121,6 +122,8 @@ class FinetuneConfig:
         gradient_checkpointing: The same as ``activations="checkpoint"``.
         loss: ``"chunked"`` and ``"liger"`` (liger-kernel's, on CUDA) never hold the logits of a
             whole batch; ``"full"`` does; ``"auto"``: one that does not, where the model allows.
+        impl: How adapted projectors are computed: ``"triton"``, ``"torch"``, ``"reference"``, or
+            ``"auto"``, which says what it takes (see :func:`prodial_kernels.resolve_impl`).
         cuda_graph: Capture whole steps in CUDA graphs: ``"on"``, ``"off"``, or ``"auto"``, which
             does where launching a step takes longer than running it.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
@@ -172,6 +175,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
     loss: str = "auto"
+    impl: str = "auto"
     cuda_graph: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
@@ -187,6 +191,7 @@ class FinetuneConfig:
             ("dtype", DTYPES),
             ("optimizer", OPTIMIZERS),
             ("loss", LOSSES),
+            ("impl", IMPLS),
             ("cuda_graph", CUDA_GRAPHS),
             ("packing", PACKINGS),
             ("activations", ACTIVATIONS),
@@ -308,7 +313,7 @@ class FinetuneConfig:
             values["n_blocks"] = values["block_size"] = None
         others = {name: getattr(self, name) for name in OTHER_ADAPTER_OPTIONS}
         values |= {name: value for name, value in others.items() if value is not None}
-        return ProdialConfig(**values)
+        return ProdialConfig(**values, impl=self.impl)
 
     def reference_adapter(self) -> ProdialConfig:
         """Return the ProDiaL adapter whose size a LoRA without ``r`` matches.

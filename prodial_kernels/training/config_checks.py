@@ -50,6 +50,11 @@ def check_together(
             "`gradient_checkpointing` means `activations` 'checkpoint', and contradicts "
             f"`activations` {config.activations!r}; give one of them"
         )
+    if config.method == "full" and config.impl != "auto":
+        raise ConfigError(
+            "`impl` says how adapted projectors are computed, and `method` 'full' adapts none; "
+            "leave it out"
+        )
     options = (*adapter_options, "quantize")
     given = [name for name in options if getattr(config, name) is not None]
     if config.method == "full" and given:

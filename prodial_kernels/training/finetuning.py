@@ -359,6 +359,7 @@ def _finish(
         best=best_evaluation(evaluations),
         data=run.data_record,
         versions=versions(),
+        implementation=run.implementation,
     )
     atomic_text(folder.results_file, json.dumps(result.to_dict(), indent=2) + "\n")
     return result

@@ -7,8 +7,9 @@ import torch
 from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.method import check_rank, matched_lora_rank
-from prodial_kernels.training.model import empty_model
+from prodial_kernels.training.model import empty_model, resolve_dtype
 from prodial_kernels.training.optimizers import check_optimizer
+from prodial_kernels.training.projectors import check_implementation
 from prodial_kernels.training.steps import check_step
 
 
@@ -20,6 +21,7 @@ def check_options(config: FinetuneConfig, device: torch.device) -> None:
         device: Where the run is to be.
 
     Raises:
+        ConfigError: ``impl`` cannot run on this machine.
         GraphError: ``cuda_graph="on"``, and it cannot be.
         LossError: ``loss`` cannot be used on this machine.
         OptimizerError: ``optimizer`` cannot be used on this machine.
@@ -28,6 +30,7 @@ def check_options(config: FinetuneConfig, device: torch.device) -> None:
     if config.method != "full":
         # A LoRA without a rank gets it from the model: any will do to check the rest.
         config.adapter(r=1)
+    check_implementation(config.impl, device, resolve_dtype(config.dtype, device))
     check_optimizer(config.optimizer, device)
     check_step(config, device)
 

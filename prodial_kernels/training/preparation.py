@@ -23,6 +23,7 @@ from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from prodial_kernels.training.planning import RunPlan, block_levels
 from prodial_kernels.training.progress import Progress
+from prodial_kernels.training.projectors import implementation_of
 from prodial_kernels.training.report import METHOD_NAMES
 from prodial_kernels.training.run import RunDirectory, RunIdentity, check_same_identity
 from prodial_kernels.training.savings import apply_savings
@@ -43,6 +44,7 @@ class Run:
     plan: RunPlan | None
     levels: AppliedLevels
     identity: RunIdentity
+    implementation: str | None
 
     @property
     def evaluation_batch(self) -> int:
@@ -142,14 +144,18 @@ def prepare(
     torch.manual_seed(config.seed)
     method = prepare_method(loaded.model, config)
     display.say(str(method.report))
+    implementation = implementation_of(loaded.model)
+    if implementation is not None:
+        display.say(f"projectors run by {implementation}")
     if plan is not None:
         display.say(str(plan))
     chosen = block_levels(loaded.model, config.chosen_activations, plan)
     levels = apply_savings(loaded.model, chosen, device=device, say=display.say)
     options = _loop_options(config, batches)
     return Run(
-        config, loaded, split, batches, method, options, device, dtype, plan, levels, identity
-    )
+        config, loaded, split, batches, method, options, device, dtype, plan, levels, identity,
+        implementation,
+    )  # fmt: skip
 
 
 def _loop_options(config: FinetuneConfig, batches: TrainingBatches) -> LoopOptions:

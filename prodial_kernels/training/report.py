@@ -48,6 +48,7 @@ class FinetuneResult:
         peak_bytes: Peak memory: of the process on a CPU, allocated by PyTorch on CUDA.
         memory: The memory plan, what was measured, and their ratio, where there was a plan.
         device: ``"cpu"`` or ``"cuda"``.
+        implementation: What the adapted projectors ran by, and why; None for full fine-tuning.
         agreement: How well the written model agrees with the trained one.
         best: The best held-out metrics of the run, with their step.
         data: What was trained on: its name, how many examples, how many were cut, and what reading
@@ -78,6 +79,7 @@ class FinetuneResult:
     best: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    implementation: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -98,6 +100,8 @@ class FinetuneResult:
             ("peak memory", f"{self.peak_bytes / 2**20:,.0f} MiB "
                             f"({'process' if self.device == 'cpu' else 'GPU'})"),
         ]  # fmt: skip
+        if self.implementation is not None:
+            lines.append(("projectors", self.implementation))
         if self.memory is not None:
             lines.append(("predicted memory", _prediction(self.memory)))
         lines.append(("merged = trained", str(self.agreement)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def test_leaves_everything_behind(prodial_run: FinetuneResult) -> None:
     assert (results["data"]["train"], results["data"]["rows_cut"]) == (54, 0)
     assert "text.txt: divided at blank lines into 60 texts" in results["data"]["notes"]
     assert results["versions"] == json.loads((folder / "run.json").read_text())["made_with"]
+    assert results["implementation"] == "torch on cpu"
+    assert re.search(r"projectors +torch on cpu", str(prodial_run))
     assert sorted(p.name for p in (folder / "state").iterdir()) == ["step-000008", "step-000012"]
 
 

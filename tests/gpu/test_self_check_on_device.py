@@ -1,0 +1,98 @@
+"""``impl="auto"`` on a device: its check of the kernels, what it costs, and its fallback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from prodial_kernels import implementation, prodial_linear, resolve_impl, self_check
+from prodial_kernels.implementation import choose_impl
+from prodial_kernels.kernels import projector
+from prodial_kernels.kernels.launch import COMPILED_FOR
+from prodial_kernels.testing import make_case
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if torch.cuda.get_device_capability() not in COMPILED_FOR:
+        pytest.skip("auto takes PyTorch on this architecture")
+    monkeypatch.setattr(implementation, "_checked", {})
+    return
+
+
+def x_of(dtype: torch.dtype) -> Tensor:
+    return torch.empty(1, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_this_device_passes(dtype: torch.dtype) -> None:
+    state = torch.cuda.get_rng_state()
+    assert self_check.difference(torch.device("cuda", 0), dtype) is None
+    assert resolve_impl("auto", x_of(dtype)) == "triton"
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    # Compiled, it takes little.
+    start = time.perf_counter()
+    assert self_check.difference(torch.device("cuda", 0), dtype) is None
+    assert time.perf_counter() - start < 0.1
+
+
+def test_a_wrong_kernel_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = projector.launch_gemm
+
+    def wrong(*arguments: object, **options: object) -> object:
+        low = launch(*arguments, **options)
+        y = arguments[2]
+        y[-40:, -30:] += 1.0  # what one tile of the result may come to
+        return low
+
+    monkeypatch.setattr(projector, "launch_gemm", wrong)
+    case = make_case(300, 64, 48, r=4, device="cuda").cast(torch.bfloat16, torch.float32)
+    with pytest.warns(RuntimeWarning, match=r"self-check failed: y is .* rounding units"):
+        y = prodial_linear(case.x, case.weight, blocks=case.blocks, scale=case.scale)
+    expected = prodial_linear(
+        case.x, case.weight, blocks=case.blocks, scale=case.scale, impl="torch"
+    )
+    assert torch.equal(y, expected)
+    assert choose_impl("auto", case.x).impl == "torch"
+
+
+def test_a_kernel_that_does_not_launch_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Triton Error [CUDA]: invalid argument")
+
+    monkeypatch.setattr(projector, "launch_gemm", fail)
+    with pytest.warns(RuntimeWarning, match="invalid argument"):
+        assert resolve_impl("auto", x_of(torch.float16)) == "torch"
+
+
+def test_nothing_is_checked_in_a_capture() -> None:
+    case = make_case(64, 64, 48, r=4, device="cuda").cast(torch.bfloat16, torch.float32)
+    prodial_linear(case.x, case.weight, scale=case.scale, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with (
+        pytest.warns(RuntimeWarning, match="graph is being captured"),
+        torch.cuda.graph(graph),
+    ):
+        taken = resolve_impl("auto", case.x)
+    assert taken == ("triton" if torch.cuda.get_device_capability() == (9, 0) else "torch")
+    assert implementation._checked == {}
+
+
+def test_compiled_code_keeps_the_answer() -> None:
+    case = make_case(64, 64, 48, r=4, device="cuda").cast(torch.bfloat16, torch.float32)
+
+    @torch.compile(fullgraph=True)
+    def function(x: Tensor) -> Tensor:
+        return prodial_linear(x, case.weight, scale=case.scale)
+
+    expected = prodial_linear(case.x, case.weight, scale=case.scale, impl="triton")
+    assert torch.equal(function(case.x), expected)
+    assert [choice.impl for choice in implementation._checked.values()] == ["triton"]
