@@ -184,7 +184,7 @@ def build(name: str, configurations: int = 0, layers: int | None = None) -> nn.M
         from mamba_ssm import MambaLMHeadModel
         from mamba_ssm.models.config_mamba import MambaConfig
     except ImportError as error:
-        raise Unavailable(f"{error} (pip install 'prodial-kernels[mamba]')") from None
+        raise Unavailable(f"{error} (pip install '.[mamba]' --no-build-isolation)") from None
 
     limit_configurations(configurations)
     width, depth, layer = MODELS[name]

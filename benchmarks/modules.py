@@ -233,7 +233,8 @@ def prepare_modules(
             absent = [name for name in KERNELS if importlib.util.find_spec(name) is None]
             if cuda and absent:
                 raise Unavailable(
-                    f"{' and '.join(absent)} not installed (pip install 'prodial-kernels[mamba]')"
+                    f"{' and '.join(absent)} not installed "
+                    "(pip install '.[mamba]' --no-build-isolation)"
                 )
             before = torch.cuda.memory_allocated() if cuda else 0
             step = make_step(case, method, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -109,7 +110,8 @@ def unexpected(words: Sequence[str], given: Sequence[str]) -> str:
         return f"--memory-budget takes one word: write {size}, or '{given[place - 1]} {first}'"
     shown = " ".join(words)
     path = Path(first).expanduser()
-    if not path.exists():
+    # Unlike the method of paths this takes any text.
+    if not os.path.exists(path):
         return f"unexpected {shown!r}: everything is given by name, such as --data {first}"
     if (path / "adapter_config.json").is_file():
         return f"unexpected {shown!r}; did you mean --adapter {first}?"

@@ -316,6 +316,8 @@ def test_inspect_an_adapter_and_a_model(
         (["finetune", "TEXT"], 2, "did you mean --data "),
         (["finetune", "MODEL"], 2, "did you mean --model "),
         (["evaluate", "ADAPTER"], 2, "did you mean --adapter "),
+        (["finetune", "9" * 5000], 2, "everything is given by name"),
+        (["evaluate", "--adapter", "9" * 5000], 1, "File name too long"),
         (["finetune", "none.txt"], 2, "unexpected 'none.txt': everything is given by name"),
         (["finetune", "--memory-budget", "8", "GB"], 2, "takes one word: write 8GB, or '8 GB'"),
         (["finetune", "--memory-budget", "-8GB"], 1, "--memory-budget: expected a size such as"),

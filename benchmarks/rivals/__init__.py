@@ -36,7 +36,7 @@ class Rival:
     def missing(self) -> str:
         """Why it cannot run here, or an empty string."""
         if self.requires and importlib.util.find_spec(self.requires) is None:
-            return f"{self.requires} is not installed (pip install 'prodial-kernels[bench]')"
+            return f"{self.requires} is not installed (pip install '.[bench]')"
         return ""
 
 

@@ -75,7 +75,7 @@ def directed_scan(mixer: Any, xz: Tensor, direction: Direction, scan: str = "aut
     if not kernels_available():
         raise RuntimeError(
             "the selective scan on a CUDA device needs causal-conv1d and mamba-ssm; install them "
-            '(pip install "prodial-kernels[mamba]" --no-build-isolation), or pass scan="torch", '
+            '(pip install mamba-ssm causal-conv1d --no-build-isolation), or pass scan="torch", '
             "which is much slower"
         )
     conv1d, x_proj, dt_proj = (

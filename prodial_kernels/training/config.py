@@ -7,6 +7,7 @@ by :meth:`FinetuneConfig.resolved`: from the preset, else from the defaults of t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -285,7 +286,7 @@ class FinetuneConfig:
                 continue
             path = Path(value).expanduser()
             # A pipe has no path but the one that it was given by.
-            if path.is_file() or path.is_dir():
+            if os.path.isfile(path) or os.path.isdir(path):
                 filled[name] = str(path.resolve())
         return replace(self, **filled)
 

@@ -40,7 +40,7 @@ SourceName: TypeAlias = str | os.PathLike[str]
 
 # Up to so many documents the held-out share is met by counting.
 _DIVIDED_BY_COUNT = 100
-_OVER_BUDGET = "over the limit of bytes"
+_OVER_BUDGET = "over max_bytes"
 
 
 @dataclass(frozen=True, slots=True)

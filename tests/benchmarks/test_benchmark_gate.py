@@ -109,7 +109,7 @@ def test_a_missing_package_is_said() -> None:
         "cpu", CEILINGS, TINY_SETTINGS,
     )[1]  # fmt: skip
     assert row["status"] == (
-        "unavailable: no_such_module is not installed (pip install 'prodial-kernels[bench]')"
+        "unavailable: no_such_module is not installed (pip install '.[bench]')"
     )
 
 

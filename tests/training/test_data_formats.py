@@ -231,7 +231,7 @@ def test_a_budget_tells_what_it_cut(tmp_path: Path) -> None:
     file = write(tmp_path / "a.txt", "\n\n".join(f"text {i:05}" for i in range(50)))
     notes = load_documents(file, max_bytes=100, held_out_fraction=0.5).notes
     assert "a.txt: divided at blank lines into 50 texts" in notes
-    assert "left out, over the limit of bytes: 40 documents" in notes
+    assert "left out, over max_bytes: 40 documents" in notes
 
 
 @pytest.mark.parametrize(
