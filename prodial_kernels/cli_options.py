@@ -299,8 +299,8 @@ def add_device_options(group: Any, *, formats: tuple[str, ...] = QUANTIZE) -> No
     automatic = "; auto: in nf4 if they do not fit otherwise" if "auto" in formats else ""
     group.add_argument(
         "--quantize", choices=formats,
-        help="store the base model's projectors so; an adapter keeps to what it was trained on"
-        f"{automatic}",
+        help="store the base model's projectors so while it is used (not in what is written); an "
+        f"adapter keeps to what it was trained on{automatic}",
     )  # fmt: skip
     group.add_argument("--device", choices=DEVICES, help="auto: CUDA where there is one")
     group.add_argument(

@@ -189,7 +189,8 @@ def _take(step: TrainingStep, data: _Ahead, options: LoopOptions, position: Posi
         what = f"loss is {result.loss}" if bad_loss else "gradient overflows"
         raise NonFiniteLossError(
             f"the {what} at step {position.step + 1} (learning rate {lr:.3g}); try a lower "
-            f"learning rate such as {options.lr / 10:.1g}, a longer warm-up, or dtype float32"
+            f"learning rate such as {min(options.lr / 10, 3e-3):.1g}, a longer warm-up, or dtype "
+            "float32"
         )
     tokens = sum(part.input_ids.numel() for part in parts)
     seconds = time.perf_counter() - started
