@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(poison: str) -> None:
         return output
 
     model.head.register_forward_hook(spoil)
-    with pytest.raises(NonFiniteLossError, match=r"at step 4 .*lower learning rate such as 0\.005"):
+    with pytest.raises(NonFiniteLossError, match=r"at step 4 .*lower learning rate such as 0\.003"):
         _train(model, events)
     assert torch.equal(model.head.weight, seen[-1])
     assert events.of("logged") == [1, 2, 3]
