@@ -9,10 +9,11 @@ PEFT's files are not touched: the name is added to the running process (:mod:`.r
 """
 
 from prodial_kernels.peft.config import ProdialPeftConfig
+from prodial_kernels.peft.convert import load_peft, to_peft
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.peft.register import register
 from prodial_kernels.peft.tuner import ProdialTuner
 
 register(ProdialPeftConfig, ProdialTuner)
 
-__all__ = ["ProdialPeftConfig", "ProdialPeftLinear", "ProdialTuner"]
+__all__ = ["ProdialPeftConfig", "ProdialPeftLinear", "ProdialTuner", "load_peft", "to_peft"]

@@ -1,0 +1,199 @@
+"""Between this package's adapter directories and PEFT's, every number kept as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prodial_kernels.checkpoint import AdapterError, SavedAdapter, read_adapter
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.mixers.inject import apply_prodial, remove_prodial
+from prodial_kernels.mixers.names import adapter_parameters
+from prodial_kernels.mixers.report import AdapterReport
+from prodial_kernels.module_patterns import is_plain_name
+from prodial_kernels.peft.config import ProdialPeftConfig
+from prodial_kernels.peft.layer import PARTS
+
+_PEFTS = "base_model.model."
+_TENSORS = "adapter_model.safetensors"
+_LORA_PARTS = {"prodial_a": "lora_A", "prodial_b": "lora_B"}
+# Layers of Mamba's mixers whose weights some path reads instead of calling them.
+_READ_BY_MIXERS = ("out_proj", "x_proj", "dt_proj")
+_PLAIN_LORA = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters")
+
+
+def to_peft(
+    directory: str | PathLike[str], output: str | PathLike[str], *, method: str = "prodial"
+) -> None:
+    """Write what ``save_adapter`` or ``prodial finetune`` wrote as PEFT's two files.
+
+    Args:
+        directory: An adapter of this package, of any format version.
+        output: A directory that does not exist or is empty.
+        method: ``"prodial"``, which is loaded with ``import prodial_kernels.peft``, or ``"lora"``,
+            which PEFT loads by itself: adapters without s and D_b only, and none on ``out_proj``,
+            ``x_proj`` and ``dt_proj``, where PEFT's LoRA is refused or has no effect until it is
+            merged.
+
+    Raises:
+        AdapterError: There is no adapter, it is damaged, or its form is not that of ``method``.
+        ValueError: ``output`` holds something, or an unknown method.
+    """
+    if method not in ("prodial", "lora"):
+        raise ValueError(f'method must be "prodial" or "lora", got {method!r}')
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not an empty directory; choose another output")
+    saved = read_adapter(directory)
+    beside = sorted(name for name in saved.tensors if ".prodial_" not in name)
+    if beside:
+        raise AdapterError(
+            f"the adapter in {directory} holds tensors beside its layers ({', '.join(beside[:3])}, "
+            "...), which are not converted"
+        )
+    parts = PARTS if method == "prodial" else _LORA_PARTS
+    config = _prodial(saved) if method == "prodial" else _lora(saved, directory)
+    tensors = {}
+    for name, tensor in saved.tensors.items():
+        path, _, part = name.rpartition(".")
+        tensors[f"{_PEFTS}{path}.{parts[part]}.weight"] = tensor.contiguous()
+    config.base_model_name_or_path = saved.base_model
+    config.inference_mode = True
+    output.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, output / _TENSORS, metadata={"format": "pt"})
+    # The configuration last: without it there is no adapter for anybody.
+    config.save_pretrained(str(output))
+
+
+def load_peft(model: nn.Module, directory: str | PathLike[str]) -> AdapterReport:
+    """Adapt a plain model by ``apply_prodial`` with what PEFT wrote: ProDiaL, or plain LoRA.
+
+    LoRA's function is kept where PEFT's has an effect; ``save_adapter`` then writes it as this
+    package's own.
+
+    Args:
+        model: The base model of the adapter; PEFT's files do not say whether it is.
+        directory: On this machine.
+
+    Returns:
+        What is trained now; prints as a table.
+
+    Raises:
+        AdapterError: No such adapter, other layers or shapes, values that are not finite, or
+            options that one ``ProdialConfig`` does not express (other ranks in some layers, DoRA).
+        ValueError: ``apply_prodial`` refuses the model.
+    """
+    directory = Path(directory)
+    try:
+        config: Any = PeftConfig.from_pretrained(str(directory))
+        stored = load_file(directory / _TENSORS)
+    except (OSError, KeyError, ValueError) as error:
+        raise AdapterError(f"{directory} holds no adapter that PEFT can read: {error}") from error
+    own, parts = _own_config(config, directory)
+    names = {theirs: ours for ours, theirs in parts.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        path, _, part = name.removeprefix(_PEFTS).removesuffix(".weight").rpartition(".")
+        if part not in names:
+            raise AdapterError(f"{directory} holds {name}, which is no part of a layer's adapter")
+        tensors[f"{path}.{names[part]}"] = tensor
+    report = apply_prodial(model, own)
+    try:
+        _fill(adapter_parameters(model), tensors, directory)
+    except BaseException:
+        remove_prodial(model)
+        raise
+    return report
+
+
+def _prodial(saved: SavedAdapter) -> ProdialPeftConfig:
+    names = saved.config.target_modules
+    plain = isinstance(names, str) and is_plain_name(names)
+    options = {"target_modules": [names]} if plain else {}
+    return ProdialPeftConfig.from_prodial(saved.config, **options)
+
+
+def _lora(saved: SavedAdapter, directory: object) -> LoraConfig:
+    config = saved.config
+    if config.train_scale or config.train_diagonal or not config.r:
+        raise AdapterError(
+            f"the adapter in {directory} has s or D_b, which LoRA has not; give method='prodial'"
+        )
+    paths = sorted({name.rpartition(".")[0] for name in saved.tensors})
+    dead = [path for path in paths if path.endswith(_READ_BY_MIXERS)]
+    if dead:
+        raise AdapterError(
+            f"PEFT's LoRA on {dead[0]} would be refused or without effect before it is merged; "
+            "give method='prodial'"
+        )
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=paths,
+    )
+
+
+def _own_config(config: Any, directory: Path) -> tuple[ProdialConfig, Mapping[str, str]]:
+    """Return what ``apply_prodial`` takes, and how each part is called in the file."""
+    lora = type(config) is LoraConfig
+    if not lora and not isinstance(config, ProdialPeftConfig):
+        raise AdapterError(f"{directory} holds PEFT's {config.peft_type}, not ProDiaL or LoRA")
+    unlike = [name for name in _PLAIN_LORA if getattr(config, name, None)]
+    unlike += [name for name in ("rank_pattern", "alpha_pattern") if getattr(config, name)]
+    unlike += [name for name in ("modules_to_save", "lora") if getattr(config, name, None)]
+    unlike += ["bias"] if getattr(config, "bias", "none") != "none" else []
+    if unlike:
+        raise AdapterError(f"{directory} has {', '.join(unlike)}, which is not converted")
+    targets = config.target_modules
+    partial = bool(config.exclude_modules) or config.layers_to_transform is not None
+    shared: dict[str, Any] = {
+        "r": config.r,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
+        "allow_partial": True,
+    }
+    if partial:
+        raise AdapterError(
+            f"{directory} leaves out layers by exclude_modules or layers_to_transform, which is "
+            "not converted"
+        )
+    if lora:
+        alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
+        own = ProdialConfig(lora_alpha=alpha, train_scale=False, train_diagonal=False, **shared)
+        return own, _LORA_PARTS
+    return ProdialConfig(
+        lora_alpha=config.lora_alpha, n_blocks=config.n_blocks, block_size=config.block_size,
+        diagonal=config.diagonal, train_scale=config.train_scale,
+        train_diagonal=config.train_diagonal, impl=config.impl, **shared,
+    ), PARTS  # fmt: skip
+
+
+@torch.no_grad()
+def _fill(
+    parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], directory: Path
+) -> None:
+    """Copy every tensor to the parameter of its name, after looking at all of them."""
+    different = sorted(parameters.keys() ^ tensors.keys())
+    if different:
+        raise AdapterError(
+            f"{directory} does not fit this model's layers: {', '.join(different[:4])} is only in "
+            "one of the two"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != parameters[name].shape:
+            raise AdapterError(
+                f"{directory}: {name} must have shape {list(parameters[name].shape)}, got "
+                f"{list(tensor.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{directory}: {name} has values that are not finite")
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
