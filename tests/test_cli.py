@@ -187,7 +187,9 @@ def test_evaluate_takes_the_number_of_examples_that_is_asked_for(
         capsys.readouterr()
         assert main(["evaluate", "--model", str(place / "model"), *data, "--limit", limit]) == 0
         printed = capsys.readouterr()
-        assert json.loads(printed.out)["metrics"]["n_documents"] == n
+        found = json.loads(printed.out)
+        assert found["metrics"]["n_documents"] == n
+        assert found["notes"] == ["text.txt: divided at blank lines into 60 texts"]
         assert f"on {n} text examples" in printed.err
         assert "text.txt: divided at blank lines into 60 texts" in printed.err
 

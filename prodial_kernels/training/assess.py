@@ -30,15 +30,22 @@ class Assessment:
         model: What was evaluated.
         data: What it was evaluated on.
         metrics: By the names of the metrics' dataclass; by task for the harness.
+        notes: What reading the data changed, left out, cut or guessed, a line each.
     """
 
     model: str
     data: str
     metrics: Mapping[str, Any]
+    notes: Sequence[str] = ()
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        content = {"model": self.model, "data": self.data, "metrics": dict(self.metrics)}
+        content = {
+            "model": self.model,
+            "data": self.data,
+            "metrics": dict(self.metrics),
+            "notes": list(self.notes),
+        }
         return json.dumps(content, indent=2)
 
     def __str__(self) -> str:
@@ -144,7 +151,7 @@ def assess(
             f"{metrics.n_truncated:,} contexts were longer than seq_len {seq_len} allows and lost "
             "their start"
         )
-    return Assessment(loaded.name, data.name, finite_or_none(metrics))
+    return Assessment(loaded.name, data.name, finite_or_none(metrics), data.notes)
 
 
 def assess_with_harness(

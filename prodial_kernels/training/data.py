@@ -161,6 +161,10 @@ def load_documents(
             f"holds {kind_of(held_out)}; train and held-out data must be of one kind"
         )
     _count_repeated([*train, *held_out], candidates.findings)
+    # Equal ones are on one side, unless the held-out side is a source of its own.
+    seen = set(train)
+    both = sum(example in seen for example in held_out)
+    candidates.findings.count("held out, though trained on as well", "example", n=both)
     notes = all_lines([candidates.findings, held_out_candidates.findings])
     return DataSplit(candidates.name, tuple(train), tuple(held_out), notes)
 

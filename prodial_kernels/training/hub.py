@@ -51,10 +51,14 @@ def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
         raise DataError(f"the hub data set {source!r} has no splits")
     train = "train" if "train" in available else available[0]
     held_out = next((s for s in HELD_OUT_SPLITS if s in available and s != train), None)
-    return (
-        _split(source, train, splits[train]),
-        None if held_out is None else _split(source, held_out, splits[held_out]),
-    )
+    if held_out is None:
+        return _split(source, train, splits[train]), None
+    sides = _split(source, train, splits[train]), _split(source, held_out, splits[held_out])
+    for side in sides:
+        side.findings.remark(
+            f"of the splits {', '.join(available)}: {train} to train on, {held_out} held out"
+        )
+    return sides
 
 
 def _without_code(datasets: Any) -> dict[str, bool]:

@@ -227,6 +227,14 @@ def test_a_directory_tells_what_it_left_out(tmp_path: Path) -> None:
     }
 
 
+def test_examples_on_both_sides_are_counted(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.txt", "a\n\nb\n\nc")
+    held_out = write(tmp_path / "held.txt", "b\n\nd")
+    notes = load_documents(train, held_out_source=held_out).notes
+    assert "held out, though trained on as well: 1 example" in notes
+    assert "as well" not in " ".join(load_documents(train).notes)
+
+
 def test_a_budget_tells_what_it_cut(tmp_path: Path) -> None:
     file = write(tmp_path / "a.txt", "\n\n".join(f"text {i:05}" for i in range(50)))
     notes = load_documents(file, max_bytes=100, held_out_fraction=0.5).notes

@@ -39,6 +39,9 @@ def test_own_splits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(split.train) == {f"train {i}" for i in range(6)}
     assert set(split.held_out) == {f"val {i}" for i in range(3)}
     assert set(load_all("someone/corpus:small")) == set(split.held_out)
+    assert "of the splits test, train, validation: train to train on, validation held out" in (
+        split.notes
+    )
 
 
 def test_a_single_split_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
