@@ -28,6 +28,17 @@ def apply(case: LinearCase, **changes: Any) -> Tensor:
     return prodial_linear(case.x, case.weight, **options(case, **changes))
 
 
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("1", TypeError), (True, TypeError), (None, TypeError), (float("nan"), ValueError),
+     (float("inf"), ValueError), (1e308, ValueError), (10**400, ValueError)],
+)  # fmt: skip
+def test_alpha_is_a_finite_number(value: Any, error: type[Exception]) -> None:
+    for impl in IMPLS:
+        with pytest.raises(error, match="lora_scaling must be a"):
+            apply(make_case(3, 6, 5), lora_scaling=value, impl=impl)
+
+
 # --- Choosing the implementation. ---------------------------------------------------------------
 
 

@@ -281,3 +281,19 @@ def test_arguments() -> None:
         apply_prodial(Toy(), {"r": 2})
     with pytest.raises(ValueError, match=r"itself an nn\.Linear.*from_linear"):
         apply_prodial(nn.Linear(4, 4), CONFIG)
+
+
+def test_a_rank_beyond_the_layers_is_warned_of() -> None:
+    model = Toy(width=20)
+    with pytest.warns(UserWarning, match=r"r=20 is not below min.*=20 of a layer .* 1,200 param"):
+        apply_prodial(model, ProdialConfig(r=20))
+    remove_prodial(model)
+    apply_prodial(model, ProdialConfig(r=19))
+    # The default on a toy is no reason for a word.
+    apply_prodial(Toy(width=6), ProdialConfig())
+
+
+def test_a_string_that_matches_nothing_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"a string is an expression for whole dotted paths; give"):
+        apply_prodial(Toy(), ProdialConfig(target_modules="in_proj|out_proj"))
+    assert apply_prodial(Toy(), ProdialConfig(r=2, target_modules="in_proj")).trainable > 0
