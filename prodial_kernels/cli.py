@@ -212,6 +212,8 @@ def _merge(args: argparse.Namespace) -> int:
 
     _quiet_transformers()
     values = vars(args)
+    # Of a large model it takes minutes.
+    print(f"merging {args.adapter} into its model, and checking what is written", file=sys.stderr)
     agreement = merge_to_directory(
         values.get("model"), adapter_directory(args.adapter), args.output,
         replace="force" in args,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ RESCALING = "rescale_prenorm_residual"
 """Setting of Mamba's configurations by which transformers divides out_proj at every load."""
 
 _METHOD = "save_pretrained"
+_AROUND = "_prodial_part_of_another"
 
 
 @runtime_checkable
@@ -79,8 +81,25 @@ class _PlainSaving:
         vars(self._model).pop(_METHOD, None)
 
 
+class _PartOfAnother:
+    """Refuses to be saved by a model around the one that is watched, which knows nothing of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handle = model.register_state_dict_pre_hook(_refuse_saving_around)
+
+    def remove(self) -> None:
+        self._handle.remove()
+        vars(self._model).pop(_AROUND, None)
+
+
 def watch_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` of ``model``, and of models within it, write plain layers."""
+    """Let ``save_pretrained`` of ``model``, and of models within it, write plain layers.
+
+    A model around it cannot be reached from here: its ``save_pretrained`` raises ValueError.
+    """
+    if _AROUND not in vars(model):
+        vars(model)[_AROUND] = _PartOfAnother(model)
     for module in model.modules():
         if (
             callable(getattr(type(module), _METHOD, None))
@@ -93,9 +112,10 @@ def watch_saving(model: nn.Module) -> None:
 def release_saving(model: nn.Module) -> None:
     """Give back ``save_pretrained`` to what has only plain layers again."""
     for module in model.modules():
-        saving = vars(module).get(_METHOD)
-        if isinstance(saving, _PlainSaving) and next(_stand_ins(module), None) is None:
-            saving.remove()
+        for name in (_METHOD, _AROUND):
+            change = vars(module).get(name)
+            if isinstance(change, _PlainSaving | _PartOfAnother) and not any(_stand_ins(module)):
+                change.remove()
 
 
 def settle_configuration(model: nn.Module) -> None:
@@ -252,6 +272,28 @@ def _untied(model: Any) -> bool:
         return False
     stand_ins = (isinstance(inputs, StandsForLinear), isinstance(outputs, StandsForLinear))
     return any(stand_ins) or inputs.weight is not outputs.weight
+
+
+def _refuse_saving_around(module: nn.Module, *_: Any) -> None:
+    """Raise if transformers' own ``save_pretrained`` is what asks for the state of ``module``.
+
+    :class:`_PlainSaving` never lets it ask. Only a model around ``module`` that is not watched
+    does, or one that writes PEFT's adapters and nothing of the layers.
+    """
+    library = sys.modules.get("transformers.modeling_utils")
+    own = getattr(getattr(library, "PreTrainedModel", None), _METHOD, None)
+    code = getattr(inspect.unwrap(own), "__code__", None) if own is not None else None
+    frame = sys._getframe(1)
+    while code is not None and frame is not None:
+        if frame.f_code is code:
+            asking = frame.f_locals.get("self")
+            if not getattr(asking, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"a part of this {type(asking).__name__} was adapted or quantised by itself, "
+                    "and a file of the whole would not load: call apply_prodial (quantize_model) "
+                    "on the whole model, or merge_prodial on the part first"
+                )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _without_plain_weights(

@@ -123,6 +123,25 @@ def test_copies_pickles_and_parts_save_themselves(tmp_path: Path) -> None:
     torch.testing.assert_close(reloaded(tmp_path / "part"), logits(holder.model))
 
 
+def test_a_model_around_the_adapted_one_is_not_saved_wrongly(tmp_path: Path) -> None:
+    model = build("mamba2")
+    for part in (model.backbone, model.backbone.layers[0]):
+        for change in (lambda p: apply_prodial(p, CONFIG), lambda p: quantize_model(p, "int8")):
+            whole = copy.deepcopy(model)
+            path = next(name for name, module in model.named_modules() if module is part)
+            inner = whole.get_submodule(path)
+            change(inner)
+            whole.state_dict()
+            with pytest.raises(ValueError, match="a part of this Mamba2ForCausalLM was adapted"):
+                whole.save_pretrained(tmp_path / "whole")
+    apply_prodial(model.backbone, CONFIG)
+    randomise_adapters(model)
+    expected = logits(model)
+    merge_prodial(model.backbone)
+    model.save_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(reloaded(tmp_path / "merged"), expected)
+
+
 def test_afterwards_the_model_is_as_it_was(tmp_path: Path) -> None:
     model = build("mamba2")
     before = set(vars(model))
