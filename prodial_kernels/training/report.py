@@ -112,6 +112,10 @@ class FinetuneResult:
         cut = self.data.get("rows_cut", 0)
         if cut:
             lines.append(("warning", f"{cut:,} of {self.data['train']:,} rows were cut, see above"))
+        shortened = self.after.get("n_truncated", 0)
+        if shortened:
+            lines.append(("warning", f"{shortened:,} held-out contexts lost their start: raise "
+                                     "seq_len to have them evaluated whole"))  # fmt: skip
         return two_columns(lines)
 
 

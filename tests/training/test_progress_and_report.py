@@ -139,6 +139,11 @@ def test_rows_that_were_cut_are_in_the_table() -> None:
     assert "3 of 12 rows were cut" in str(result(data={"rows_cut": 3, "train": 12}))
 
 
+def test_held_out_contexts_that_were_cut_are_in_the_table() -> None:
+    after = {"step": 9, "bits_per_byte": 1.2, "n_truncated": 4}
+    assert "4 held-out contexts lost their start: raise seq_len" in str(result(after=after))
+
+
 def test_the_best_evaluation() -> None:
     losses = [{"step": s, "bits_per_byte": b} for s, b in ((0, 1.4), (5, 1.1), (9, 1.1))]
     assert best_evaluation(losses)["step"] == 5
