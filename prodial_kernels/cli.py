@@ -35,6 +35,7 @@ examples:
   prodial evaluate --model DIR --adapter my-run/adapter --data notes.txt
   prodial merge --model DIR --adapter my-run/adapter --output merged-model
   prodial inspect my-run/adapter
+  prodial convert my-run/adapter --to peft --output peft-adapter
 
 'prodial COMMAND --help' explains a command."""
 
@@ -71,6 +72,15 @@ layers that an adapter with these options would train, and how many parameters i
 examples:
   prodial inspect my-run/adapter
   prodial inspect embedded --preset arc-easy"""
+
+_CONVERT_EXAMPLES = """\
+Every number stays as it is. PEFT loads ProDiaL after 'import prodial_kernels.peft', and LoRA, which
+an adapter without s and D_b is, by itself.
+
+examples:
+  prodial convert my-run/adapter --to peft --output peft-adapter
+  prodial convert lora-run/adapter --to lora --output lora-adapter
+  prodial convert peft-adapter --to prodial --output adapter --model DIR"""
 
 
 class _Command(NamedTuple):
@@ -238,6 +248,16 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from prodial_kernels.training.converting import convert_adapter
+
+    _quiet_transformers()
+    adapter = adapter_directory(args.path, flag="")
+    convert_adapter(adapter, args.to, args.output, model=vars(args).get("model"))
+    print(f"wrote {args.output}")
+    return 0
+
+
 _COMMANDS = {
     "finetune": _Command(
         "[options]",
@@ -258,6 +278,11 @@ _COMMANDS = {
         "PATH [options]",
         "show what an adapter holds, or would train in a model",
         _INSPECT_EXAMPLES, cli_options.add_inspect_options, _inspect,
+    ),
+    "convert": _Command(
+        "ADAPTER --to FORM --output DIR [options]",
+        "write an adapter in PEFT's form, or one of PEFT's in this package's",
+        _CONVERT_EXAMPLES, cli_options.add_convert_options, _convert,
     ),
 }  # fmt: skip
 

@@ -242,6 +242,19 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
     add_adapter_options(parser.add_argument_group("for a model: the adapter to plan"))
 
 
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prodial convert``."""
+    parser.add_argument(
+        "path", metavar="ADAPTER", help="directory of an adapter, or of the run that wrote it"
+    )
+    parser.add_argument(
+        "--to", choices=("peft", "lora", "prodial"), required=True,
+        help="ProDiaL for PEFT, plain LoRA for PEFT, or from either of them to this package's form",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", required=True, help="new directory to write")
+    _add_model(parser, "for --to prodial: the adapter's base model")
+
+
 def add_adapter_options(group: Any) -> None:
     """Add the options of ``ProdialConfig``."""
     group.add_argument(

@@ -367,6 +367,9 @@ def test_inspect_an_adapter_and_a_model(
         (["evaluate", "--model", "ADAPTER"], 1, "holds an adapter, not a model"),
         (["evaluate", "--model", "EMPTY"], 1, "is a file; give the directory"),
         (["merge", "--adapter", "ADAPTER"], 2, "required: --output"),
+        (["convert", "none", "--to", "peft", "--output", "x"], 1, "none: no such directory"),
+        (["convert", "ADAPTER", "--to", "dora", "--output", "x"], 2, "invalid choice: 'dora'"),
+        (["convert", "ADAPTER", "--to", "lora", "--output", "x"], 1, "has s or D_b"),
         (["inspect", "FOLDER"], 1, "no config.json in it"),
         (["inspect", "folder/adapter"], 1, "folder/adapter: no such directory"),
         (["inspect", "my-run/adapter"], 1, "there is no directory 'my-run' either"),
@@ -460,3 +463,25 @@ def test_ctrl_c_prints_how_to_continue(place: Path, tmp_path: Path) -> None:
     assert "prodial: error: interrupted by SIGTERM" in error
     assert "Traceback" not in error
     assert len(list((tmp_path / "my run" / "state").iterdir())) == 1
+
+
+def test_convert_there_and_back(
+    place: Path, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    there, back = str(tmp_path / "peft"), str(tmp_path / "back")
+    assert main(["convert", str(run_folder), "--to", "peft", "--output", there]) == 0
+    assert f"wrote {there}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "peft/adapter_config.json").read_text())["peft_type"] == "PRODIAL"
+    assert main(["convert", there, "--to", "prodial", "--output", back]) == 0
+    first, second = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (run_folder / "adapter", tmp_path / "back")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "is not an empty directory" in _error(
+        capsys, ["convert", there, "--to", "prodial", "--output", back]
+    )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from models import FAMILIES, build, token_ids
@@ -106,11 +103,3 @@ def test_16_bit_models_keep_fp32_masters() -> None:
     model = adapted("mamba2").to(torch.bfloat16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert layers(model)[0].base_layer.weight.dtype == torch.bfloat16
-
-
-def test_the_package_itself_does_not_load_peft() -> None:
-    code = (
-        "import prodial_kernels, sys; prodial_kernels.apply_prodial; print('peft' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "False\n", result.stderr
