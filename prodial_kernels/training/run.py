@@ -257,9 +257,11 @@ def check_same_config(folder: RunDirectory, saved: RunIdentity, config: Finetune
         RunError: Names every option that differs, with both values.
     """
     ours = _plain(config.to_dict())
-    keys = _differing_keys(ours, saved.config)
+    # What the version that began the run did not know yet, it did as is the default now.
+    theirs = _plain(FinetuneConfig().to_dict()) | saved.config
+    keys = _differing_keys(ours, theirs)
     if keys:
-        differing = [f"{k} (run: {saved.config.get(k)!r}, now: {ours.get(k)!r})" for k in keys]
+        differing = [f"{k} (run: {theirs.get(k)!r}, now: {ours.get(k)!r})" for k in keys]
         raise RunError(_refusal(folder, ", ".join(differing)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from prodial_kernels.config import PRESETS
 from prodial_kernels.training import file_bytes
 from prodial_kernels.training.config import DEFAULT_LR, ConfigError, FinetuneConfig
 from prodial_kernels.training.config_file import read_config_file
+from prodial_kernels.training.run import RunDirectory, RunError, RunIdentity, check_same_config
 
 
 def test_a_preset_fills_in_the_adapter_and_the_training() -> None:
@@ -168,6 +170,18 @@ def test_what_never_ends_is_no_config_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(file_bytes, "SILENT_PIPE_SECONDS", 0.01)
     with pytest.raises(ConfigError, match="pipe through which nothing came"):
         read_config_file(tmp_path / "pipe")
+
+
+def test_a_run_of_a_version_with_fewer_options_can_be_resumed(tmp_path: Path) -> None:
+    config = FinetuneConfig(steps=7).resolved()
+    older = config.to_dict()
+    del older["cuda_graph"], older["packing"], older["modules_to_save"]
+    saved = RunIdentity(config=older, model="", data="", held_out="", device="cpu")
+    check_same_config(RunDirectory(tmp_path), saved, config)
+    with pytest.raises(RunError, match=r"packing \(run: 'stream', now: 'documents'\)"):
+        check_same_config(
+            RunDirectory(tmp_path), saved, dataclasses.replace(config, packing="documents")
+        )
 
 
 def test_errors_can_name_flags() -> None:
