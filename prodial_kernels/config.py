@@ -39,7 +39,8 @@ class ProdialConfig:
         train_scale: Whether to have the output scale s.
         train_diagonal: Whether to have the block-diagonal factor.
         modules_to_save: Names of other modules or parameters that stay trainable, such as a
-            classifier head or ``"A_log"``; each matches the end of a dotted path.
+            classifier head or ``"A_log"``; each matches the end of a dotted path. What has 16 bits
+            is trained through fp32 masters; parameters that you thaw yourself are not.
         allow_partial: Whether a target may match in only some of a model's layers.
         impl: As in :func:`prodial_kernels.prodial_linear`.
 

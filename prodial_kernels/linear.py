@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prodial_kernels.functional import adapted_linear, lay_out
 from prodial_kernels.implementation import described_impl
 from prodial_kernels.linear_options import check_adapter, check_base_layer, resolve_block_size
-from prodial_kernels.merged_weight import Marks, marks_of
+from prodial_kernels.merged_weight import Marks, marks_of, merge_again
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.quantization import (
     QuantizationError,
@@ -22,7 +22,7 @@ from prodial_kernels.quantization import (
     quantize_linear,
 )
 from prodial_kernels.quantization.project import quantized_prodial_linear
-from prodial_kernels.scale_versions import scale_to_load
+from prodial_kernels.scale_versions import KEPT_AS, scale_to_load, unpickled
 from prodial_kernels.tuners import check_still_trained
 
 ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
@@ -97,7 +97,8 @@ class ProdialLinear(nn.Module):
         self.prodial_a = parameter(r, width) if r else None
         self.prodial_b = parameter(self.out_features, r) if r else None
         self.register_buffer("_merged_weight", None, persistent=False)
-        self.register_load_state_dict_post_hook(_merge_again)
+        vars(self)[KEPT_AS] = self._version
+        self.register_load_state_dict_post_hook(merge_again)
         self.reset_adapter()
 
     @classmethod
@@ -238,7 +239,7 @@ class ProdialLinear(nn.Module):
         if self.prodial_a is not None and self.prodial_b is not None:
             nn.init.kaiming_uniform_(self.prodial_a, a=math.sqrt(5))
             self.prodial_b.zero_()
-        _merge_again(self)
+        merge_again(self)
 
     @property
     def merged(self) -> bool:
@@ -253,9 +254,10 @@ class ProdialLinear(nn.Module):
         W' is formed anew when what it is made of changes, as by ``load_state_dict`` or a moving
         average; :func:`~prodial_kernels.merged_weight.marks_of` says what cannot be seen.
         """
-        self._renew_merged()
+        self.renew_merged()
 
-    def _renew_merged(self) -> None:
+    def renew_merged(self) -> None:
+        """Form W' anew if what the cached one was made of has changed."""
         marks = self._marks()
         if self._merged_weight is None or self._merged_of != marks:
             # A weight made in inference mode could never be used outside of it.
@@ -271,7 +273,7 @@ class ProdialLinear(nn.Module):
     def _cached_weight(self) -> Tensor:
         """The merged W', made again first if what it was made of has changed."""
         if not torch.compiler.is_compiling():
-            self._renew_merged()
+            self.renew_merged()
         if self._merged_weight is None:
             raise RuntimeError("the merged weight was asked of a layer that is not merged")
         return self._merged_weight
@@ -340,6 +342,9 @@ class ProdialLinear(nn.Module):
             parts.append("adapter disabled")
         return ", ".join(parts)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(unpickled(state))
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
@@ -370,12 +375,6 @@ class ProdialLinear(nn.Module):
         if merged:
             self.merge()
         return self
-
-
-def _merge_again(layer: ProdialLinear, incompatible_keys: object = None) -> None:
-    """Renew the merged weight, if there is one, now: a compiled call would not look."""
-    if layer.merged:
-        layer._renew_merged()
 
 
 def weight_like(layer: nn.Linear | QuantizedLinear) -> Tensor:

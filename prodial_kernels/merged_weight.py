@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,6 +26,23 @@ def marks_of(tensors: Iterable[Tensor | None], *settings: object) -> Marks:
             version = -1 if tensor.is_inference() else tensor._version
             marks += (id(tensor), _address(tensor), version)
     return tuple(marks)
+
+
+class Merged(Protocol):
+    """A layer that may hold a cached W'."""
+
+    @property
+    def merged(self) -> bool:
+        """Whether it does."""
+
+    def renew_merged(self) -> None:
+        """Form it anew if what it is made of has changed."""
+
+
+def merge_again(layer: Merged, incompatible_keys: object = None) -> None:
+    """Renew the merged weight, if there is one, now: a compiled call would not look."""
+    if layer.merged:
+        layer.renew_merged()
 
 
 def _address(tensor: Tensor) -> int:

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
+
+KEPT_AS = "_scale_version"
+"""Attribute of a layer that says how it keeps its scale; none is version 1."""
+
+
+def unpickled(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a layer as they are today, for those that a pickle holds."""
+    scale = state["_parameters"].get("prodial_scale")
+    if KEPT_AS not in state and scale is not None:
+        scale.data = from_first_version(scale.data)
+        state[KEPT_AS] = 2
+    return state
 
 
 def from_first_version(scale: Tensor) -> Tensor:

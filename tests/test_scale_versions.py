@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import warnings
 
 import pytest
@@ -57,6 +60,22 @@ def test_without_a_note_no_false_alarm(moved: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         layer.load_state_dict(state)
+
+
+def test_a_pickle_of_the_first_version_is_converted() -> None:
+    layer = trained()
+    expected = layer.prodial_scale.detach().clone()
+    old = copy.deepcopy(layer)
+    with torch.no_grad():
+        old.prodial_scale += 1
+    del vars(old)["_scale_version"]
+    buffer = io.BytesIO()
+    torch.save(nn.Sequential(old), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)[0]
+    torch.testing.assert_close(loaded.prodial_scale, expected)
+    for again in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert torch.equal(again.prodial_scale, loaded.prodial_scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

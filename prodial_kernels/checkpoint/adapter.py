@@ -144,7 +144,9 @@ def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
         config = ProdialConfig.from_dict(header["config"])
         listed = _dictionary(header, "tensors")
         base = _dictionary(header, "base")
-        _dictionary(base, "layers")
+        for path, layer in _dictionary(base, "layers").items():
+            if not isinstance(layer, dict) or not isinstance(layer.get("format", ""), str):
+                raise TypeError(f"base.layers has {layer!r} for {path!r}")
         saved = SavedAdapter(
             config, tensors, base, _printable(header, "base_model"),
             _printable(header, "package_version") or "unknown", header["format_version"],

@@ -244,13 +244,13 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
             raise ValueError(_NOT_FINITE.format(name))
         self.merged_adapters = [name]
 
-    def _renew_merged(self) -> None:
+    def renew_merged(self) -> None:
         """Make the cached W' anew if what it is made of has changed: of the adapter merged."""
         if not self.merged_adapters:
-            super()._renew_merged()
+            super().renew_merged()
             return
         with self.reading(self.merged_adapters[0]):
-            super()._renew_merged()
+            super().renew_merged()
 
     def unmerge(self) -> None:
         """Drop the cached W'; calls use the active adapter again, bit for bit as before."""
@@ -319,7 +319,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
 
 def _merge_again(layer: ProdialPeftLinear, incompatible_keys: object) -> None:
     if layer.merged:
-        layer._renew_merged()
+        layer.renew_merged()
 
 
 def _finite(weight: Tensor | None) -> bool:
