@@ -76,7 +76,7 @@ def torch_forward(
     diagonal: str,
 ) -> tuple[Tensor, Tensor | None]:
     """X [..., K] -> Y [M, N] and H [M, R], None without LoRA."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _matrix(x)
     u = rows if blocks is None else rotate(rows, deviation(blocks, diagonal))
     y = u @ weight.T
     if scale_deviation is not None:
@@ -110,8 +110,7 @@ def torch_backward(
     """Gradients towards x, blocks, s, lora_a, lora_b and bias, as ``needs`` says."""
     need_x, need_blocks, need_scale, need_a, need_b, need_bias = needs
     with autocast_off(x.device.type):
-        dy = dy.reshape(-1, weight.shape[0])
-        rows = x.reshape(-1, x.shape[-1])
+        dy, rows = _matrix(dy), _matrix(x)
         e = None if blocks is None else deviation(blocks, diagonal)
 
         dx = dblocks = dscale = da = db = dbias = None
@@ -146,6 +145,11 @@ def torch_backward(
         if dx is not None:
             dx = dx.reshape(x.shape)
     return dx, dblocks, dscale, da, db, dbias
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[..., F] -> [M, F], also where F is 0, which ``reshape(-1, F)`` does not take."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _kept_input(rows: Tensor, dropout_mask: Tensor | None, lora_dropout: float) -> Tensor:

@@ -281,3 +281,19 @@ def test_what_is_summed_over_tokens_is_rounded_to_the_master_alone(
     }
     for name, expected in exact.items():
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 0)], ids=str)
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 5), (6, 0), (0, 0)])
+def test_layers_without_features(
+    lead: tuple[int, ...], in_features: int, out_features: int
+) -> None:
+    case = make_case(lead, in_features or 6, out_features or 5, block_size=1)
+    case = replace(
+        case, x=case.x[..., :in_features], weight=case.weight[:out_features, :in_features],
+        blocks=case.blocks[:in_features], scale=case.scale[:out_features],
+        lora_a=case.lora_a[:, :in_features], lora_b=case.lora_b[:out_features],
+        bias=case.bias[:out_features], grad_output=case.grad_output[..., :out_features],
+    )  # fmt: skip
+    expected = case.run(LinearCase.reference)
+    torch.testing.assert_close(case.run(hand_written), expected)
