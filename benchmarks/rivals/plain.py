@@ -11,8 +11,9 @@ from torch import Tensor
 
 from benchmarks.rivals.layer import Layer, leaves
 from benchmarks.rivals.methods import ADAPTER
-from prodial_kernels import prodial_linear
+from prodial_kernels.functional import adapted_linear
 from prodial_kernels.ops.diagonal import deviation, rotate
+from prodial_kernels.ops.reference import scale_deviation_of
 from prodial_kernels.testing import LinearCase
 
 P = ParamSpec("P")
@@ -24,21 +25,18 @@ Formula = Callable[..., Tensor]
 def ours(case: LinearCase) -> Layer:
     """The package: its Triton kernels on a GPU, its portable form elsewhere."""
     trained = leaves(case, *ADAPTER)
-    blocks, scale, a, b = trained.values()
+    # As a layer keeps it; the gradient is the scale's.
+    trained["scale"] = scale_deviation_of(trained["scale"].detach()).requires_grad_()
+    blocks, deviation, a, b = trained.values()
     impl = "triton" if case.x.is_cuda else "torch"
     return Layer(
-        lambda x: prodial_linear(
-            x,
-            case.weight,
-            blocks=blocks,
-            scale=scale,
-            lora_a=a,
-            lora_b=b,
-            lora_scaling=case.lora_scaling,
-            impl=impl,
+        lambda x: adapted_linear(
+            x, case.weight, blocks=blocks, scale_deviation=deviation, lora_a=a, lora_b=b,
+            bias=None, lora_scaling=case.lora_scaling, lora_dropout=0.0, training=True,
+            diagonal=case.diagonal, impl=impl,
         ),
         trained,
-    )
+    )  # fmt: skip
 
 
 def formula(
