@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft_models import LOADS_INTO_TRANSFORMERS, adapted, config, layers, logits, move
 from safetensors.torch import load_file
 from tiny_model import write_tiny_model
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, Zamba2ForSequenceClassification, pipeline
 
 from prodial_kernels.peft import ProdialPeftConfig
 
@@ -145,6 +145,26 @@ def test_modules_to_save_are_trained_saved_and_merged(tmp_path: Path) -> None:
         assert torch.equal(logits(again, IDS), logits(build("zamba2"), IDS))
     merged = again.merge_and_unload()
     torch.testing.assert_close(logits(merged, IDS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifiers_head_is_trained_and_saved_by_itself(tmp_path: Path) -> None:
+    def classifier() -> Any:
+        torch.manual_seed(0)
+        configuration = build("zamba2").config
+        configuration.num_labels = 3
+        return Zamba2ForSequenceClassification(configuration)
+
+    model = get_peft_model(classifier(), config(task_type="SEQ_CLS"))
+    move(model, "default")
+    head = model.base_model.model.score.modules_to_save["default"].weight
+    assert head.requires_grad
+    head.data.add_(0.1)
+    expected = logits(model, IDS)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = PeftModel.from_pretrained(classifier(), tmp_path)
+    assert torch.equal(logits(again, IDS), expected)
+    merged = logits(again.merge_and_unload(), IDS)
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
