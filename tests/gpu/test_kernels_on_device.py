@@ -119,7 +119,7 @@ def test_nothing_of_the_size_of_the_weight_is_kept_and_the_peak_is_bounded() -> 
             if p is not None
         }
     }
-    assert sorted(fresh.values()) == [m * 16, m * n]  # H and Y
+    assert sorted(fresh.values()) == [n, m * 16, m * n]  # s − 1, made of the s given, H and Y
     del output
     saved.clear()
     torch.cuda.synchronize()

@@ -43,6 +43,17 @@ def ends(function: Any, *arguments: Any) -> str:
     return "well"
 
 
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """The same but for rounding in bf16: few tokens are computed in other tiles than many.
+
+    Measured against the tensor, since single elements are differences of larger ones. A sequence
+    that another one has overwritten, or that nobody wrote, is off by its own size.
+    """
+    found, expected = found.float(), expected.float()
+    off = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert off.max() <= 2e-2, f"sequence {int(off.argmax())} is off by {float(off.max()):.3g}"
+
+
 # Channel-first as it lies, and transposed.
 @pytest.mark.parametrize("length", [8, 12])
 def test_mamba(length: int) -> None:
@@ -54,8 +65,8 @@ def test_mamba(length: int) -> None:
     for first in (0, MANY - 100):
         part = slice(first, first + 100)
         part_y, part_dx = step(adapted, x[part].contiguous())
-        torch.testing.assert_close(y[part], part_y, rtol=2e-2, atol=2e-3)
-        torch.testing.assert_close(dx[part], part_dx, rtol=2e-2, atol=2e-2)
+        assert_near(y[part], part_y)
+        assert_near(dx[part], part_dx)
 
 
 @pytest.mark.parametrize("length", [8, 12])

@@ -59,15 +59,18 @@ def test_a_step_equals_apply_prodials(name: str, weight_is_not_read: None) -> No
             twin = model.get_base_model().get_submodule(path)
             for part, parameter in layer.adapter_parameters():
                 getattr(twin, part).data.copy_(parameter)
-    first, second = (training_step(own.cuda(), ids()) for _ in range(2))
+    first, *others = (training_step(own.cuda(), ids()) for _ in range(5))
     found = training_step(model.cuda(), ids())
     assert torch.equal(found.logits, first.logits)
-    gradients = by_path(found)
-    assert gradients.keys() == by_path(first).keys()
-    for key, expected in by_path(first).items():
-        # Upstream's scans add in any order: two runs of one model differ too.
-        noise = (by_path(second)[key] - expected).abs().max()
-        assert (gradients[key] - expected).abs().max() <= 4 * noise + 1e-4 * expected.abs().max()
+    gradients, expected = by_path(found), by_path(first)
+    assert gradients.keys() == expected.keys()
+
+    def off(run: dict[str, Tensor]) -> dict[str, float]:
+        return {key: float((run[key] - one).norm() / one.norm()) for key, one in expected.items()}
+
+    # Upstream's scans add in any order: some runs of one model differ too, in any gradient.
+    noise = max(value for run in others for value in off(by_path(run)).values())
+    assert max(off(gradients).values()) <= 4 * noise
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -86,12 +89,14 @@ def test_a_base_that_bitsandbytes_quantised(dtype: torch.dtype, tmp_path: Path) 
             tmp_path / "base", quantization_config=quantization, dtype=dtype, device_map={"": 0}
         )
 
-    expected = load().train()(input_ids=ids()).logits
+    # In training upstream's fused function multiplies by the packed out_proj, which cannot work.
+    expected = load().eval()(input_ids=ids()).logits
     config = ProdialPeftConfig(r=8, n_blocks=BLOCKS, task_type="CAUSAL_LM")
-    model = get_peft_model(prepare_model_for_kbit_training(load(), False), config).train()
+    model = get_peft_model(prepare_model_for_kbit_training(load(), False), config).eval()
     tolerance = 0.0 if dtype == torch.float32 else 3e-2
     logits = model(input_ids=ids()).logits
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max() + 1e-4
+    model.train()
 
     for layer in model.modules():
         if isinstance(layer, ProdialPeftLinear):
