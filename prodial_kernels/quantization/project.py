@@ -85,7 +85,7 @@ def quantized_prodial_linear(
         "training": training, "diagonal": diagonal, "impl": impl,
     }  # fmt: skip
     if impl == "reference":
-        dtype = autocast_dtype(x) or x.dtype
+        cast = autocast_dtype(x)
         check_operands(
             x,
             _stand_in(layer),
@@ -94,8 +94,9 @@ def quantized_prodial_linear(
             lora_a,
             lora_b,
             bias,
-            autocast=dtype is not x.dtype,
+            autocast=cast is not None,
         )
+        dtype = cast or x.dtype
         weight = layer.packed_weight().dense(dtype)
         return adapted_linear(x.to(dtype), weight, channel_first=channel_first, **options)
     return lay_out(explicit_linear(x, *adapted_operands(x, layer, **options)), channel_first)
@@ -113,9 +114,10 @@ def plain_operands(x: Tensor, layer: PackedLinear, bias: Tensor | None) -> tuple
         TypeError: A dtype that cannot be used.
         ValueError: A shape or device that does not fit.
     """
-    dtype = autocast_dtype(x) or x.dtype
+    cast = autocast_dtype(x)
+    dtype = cast or x.dtype
     check_operands(
-        x, _stand_in(layer), None, None, None, None, bias, autocast=dtype is not x.dtype
+        x, _stand_in(layer), None, None, None, None, bias, autocast=cast is not None
     )  # fmt: skip
     bias = None if bias is None else bias.to(dtype)
     return Operands(_values_elsewhere(layer, dtype), bias=bias), Rule(
@@ -162,10 +164,11 @@ def adapted_operands(
     """
     if not torch.compiler.is_compiling():
         check_finite("lora_scaling", lora_scaling)
-    dtype = autocast_dtype(x) or x.dtype
+    cast = autocast_dtype(x)
+    dtype = cast or x.dtype
     like = base if isinstance(base, Tensor) else _stand_in(base)
     check_operands(
-        x, like, blocks, scale_deviation, lora_a, lora_b, bias, autocast=dtype is not x.dtype
+        x, like, blocks, scale_deviation, lora_a, lora_b, bias, autocast=cast is not None
     )  # fmt: skip
     x = x if x.dtype == dtype else x.new_empty(1, dtype=dtype).expand(x.shape)
     chosen = resolve_impl(impl, x)

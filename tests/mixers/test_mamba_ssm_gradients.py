@@ -183,8 +183,9 @@ def test_checkpointing(mixer: type[nn.Module], use_reentrant: bool) -> None:
         assert torch.equal(plain, recomputed)
 
 
-def test_autocast() -> None:
-    model = adapted(Mamba, EVERY).float()
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_autocast(mixer: type[nn.Module]) -> None:
+    model = adapted(mixer, EVERY if mixer is Mamba else CONFIG).float()
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(token_ids())
     logits.float().sum().backward()

@@ -10,6 +10,8 @@ import torch
 from quantized_layers import K, N, adapted, case_on, quantised, runner
 
 from prodial_kernels import adapter_disabled, prodial_linear
+from prodial_kernels.mixers.projection import operands_of
+from prodial_kernels.ops.explicit_autograd import explicit_linear
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.testing import assert_case_accurate
 
@@ -90,6 +92,24 @@ def test_autocast() -> None:
         gradients.append([leaf.grad, *(p.grad for _, p in layer.adapter_parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("active", [False, True], ids=["off", "on"])
+def test_autocast_meets_an_input_of_its_own_dtype(packed: bool, active: bool) -> None:
+    """As between two layers under autocast: x has 16 bits already, the weight its 32 still."""
+    base = quantised("fp8")
+    layer = adapted(base if packed else base.to_linear())
+    layer.enable_adapter(active)
+    x = torch.randn(2, 5, K, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        operands, rule = operands_of(layer, x)
+        found = explicit_linear(x, operands, rule)
+    assert operands.weight.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    with pytest.raises((TypeError, RuntimeError), match="must have the same dtype"):
+        layer(x)
 
 
 def test_layouts() -> None:
