@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KEPT_AS = "_scale_version"
+KEPT_AS = "_prodial_scale_version"
 """Attribute of a layer that says how it keeps its scale; none is version 1."""
 
 

@@ -68,7 +68,7 @@ def test_a_pickle_of_the_first_version_is_converted() -> None:
     old = copy.deepcopy(layer)
     with torch.no_grad():
         old.prodial_scale += 1
-    del vars(old)["_scale_version"]
+    del vars(old)["_prodial_scale_version"]
     buffer = io.BytesIO()
     torch.save(nn.Sequential(old), buffer)
     buffer.seek(0)
