@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prodial_kernels.captured import capture
     from prodial_kernels.checkpoint import load_adapter, save_adapter
     from prodial_kernels.config import ProdialConfig
     from prodial_kernels.functional import prodial_linear
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "adapter_disabled",
     "apply_prodial",
+    "capture",
     "load_adapter",
     "load_quantized",
     "merge_prodial",
@@ -53,6 +55,7 @@ _HOMES = {
     "VisionMamba": "vision",
     "adapter_disabled": "linear",
     "apply_prodial": "mixers.inject",
+    "capture": "captured",
     "load_adapter": "checkpoint",
     "load_quantized": "quantization",
     "merge_prodial": "mixers.inject",

@@ -23,8 +23,8 @@ ORDER = (
     "_process", "_disk", "_locking", "_validation", "module_patterns", "upstream", "kernels", "ops",
     "config", "self_check", "implementation", "functional", "testing", "quantization",
     "linear_options", "merged_weight", "scale_versions", "tuners", "linear", "mixers", "vision",
-    "checkpoint", "peft", "embedded", "training", "cli_values", "cli_paths", "cli_options",
-    "cli_messages", "cli", "__main__",
+    "checkpoint", "peft", "embedded", "training", "captured", "cli_values", "cli_paths",
+    "cli_options", "cli_messages", "cli", "__main__",
 )  # fmt: skip
 
 

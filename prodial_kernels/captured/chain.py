@@ -1,0 +1,382 @@
+"""Which call of a block is replayed, and which runs as it is.
+
+The blocks of a model are called one after the other, over and over. The first calls of a shape run
+as they are, and are looked at: what goes in, what comes out, whether the device is waited for.
+Then all blocks are captured, in the order in which they run, and from then on each call that is
+like the one captured replays its graph. What is not like it runs as before, and is said once:
+
+* another shape (each of :data:`SHAPES` gets graphs of its own, in the same memory), another
+  structure, an input that is not what the block before returned;
+* a forward while an earlier one still waits for its backward, whose activations it would overwrite;
+* a block that waits for the device, such as a mixture of experts.
+
+Evaluation, generation and whatever else runs without gradients is never replayed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.captured.calls import (
+    Uncapturable,
+    flatten,
+    flatten_call,
+    kind_of,
+    rebuild,
+)
+from prodial_kernels.captured.checkpointing import (
+    checkpoints_otherwise,
+    checkpoints_outside,
+    is_checkpointed,
+)
+from prodial_kernels.captured.engine import Engine, Source
+from prodial_kernels.captured.program import Pass, Program, Record, name_of
+from prodial_kernels.captured.replay import Pending, Replay, Run
+from prodial_kernels.captured.state import BlockState
+
+WARM_UP = 2
+"""Steps of a shape before it is captured: one that compiles, one that is watched."""
+
+SHAPES = 4
+"""Shapes that are captured; further ones are launched as before."""
+
+CHANGES = 3
+"""How often a model may change and be captured again."""
+
+Function = Callable[..., Any]
+
+
+class CaptureError(RuntimeError):
+    """Blocks cannot be captured in CUDA graphs."""
+
+
+class CaptureWarning(UserWarning):
+    """Some call of a captured block is launched as before."""
+
+
+class Chain:
+    """The blocks of a model, and the graphs that stand for them."""
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        engine: Engine,
+        *,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        say: Callable[[str], None],
+    ) -> None:
+        """Make it; nothing is captured yet.
+
+        Args:
+            blocks: In the order in which they run.
+            engine: What captures.
+            batch_size: Capture this one only.
+            seq_len: Likewise.
+            say: Told once why something is launched as before.
+        """
+        self.blocks = list(blocks)
+        self.engine = engine
+        self.programs: dict[Hashable, Program] = {}
+        self._wanted = (batch_size, seq_len)
+        self._say = say
+        self._said: set[str] = set()
+        self._states: list[BlockState] = []
+        self._pending = Pending()
+        self._replaying: Pass | None = None
+        self._recording: Pass | None = None
+        self._stale: str | None = None
+        self._changes = 0
+        self._outside = any(map(checkpoints_outside, self.blocks))
+
+    def call(self, index: int, upstream: Function, args: Any, kwargs: Any) -> Any:
+        """``upstream(*args, **kwargs)``, the call of block ``index``, replayed if it can be.
+
+        Raises:
+            CaptureError: Capturing failed, or the call is on another device.
+        """
+        block = self.blocks[index]
+        if index == 0:
+            self._replaying = self._recording = None
+        if not (block.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return upstream(*args, **kwargs)
+        if self.engine.busy():
+            return upstream(*args, **kwargs)
+        obstacle = _watched_by_others()
+        if self._outside and is_checkpointed(block):
+            obstacle = "this transformers checkpoints around a block's forward (5.24 does not)"
+        if obstacle is not None:
+            self._once("others", f"{obstacle}: blocks are launched as before meanwhile")
+            return upstream(*args, **kwargs)
+        try:
+            structure, leaves = flatten_call(args, kwargs)
+        except Uncapturable as reason:
+            self._once("argument", f"{self._name(index)} is launched as before: {reason}")
+            return upstream(*args, **kwargs)
+        if leaves and leaves[0].device != self.engine.device:
+            raise CaptureError(
+                f"{self._name(index)} is given a tensor on {leaves[0].device}, but is captured on "
+                f"{self.engine.device}: nn.DataParallel, which transformers' Trainer uses where it "
+                "sees several GPUs, is not captured. Set CUDA_VISIBLE_DEVICES to one"
+            )
+        kinds = tuple(map(kind_of, leaves))
+        key = (structure, kinds, _autocast(self.engine.device), is_checkpointed(block))
+        if index == 0:
+            self._begin(key, leaves)
+        if self._recording is not None:
+            record = Record(key)
+            return self._record(
+                self._recording, index, record, leaves, lambda: upstream(*args, **kwargs)
+            )
+        run = self._replaying
+        position = None if run is None else run.program.positions.get(index)
+        if run is None or position is None:
+            return upstream(*args, **kwargs)
+        obstacle = self._difference(run, index, position, key, leaves)
+        if obstacle is not None:
+            # What follows reads what this block would have left.
+            self._replaying = None
+            self._once("difference", f"{self._name(index)} is launched as before: {obstacle}")
+            return upstream(*args, **kwargs)
+        return self._replay(run, index, position, leaves)
+
+    def forget(self) -> None:
+        """Drop every graph and what is known of every shape."""
+        self.programs.clear()
+        self._states.clear()
+        self._replaying = self._recording = None
+        self.engine.release()
+
+    # --- The first block of a pass. ---------------------------------------------------------
+
+    def _begin(self, key: Hashable, leaves: list[Tensor]) -> None:
+        """Decide what this forward through the blocks will be."""
+        if self._pending:
+            self._once(
+                "pending",
+                "a forward begins while an earlier one still waits for its backward: it is "
+                "launched as before",
+            )
+            return
+        if self._stale is not None:
+            self._changed(self._stale)
+        program = self.programs.get(key)
+        if program is None:
+            program = self._new_program(key, leaves)
+        if program is None or program.plain:
+            return
+        if program.finished:
+            program.finished = False
+            program.warm += 1
+        if not program.graphs and program.warm >= WARM_UP:
+            self._capture(program)
+        if program.graphs:
+            self._replaying = Pass(program)
+        elif not program.plain:
+            program.records = {}
+            self._recording = Pass(program)
+
+    def _new_program(self, key: Hashable, leaves: list[Tensor]) -> Program | None:
+        if self._changes > CHANGES:
+            return None
+        shape = next((leaf.shape for leaf in leaves if leaf.ndim >= 2), torch.Size())
+        batch = f"a batch of {list(shape[:2])} is launched as before"
+        sizes = zip(("batch_size", "seq_len"), self._wanted, shape, strict=False)
+        for name, wanted, found in sizes:
+            if wanted is not None and wanted != found:
+                self._once("shape", f"{batch}: capture() was asked for {name}={wanted}")
+                return None
+        if len(self.programs) >= SHAPES:
+            self._once(
+                "shapes",
+                f"{batch}: {SHAPES} kinds of batches are captured already. Fill batches up to one "
+                "length, or give batch_size and seq_len",
+            )
+            return None
+        return self.programs.setdefault(key, Program())
+
+    def _changed(self, reason: str) -> None:
+        """Begin anew, a few times."""
+        self._stale = None
+        self._changes += 1
+        self.forget()
+        if self._changes > CHANGES:
+            message = f"blocks have changed {self._changes} times ({reason}): launched as before"
+        else:
+            message = f"blocks have changed since they were captured ({reason}): captured again"
+        self._once(f"changed {self._changes > CHANGES}", message)
+
+    # --- Steps that run as they are and are looked at. ----------------------------------------
+
+    def _record(
+        self, run: Pass, index: int, record: Record, leaves: list[Tensor], call: Callable[[], Any]
+    ) -> Any:
+        program = run.program
+        record.leaves = [*map(kind_of, leaves)]
+        record.strides = [leaf.stride() for leaf in leaves]
+        record.places = [run.place_of(leaf) for leaf in leaves]
+        if index in program.records:
+            record.obstacle = "it runs more than once in a forward"
+        if checkpoints_otherwise(self.blocks[index]):
+            record.obstacle = "it checkpoints by a function of its own"
+        elsewhere = [str(leaf.device) for leaf in leaves if leaf.device != self.engine.device]
+        if elsewhere:
+            record.obstacle = f"it is given a tensor on {elsewhere[0]}"
+        before = self.engine.drawn()
+        if program.warm == WARM_UP - 1:
+            result, waits = self.engine.watched(call)
+            if waits:
+                record.obstacle = f"it waits for the device in {waits[0]}"
+        else:
+            result = call()
+        record.draws = self.engine.drawn() != before
+        results: list[Tensor] = []
+        try:
+            record.result = flatten(result, results)
+        except Uncapturable as reason:
+            record.obstacle = str(reason)
+        record.results = [*map(kind_of, results)]
+        for number, tensor in enumerate(results):
+            run.meet(tensor, (index, number))
+            if tensor.requires_grad:
+                tensor.register_hook(_Finished(program))
+        program.records[index] = record
+        return result
+
+    # --- Capturing and replaying. -------------------------------------------------------------
+
+    def _capture(self, program: Program) -> None:
+        if not self._states:
+            self._states = [BlockState(block) for block in self.blocks]
+        change = next(filter(None, (state.change() for state in self._states)), None)
+        if change is not None:
+            # Other shapes were captured before it.
+            self._changed(change)
+            program.plain = True
+            return
+        sections = program.plan(self.blocks, self._states, self.engine.device)
+        refused: dict[str, list[int]] = {}
+        for index, record in program.records.items():
+            if record.obstacle is not None:
+                refused.setdefault(record.obstacle, []).append(index)
+        for obstacle, indices in refused.items():
+            name = self._name(indices[0])
+            if len(indices) > 1:
+                name += f" and {len(indices) - 1} more"
+            self._once(obstacle, f"{name} is launched as before: {obstacle}")
+        if not sections:
+            program.plain = True
+            return
+        try:
+            program.graphs = self.engine.capture(sections)
+        except torch.OutOfMemoryError:
+            self.forget()
+            raise
+        except RuntimeError as error:
+            self.forget()
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CaptureError(
+                f"the blocks cannot be captured in CUDA graphs: {first}. Train without "
+                "prodial_kernels.capture"
+            ) from error
+        program.sections = sections
+
+    def _difference(
+        self, run: Pass, index: int, position: int, key: Hashable, leaves: list[Tensor]
+    ) -> str | None:
+        """Why this call is not the one that was captured, if it is not."""
+        record, section = run.program.records[index], run.program.sections[position]
+        if position != run.cursor:
+            return "the blocks ran in another order"
+        if key != record.key:
+            return _key_difference(key, record.key)
+        change = self._states[index].change()
+        if change is not None:
+            self._stale = change
+            return change
+        for leaf, expected in zip(leaves, section.leaves, strict=True):
+            if isinstance(expected.place, Source):
+                reference, version = run.returned.get(expected.place, (None, 0))
+                if reference is None or reference() is not leaf or leaf._version != version:
+                    return "its input is not what the block before returned"
+        return None
+
+    def _replay(self, run: Pass, index: int, position: int, leaves: list[Tensor]) -> Any:
+        program = run.program
+        graphed, section = program.graphs[position], program.sections[position]
+        direct: list[weakref.ref[Tensor] | None] = []
+        wanted: list[Tensor] = []
+        for leaf, expected, static in zip(leaves, section.leaves, graphed.inputs, strict=True):
+            place = expected.place
+            if isinstance(place, int):
+                _write(run, place, static, leaf)
+            if expected.requires_grad:
+                wanted.append(leaf)
+                # Only the next backward leaves the gradient alone.
+                tracked = isinstance(place, Source) and place.position == position - 1
+                tracked = tracked and not (leaf._backward_hooks or leaf.retains_grad)
+                direct.append(weakref.ref(leaf) if tracked else None)
+        results = Replay.apply(
+            Run(graphed, section, self._pending, direct), *wanted, *section.parameters
+        )
+        run.cursor += 1
+        for number, result in enumerate(results):
+            run.returned[Source(position, number)] = (weakref.ref(result), result._version)
+        return rebuild(program.records[index].result, iter(results))
+
+    def _name(self, index: int) -> str:
+        return name_of(index, self.blocks[index])
+
+    def _once(self, about: str, message: str) -> None:
+        if about not in self._said:
+            self._said.add(about)
+            self._say(message)
+
+
+class _Finished:
+    """A hook that tells a program when a backward runs."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+
+    def __call__(self, gradient: Tensor) -> None:
+        self._program.finished = True
+
+
+def _write(run: Pass, place: int, static: Tensor, leaf: Tensor) -> None:
+    """Write a leaf where the graph reads it, unless an earlier block of this pass has."""
+    if place in run.program.shared:
+        written = run.written.get(place)
+        if written is not None and written[0] is leaf and written[1] == leaf._version:
+            return
+        run.written[place] = (leaf, leaf._version)
+    static.copy_(leaf.detach())
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
+    kind = device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def _watched_by_others() -> str | None:
+    """What is around this call that would not see what a graph does."""
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is active"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks of saved tensors are active (checkpointing or offloading of activations)"
+    return None
+
+
+def _key_difference(found: Any, expected: Any) -> str:
+    if found[2] != expected[2]:
+        return "autocast is set otherwise"
+    if found[3] != expected[3]:
+        return "gradient checkpointing is set otherwise"
+    if found[0] != expected[0]:
+        return "its arguments have another structure"
+    return "its arguments have other shapes or dtypes, or require gradients otherwise"

@@ -1,0 +1,357 @@
+"""Sections as CUDA graphs in one memory pool, alive exactly as long as an eager step has them.
+
+Everything is captured in the order in which it will run: forwards, then backwards in reverse. What
+a section leaves is held until the last one that reads it is captured, and then dropped; what is
+captured later takes its memory. So a replayed step needs what the eager one needs. All that stays
+of a tensor is where it was: :func:`alias`.
+
+A block's input is not a leaf of autograd while it is captured, nor its result a root: both would
+hold on to their memory. Two nodes stand at the block's ends instead (:class:`_Enter`,
+:class:`_Leave`), which hold none.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from prodial_kernels.captured.engine import Flat, Graphed, Leaf, Section, Source
+
+Result = TypeVar("Result")
+
+_SYNCHRONISES = "called a synchronizing CUDA operation"
+
+
+class CudaEngine:
+    """Captures on a stream of its own, into one pool for all shapes: they never run at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Make the stream."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self._stream = torch.cuda.Stream(self.device)
+        self._generator = torch.cuda.default_generators[index]
+        self._pool: Any = None
+
+    def busy(self) -> bool:
+        """See :class:`Engine`."""
+        return torch.cuda.is_current_stream_capturing()
+
+    def drawn(self) -> int:
+        """See :class:`Engine`; the generator's offset, which is on the host."""
+        return self._generator.get_offset()
+
+    def watched(self, function: Callable[[], Result]) -> tuple[Result, list[str]]:
+        """See :class:`Engine`."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = function()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        places: dict[str, None] = {}
+        others = []
+        for warning in caught:
+            if _SYNCHRONISES in str(warning.message):
+                places[f"{warning.filename}:{warning.lineno}"] = None
+            else:
+                others.append(warning)
+        for warning in others:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        return result, list(places)
+
+    def release(self) -> None:
+        """See :class:`Engine`."""
+        torch.cuda.synchronize(self.device)
+        self._pool = None
+        # Some of them are in the pool.
+        torch._C._cuda_clearCublasWorkspaces()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def pool_bytes(self) -> int:
+        """Bytes of the device that the graphs have for themselves."""
+        if self._pool is None:
+            return 0
+        return sum(
+            segment["total_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment.get("segment_pool_id", ())) == tuple(self._pool)
+        )
+
+    def capture(self, sections: Sequence[Section]) -> list[Graphed]:
+        """See :class:`Engine`."""
+        torch.cuda.synchronize(self.device)
+        # What the steps before have left would stay beside the pool.
+        gc.collect()
+        torch.cuda.empty_cache()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            # So that its workspace is not in the pool.
+            square = torch.ones(16, 16, device=self.device, dtype=torch.bfloat16)
+            torch.mm(square, square)
+            # So that no kernel is loaded while it is captured.
+            for section in sections:
+                _flattened([p.detach() for p in section.parameters], section.parameters)
+            torch.cuda.synchronize(self.device)
+            capturing = _Capturing(self, sections)
+            for position in range(len(sections)):
+                capturing.forward(position)
+            for position in reversed(range(len(sections))):
+                capturing.backward(position)
+            torch.cuda.synchronize(self.device)
+        return list(capturing.graphs)
+
+    @contextmanager
+    def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Capture into a graph. Other threads may call what they like meanwhile."""
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+
+
+class CudaGraphed:
+    """One section's graphs; see :class:`Graphed`."""
+
+    def __init__(self, section: Section, generator: torch.Generator) -> None:
+        """Make it empty."""
+        self.inputs: list[Tensor] = []
+        self.results: list[Tensor] = []
+        self.result_gradients: list[Tensor | None] = []
+        self.leaf_gradients: list[Tensor | None] = [None] * len(section.leaves)
+        self.parameter_gradients: list[Flat] = []
+        self.forward_graph = torch.cuda.CUDAGraph()
+        self.backward_graph: torch.cuda.CUDAGraph | None = None
+        # Of a section that runs again in backward: with the numbers that it drew.
+        self._generator = generator if section.checkpointed and section.draws else None
+
+    def forward(self) -> Any:
+        """Replay the forward."""
+        given = None if self._generator is None else self._generator.get_offset()
+        self.forward_graph.replay()
+        return given
+
+    def backward(self, given: Any) -> None:
+        """Replay the backward."""
+        if self.backward_graph is None:
+            return
+        if self._generator is None:
+            self.backward_graph.replay()
+            return
+        now = self._generator.get_offset()
+        self._generator.set_offset(given)
+        self.backward_graph.replay()
+        self._generator.set_offset(now)
+
+
+class _Capturing:
+    """Captures section by section, and knows what of each is still needed."""
+
+    def __init__(self, engine: CudaEngine, sections: Sequence[Section]) -> None:
+        self._engine = engine
+        self._sections = sections
+        self.graphs = [CudaGraphed(section, engine._generator) for section in sections]
+        self._anchor = torch.empty((), device=engine.device, requires_grad=True)
+        # What later sections read: results, and tensors that are written before a replay.
+        self._held: dict[Source | int, Tensor] = {}
+        self._last: dict[Source | int, int] = {}
+        self._readers: dict[Source, list[tuple[int, int]]] = {}
+        for position, section in enumerate(sections):
+            for number, leaf in enumerate(section.leaves):
+                self._last[leaf.place] = position
+                if isinstance(leaf.place, Source):
+                    self._readers.setdefault(leaf.place, []).append((position, number))
+        # Of each section until its backward is captured.
+        self._ends: dict[int, tuple[_Ends, Tensor]] = {}
+        self._again: dict[int, list[Tensor]] = {}
+        self._gradients: dict[tuple[int, int], Tensor] = {}
+
+    def forward(self, position: int) -> None:
+        section, graphed = self._sections[position], self.graphs[position]
+        with self._engine.recording(graphed.forward_graph):
+            data = [self._leaf(leaf) for leaf in section.leaves]
+            if section.checkpointed:
+                with torch.no_grad():
+                    results = section.function(data)
+                self._again[position] = data
+                differentiable = [result.is_floating_point() for result in results]
+            else:
+                ends, results, root = self._differentiable(section, data)
+                differentiable = [result.requires_grad for result in results]
+                if root is not None:
+                    self._ends[position] = ends, root
+        graphed.inputs = [alias(tensor) for tensor in data]
+        graphed.results = [alias(result) for result in results]
+        # Their places are known when the backward is captured.
+        graphed.result_gradients = [
+            result if one else None
+            for result, one in zip(graphed.results, differentiable, strict=True)
+        ]
+        for number, result in enumerate(results):
+            if Source(position, number) in self._last:
+                self._held[Source(position, number)] = result.detach()
+        for place in {leaf.place for leaf in section.leaves}:
+            if self._last[place] == position:
+                self._held.pop(place, None)
+
+    def backward(self, position: int) -> None:
+        section, graphed = self._sections[position], self.graphs[position]
+        if position not in self._ends and position not in self._again:
+            return
+        if not (section.parameters or any(leaf.requires_grad for leaf in section.leaves)):
+            graphed.result_gradients = [None] * len(graphed.results)
+            return
+        graph = torch.cuda.CUDAGraph()
+        with self._engine.recording(graph), torch.autocast("cuda", enabled=False):
+            if position in self._again:
+                ends, results, root = self._differentiable(section, self._again.pop(position))
+                graphed.result_gradients = [
+                    place if result.requires_grad else None
+                    for place, result in zip(graphed.results, results, strict=True)
+                ]
+                del results
+            else:
+                ends, root = self._ends.pop(position)
+            ends.given = [
+                None if like is None else self._result_gradient(position, number, like)
+                for number, like in enumerate(graphed.result_gradients)
+            ]
+            found = torch.autograd.grad(
+                root, [self._anchor, *section.parameters], torch.empty_like(root),
+                allow_unused=True,
+            )[1:]  # fmt: skip
+            flats = _flattened(found, section.parameters)
+        graphed.backward_graph = graph
+        graphed.result_gradients = [None if g is None else alias(g) for g in ends.given]
+        graphed.leaf_gradients = [
+            alias(ends.found[number]) if number in ends.found else None
+            for number in range(len(section.leaves))
+        ]
+        graphed.parameter_gradients = [Flat(alias(flat.tensor), flat.parameters) for flat in flats]
+        # The section before takes them as they are; then their memory is free.
+        self._gradients = {(position, number): g for number, g in ends.found.items()}
+
+    def _leaf(self, leaf: Leaf) -> Tensor:
+        held = self._held.get(leaf.place)
+        if held is None:
+            held = torch.empty_strided(
+                leaf.shape, leaf.stride, dtype=leaf.dtype, device=self._engine.device
+            )
+            self._held[leaf.place] = held
+        return held
+
+    def _differentiable(
+        self, section: Section, data: Sequence[Tensor]
+    ) -> tuple[_Ends, list[Tensor], Any]:
+        ends = _Ends()
+        with torch.enable_grad():
+            entered = [
+                _Enter.apply(self._anchor, ends, number, tensor) if leaf.requires_grad else tensor
+                for number, (leaf, tensor) in enumerate(zip(section.leaves, data, strict=True))
+            ]
+            results = section.function(entered)
+            of_graph = [result for result in results if result.requires_grad]
+            root = _Leave.apply(ends, *of_graph) if of_graph else None
+        return ends, results, root
+
+    def _result_gradient(self, position: int, number: int, like: Tensor) -> Tensor:
+        """Where the gradient of a result is read: where its one reader has left it, if it has."""
+        readers = self._readers.get(Source(position, number), [])
+        if len(readers) == 1:
+            left = self._gradients.get(readers[0])
+            if left is not None and left.dtype == like.dtype:
+                return left
+        return torch.empty_like(like)
+
+
+class _Ends:
+    """The gradients at a block's ends: given at its results, found at its leaves."""
+
+    def __init__(self) -> None:
+        self.given: list[Tensor | None] = []
+        self.found: dict[int, Tensor] = {}
+
+
+class _Enter(torch.autograd.Function):
+    """A leaf as a block takes it; the gradient that arrives is put down."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, ends: _Ends, number: int, data: Tensor) -> Tensor:
+        ctx.ends, ctx.number = ends, number
+        # Not a view for autograd, to which a block may do in place what it likes.
+        return torch.ops.aten._unsafe_view(data, data.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
+        ctx.ends.found[ctx.number] = gradient
+        return None, None, None, None
+
+
+class _Leave(torch.autograd.Function):
+    """A root for a block's results that holds none of them."""
+
+    @staticmethod
+    def forward(ctx: Any, ends: _Ends, *results: Tensor) -> Tensor:
+        ctx.ends = ends
+        return results[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *[gradient for gradient in ctx.ends.given if gradient is not None])
+
+
+def _flattened(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Flat]:
+    """Put gradients one behind the other, those of a dtype together."""
+    groups: dict[torch.dtype, list[int]] = {}
+    for index, gradient in enumerate(found):
+        if gradient is not None:
+            groups.setdefault(gradient.dtype, []).append(index)
+    flats = []
+    for dtype, indices in groups.items():
+        some = [gradient for i in indices if (gradient := found[i]) is not None]
+        flat = torch.empty(sum(g.numel() for g in some), dtype=dtype, device=some[0].device)
+        places = _unflatten_dense_tensors(flat, [parameters[i] for i in indices])
+        torch._foreach_copy_(list(places), some)
+        flats.append(Flat(flat, tuple(indices)))
+    return flats
+
+
+class _Memory:
+    """Bytes of the device that someone else takes care of."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3
+        }  # fmt: skip
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """Return a tensor at the same place that does not keep its memory alive.
+
+    To the allocator that memory is free once nothing else holds it; it stays what the graphs of the
+    pool make of it as long as one of them is alive.
+    """
+    if tensor.numel() == 0:
+        return tensor.detach()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * step for size, step in steps)
+    memory = _Memory(tensor.data_ptr(), span * tensor.element_size())
+    raw = torch.as_tensor(memory, device=tensor.device)
+    return raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

@@ -1,0 +1,234 @@
+"""``capture``: the blocks of a model launched as CUDA graphs, until they are released."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from prodial_kernels.captured.chain import CaptureError, CaptureWarning, Chain
+from prodial_kernels.captured.cuda import CudaEngine
+from prodial_kernels.captured.engine import Engine
+from prodial_kernels.captured.state import sharded
+from prodial_kernels.training.blocks import blocks_of
+from prodial_kernels.training.norms import KERNEL_ON, FusedNorms, fuse_norms
+
+
+class Captured:
+    """Captured blocks, until :meth:`release`; prints as a line."""
+
+    def __init__(self, chain: Chain, norms: FusedNorms) -> None:
+        """Take over the blocks; made by :func:`capture`."""
+        self._chain = chain
+        self._norms = norms
+        self._forwards = [
+            BlockForward(block, chain, index) for index, block in enumerate(chain.blocks)
+        ]
+
+    def __enter__(self) -> Captured:
+        """Leave the blocks captured for a block of code."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release them."""
+        self.release()
+
+    def __str__(self) -> str:
+        captured = [program for program in self._chain.programs.values() if program.graphs]
+        n_blocks = len(self._chain.blocks)
+        if not captured:
+            return f"captured blocks: none of {n_blocks} yet; the first steps run as they are"
+        shapes = ", ".join(
+            f"{list(program.records[0].leaves[0].shape[:2])}: {len(program.graphs)} of {n_blocks}"
+            for program in captured
+        )
+        return f"captured blocks: {shapes}"
+
+    def release(self) -> None:
+        """Give every block its own forward back, and the graphs' memory; again does nothing."""
+        for forward in self._forwards:
+            forward.remove()
+        self._forwards = []
+        self._norms.remove()
+        self._chain.forget()
+
+
+class BlockForward:
+    """A block's ``forward`` while it is captured.
+
+    An attribute of the block rather than of its class, so that hooks of the block run around it and
+    transformers' checkpointing within. A copy or a pickle of the model has its own forward again.
+    """
+
+    def __init__(self, block: nn.Module, chain: Chain, index: int) -> None:
+        """Take a block over."""
+        self._block = weakref.ref(block)
+        self._chain = chain
+        self._index = index
+        self._before = vars(block).get("forward")
+        self.__wrapped__ = self.upstream
+        block.forward = self
+
+    def upstream(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own forward."""
+        if self._before is not None:
+            return self._before(*args, **kwargs)
+        block: Any = self._block()
+        return type(block).forward(block, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward, replayed if it can be."""
+        return self._chain.call(self._index, self.upstream, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        """Copied and pickled as what it stands before."""
+        return _own_forward, (self._block(),)
+
+    def remove(self) -> None:
+        """Give the block its own forward back."""
+        block = self._block()
+        if block is None or vars(block).get("forward") is not self:
+            return
+        if self._before is None:
+            del block.forward
+        else:
+            block.forward = self._before
+
+
+def _own_forward(block: nn.Module) -> Any:
+    return _Own(block)
+
+
+class _Own:
+    """The forward of a block's class, as an attribute of a copied block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        block: Any = self.block
+        return type(block).forward(block, *args, **kwargs)
+
+
+def capture(
+    model: nn.Module,
+    *,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    norms: bool = True,
+) -> Captured:
+    """Launch forward and backward of every block of a model as CUDA graphs, in any training loop.
+
+    The host then launches two graphs a block instead of some hundred kernels, which is what a
+    step of a small model waits for. Call it before training, with adapters in place. The first two
+    steps of a shape run as they are, then its blocks are captured, all in one memory pool.
+    Gradients arrive in ``.grad`` as ever: accumulation, clipping, ``GradScaler``, any optimiser
+    and ``zero_grad`` work. Dropout draws the numbers that it would have drawn; autocast and
+    transformers' gradient checkpointing are captured as they are set; evaluation, generation,
+    state dicts and saving do not change.
+
+    What is not like the captured calls is launched as before, and a :class:`CaptureWarning` says so
+    once: other shapes, a cache in training, blocks that wait for the device. A model that changes
+    (adapters merged, switched off or exchanged, weights frozen) is captured again.
+
+    Args:
+        model: Any module with a list of blocks, on a CUDA device: transformers', mamba_ssm's,
+            adapted by this package, by PEFT or not at all.
+        batch_size: Capture batches of this size only; default: of every shape, up to four.
+        seq_len: Likewise the length.
+        norms: Also run each RMS norm of transformers as one kernel, as fine-tuning here does; it
+            rounds once instead of thrice.
+
+    Returns:
+        What was taken over; leaving its ``with`` block or calling ``release()`` undoes it.
+
+    Raises:
+        CaptureError: The model is not on one CUDA device, its blocks are not found, captured
+            already or under accelerate's hooks, or there is more than one process. Later, from the
+            step that captures: the blocks cannot be captured.
+    """
+    device = _device_of(model)
+    if device.type != "cuda":
+        raise CaptureError(
+            f"model: expected one on a CUDA device, got one on {device.type!r}; move it there "
+            "before capture(), or train without"
+        )
+    return capture_with(
+        model, CudaEngine(device), batch_size=batch_size, seq_len=seq_len, norms=norms
+    )
+
+
+def capture_with(
+    model: nn.Module,
+    engine: Engine,
+    *,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    norms: bool = True,
+) -> Captured:
+    """:func:`capture`, by an engine of the caller's.
+
+    Raises:
+        CaptureError: See there.
+    """
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value is not None and value < 1:
+            raise CaptureError(f"{name} must be at least 1, got {value}")
+    blocks = _blocks(model)
+    fused = fuse_norms(model) if norms and engine.device.type in KERNEL_ON else FusedNorms()
+    chain = Chain(
+        blocks, engine, batch_size=batch_size, seq_len=seq_len, say=partial(_warn, CaptureWarning)
+    )
+    return Captured(chain, fused)
+
+
+def _blocks(model: nn.Module) -> Sequence[nn.Module]:
+    """The blocks of a model that can be captured.
+
+    Raises:
+        CaptureError: It cannot.
+    """
+    processes = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+    if processes > 1:
+        raise CaptureError(
+            f"blocks are captured in one process only so far, and this is one of {processes}; "
+            "train without capture()"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise CaptureError(f"model is wrapped in {type(model).__name__}, which is not captured")
+    if sharded(model):
+        raise CaptureError("model: its parameters are sharded or on 'meta', which is not captured")
+    try:
+        blocks = blocks_of(model)
+    except ValueError:
+        raise CaptureError(
+            f"{type(model).__name__} holds no nn.ModuleList of blocks to capture"
+        ) from None
+    for block in blocks:
+        if isinstance(vars(block).get("forward"), BlockForward):
+            raise CaptureError("the model's blocks are captured already; release() them first")
+        if any(hasattr(module, "_hf_hook") for module in block.modules()):
+            raise CaptureError(
+                "accelerate moves the model's blocks between devices (device_map), which no graph "
+                "can hold; load the model onto one device"
+            )
+    return list(dict.fromkeys(blocks))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise CaptureError(f"model: expected one on a single CUDA device, got one on {names}")
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _warn(category: type[Warning], message: str) -> None:
+    warnings.warn(message, category, stacklevel=2)

@@ -1,0 +1,78 @@
+"""What a block was when it was captured, and whether it still is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+# Attributes that choose what a module computes, here and in PEFT.
+_OPTIONS = (
+    "training", "adapter_enabled", "_disable_adapters", "_active_adapter", "scaling", "impl",
+    "lora_dropout", "lora_alpha", "p", "prodial_recompute_xz",
+)  # fmt: skip
+
+
+class BlockState:
+    """The modules, tensors and options of a block; a graph is right only while they stay.
+
+    Values may change, in place: a graph reads them where they are.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        """Remember what ``block`` is now."""
+        self._modules = list(block.modules())
+        self._classes = [*map(type, self._modules)]
+        # Read in every call of the block, so as few steps as can be.
+        self._held: list[Mapping[str, Any]] = [
+            held for m in self._modules for held in (m._modules, m._parameters, m._buffers)
+        ]
+        self._values = [value for held in self._held for value in held.values()]
+        self._identities = [*map(id, self._values)]
+        self._options = [
+            (vars(m), name, value) for m in self._modules for name, value in _options(m).items()
+        ]
+        self._chosen = [value for _, _, value in self._options]
+        self._tensors: list[Tensor] = [v for v in self._values if type(v) in _PLAIN]
+        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._trained = [tensor.requires_grad for tensor in self._tensors]
+        trained = {id(t): t for t in self._tensors if t.requires_grad}
+        self.parameters = [*trained.values()]
+        """What is trained, each tensor once, in order."""
+
+    def change(self) -> str | None:
+        """Say what has changed since, if anything has."""
+        if [*map(type, self._modules)] != self._classes:
+            return "the class of a module was changed"
+        if [id(value) for held in self._held for value in held.values()] != self._identities:
+            return "a module or a tensor was replaced, added or removed"
+        found = [values.get(name) for values, name, _ in self._options]
+        if found != self._chosen:
+            for value, (_, name, before) in zip(found, self._options, strict=True):
+                if value != before:
+                    return f"{name} of a module is {value!r}, not {before!r}"
+        if [tensor.data_ptr() for tensor in self._tensors] != self._places:
+            return "a tensor was moved in memory"
+        if [tensor.requires_grad for tensor in self._tensors] != self._trained:
+            return "requires_grad of a tensor was changed"
+        return None
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    found = vars(module)
+    options = {name: found[name] for name in _OPTIONS if name in found}
+    # What is changed in place must not change here.
+    return {
+        name: type(value)(value) if isinstance(value, list | dict) else value
+        for name, value in options.items()
+    }
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether some parameter is not a plain tensor on one device."""
+    return any(
+        p.is_meta or (type(p) not in _PLAIN and hasattr(p, "device_mesh"))
+        for p in model.parameters()
+    )
