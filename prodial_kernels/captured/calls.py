@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.captured.deferred import Deferred
+
 IRRELEVANT = frozenset(("num_items_in_batch",))
 """What transformers hands to every block and none reads; it differs from step to step."""
 
@@ -30,6 +32,9 @@ class Kind(NamedTuple):
 
 def kind_of(tensor: Tensor) -> Kind:
     """Describe a tensor."""
+    if type(tensor) is Deferred:
+        kind: Kind = tensor.kind
+        return kind
     return Kind(tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
 
 
@@ -45,7 +50,7 @@ def flatten(value: Any, leaves: list[Tensor], name: str = "the result") -> Hasha
         Uncapturable: Something else is in it, such as a cache.
     """
     cls = type(value)
-    if cls is Tensor or cls is nn.Parameter:
+    if cls is Tensor or cls is nn.Parameter or cls is Deferred:
         leaves.append(value)
         return _LEAF
     if cls in _CONSTANTS:

@@ -3,7 +3,10 @@
 The blocks of a model are called one after the other, over and over. The first calls of a shape run
 as they are, and are looked at: what goes in, what comes out, whether the device is waited for.
 Then all blocks are captured, in the order in which they run, and from then on each call that is
-like the one captured replays its graph. What is not like it runs as before, and is said once:
+like the one captured replays its graph.
+
+Blocks that only hand on share a graph, which runs when the last of them is called; see
+:mod:`prodial_kernels.captured.deferred`. What is not like it runs as before, and is said once:
 
 * another shape (each of :data:`SHAPES` gets graphs of its own, in the same memory), another
   structure, an input that is not what the block before returned;
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,14 +32,16 @@ from prodial_kernels.captured.calls import (
     flatten_call,
     kind_of,
     rebuild,
+    rebuild_call,
 )
 from prodial_kernels.captured.checkpointing import (
     checkpoints_otherwise,
     checkpoints_outside,
     is_checkpointed,
 )
+from prodial_kernels.captured.deferred import Deferral, Deferred, with_content
 from prodial_kernels.captured.engine import Engine, Source
-from prodial_kernels.captured.program import Pass, Program, Record, name_of
+from prodial_kernels.captured.program import Before, Pass, Program, Record, hooked, name_of
 from prodial_kernels.captured.replay import Pending, Replay, Run
 from prodial_kernels.captured.state import BlockState
 
@@ -69,6 +75,7 @@ class Chain:
         *,
         batch_size: int | None = None,
         seq_len: int | None = None,
+        together: bool = True,
         say: Callable[[str], None],
     ) -> None:
         """Make it; nothing is captured yet.
@@ -78,6 +85,7 @@ class Chain:
             engine: What captures.
             batch_size: Capture this one only.
             seq_len: Likewise.
+            together: Let blocks share a graph.
             say: Told once why something is launched as before.
         """
         self.blocks = list(blocks)
@@ -91,6 +99,8 @@ class Chain:
         self._replaying: Pass | None = None
         self._recording: Pass | None = None
         self._stale: str | None = None
+        self._together = together
+        self._separating = False
         self._changes = 0
         self._outside = any(map(checkpoints_outside, self.blocks))
 
@@ -103,28 +113,28 @@ class Chain:
         block = self.blocks[index]
         if index == 0:
             self._replaying = self._recording = None
-        if not (block.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return upstream(*args, **kwargs)
-        if self.engine.busy():
-            return upstream(*args, **kwargs)
+        if not (block.training and torch.is_grad_enabled()) or self.engine.busy():
+            return _plain(upstream, args, kwargs)
         obstacle = _watched_by_others()
         if self._outside and is_checkpointed(block):
             obstacle = "this transformers checkpoints around a block's forward (5.24 does not)"
         if obstacle is not None:
             self._once("others", f"{obstacle}: blocks are launched as before meanwhile")
-            return upstream(*args, **kwargs)
+            return _plain(upstream, args, kwargs)
         try:
             structure, leaves = flatten_call(args, kwargs)
         except Uncapturable as reason:
             self._once("argument", f"{self._name(index)} is launched as before: {reason}")
-            return upstream(*args, **kwargs)
-        if leaves and leaves[0].device != self.engine.device:
+            return _plain(upstream, args, kwargs)
+        kinds = tuple(map(kind_of, leaves))
+        if kinds and kinds[0].device != self.engine.device:
             raise CaptureError(
-                f"{self._name(index)} is given a tensor on {leaves[0].device}, but is captured on "
+                f"{self._name(index)} is given a tensor on {kinds[0].device}, but is captured on "
                 f"{self.engine.device}: nn.DataParallel, which transformers' Trainer uses where it "
                 "sees several GPUs, is not captured. Set CUDA_VISIBLE_DEVICES to one"
             )
-        kinds = tuple(map(kind_of, leaves))
         key = (structure, kinds, _autocast(self.engine.device), is_checkpointed(block))
         if index == 0:
             self._begin(key, leaves)
@@ -134,16 +144,25 @@ class Chain:
                 self._recording, index, record, leaves, lambda: upstream(*args, **kwargs)
             )
         run = self._replaying
-        position = None if run is None else run.program.positions.get(index)
-        if run is None or position is None:
-            return upstream(*args, **kwargs)
-        obstacle = self._difference(run, index, position, key, leaves)
-        if obstacle is not None:
+        if run is None or index not in run.program.positions:
+            return _plain(upstream, args, kwargs)
+        last = index == run.program.members[run.program.positions[index]][-1]
+        obstacle = self._difference(run, index, key, leaves)
+        seen = self._between(run, index, last) if obstacle is None else None
+        if obstacle is not None or seen is not None:
             # What follows reads what this block would have left.
             self._replaying = None
-            self._once("difference", f"{self._name(index)} is launched as before: {obstacle}")
-            return upstream(*args, **kwargs)
-        return self._replay(run, index, position, leaves)
+            if run.deferral is not None:
+                run.deferral.read = _nothing
+            if seen is not None:
+                self._separate(f"{self._name(index)} {seen}")
+            else:
+                self._once("difference", f"{self._name(index)} is launched as before: {obstacle}")
+            return _plain(upstream, args, kwargs)
+        run.cursor += 1
+        if last:
+            return self._replay(run, index, leaves)
+        return self._defer(run, index, partial(_run, upstream, structure), leaves)
 
     def forget(self) -> None:
         """Drop every graph and what is known of every shape."""
@@ -165,6 +184,9 @@ class Chain:
             return
         if self._stale is not None:
             self._changed(self._stale)
+        if self._separating:
+            self._separating = self._together = False
+            self.forget()
         program = self.programs.get(key)
         if program is None:
             program = self._new_program(key, leaves)
@@ -200,6 +222,11 @@ class Chain:
             return None
         return self.programs.setdefault(key, Program())
 
+    def _separate(self, reason: str) -> None:
+        """Give each block a graph of its own from the next forward on."""
+        self._separating = True
+        self._once("together", f"{reason}: from now on each block is captured on its own")
+
     def _changed(self, reason: str) -> None:
         """Begin anew, a few times."""
         self._stale = None
@@ -227,20 +254,22 @@ class Chain:
         elsewhere = [str(leaf.device) for leaf in leaves if leaf.device != self.engine.device]
         if elsewhere:
             record.obstacle = f"it is given a tensor on {elsewhere[0]}"
-        before = self.engine.drawn()
+        before, bytes_before = self.engine.drawn(), self.engine.allocated()
         if program.warm == WARM_UP - 1:
             result, waits = self.engine.watched(call)
             if waits:
                 record.obstacle = f"it waits for the device in {waits[0]}"
         else:
             result = call()
-        record.draws = self.engine.drawn() != before
+        record.drawn = before, self.engine.drawn()
+        record.memory = bytes_before, self.engine.allocated()
         results: list[Tensor] = []
         try:
             record.result = flatten(result, results)
         except Uncapturable as reason:
             record.obstacle = str(reason)
         record.results = [*map(kind_of, results)]
+        record.result_strides = [result.stride() for result in results]
         for number, tensor in enumerate(results):
             run.meet(tensor, (index, number))
             if tensor.requires_grad:
@@ -259,7 +288,9 @@ class Chain:
             self._changed(change)
             program.plain = True
             return
-        sections = program.plan(self.blocks, self._states, self.engine.device)
+        sections = program.plan(
+            self.blocks, self._states, self.engine.device, together=self._together
+        )
         refused: dict[str, list[int]] = {}
         for index, record in program.records.items():
             if record.obstacle is not None:
@@ -273,7 +304,7 @@ class Chain:
             program.plain = True
             return
         try:
-            program.graphs = self.engine.capture(sections)
+            program.graphs = self.engine.capture(sections, program.kept())
         except torch.OutOfMemoryError:
             self.forget()
             raise
@@ -286,12 +317,11 @@ class Chain:
             ) from error
         program.sections = sections
 
-    def _difference(
-        self, run: Pass, index: int, position: int, key: Hashable, leaves: list[Tensor]
-    ) -> str | None:
+    def _difference(self, run: Pass, index: int, key: Hashable, leaves: list[Tensor]) -> str | None:
         """Why this call is not the one that was captured, if it is not."""
-        record, section = run.program.records[index], run.program.sections[position]
-        if position != run.cursor:
+        program = run.program
+        record = program.records[index]
+        if run.cursor >= len(program.order) or program.order[run.cursor] != index:
             return "the blocks ran in another order"
         if key != record.key:
             return _key_difference(key, record.key)
@@ -299,21 +329,81 @@ class Chain:
         if change is not None:
             self._stale = change
             return change
-        for leaf, expected in zip(leaves, section.leaves, strict=True):
-            if isinstance(expected.place, Source):
+        for leaf, expected in zip(leaves, program.takes[index], strict=True):
+            if isinstance(expected, Before):
+                same = run.deferral is not None and run.deferral.is_last(leaf, expected.result)
+            elif isinstance(expected.place, Source):
                 reference, version = run.returned.get(expected.place, (None, 0))
-                if reference is None or reference() is not leaf or leaf._version != version:
-                    return "its input is not what the block before returned"
+                same = reference is not None and reference() is leaf and leaf._version == version
+            else:
+                same = type(leaf) is not Deferred
+                # In one graph it is read from one place.
+                if same and run.placed.setdefault(expected.place, leaf) is not leaf:
+                    return "it is given another tensor than the block before"
+            if not same:
+                return "its input is not what the block before returned"
         return None
 
-    def _replay(self, run: Pass, index: int, position: int, leaves: list[Tensor]) -> Any:
+    def _between(self, run: Pass, index: int, last: bool) -> str | None:
+        """What would see the result of a block that is captured together with the next."""
         program = run.program
+        if last and run.deferral is None:
+            return None
+        if hooked(self.blocks[index]):
+            return "has hooks by now"
+        if run.deferral is not None and run.deferral.kept():
+            return "is called while what an earlier one has returned is kept"
+        if not last and hooked(self.blocks[program.order[run.cursor + 1]]):
+            return "is followed by one that has hooks by now"
+        return None
+
+    def _defer(
+        self, run: Pass, index: int, function: Callable[..., list[Tensor]], leaves: list[Tensor]
+    ) -> Any:
+        """Leave a block to the graph that it shares with the next."""
+        program = run.program
+        record = program.records[index]
+        if run.deferral is None:
+            section = program.sections[program.positions[index]]
+            run.deferral = Deferral(section.name, self.engine.device.type, record.key[2])
+            run.deferral.read = self._read
+            position = program.positions[index]
+            if position in program.early:
+                # So that the device does not wait for the calls that follow. If one of them turns
+                # out to be another, this was for nothing.
+                graphed = program.graphs[position]
+                for leaf, expected, static in zip(
+                    leaves, section.leaves, graphed.inputs, strict=False
+                ):
+                    if isinstance(expected.place, int):
+                        _write(run, expected.place, static, leaf)
+                graphed.forward()
+                run.started = True
+        run.leaves += [leaf for leaf in leaves if type(leaf) is not Deferred]
+        run.deferral.add(function, leaves)
+        results = run.deferral.results(record.results, record.result_strides)
+        return rebuild(record.result, iter(results))
+
+    def _read(self) -> None:
+        self._replaying = None
+        self._separate("what a block returns is read before the next one")
+
+    def _replay(self, run: Pass, index: int, leaves: list[Tensor]) -> Any:
+        program = run.program
+        position = program.positions[index]
         graphed, section = program.graphs[position], program.sections[position]
+        started = run.started
+        run.started = False
+        run.placed.clear()
+        if run.deferral is not None:
+            leaves = run.leaves + [leaf for leaf in leaves if type(leaf) is not Deferred]
+            run.deferral.begin()
+            run.deferral, run.leaves = None, []
         direct: list[weakref.ref[Tensor] | None] = []
         wanted: list[Tensor] = []
         for leaf, expected, static in zip(leaves, section.leaves, graphed.inputs, strict=True):
             place = expected.place
-            if isinstance(place, int):
+            if isinstance(place, int) and not started:
                 _write(run, place, static, leaf)
             if expected.requires_grad:
                 wanted.append(leaf)
@@ -322,9 +412,8 @@ class Chain:
                 tracked = tracked and not (leaf._backward_hooks or leaf.retains_grad)
                 direct.append(weakref.ref(leaf) if tracked else None)
         results = Replay.apply(
-            Run(graphed, section, self._pending, direct), *wanted, *section.parameters
+            Run(graphed, section, self._pending, direct, started), *wanted, *section.parameters
         )
-        run.cursor += 1
         for number, result in enumerate(results):
             run.returned[Source(position, number)] = (weakref.ref(result), result._version)
         return rebuild(program.records[index].result, iter(results))
@@ -336,6 +425,21 @@ class Chain:
         if about not in self._said:
             self._said.add(about)
             self._say(message)
+
+
+def _plain(upstream: Function, args: Any, kwargs: Any) -> Any:
+    return upstream(*with_content(tuple(args)), **with_content(kwargs))
+
+
+def _run(upstream: Function, structure: Any, leaves: Sequence[Tensor]) -> list[Tensor]:
+    args, kwargs = rebuild_call(structure, leaves)
+    results: list[Tensor] = []
+    flatten(upstream(*args, **kwargs), results)
+    return results
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Finished:

@@ -27,6 +27,8 @@ from prodial_kernels.captured.engine import Flat, Graphed, Leaf, Section, Source
 Result = TypeVar("Result")
 
 _SYNCHRONISES = "called a synchronizing CUDA operation"
+# What torch says of the check itself, once in a process.
+_PROTOTYPE = "Synchronization debug mode is a prototype feature"
 
 
 class CudaEngine:
@@ -39,6 +41,7 @@ class CudaEngine:
         self._stream = torch.cuda.Stream(self.device)
         self._generator = torch.cuda.default_generators[index]
         self._pool: Any = None
+        self._reserving: torch.cuda.CUDAGraph | None = None
 
     def busy(self) -> bool:
         """See :class:`Engine`."""
@@ -47,6 +50,10 @@ class CudaEngine:
     def drawn(self) -> int:
         """See :class:`Engine`; the generator's offset, which is on the host."""
         return self._generator.get_offset()
+
+    def allocated(self) -> int:
+        """See :class:`Engine`."""
+        return torch.cuda.memory_allocated(self.device)
 
     def watched(self, function: Callable[[], Result]) -> tuple[Result, list[str]]:
         """See :class:`Engine`."""
@@ -61,9 +68,10 @@ class CudaEngine:
         places: dict[str, None] = {}
         others = []
         for warning in caught:
-            if _SYNCHRONISES in str(warning.message):
+            said = str(warning.message)
+            if _SYNCHRONISES in said:
                 places[f"{warning.filename}:{warning.lineno}"] = None
-            else:
+            elif _PROTOTYPE not in said:
                 others.append(warning)
         for warning in others:
             warnings.warn_explicit(
@@ -74,7 +82,7 @@ class CudaEngine:
     def release(self) -> None:
         """See :class:`Engine`."""
         torch.cuda.synchronize(self.device)
-        self._pool = None
+        self._pool = self._reserving = None
         # Some of them are in the pool.
         torch._C._cuda_clearCublasWorkspaces()
         gc.collect()
@@ -90,22 +98,24 @@ class CudaEngine:
             if tuple(segment.get("segment_pool_id", ())) == tuple(self._pool)
         )
 
-    def capture(self, sections: Sequence[Section]) -> list[Graphed]:
+    def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Graphed]:
         """See :class:`Engine`."""
         torch.cuda.synchronize(self.device)
         # What the steps before have left would stay beside the pool.
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        if self._pool is None:
+        fresh = self._pool is None
+        if fresh:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            # So that its workspace is not in the pool.
-            square = torch.ones(16, 16, device=self.device, dtype=torch.bfloat16)
-            torch.mm(square, square)
             # So that no kernel is loaded while it is captured.
             for section in sections:
                 _flattened([p.detach() for p in section.parameters], section.parameters)
             torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            if fresh and kept:
+                self._reserve(kept)
             capturing = _Capturing(self, sections)
             for position in range(len(sections)):
                 capturing.forward(position)
@@ -114,17 +124,31 @@ class CudaEngine:
             torch.cuda.synchronize(self.device)
         return list(capturing.graphs)
 
+    def _reserve(self, size: int) -> None:
+        """Take so many bytes into the pool at once.
+
+        One by one, each large tensor would be rounded up to 2 MiB of its own.
+        """
+        self._reserving = torch.cuda.CUDAGraph()
+        with self.recording(self._reserving):
+            # A graph must not be empty.
+            torch.empty(size, dtype=torch.uint8, device=self.device)[:1].zero_()
+
     @contextmanager
     def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
         """Capture into a graph. Other threads may call what they like meanwhile."""
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            yield
+            # Another thread would have a cuBLAS workspace (32 MiB) of its own.
+            with torch.autograd.set_multithreading_enabled(False):
+                yield
         except BaseException:
             with suppress(RuntimeError):
                 graph.capture_end()
             raise
         graph.capture_end()
+        # It is in the pool, where only this graph needs it: the next one may write over it.
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 class CudaGraphed:

@@ -36,7 +36,7 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """One block's call, to be captured.
+    """One block's call, or those of several in a row, to be captured.
 
     Attributes:
         name: For messages.
@@ -45,6 +45,7 @@ class Section:
         parameters: What is trained in it.
         checkpointed: Keep nothing but the leaves, and run it again in backward.
         draws: Whether it draws random numbers.
+        blocks: How many blocks it stands for.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Section:
     parameters: tuple[Tensor, ...]
     checkpointed: bool = False
     draws: bool = False
+    blocks: int = 1
 
 
 class Flat(NamedTuple):
@@ -91,8 +93,10 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def capture(self, sections: Sequence[Section]) -> list[Graphed]:
+    def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Graphed]:
         """Capture forwards in order and backwards in reverse order, as they will be replayed.
+
+        ``kept`` are the bytes that the forwards leave for the backwards, about; 0 if unknown.
 
         Any one forward may be the last that is replayed, if then the backwards of those that were
         are replayed in reverse order.
@@ -100,6 +104,9 @@ class Engine(Protocol):
 
     def watched(self, function: Callable[[], Result]) -> tuple[Result, list[str]]:
         """Run a function; return where it waits for the device, which no graph can do."""
+
+    def allocated(self) -> int:
+        """Bytes of the device that tensors take."""
 
     def drawn(self) -> Any:
         """Something that changes when random numbers are drawn."""

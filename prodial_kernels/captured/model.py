@@ -44,7 +44,7 @@ class Captured:
         if not captured:
             return f"captured blocks: none of {n_blocks} yet; the first steps run as they are"
         shapes = ", ".join(
-            f"{list(program.records[0].leaves[0].shape[:2])}: {len(program.graphs)} of {n_blocks}"
+            f"{list(program.records[0].leaves[0].shape[:2])}: {len(program.order)} of {n_blocks}"
             for program in captured
         )
         return f"captured blocks: {shapes}"
@@ -124,9 +124,11 @@ def capture(
 ) -> Captured:
     """Launch forward and backward of every block of a model as CUDA graphs, in any training loop.
 
-    The host then launches two graphs a block instead of some hundred kernels, which is what a
-    step of a small model waits for. Call it before training, with adapters in place. The first two
-    steps of a shape run as they are, then its blocks are captured, all in one memory pool.
+    The host then launches a few graphs instead of some hundred kernels a block, which is what a
+    step of a small model waits for: blocks that take nothing but what the one before returned share
+    one, unless something reads or hooks what is between them. Call it before training, with
+    adapters in place. The first two steps of a shape run as they are, then its blocks are captured,
+    all in one memory pool.
     Gradients arrive in ``.grad`` as ever: accumulation, clipping, ``GradScaler``, any optimiser
     and ``zero_grad`` work. Dropout draws the numbers that it would have drawn; autocast and
     transformers' gradient checkpointing are captured as they are set; evaluation, generation,
@@ -170,8 +172,9 @@ def capture_with(
     batch_size: int | None = None,
     seq_len: int | None = None,
     norms: bool = True,
+    together: bool = True,
 ) -> Captured:
-    """:func:`capture`, by an engine of the caller's.
+    """:func:`capture`, by an engine of the caller's; ``together=False`` gives each block a graph.
 
     Raises:
         CaptureError: See there.
@@ -182,8 +185,9 @@ def capture_with(
     blocks = _blocks(model)
     fused = fuse_norms(model) if norms and engine.device.type in KERNEL_ON else FusedNorms()
     chain = Chain(
-        blocks, engine, batch_size=batch_size, seq_len=seq_len, say=partial(_warn, CaptureWarning)
-    )
+        blocks, engine, batch_size=batch_size, seq_len=seq_len, together=together,
+        say=partial(_warn, CaptureWarning),
+    )  # fmt: skip
     return Captured(chain, fused)
 
 

@@ -65,6 +65,7 @@ class Run:
         section: Section,
         pending: Pending,
         direct: Sequence[weakref.ref[Tensor] | None],
+        started: bool = False,
     ) -> None:
         """Note a replay that is about to be.
 
@@ -75,11 +76,13 @@ class Run:
             direct: For each leaf that requires a gradient, the tensor itself if it is what another
                 captured block has just returned: unless someone holds on to it, its gradient goes
                 straight to that block's graph.
+            started: The forward has been replayed already.
         """
         self.graphed = graphed
         self.section = section
         self.pending = pending
         self.direct = direct
+        self.started = started
         self.given: Any = None
         self.done = False
 
@@ -94,7 +97,8 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Replay the forward; the tensors are there for autograd only."""
-        run.given = run.graphed.forward()
+        if not run.started:
+            run.given = run.graphed.forward()
         run.pending.add(run)
         ctx.run = run
         ctx.set_materialize_grads(False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from itertools import chain
+from operator import attrgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
+_values = methodcaller("values")
+_requires_grad = attrgetter("requires_grad")
 # Attributes that choose what a module computes, here and in PEFT.
 _OPTIONS = (
     "training", "adapter_enabled", "_disable_adapters", "_active_adapter", "scaling", "impl",
@@ -26,15 +29,17 @@ class BlockState:
         self._modules = list(block.modules())
         self._classes = [*map(type, self._modules)]
         # Read in every call of the block, so as few steps as can be.
-        self._held: list[Mapping[str, Any]] = [
+        self._held: list[dict[str, Any]] = [
             held for m in self._modules for held in (m._modules, m._parameters, m._buffers)
         ]
         self._values = [value for held in self._held for value in held.values()]
         self._identities = [*map(id, self._values)]
-        self._options = [
+        options = [
             (vars(m), name, value) for m in self._modules for name, value in _options(m).items()
         ]
-        self._chosen = [value for _, _, value in self._options]
+        self._owners = [owner for owner, _, _ in options]
+        self._names = [name for _, name, _ in options]
+        self._chosen = [value for _, _, value in options]
         self._tensors: list[Tensor] = [v for v in self._values if type(v) in _PLAIN]
         self._places = [tensor.data_ptr() for tensor in self._tensors]
         self._trained = [tensor.requires_grad for tensor in self._tensors]
@@ -46,16 +51,16 @@ class BlockState:
         """Say what has changed since, if anything has."""
         if [*map(type, self._modules)] != self._classes:
             return "the class of a module was changed"
-        if [id(value) for held in self._held for value in held.values()] != self._identities:
+        if [*map(id, chain.from_iterable(map(_values, self._held)))] != self._identities:
             return "a module or a tensor was replaced, added or removed"
-        found = [values.get(name) for values, name, _ in self._options]
+        found = [*map(dict.get, self._owners, self._names)]
         if found != self._chosen:
-            for value, (_, name, before) in zip(found, self._options, strict=True):
+            for value, name, before in zip(found, self._names, self._chosen, strict=True):
                 if value != before:
                     return f"{name} of a module is {value!r}, not {before!r}"
-        if [tensor.data_ptr() for tensor in self._tensors] != self._places:
+        if [*map(Tensor.data_ptr, self._tensors)] != self._places:
             return "a tensor was moved in memory"
-        if [tensor.requires_grad for tensor in self._tensors] != self._trained:
+        if [*map(_requires_grad, self._tensors)] != self._trained:
             return "requires_grad of a tensor was changed"
         return None
 

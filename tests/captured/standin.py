@@ -32,7 +32,7 @@ class StandIn:
         self.captured: list[Section] = []
         self._waits = waits
 
-    def capture(self, sections: Sequence[Section]) -> list[Any]:
+    def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Any]:
         self.captures += 1
         self.captured = list(sections)
         state = torch.get_rng_state()
@@ -66,6 +66,9 @@ class StandIn:
 
     def drawn(self) -> Any:
         return tuple(torch.get_rng_state().tolist())
+
+    def allocated(self) -> int:
+        return 0
 
     def busy(self) -> bool:
         return False
@@ -104,7 +107,7 @@ class _Rerun:
             self.parameter_gradients = [Flat(flat, tuple(range(len(trained))))]
 
     def forward(self) -> Any:
-        self.engine.forwards += 1
+        self.engine.forwards += self.section.blocks
         given = torch.get_rng_state()
         leaves = self._leaves()
         with torch.enable_grad():
@@ -121,7 +124,7 @@ class _Rerun:
         return given
 
     def backward(self, given: Any) -> None:
-        self.engine.backwards += 1
+        self.engine.backwards += self.section.blocks
         leaves, results = self._kept or ([], [])
         if self.section.checkpointed:
             state = torch.get_rng_state()

@@ -53,10 +53,13 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(gradient, other[name]), name
 
 
-def warmed(model: nn.Module, ids: Tensor | None = None, **options: Any) -> StandIn:
+def warmed(
+    model: nn.Module, ids: Tensor | None = None, *, together: bool = True, **options: Any
+) -> StandIn:
     """Capture, and take the steps after which replaying begins."""
     engine = StandIn()
-    model.captured = [capture_with(model, engine)]  # type: ignore[assignment]
+    captured = capture_with(model, engine, together=together)
+    model.captured = [captured]  # type: ignore[assignment]
     for _ in range(2):
         step(model, token_ids() if ids is None else ids, **options)
     model.zero_grad(set_to_none=True)
@@ -90,28 +93,31 @@ def compared(
 # --- Equal results. -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str) -> None:
+def test_every_family(family: str, together: bool) -> None:
     model = adapted(family)
     plain = copy.deepcopy(model)
-    engine = warmed(model)
+    engine = warmed(model, together=together)
     for seed in (1, 7, 8):
         ids = token_ids(seed=seed)
         assert torch.equal(step(model, ids), step(plain, ids))
         same(gradients(model), gradients(plain))
     assert engine.captures == 1
-    blocks = len(engine.captured)
+    blocks = sum(section.blocks for section in engine.captured)
     assert blocks >= 2
+    assert (len(engine.captured) < blocks) == together
     assert engine.forwards == engine.backwards == 3 * blocks
     release(model)
 
 
-def test_accumulated_gradients_do_not_share_memory_with_graphs() -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_accumulated_gradients_do_not_share_memory_with_graphs(together: bool) -> None:
     def run(model: nn.Module) -> None:
         for seed in (3, 4, 5):
             step(model, token_ids(seed=seed))
 
-    compared(adapted(), run, replays=3 * LAYERS)
+    compared(adapted(), run, replays=3 * LAYERS, together=together)
 
 
 def test_gradients_outlive_later_steps() -> None:
@@ -124,11 +130,12 @@ def test_gradients_outlive_later_steps() -> None:
     same(first, copies)
 
 
-def test_dropout_draws_what_it_would_have_drawn() -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_dropout_draws_what_it_would_have_drawn(together: bool) -> None:
     def run(model: nn.Module) -> list[Tensor]:
         return [step(model, token_ids(seed=seed)) for seed in (3, 4)] + [torch.rand(3)]
 
-    compared(adapted(dropout=0.3), run, replays=2 * LAYERS)
+    compared(adapted(dropout=0.3), run, replays=2 * LAYERS, together=together)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -220,7 +227,8 @@ def test_masks_and_hidden_states_are_right_also_when_kept() -> None:
         return [*(state.detach() for state in output.hidden_states), kept.grad]
 
     # Of what else a block's result is used for, the gradient is added in another order.
-    compared(adapted(), run, replays=LAYERS, exact=False, attention_mask=mask.flip(0))
+    options = {"attention_mask": mask.flip(0), "together": False}
+    compared(adapted(), run, replays=LAYERS, exact=False, **options)
 
 
 def test_other_parameters_train_beside_and_any_optimiser_works() -> None:
@@ -361,13 +369,13 @@ def test_a_second_backward_is_refused() -> None:
     warmed(model)
     loss = model(token_ids(), labels=token_ids()).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward through block 3, a Mamba2Block"):
+    with pytest.raises(RuntimeError, match=r"second backward through blocks 0 to 3 \(Mamba2Block"):
         loss.backward()
 
 
 def test_a_backward_out_of_order_is_refused() -> None:
     model = adapted()
-    warmed(model)
+    warmed(model, together=False)
     output = model(token_ids(), labels=token_ids(), output_hidden_states=True)
     with pytest.raises(RuntimeError, match="before that through block 3"):
         output.hidden_states[1].sum().backward()
@@ -409,7 +417,7 @@ def test_what_waits_for_the_device_is_left_out() -> None:
 def test_changing_what_runs_between_blocks() -> None:
     model = adapted()
     plain = copy.deepcopy(model)
-    engine = warmed(model)
+    engine = warmed(model, together=False)
     step(model, token_ids())
     for run in (model, plain):
         run.backbone.layers[1].register_forward_hook(lambda module, args, output: output * 2)
@@ -419,6 +427,148 @@ def test_changing_what_runs_between_blocks() -> None:
     step(plain, token_ids(seed=3))
     same(gradients(model), gradients(plain))
     assert engine.forwards == LAYERS + 2
+
+
+# --- Blocks that share a graph. -------------------------------------------------------------------
+
+
+def both(model: nn.Module) -> tuple[nn.Module, StandIn]:
+    """What a model is compared with; it is replayed as one graph by now, and nothing was read."""
+    plain = copy.deepcopy(model)
+    engine = warmed(model)
+    step(model, token_ids())
+    model.zero_grad()
+    assert [section.blocks for section in engine.captured] == [LAYERS]
+    return plain, engine
+
+
+def then_on_its_own(model: nn.Module, plain: nn.Module, engine: StandIn, **options: Any) -> None:
+    """From the next step but two on, each block is replayed on its own."""
+    before = engine.forwards
+    for seed in (3, 4, 5):
+        model.zero_grad()
+        step(model, token_ids(seed=seed), **options)
+    assert [section.blocks for section in engine.captured] == [1] * LAYERS
+    assert engine.forwards == before + LAYERS
+    plain.zero_grad()
+    step(plain, token_ids(seed=5), **options)
+    same(gradients(model), gradients(plain))
+
+
+def test_hidden_states_that_are_kept_separate_the_blocks() -> None:
+    model = adapted()
+    plain, engine = both(model)
+    results = []
+    for run in (model, plain):
+        options = {"labels": token_ids(), "output_hidden_states": True}
+        if run is model:
+            with pytest.warns(CaptureWarning, match="block 2, .* is kept: from now on each block"):
+                output = run(token_ids(), **options)
+        else:
+            output = run(token_ids(), **options)
+        (output.loss + output.hidden_states[1].pow(2).mean()).backward()
+        results.append(output.hidden_states)
+        del output
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+    same(gradients(model), gradients(plain))
+    del results, found, expected
+    then_on_its_own(model, plain, engine)
+
+
+def test_a_result_that_is_read_separates_the_blocks() -> None:
+    class Mean(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad(), torch.autocast("cpu"):
+                seen.append(float(args[0].mean()))
+            return self.block(*args, **kwargs)
+
+    model = adapted(dropout=0.3)
+    plain, engine = both(model)
+    seen: list[float] = []
+    for run in (model, plain):
+        layers = run.backbone.layers
+        reading = Mean()
+        reading.block = layers[2]
+        layers[2] = reading
+        reading.train()
+        torch.manual_seed(4)
+        if run is model:
+            with pytest.warns(CaptureWarning, match="is read before the next one: from now on"):
+                found = step(run, token_ids(seed=3))
+        else:
+            assert torch.equal(found, step(run, token_ids(seed=3)))
+    assert seen[0] == seen[1]
+    assert engine.forwards == LAYERS
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_hooks_that_come_later_separate_the_blocks(kind: str) -> None:
+    model = adapted()
+    plain, engine = both(model)
+    seen: list[Any] = []
+    for run in (model, plain):
+        register = getattr(run.backbone.layers[2], f"register_{kind}_hook")
+        register(lambda *args: seen.append(1) or None)
+    with pytest.warns(CaptureWarning, match="hooks by now: from now on each block"):
+        step(model, token_ids(seed=3))
+    step(plain, token_ids(seed=3))
+    same(gradients(model), gradients(plain))
+    assert len(seen) == 2
+    with warnings.catch_warnings():
+        if kind == "full_backward":
+            warnings.simplefilter("ignore", CaptureWarning)
+            return
+        then_on_its_own(model, plain, engine)
+
+
+def test_a_hook_between_blocks_divides_them() -> None:
+    model = adapted()
+    model.backbone.layers[1].register_forward_hook(lambda *_: None)
+    engine = warmed(model)
+    step(model, token_ids())
+    assert [section.blocks for section in engine.captured] == [1, 1, 2]
+    assert engine.forwards == engine.backwards == LAYERS
+
+
+def test_a_block_given_other_tensors_than_the_one_before_runs_as_it_is() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+            return torch.tanh(self.linear(hidden)) * mask
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(4))
+
+        def forward(self, hidden: Tensor, masks: list[Tensor]) -> Tensor:
+            for layer, mask in zip(self.layers, masks, strict=True):
+                hidden = layer(hidden, mask)
+            return hidden.pow(2).sum()
+
+    model = Model()
+    plain = copy.deepcopy(model)
+    engine = StandIn()
+    with capture_with(model, engine):
+        for _ in range(4):
+            x, first = torch.randn(2, 3, 4), torch.rand(2, 3, 4)
+            masks = [first] * 4
+            for run in (model, plain):
+                run.zero_grad()
+                run(x, masks).backward()
+            same(gradients(model), gradients(plain))
+        assert engine.forwards == 8
+        masks = [first, first, torch.rand(2, 3, 4), first]
+        with pytest.warns(CaptureWarning, match="another tensor than the block before"):
+            model(x, masks).backward()
+        plain(x, masks).backward()
+        same(gradients(model), gradients(plain))
 
 
 def test_hooks_of_blocks_run_around_the_graphs() -> None:
@@ -601,7 +751,7 @@ def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_failed_capture_says_so_and_leaves_the_model_as_it_was() -> None:
     class Failing(StandIn):
-        def capture(self, sections: Any) -> Any:
+        def capture(self, sections: Any, kept: int = 0) -> Any:
             raise RuntimeError("operation not permitted\nmore")
 
     model = adapted()
