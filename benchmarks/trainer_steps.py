@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from prodial_kernels.mixers.seam import AdaptedMixer
 from prodial_kernels.mixers.transformers import unfused_forward
 
 RANK = 16
-VARIANTS = ("frozen", "prodial", "captured", "lora-fused", "lora-unfused")
+VARIANTS = ("frozen", "prodial", "captured", "lora-fused", "lora-unfused", "captured-unwatched")
 # Names of the configuration's class and its options.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-130m": (
@@ -70,23 +70,31 @@ class Settings:
 
 
 def measure(
-    name: str, batch: int, length: int, variant: str, settings: Settings
+    name: str,
+    batch: int,
+    length: int,
+    variant: str,
+    settings: Settings,
+    around: Profiler | None = None,
 ) -> dict[str, float]:
     """Train one variant for a few steps in a fresh ``Trainer``.
 
     Returns:
-        ``ms``: wall time of a step. ``peak_mib``: the allocator's peak, and what a graph's pool has
-        beside it. ``reserved_mib``: what the allocator took from the device.
+        ``ms``: wall time of a step. ``allocated_mib``: the allocator's peak. ``peak_mib``: that and
+        what a graph's pool has beside it. ``reserved_mib``: what was taken from the device.
     """
-    if variant == "captured" and settings.device != "cuda":
+    if variant.startswith("captured") and settings.device != "cuda":
         raise Unavailable("CUDA graphs need a CUDA device")
     with ExitStack() as stack:
         model, callbacks = build(name, variant, settings)
         for callback in callbacks:
             stack.callback(getattr(callback, "release", lambda: None))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prodial-trainer-"))
-        watch = _watch(settings)
-        trainer = _trainer(model, batch, length, settings, [*callbacks, watch], Path(folder))
+        watch = _watch(settings, around)
+        options = {"logging_nan_inf_filter": variant != "captured-unwatched"}
+        trainer = _trainer(
+            model, batch, length, settings, [*callbacks, watch], Path(folder), options
+        )
         trainer.train()
         figures: dict[str, float] = watch.figures
     del model, trainer, watch, callbacks
@@ -179,6 +187,7 @@ def _trainer(
     settings: Settings,
     callbacks: Sequence[Any],
     folder: Path,
+    options: dict[str, Any],
 ) -> Any:
     from transformers import Trainer, TrainingArguments
 
@@ -190,12 +199,12 @@ def _trainer(
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch, max_steps=total,
         learning_rate=1e-4, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, use_cpu=settings.device == "cpu",
+        disable_tqdm=True, use_cpu=settings.device == "cpu", **options,
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
 
 
-def _watch(settings: Settings) -> Any:
+def _watch(settings: Settings, around: Profiler | None = None) -> Any:
     """A callback that takes the time and the memory of the steps that count."""
     from transformers import TrainerCallback
 
@@ -215,10 +224,14 @@ def _watch(settings: Settings) -> Any:
                 torch.cuda.reset_peak_memory_stats()
             if step == settings.warm_up:
                 _wait(cuda)
+                if around is not None:
+                    around.start()
                 self._started = time.perf_counter()
             if step == settings.warm_up + settings.steps:
                 _wait(cuda)
                 seconds = time.perf_counter() - self._started
+                if around is not None:
+                    around.stop(settings.steps, seconds)
                 self.figures = {"ms": 1000 * seconds / settings.steps, **_memory(cuda)}
 
     return Watch()
@@ -239,22 +252,64 @@ def _memory(cuda: bool) -> dict[str, float]:
         if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
     )
     return {
+        "allocated_mib": torch.cuda.max_memory_allocated() / 2**20,
         "peak_mib": (torch.cuda.max_memory_allocated() + hidden) / 2**20,
         "pool_free_mib": hidden / 2**20,
         "reserved_mib": torch.cuda.max_memory_reserved() / 2**20,
     }
 
 
-def profiled(run: Callable[[], object], top: int = 30) -> str:
-    """Where the host's time goes while ``run`` runs."""
-    import cProfile
-    import io
-    import pstats
+class Profiler:
+    """Where the time of the steps that count goes: the host's by function, the device's in all."""
 
-    profile = cProfile.Profile()
-    profile.enable()
-    run()
-    profile.disable()
-    text = io.StringIO()
-    pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(top)
-    return text.getvalue()
+    def __init__(self, *, device: bool) -> None:
+        """Make it; ``device`` also sums the kernels, which makes the host slower."""
+        import cProfile
+
+        self.text = ""
+        self._host = None if device else cProfile.Profile()
+        self._device: Any = None
+        if device:
+            kinds = [torch.profiler.ProfilerActivity.CUDA]
+            self._device = torch.profiler.profile(activities=kinds)
+
+    def start(self) -> None:
+        """The first step that counts begins."""
+        if self._host is not None:
+            self._host.enable()
+        else:
+            self._device.start()
+
+    def stop(self, steps: int, seconds: float, top: int = 25) -> None:
+        """The last one has ended."""
+        wall = f"{1000 * seconds / steps:.2f} ms a step"
+        if self._host is not None:
+            import io
+            import pstats
+
+            self._host.disable()
+            out = io.StringIO()
+            for order in ("tottime", "cumtime"):
+                pstats.Stats(self._host, stream=out).sort_stats(order).print_stats(top)
+            self.text = f"host, {steps} steps, {wall} while it is profiled\n{out.getvalue()}"
+            return
+        self._device.stop()
+        events = sorted(
+            self._device.key_averages(), key=lambda event: -event.self_device_time_total
+        )
+        total = sum(event.self_device_time_total for event in events) / 1000 / steps
+        lines = [
+            f"{event.self_device_time_total / 1000 / steps:8.3f} ms {event.count / steps:7.1f} x  "
+            f"{event.key[:90]}"
+            for event in events[:top]
+        ]
+        self.text = "\n".join([f"device, {total:.2f} ms of kernels in {wall}", *lines])
+
+
+def profiled(name: str, batch: int, length: int, variant: str, settings: Settings) -> str:
+    """Where a variant's steps take their time."""
+    kinds = [False, True] if settings.device == "cuda" else [False]
+    profilers = [Profiler(device=kind) for kind in kinds]
+    for profiler in profilers:
+        measure(name, batch, length, variant, settings, profiler)
+    return "\n".join(profiler.text for profiler in profilers)

@@ -18,7 +18,6 @@ Evaluation, generation and whatever else runs without gradients is never replaye
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
@@ -31,18 +30,17 @@ from prodial_kernels.captured.calls import (
     flatten,
     flatten_call,
     kind_of,
-    rebuild,
-    rebuild_call,
 )
 from prodial_kernels.captured.checkpointing import (
     checkpoints_otherwise,
     checkpoints_outside,
     is_checkpointed,
 )
-from prodial_kernels.captured.deferred import Deferral, Deferred, with_content
-from prodial_kernels.captured.engine import Engine, Source
-from prodial_kernels.captured.program import Before, Pass, Program, Record, hooked, name_of
-from prodial_kernels.captured.replay import Pending, Replay, Run
+from prodial_kernels.captured.deferred import with_content
+from prodial_kernels.captured.engine import Engine
+from prodial_kernels.captured.program import Pass, Program, Record, name_of
+from prodial_kernels.captured.replay import Pending
+from prodial_kernels.captured.running import between, defer, difference, replay, run_as_it_is
 from prodial_kernels.captured.state import BlockState
 
 WARM_UP = 2
@@ -147,13 +145,13 @@ class Chain:
         if run is None or index not in run.program.positions:
             return _plain(upstream, args, kwargs)
         last = index == run.program.members[run.program.positions[index]][-1]
-        obstacle = self._difference(run, index, key, leaves)
-        seen = self._between(run, index, last) if obstacle is None else None
+        obstacle = difference(run, index, key, leaves) or self._change(index)
+        seen = between(self.blocks, run, index, last) if obstacle is None else None
         if obstacle is not None or seen is not None:
             # What follows reads what this block would have left.
             self._replaying = None
             if run.deferral is not None:
-                run.deferral.read = _nothing
+                run.deferral.read = None
             if seen is not None:
                 self._separate(f"{self._name(index)} {seen}")
             else:
@@ -161,8 +159,8 @@ class Chain:
             return _plain(upstream, args, kwargs)
         run.cursor += 1
         if last:
-            return self._replay(run, index, leaves)
-        return self._defer(run, index, partial(_run, upstream, structure), leaves)
+            return replay(run, index, leaves, self._pending)
+        return defer(run, index, partial(run_as_it_is, upstream, structure), leaves, self._read)
 
     def forget(self) -> None:
         """Drop every graph and what is known of every shape."""
@@ -317,106 +315,15 @@ class Chain:
             ) from error
         program.sections = sections
 
-    def _difference(self, run: Pass, index: int, key: Hashable, leaves: list[Tensor]) -> str | None:
-        """Why this call is not the one that was captured, if it is not."""
-        program = run.program
-        record = program.records[index]
-        if run.cursor >= len(program.order) or program.order[run.cursor] != index:
-            return "the blocks ran in another order"
-        if key != record.key:
-            return _key_difference(key, record.key)
+    def _change(self, index: int) -> str | None:
         change = self._states[index].change()
         if change is not None:
             self._stale = change
-            return change
-        for leaf, expected in zip(leaves, program.takes[index], strict=True):
-            if isinstance(expected, Before):
-                same = run.deferral is not None and run.deferral.is_last(leaf, expected.result)
-            elif isinstance(expected.place, Source):
-                reference, version = run.returned.get(expected.place, (None, 0))
-                same = reference is not None and reference() is leaf and leaf._version == version
-            else:
-                same = type(leaf) is not Deferred
-                # In one graph it is read from one place.
-                if same and run.placed.setdefault(expected.place, leaf) is not leaf:
-                    return "it is given another tensor than the block before"
-            if not same:
-                return "its input is not what the block before returned"
-        return None
-
-    def _between(self, run: Pass, index: int, last: bool) -> str | None:
-        """What would see the result of a block that is captured together with the next."""
-        program = run.program
-        if last and run.deferral is None:
-            return None
-        if hooked(self.blocks[index]):
-            return "has hooks by now"
-        if run.deferral is not None and run.deferral.kept():
-            return "is called while what an earlier one has returned is kept"
-        if not last and hooked(self.blocks[program.order[run.cursor + 1]]):
-            return "is followed by one that has hooks by now"
-        return None
-
-    def _defer(
-        self, run: Pass, index: int, function: Callable[..., list[Tensor]], leaves: list[Tensor]
-    ) -> Any:
-        """Leave a block to the graph that it shares with the next."""
-        program = run.program
-        record = program.records[index]
-        if run.deferral is None:
-            section = program.sections[program.positions[index]]
-            run.deferral = Deferral(section.name, self.engine.device.type, record.key[2])
-            run.deferral.read = self._read
-            position = program.positions[index]
-            if position in program.early:
-                # So that the device does not wait for the calls that follow. If one of them turns
-                # out to be another, this was for nothing.
-                graphed = program.graphs[position]
-                for leaf, expected, static in zip(
-                    leaves, section.leaves, graphed.inputs, strict=False
-                ):
-                    if isinstance(expected.place, int):
-                        _write(run, expected.place, static, leaf)
-                graphed.forward()
-                run.started = True
-        run.leaves += [leaf for leaf in leaves if type(leaf) is not Deferred]
-        run.deferral.add(function, leaves)
-        results = run.deferral.results(record.results, record.result_strides)
-        return rebuild(record.result, iter(results))
+        return change
 
     def _read(self) -> None:
         self._replaying = None
         self._separate("what a block returns is read before the next one")
-
-    def _replay(self, run: Pass, index: int, leaves: list[Tensor]) -> Any:
-        program = run.program
-        position = program.positions[index]
-        graphed, section = program.graphs[position], program.sections[position]
-        started = run.started
-        run.started = False
-        run.placed.clear()
-        if run.deferral is not None:
-            leaves = run.leaves + [leaf for leaf in leaves if type(leaf) is not Deferred]
-            run.deferral.begin()
-            run.deferral, run.leaves = None, []
-        direct: list[weakref.ref[Tensor] | None] = []
-        wanted: list[Tensor] = []
-        for leaf, expected, static in zip(leaves, section.leaves, graphed.inputs, strict=True):
-            place = expected.place
-            if isinstance(place, int) and not started:
-                _write(run, place, static, leaf)
-            if expected.requires_grad:
-                wanted.append(leaf)
-                # Only the next backward leaves the gradient alone.
-                tracked = isinstance(place, Source) and place.position == position - 1
-                tracked = tracked and not (leaf._backward_hooks or leaf.retains_grad)
-                direct.append(weakref.ref(leaf) if tracked else None)
-        results = Replay.apply(
-            Run(graphed, section, self._pending, direct, started), *wanted, *section.parameters
-        )
-        for number, result in enumerate(results):
-            run.returned[Source(position, number)] = (weakref.ref(result), result._version)
-        return rebuild(program.records[index].result, iter(results))
 
     def _name(self, index: int) -> str:
         return name_of(index, self.blocks[index])
@@ -431,17 +338,6 @@ def _plain(upstream: Function, args: Any, kwargs: Any) -> Any:
     return upstream(*with_content(tuple(args)), **with_content(kwargs))
 
 
-def _run(upstream: Function, structure: Any, leaves: Sequence[Tensor]) -> list[Tensor]:
-    args, kwargs = rebuild_call(structure, leaves)
-    results: list[Tensor] = []
-    flatten(upstream(*args, **kwargs), results)
-    return results
-
-
-def _nothing() -> None:
-    pass
-
-
 class _Finished:
     """A hook that tells a program when a backward runs."""
 
@@ -450,16 +346,6 @@ class _Finished:
 
     def __call__(self, gradient: Tensor) -> None:
         self._program.finished = True
-
-
-def _write(run: Pass, place: int, static: Tensor, leaf: Tensor) -> None:
-    """Write a leaf where the graph reads it, unless an earlier block of this pass has."""
-    if place in run.program.shared:
-        written = run.written.get(place)
-        if written is not None and written[0] is leaf and written[1] == leaf._version:
-            return
-        run.written[place] = (leaf, leaf._version)
-    static.copy_(leaf.detach())
 
 
 def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
@@ -474,13 +360,3 @@ def _watched_by_others() -> str | None:
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "hooks of saved tensors are active (checkpointing or offloading of activations)"
     return None
-
-
-def _key_difference(found: Any, expected: Any) -> str:
-    if found[2] != expected[2]:
-        return "autocast is set otherwise"
-    if found[3] != expected[3]:
-        return "gradient checkpointing is set otherwise"
-    if found[0] != expected[0]:
-        return "its arguments have another structure"
-    return "its arguments have other shapes or dtypes, or require gradients otherwise"

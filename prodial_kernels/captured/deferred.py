@@ -46,17 +46,24 @@ class Deferral:
         over: Why nothing can be read any more: the graph has run instead.
     """
 
-    def __init__(self, name: str, device_type: str, autocast: tuple[bool, torch.dtype]) -> None:
+    def __init__(
+        self,
+        name: str,
+        device_type: str,
+        autocast: tuple[bool, torch.dtype],
+        read: Callable[[], None] | None = None,
+    ) -> None:
         """Begin with none.
 
         Args:
             name: Of the blocks, for messages.
             device_type: Of autocast.
             autocast: Whether it is on, and to which dtype.
+            read: Called when a result is read.
         """
         self.name = name
         self.over = False
-        self.read: Callable[[], None] = lambda: None
+        self.read = read
         self._autocast = device_type, autocast
         self._calls: list[tuple[Callable[[Sequence[Any]], list[Tensor]], list[Tensor | int]]] = []
         self._versions: list[tuple[Tensor, int]] = []
@@ -119,7 +126,8 @@ class Deferral:
             )
         if self._values is None:
             self._check()
-            self.read()
+            if self.read is not None:
+                self.read()
             values: list[list[Tensor]] = []
             device_type, (enabled, dtype) = self._autocast
             with torch.enable_grad(), torch.autocast(device_type, dtype=dtype, enabled=enabled):

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import trainer
 from benchmarks.trainer import Row, judged
-from benchmarks.trainer_steps import MODELS, TINY, VARIANTS, Settings, build
+from benchmarks.trainer_steps import MODELS, TINY, VARIANTS, Settings, build, profiled
 
 # What PEFT asks of transformers under an older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -28,10 +28,19 @@ def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["dropped"] == []
     statuses = {row["variant"]: row["status"] for row in record["rows"]}
     assert list(statuses) == list(VARIANTS)
-    assert statuses.pop("captured").startswith("unavailable")
+    for variant in ("captured", "captured-unwatched"):
+        assert statuses.pop(variant).startswith("unavailable")
     assert set(statuses.values()) == {"ok"}
     assert all(row["ms"] > 0 for row in record["rows"] if row["status"] == "ok")
     assert "1.00x" in capsys.readouterr().out
+
+
+def test_a_profile_is_of_the_steps_only(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = Settings(device="cpu", warm_up=1, steps=1, tiny=True)
+    text = profiled("mamba2-130m", 2, 8, "frozen", settings)
+    assert text.startswith("host, 1 steps")
+    assert "training_step" in text
+    assert "import_structure" not in text
 
 
 def test_what_runs_out_of_time_is_named(tmp_path: Path, capsys: Any) -> None:

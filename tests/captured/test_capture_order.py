@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -154,3 +155,26 @@ def test_a_failed_capture_ends() -> None:
     with pytest.raises(ValueError, match="the cause"), engine.recording(graph):
         raise ValueError("the cause")
     assert graph.ended == 1
+
+
+def test_what_torch_says_of_its_own_check_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(mode: str) -> None:
+        if mode == "warn":
+            warnings.warn(
+                "Synchronization debug mode is a prototype feature and does not yet detect all "
+                "synchronizing operations", UserWarning, stacklevel=1,
+            )  # fmt: skip
+
+    def block() -> int:
+        warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+        return 3
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", check)
+    engine = object.__new__(cuda.CudaEngine)
+    assert engine.watched(lambda: 4) == (4, [])
+    result, places = engine.watched(block)
+    assert result == 3
+    assert places[0].startswith(__file__)
+    with pytest.warns(FutureWarning, match="something else"):
+        engine.watched(lambda: warnings.warn("something else", FutureWarning, stacklevel=1))

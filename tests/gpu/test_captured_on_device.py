@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from prodial_kernels import ProdialConfig, apply_prodial, capture
 from prodial_kernels.captured import Captured, CaptureWarning
 from prodial_kernels.captured.checkpointing import checkpoints_outside
+from prodial_kernels.captured.cuda import CudaEngine
+from prodial_kernels.captured.model import capture_with
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,28 +76,41 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float = 
         assert error <= bound * expected[name].float().norm() + 1e-7, name
 
 
-def graphs_of(captured: Captured) -> int:
-    return sum(len(program.graphs) for program in captured._chain.programs.values())
+def blocks_of(captured: Captured) -> int:
+    """How many are replayed, over all shapes."""
+    programs = captured._chain.programs.values()
+    return sum(section.blocks for program in programs for section in program.sections)
 
 
-def warmed(model: nn.Module, *, norms: bool = False, **options: Any) -> Captured:
-    captured = capture(model, norms=norms)
+def sections_of(captured: Captured) -> list[int]:
+    """How many blocks share each graph."""
+    (program,) = captured._chain.programs.values()
+    return [section.blocks for section in program.sections]
+
+
+def warmed(
+    model: nn.Module, *, norms: bool = False, together: bool = True, **options: Any
+) -> Captured:
+    engine = CudaEngine(torch.device("cuda"))
+    captured = capture_with(model, engine, norms=norms, together=together)
     for _ in range(2):
         step(model, ids(), **options)
     model.zero_grad(set_to_none=True)
     return captured
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_family(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "together"), [*((name, True) for name in OPTIONS), ("mamba", False), ("mamba2", False)]
+)
+def test_every_family(name: str, together: bool) -> None:
     model = model_of(name)
     plain = copy.deepcopy(model)
-    with warmed(model) as captured:
+    with warmed(model, together=together) as captured:
         for seed in (3, 4, 5):
             loss, expected = step(model, ids(seed)), step(plain, ids(seed))
             assert loss == pytest.approx(expected, rel=1e-4)
             close(gradients(model), gradients(plain))
-        assert graphs_of(captured) >= 3
+        assert blocks_of(captured) >= 3
     assert step(model, ids(3)) == pytest.approx(step(plain, ids(3)), rel=1e-4)
 
 
@@ -112,7 +127,7 @@ def test_experts_are_left_out_and_said() -> None:
             step(model, ids(3))
             step(plain, ids(3))
             close(gradients(model), gradients(plain), 3e-2)
-            left = len(captured._chain.blocks) - graphs_of(captured)
+            left = len(captured._chain.blocks) - blocks_of(captured)
     said = [str(w.message) for w in caught if w.category is CaptureWarning]
     assert bool(left) == bool(said), said
 
@@ -150,7 +165,7 @@ def test_accumulation_optimisers_evaluation_and_generation() -> None:
                 one.train()
         losses.append(found)
         if captured is not None:
-            assert graphs_of(captured) == LAYERS
+            assert blocks_of(captured) == LAYERS
             captured.release()
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -174,7 +189,7 @@ def test_dropout_draws_what_it_would_have_drawn(checkpointed: bool) -> None:
         for one in (model, plain):
             torch.manual_seed(7)
             results.append([step(one, ids(3)), step(one, ids(4)), generator.get_offset()])
-        assert graphs_of(captured) == LAYERS
+        assert blocks_of(captured) == LAYERS
         assert all(p.sections[0].draws for p in captured._chain.programs.values())
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     close(gradients(model), gradients(plain))
@@ -189,7 +204,7 @@ def test_a_checkpointed_block_keeps_its_input_only() -> None:
         with capture(model) as captured:
             for _ in range(3):
                 step(model, ids(batch=8, length=1024))
-            assert graphs_of(captured) == LAYERS
+            assert blocks_of(captured) == LAYERS
             peaks.append(captured._chain.engine.pool_bytes())  # type: ignore[attr-defined]
     assert peaks[1] < 0.6 * peaks[0]
 
@@ -205,7 +220,7 @@ def test_autocast_and_a_scaler() -> None:
                 with torch.autocast("cuda", dtype=torch.bfloat16):
                     loss = one(input_ids=ids(seed), labels=ids(seed), use_cache=False).loss
                 scaler.scale(loss).backward()
-        assert graphs_of(captured) == LAYERS
+        assert blocks_of(captured) == LAYERS
         close(gradients(model), gradients(plain), 2e-2)
 
 
@@ -221,7 +236,7 @@ def test_other_shapes_share_the_pool_and_release_gives_it_back() -> None:
         for _ in range(3):
             step(model, ids(batch=4, length=length))
         sizes.append(captured._chain.engine.pool_bytes())  # type: ignore[attr-defined]
-    assert graphs_of(captured) == 3 * LAYERS
+    assert blocks_of(captured) == 3 * LAYERS
     assert sizes[2] <= 1.3 * sizes[0]
     model.zero_grad()
     for length in (256, 512, 384):
@@ -237,7 +252,11 @@ def test_other_shapes_share_the_pool_and_release_gives_it_back() -> None:
 
 
 def test_memory_is_not_above_that_of_launched_steps() -> None:
-    """What a step takes from the device: the allocator's peak, and what graphs use beside it."""
+    """What a step takes from the device: the allocator's peak, and what graphs use beside it.
+
+    Above it may be a cuBLAS workspace (32 MiB on Hopper), which each stream has for itself, and
+    what rounds the last of the pool's segments up (20 MiB).
+    """
     peaks = []
     for captures in (False, True):
         model = model_of("mamba")
@@ -258,16 +277,41 @@ def test_memory_is_not_above_that_of_launched_steps() -> None:
         )
         peaks.append(torch.cuda.max_memory_allocated() + hidden)
         if captured is not None:
-            assert graphs_of(captured) == LAYERS
+            assert blocks_of(captured) == LAYERS
             captured.release()
         del model, captured
-    assert peaks[1] <= peaks[0], f"{peaks[1] / 2**20:.0f} MiB, launched {peaks[0] / 2**20:.0f}"
+    assert peaks[1] <= peaks[0] + (52 << 20), (
+        f"{peaks[1] / 2**20:.0f} MiB, launched {peaks[0] / 2**20:.0f}"
+    )
+
+
+def test_kept_hidden_states_and_late_hooks_separate_the_blocks() -> None:
+    model = model_of("mamba")
+    plain = copy.deepcopy(model)
+    with warmed(model) as captured:
+        step(model, ids())
+        model.zero_grad()
+        assert sections_of(captured) == [LAYERS]
+        with pytest.warns(CaptureWarning, match="is kept: from now on each block"):
+            output = model(input_ids=ids(3), labels=ids(3), output_hidden_states=True)
+        (output.loss + output.hidden_states[1].pow(2).mean()).backward()
+        del output
+        output = plain(input_ids=ids(3), labels=ids(3), output_hidden_states=True)
+        (output.loss + output.hidden_states[1].pow(2).mean()).backward()
+        close(gradients(model), gradients(plain))
+        for _ in range(3):
+            step(model, ids())
+        assert sections_of(captured) == [1] * LAYERS
+        model.zero_grad()
+        step(model, ids(3))
+        step(plain, ids(3))
+        close(gradients(model), gradients(plain))
 
 
 def test_hidden_states_that_are_kept() -> None:
     model = model_of("mamba2", dtype=torch.float32)
     plain = copy.deepcopy(model)
-    with warmed(model):
+    with warmed(model, together=False):
         results = []
         for one in (model, plain):
             output = one(input_ids=ids(3), labels=ids(3), output_hidden_states=True)
@@ -303,7 +347,7 @@ def test_models_of_mamba_ssm(layer: str) -> None:
         for seed in range(4):
             assert run(model, ids(seed)) == pytest.approx(run(plain, ids(seed)), rel=1e-3)
             close(gradients(model), gradients(plain), 2e-2)
-        assert graphs_of(captured) == 4
+        assert blocks_of(captured) == 4
 
 
 def test_a_graph_of_the_whole_step_is_left_to_its_owner() -> None:
@@ -328,7 +372,7 @@ def test_a_graph_of_the_whole_step_is_left_to_its_owner() -> None:
         with torch.cuda.graph(graph):
             whole()
         graph.replay()
-        assert graphs_of(again) == 0
+        assert blocks_of(again) == 0
         again.release()
     assert all(g.isfinite().all() for g in gradients(model).values())
 
@@ -361,7 +405,7 @@ def test_in_trainer(tmp_path: Path) -> None:
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             assert self.captured is not None
-            self.graphs = graphs_of(self.captured)
+            self.graphs = blocks_of(self.captured)
             super().on_train_end(*args, **kwargs)
 
     if torch.cuda.device_count() > 1:
