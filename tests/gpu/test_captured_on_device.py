@@ -254,10 +254,10 @@ def test_other_shapes_share_the_pool_and_release_gives_it_back() -> None:
 def test_memory_is_near_that_of_launched_steps() -> None:
     """What a step takes from the device: the allocator's peak, and what graphs use beside it.
 
-    Above it are a cuBLAS workspace (32 MiB on Hopper), which each stream has for itself, what rounds
-    the pool's segments up, and what backward of one block needs, which the loss cannot borrow from
-    the pool: much beside a model of few and small blocks (an H200 showed 346 MiB for 281), 31 MiB
-    of 2,203 for Mamba-130M at 4x512.
+    Above it are a cuBLAS workspace (32 MiB on Hopper), which each stream has for itself, what
+    rounds the pool's segments up, and what backward of one block needs, which the loss cannot
+    borrow from the pool: much beside few and small blocks (an H200 showed 346 MiB for 281),
+    31 MiB of 2,203 for Mamba-130M at 4x512.
     """
     peaks = []
     for captures in (False, True):
