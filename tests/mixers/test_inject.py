@@ -228,12 +228,15 @@ def test_deepcopy_and_pickle(duplicate: Callable[[nn.Module], nn.Module]) -> Non
     assert isinstance(model.stem, ProdialLinear)
 
 
-def test_one_private_attribute_is_added() -> None:
+def test_two_private_attributes_are_added_and_taken_away() -> None:
     model = Toy()
     before = set(vars(model))
     apply_prodial(model, CONFIG)
-    assert [name[0] for name in set(vars(model)) - before] == ["_"]
+    # What undoing needs, and what refuses to save a model around this one with adapted layers.
+    assert set(vars(model)) - before == {"_prodial_state", "_prodial_part_of_another"}
     assert model.state_dict().keys() >= {"blocks.0.in_proj.prodial_a", "stem.weight"}
+    remove_prodial(model)
+    assert set(vars(model)) == before
 
 
 @pytest.mark.parametrize("function", [merge_prodial, remove_prodial, get_prodial_config])
