@@ -20,11 +20,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part may import itself and the parts before it. A new part goes where it belongs.
 ORDER = (
-    "_process", "_disk", "_locking", "_validation", "module_patterns", "upstream", "kernels", "ops",
-    "config", "self_check", "implementation", "functional", "testing", "quantization",
-    "linear_options", "merged_weight", "scale_versions", "tuners", "linear", "mixers", "vision",
-    "checkpoint", "peft", "embedded", "training", "captured", "cli_values", "cli_paths",
-    "cli_options", "cli_messages", "cli", "__main__",
+    "_process", "_sha256", "_disk", "_locking", "_validation", "module_patterns", "upstream",
+    "kernels", "ops", "config", "self_check", "implementation", "functional", "testing",
+    "quantization", "linear_options", "merged_weight", "scale_versions", "tuners", "linear",
+    "mixers", "vision", "checkpoint", "peft", "embedded", "training", "captured", "cli_values",
+    "cli_paths", "cli_options", "cli_messages", "cli", "__main__",
 )  # fmt: skip
 
 

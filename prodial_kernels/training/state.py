@@ -8,7 +8,6 @@ by a rename, so that a state that exists is complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from prodial_kernels._sha256 import sha256_of_file, sha256_of_values
 from prodial_kernels.training.atomic import atomic_directory, remove_files, write_safetensors
 from prodial_kernels.training.optimizers import check_state, restore_state, state_tensors
 from prodial_kernels.training.versions import versions
@@ -90,10 +90,10 @@ def save_state(
             "run": run,
             "position": asdict(position),
             "tensors": {name: _description(tensor) for name, tensor in tensors.items()},
-            "sha256": _checksum(temporary / _TENSORS),
+            "sha256": sha256_of_file(temporary / _TENSORS),
             "made_with": surroundings(),
         }
-        described["checksum"] = _checksum_of(described)
+        described["checksum"] = sha256_of_values(described)
         (temporary / _POSITION).write_text(json.dumps(described, indent=2), encoding="utf-8")
     for old in saved_states(folder)[:-KEPT_STATES]:
         remove_files(old, [_TENSORS, _POSITION])
@@ -267,7 +267,7 @@ def _read_description(path: Path) -> dict[str, Any]:
             f"{file}: format version {version}, this program reads version {FORMAT_VERSION}; "
             "continue with the version that wrote it"
         )
-    if checksum != _checksum_of(described):
+    if checksum != sha256_of_values(described):
         raise StateError(f"{file}: damaged or changed: its checksum does not match")
     missing = sorted({"run", "position", "tensors", "sha256"} - described.keys())
     if missing:
@@ -297,7 +297,7 @@ def _read_tensors(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]
     try:
         if not file.is_file():
             raise FileNotFoundError("no such regular file")
-        found = _checksum(file)
+        found = sha256_of_file(file)
     except OSError as error:
         raise StateError(f"{file}: cannot be read: {error.strerror or error}") from error
     if found != described["sha256"]:
@@ -309,16 +309,3 @@ def _read_tensors(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]
     if {name: _description(tensor) for name, tensor in tensors.items()} != described["tensors"]:
         raise StateError(f"{file}: its tensors are not those that {_POSITION} lists")
     return tensors
-
-
-def _checksum_of(described: Mapping[str, Any]) -> str:
-    canonical = json.dumps(described, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _checksum(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ what still is exactly that is ever replaced: a file more, or one that changed, i
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prodial_kernels._disk import left_beside
+from prodial_kernels._sha256 import sha256_of_file
 from prodial_kernels.training.atomic import remove_files
 
 MARKER = "prodial_files.json"
@@ -35,7 +35,7 @@ def mark_written(directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != MARKER:
-            files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     values = {"format_version": FORMAT_VERSION, "package_version": __version__, "files": files}
     (directory / MARKER).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -148,15 +148,7 @@ def _is(file: Path, entry: Mapping[str, Any]) -> bool:
     """Whether a file is as it was listed."""
     if file.is_symlink() or not file.is_file() or file.stat().st_size != entry["bytes"]:
         return False
-    return _sha256(file) == entry["sha256"]
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of_file(file) == entry["sha256"]
 
 
 def _is_in(path: Path, folder: Path) -> bool:

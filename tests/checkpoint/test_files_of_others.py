@@ -13,6 +13,7 @@ import pytest
 
 from prodial_kernels._disk import beside
 from prodial_kernels._locking import locked
+from prodial_kernels._sha256 import sha256_of_values
 from prodial_kernels.checkpoint import files
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, read_files, write_files
@@ -79,7 +80,7 @@ def test_a_hash_that_is_none_is_refused(tmp_path: Path, digest: Any) -> None:
     header = json.loads((tmp_path / CONFIG_FILE).read_text())
     header = {**header, "tensors_sha256": digest}
     del header["checksum"]
-    text = json.dumps({**header, "checksum": files._checksum(header)})
+    text = json.dumps({**header, "checksum": sha256_of_values(header)})
     (tmp_path / CONFIG_FILE).write_text(text)
     with pytest.raises(AdapterError, match="no SHA-256"):
         read_files(tmp_path)

@@ -15,8 +15,9 @@ from saved_adapters import CONFIG, Model, expect_refusal, state, trained
 from torch import nn
 
 from prodial_kernels import load_adapter, save_adapter
+from prodial_kernels._sha256 import sha256_of_values
 from prodial_kernels.checkpoint import read_adapter
-from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, _checksum
+from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE
 from prodial_kernels.training.inspection import inspect_adapter
 
 _STRIDE = 2654435761
@@ -55,7 +56,7 @@ def write_first_format(
     }
     change(content)
     (directory / TENSOR_FILE).write_bytes(payload)
-    text = json.dumps({**content, "checksum": _checksum(content)})
+    text = json.dumps({**content, "checksum": sha256_of_values(content)})
     (directory / CONFIG_FILE).write_text(text)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prodial_kernels._disk import beside
+from prodial_kernels._sha256 import sha256_of_file, sha256_of_values
 from prodial_kernels.training import atomic, state
 from prodial_kernels.training.loop import LoopOptions
 from prodial_kernels.training.state import (
@@ -145,7 +146,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     described = json.loads(file.read_text())
     change(described)
     described.pop("checksum", None)
-    file.write_text(json.dumps({**described, "checksum": state._checksum_of(described)}))
+    file.write_text(json.dumps({**described, "checksum": sha256_of_values(described)}))
 
 
 def _retensor(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -157,7 +158,7 @@ def _retensor(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     _rewrite(
         path,
         lambda d: d.update(
-            sha256=state._checksum(file),
+            sha256=sha256_of_file(file),
             tensors={name: state._description(tensor) for name, tensor in tensors.items()},
         ),
     )
