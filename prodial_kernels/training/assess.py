@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from prodial_kernels.training.data import load_documents, read_whole
 from prodial_kernels.training.evaluate import evaluate_examples
 from prodial_kernels.training.examples import Example, kind_of
 from prodial_kernels.training.harness import run_lm_eval
+from prodial_kernels.training.json_values import finite_or_none
 from prodial_kernels.training.merging import write_model
 from prodial_kernels.training.model import LoadedModel
 from prodial_kernels.training.progress import Progress
-from prodial_kernels.training.report import finite_or_none, metric_rows, two_columns
+from prodial_kernels.training.report import metric_rows, two_columns
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def assess(
             f"{metrics.n_truncated:,} contexts were longer than seq_len {seq_len} allows and lost "
             "their start"
         )
-    return Assessment(loaded.name, data.name, finite_or_none(metrics), data.notes)
+    return Assessment(loaded.name, data.name, finite_or_none(asdict(metrics)), data.notes)
 
 
 def assess_with_harness(

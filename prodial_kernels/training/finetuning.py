@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.device_memory import limited, measure
 from prodial_kernels.training.evaluate import evaluate_examples
 from prodial_kernels.training.interrupt import StopSignals
+from prodial_kernels.training.json_values import finite_or_none
 from prodial_kernels.training.loop import NonFiniteLossError, StepRecord, train
 from prodial_kernels.training.merging import (
     Agreement,
@@ -39,12 +40,7 @@ from prodial_kernels.training.plot import plot_loss
 from prodial_kernels.training.preflight import check_fit, check_options
 from prodial_kernels.training.preparation import Run, prepare
 from prodial_kernels.training.progress import Progress
-from prodial_kernels.training.report import (
-    FinetuneResult,
-    best_evaluation,
-    finite_or_none,
-    peak_memory,
-)
+from prodial_kernels.training.report import FinetuneResult, best_evaluation, peak_memory
 from prodial_kernels.training.result_file import read_result
 from prodial_kernels.training.run import RunDirectory, RunError, RunIdentity, check_same_config
 from prodial_kernels.training.state import (
@@ -309,7 +305,7 @@ def _evaluate(run: Run, display: Progress) -> dict[str, Any]:
             seq_len=run.seq_len, batch_size=run.evaluation_batch,
             max_tokens=run.config.eval_tokens, progress=advance,
         )  # fmt: skip
-    return finite_or_none(metrics)
+    return finite_or_none(asdict(metrics))
 
 
 def _finish(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from prodial_kernels.mixers.inject import apply_prodial
 from prodial_kernels.mixers.report import AdapterReport
 from prodial_kernels.ops.diagonal import deviation
 from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.json_values import finite_or_none
 from prodial_kernels.training.method import check_rank, matched_lora_rank
 from prodial_kernels.training.model import load_model, resolve_device, resolve_dtype
 from prodial_kernels.training.report import two_columns
@@ -74,7 +74,7 @@ class AdapterInspection:
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
+        return json.dumps(finite_or_none(asdict(self)), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -110,7 +110,7 @@ class ModelInspection:
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        return json.dumps(_plain(asdict(self)), indent=2, allow_nan=False)
+        return json.dumps(finite_or_none(asdict(self)), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -210,15 +210,6 @@ def _cells(layer: LayerStatistics) -> tuple[str, ...]:
         number(layer.scale_mean), number(layer.scale_max),
         "" if layer.r is None else str(layer.r), number(layer.lora_norm),
     )  # fmt: skip
-
-
-def _plain(values: Any) -> Any:
-    """Replace numbers that JSON does not have by None."""
-    if isinstance(values, Mapping):
-        return {name: _plain(value) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_plain(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _printable(text: str) -> str:

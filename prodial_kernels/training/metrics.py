@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prodial_kernels.training.atomic import atomic_text
+from prodial_kernels.training.json_values import finite_or_none
 
 
 class MetricsLog:
@@ -120,8 +120,4 @@ def _belongs_before(record: Mapping[str, Any], step: int) -> bool:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    values = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
-    return json.dumps(values, allow_nan=False) + "\n"
+    return json.dumps(finite_or_none(record), allow_nan=False) + "\n"

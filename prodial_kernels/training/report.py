@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -214,11 +213,3 @@ def best_evaluation(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, An
     if all(record.get("bits_per_byte") is not None for record in evaluations):
         return min(evaluations, key=lambda record: record["bits_per_byte"])
     return max(evaluations, key=lambda record: record.get("acc") or 0.0)
-
-
-def finite_or_none(metrics: Metrics) -> dict[str, Any]:
-    """Return metrics as plain values; what JSON cannot hold becomes None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(metrics).items()
-    }
