@@ -43,10 +43,14 @@ def in_flags(message: str) -> str:
     Names with an underscore mean nothing else, unless they are part of a path or of code; names
     without one are English words too, so only those are replaced that begin a message about them.
     """
-    told = [name for name in _OPTIONS if "_" in name]
+    told = "|".join(name for name in _OPTIONS if "_" in name)
+    # "target_modules='x'" is the flag and its value, unless it is an argument of a call.
+    message = re.sub(
+        rf"(?<![\w./\\'\"=(-])({told})=(?=['\"([])", lambda m: f"{flag_of(m.group(1))} ", message
+    )
     # "allow_partial=True" is the flag alone; "r=8" is the flag and its value.
     message = re.sub(
-        rf"(?<![\w./\\'\"=-])({'|'.join(told)})(?:=(True)\b|=(\w+))?(?![\w/\\'\"=([])",
+        rf"(?<![\w./\\'\"=-])({told})(?:=(True)\b|=(\w+))?(?![\w/\\'\"=([])",
         lambda m: flag_of(m.group(1)) + (f" {m.group(3)}" if m.group(3) else ""),
         message,
     )

@@ -226,9 +226,14 @@ def test_messages_for_python_are_put_into_flags() -> None:
     assert in_flags("n_blocks=7 must divide in_features=192") == (
         "--n-blocks 7 must divide in_features=192"
     )
+    assert in_flags("target_modules='(a+)+b' may take") == "--target-modules '(a+)+b' may take"
+    assert in_flags("of target_modules=('a',)") == "of --target-modules ('a',)"
     assert in_flags("r must be >= 0") == "--r must be >= 0"
     assert in_flags("or set seq_len to at most 4.") == "or set --seq-len to at most 4."
-    for kept in ("/tmp/seq_len/a.txt: empty", "the model must be", "'batch_size'", "my_seq_len"):
+    for kept in (
+        "/tmp/seq_len/a.txt: empty", "the model must be", "'batch_size'", "my_seq_len",
+        "call f(target_modules=['a'])",
+    ):  # fmt: skip
         assert in_flags(kept) == kept
 
 
