@@ -115,7 +115,7 @@ class ProdialPeftConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern", "n_blocks", "block_size"):
             value = getattr(self, name)
             for pattern in value if isinstance(value, Mapping) else ():
-                compile_pattern(_ending(pattern), f"a key of {name}, read as ")
+                compile_pattern(_ending(pattern), f"key of {name}")
 
     @classmethod
     def from_prodial(cls, config: ProdialConfig, **options: Any) -> ProdialPeftConfig:
