@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prodial_kernels.checkpoint import AdapterError, SavedAdapter, read_adapter
+from prodial_kernels.checkpoint.contents import is_adapter_tensor
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.mixers.inject import apply_prodial, remove_prodial
 from prodial_kernels.mixers.names import adapter_parameters
@@ -52,7 +53,7 @@ def to_peft(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not an empty directory; choose another output")
     saved = read_adapter(directory)
-    beside = sorted(name for name in saved.tensors if ".prodial_" not in name)
+    beside = sorted(name for name in saved.tensors if not is_adapter_tensor(name))
     if beside:
         raise AdapterError(
             f"the adapter in {directory} holds tensors beside its layers ({', '.join(beside[:3])}, "
