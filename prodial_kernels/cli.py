@@ -17,6 +17,7 @@ from prodial_kernels import cli_options
 from prodial_kernels.cli_messages import (
     explained,
     joined_numbers,
+    repeated,
     unexpected,
     unknown_flag,
     with_suggestion,
@@ -294,7 +295,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     if place is not None and arguments[place] in commands:
         name = arguments[place]
         words = joined_numbers(commands[name], arguments[place + 1 :])
-        wrong = unknown_flag(commands, name, words)
+        wrong = unknown_flag(commands, name, words) or repeated(commands[name], words)
         if wrong is not None:
             commands[name].error(wrong)
         arguments = [*arguments[: place + 1], *words]

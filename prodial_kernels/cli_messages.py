@@ -100,6 +100,28 @@ def unknown_flag(
     return None
 
 
+def repeated(parser: argparse.ArgumentParser, words: Sequence[str]) -> str | None:
+    """Return what is wrong with a flag given twice, where the first values would be lost.
+
+    A later number or choice stands for an earlier one, as everywhere. But who gives data twice, or
+    names under two flags, means both.
+    """
+    known = _actions(parser)
+    flags = [word.split("=", 1)[0] for word in words if word.startswith("--")]
+    for flag in dict.fromkeys(flags):
+        action = known.get(flag)
+        if action is None or flags.count(flag) == 1:
+            continue
+        if action.nargs == "+":
+            return f"{flag} is given {flags.count(flag)} times: give everything after one {flag}"
+        if action.dest == "data":
+            return (
+                f"{flag} is given {flags.count(flag)} times, and takes one: put the files into a "
+                "directory, or into one file"
+            )
+    return None
+
+
 def unexpected(words: Sequence[str], given: Sequence[str]) -> str:
     """Return what to say of words that belong to no flag.
 
@@ -129,6 +151,8 @@ def with_suggestion(message: str) -> str:
     if match is None:
         return message
     choices = [choice.strip(" '\"") for choice in match.group(2).split(",")]
+    if match.group(1) == "gpu" and "cuda" in choices:
+        return f"{message}; did you mean 'cuda'?"
     return message + did_you_mean(match.group(1), choices)
 
 

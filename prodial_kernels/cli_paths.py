@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from prodial_kernels.training.suggestions import similar_path
@@ -31,7 +32,8 @@ def adapter_directory(path: str, *, flag: str = "--adapter") -> str:
             return str(candidate)
     if place.is_file() and (place.parent / _DESCRIPTION).is_file():
         return str(place.parent)
-    raise PathError(f"{flag} {path}: {_what_is_there(place)}")
+    shown = f"{flag} {path}".lstrip()
+    raise PathError(f"{shown}: {_what_is_there(place)}")
 
 
 def inspected(path: str) -> str:
@@ -52,6 +54,15 @@ def inspected(path: str) -> str:
     return path
 
 
+def _trained_whole(run: Path) -> bool:
+    try:
+        record = json.loads((run / "run.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    config = record.get("config") if isinstance(record, dict) else None
+    return isinstance(config, dict) and config.get("method") == "full"
+
+
 def _what_is_there(place: Path) -> str:
     wanted = "give the directory of an adapter, or of the run that wrote it"
     if not place.exists():
@@ -60,6 +71,11 @@ def _what_is_there(place: Path) -> str:
         return f"no such directory: it is a file, and no adapter lies beside it; {wanted}"
     if (place / "config.json").is_file():
         return f"it holds a model, not an adapter; {wanted}"
+    if _trained_whole(place):
+        return (
+            "this run trained every weight (--method full) and has no adapter: what it writes is "
+            f"a model, {place / 'model'}; give that with --model"
+        )
     if (place / "run.json").is_file():
         return (
             "this run has no adapter yet: it is saved at its end. Continue it with: prodial "

@@ -179,6 +179,12 @@ def test_a_run_without_an_adapter_says_how_to_get_one(tmp_path: Path) -> None:
         adapter_directory(str(tmp_path))
 
 
+def test_a_run_of_full_fine_tuning_names_its_model(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"config": {"method": "full"}}')
+    with pytest.raises(PathError, match=r"trained every weight.*/model; give that with --model"):
+        adapter_directory(str(tmp_path))
+
+
 def test_evaluate_takes_the_number_of_examples_that_is_asked_for(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,6 +356,10 @@ def test_inspect_an_adapter_and_a_model(
         (["evaluate", "--limit", "0"], 2, "expected a whole number from 1 on, or a share"),
         (["evaluate", "--seq-len", "0"], 2, "must be at least 1, got 0"),
         (["finetune", "--stepz", "3"], 2, "unknown option --stepz; did you mean --steps? (see"),
+        (["finetune", "--data", "a", "--data=b"], 2, "--data is given 2 times, and takes one"),
+        (["finetune", "--n-blocks", "in_proj=4", "--n-blocks", "out_proj=8"], 2, "after one --n-"),
+        (["finetune", "--steps", "5", "--steps", "3", "--data", ""], 1, "--data must not be empty"),
+        (["finetune", "--device", "gpu"], 2, "did you mean 'cuda'?"),
         (["finetune", "--steps", "many"], 2, "expected a number such as 500"),
         (["finetune", "--n-blocks", "4", "5"], 1, "give one number, or a NAME=NUMBER"),
         (["finetune", "--preset", "arc-hard"], 1, "preset must be one of 'arc-easy'"),
@@ -374,7 +384,8 @@ def test_inspect_an_adapter_and_a_model(
         (["merge", "--adapter", "ADAPTER"], 2, "required: --output"),
         (["convert", "none", "--to", "peft", "--output", "x"], 1, "none: no such directory"),
         (["convert", "ADAPTER", "--to", "dora", "--output", "x"], 2, "invalid choice: 'dora'"),
-        (["convert", "ADAPTER", "--to", "lora", "--output", "x"], 1, "has s or D_b"),
+        (["convert", "ADAPTER", "--to", "lora", "--output", "x"], 1, "has s or D_b.*--to peft"),
+        (["convert", "EMPTY", "--to", "peft", "--output", "x"], 1, "error: /.*it is a file"),
         (["inspect", "FOLDER"], 1, "no config.json in it"),
         (["inspect", "folder/adapter"], 1, "folder/adapter: no such directory"),
         (["inspect", "my-run/adapter"], 1, "there is no directory 'my-run' either"),

@@ -124,9 +124,16 @@ def _read_header(directory: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(header, dict) or "format_version" not in header:
         kind = header.get("peft_type") if isinstance(header, dict) else None
+        ours = ""
+        if kind in ("PRODIAL", "LORA"):
+            ours = f", or convert it: prodial convert {path.parent} --to prodial --output DIR"
         raise AdapterError(
             f"{path} has no format_version: "
-            + (f"it is PEFT's, for {kind!r}; load it with peft" if kind else "it is not ProDiaL's")
+            + (
+                f"it is PEFT's, for {kind!r}; load it with peft{ours}"
+                if kind
+                else "it is not ProDiaL's"
+            )
         )
     version = header["format_version"]
     if type(version) is not int or version not in _READABLE:

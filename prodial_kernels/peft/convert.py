@@ -125,14 +125,15 @@ def _lora(saved: SavedAdapter, directory: object) -> LoraConfig:
     config = saved.config
     if config.train_scale or config.train_diagonal or not config.r:
         raise AdapterError(
-            f"the adapter in {directory} has s or D_b, which LoRA has not; give method='prodial'"
+            f"the adapter in {directory} has s or D_b, which LoRA has not; give "
+            "method='prodial' (prodial convert --to peft)"
         )
     paths = sorted({name.rpartition(".")[0] for name in saved.tensors})
     dead = [path for path in paths if path.endswith(_READ_BY_MIXERS)]
     if dead:
         raise AdapterError(
             f"PEFT's LoRA on {dead[0]} would be refused or without effect before it is merged; "
-            "give method='prodial'"
+            "give method='prodial' (prodial convert --to peft)"
         )
     return LoraConfig(
         r=config.r,

@@ -19,6 +19,7 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 # What a run and a trainer write: no model on the hub is called so.
 _WRITTEN_HERE = re.compile(r"adapter|merged|model|state|checkpoint-\d+")
 _TOLD_BY = ("config.json", "adapter_config.json", "run.json")
+_MODELS_OF_A_RUN = ("merged", "model")
 _CONNECT_SECONDS = 5.0
 
 
@@ -97,7 +98,9 @@ def _check_directory(path: Path) -> None:
                 f"{path} holds an adapter, not a model; give its base model as the model, and this "
                 "directory as the adapter"
             )
-        raise ModelError(f"{path} holds no model: there is no config.json in it")
+        written = [path / part for part in _MODELS_OF_A_RUN if (path / part / file.name).is_file()]
+        hint = f"; did you mean {str(written[0])!r}?" if written else ""
+        raise ModelError(f"{path} holds no model: there is no config.json in it{hint}")
     try:
         config = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -56,6 +56,9 @@ def test_directories_that_are_no_model(here: Path) -> None:
         find("my-run/adapter")
     with pytest.raises(ModelError, match=r"there is no config\.json"):
         find("notes")
+    write_tiny_model(here / "my-run" / "merged")
+    with pytest.raises(ModelError, match=r"no config\.json in it; did you mean '.*my-run/merged'"):
+        find("my-run")
     file = here / "notes" / "config.json"
     file.write_text(json.dumps({"d_model": 768, "n_layer": 24, "vocab_size": 50277}))
     with pytest.raises(ModelError, match=r"mamba_ssm's format.*mamba-130m-hf"):
