@@ -50,8 +50,7 @@ def to_peft(
     if method not in ("prodial", "lora"):
         raise ValueError(f'method must be "prodial" or "lora", got {method!r}')
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not an empty directory; choose another output")
+    check_output(output)
     saved = read_adapter(directory)
     beside = sorted(name for name in saved.tensors if not is_adapter_tensor(name))
     if beside:
@@ -71,6 +70,12 @@ def to_peft(
     save_file(tensors, output / _TENSORS, metadata={"format": "pt"})
     # The configuration last: without it there is no adapter for anybody.
     config.save_pretrained(str(output))
+
+
+def check_output(output: Path) -> None:
+    """Raise ValueError unless ``output`` does not exist or is an empty directory."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} is not an empty directory; choose another output")
 
 
 def load_peft(model: nn.Module, directory: str | PathLike[str]) -> AdapterReport:

@@ -31,7 +31,7 @@ def convert_adapter(
         ModelError: The base model cannot be loaded, or is not named.
         ValueError: ``output`` holds something, or an unknown form.
     """
-    from prodial_kernels.peft import load_peft, to_peft
+    from prodial_kernels.peft.convert import check_output, load_peft, to_peft
 
     if to not in FORMS:
         raise ValueError(f"to must be one of {', '.join(FORMS)}, got {to!r}")
@@ -39,8 +39,7 @@ def convert_adapter(
         to_peft(adapter, output, method="prodial" if to == "peft" else to)
         return
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is not an empty directory; choose another output")
+    check_output(output)
     name = _base_of(Path(adapter)) if model is None else model
     device = resolve_device("auto")
     loaded = load_model(name, device=device, dtype=resolve_dtype("auto", device))
