@@ -71,6 +71,11 @@ def check_together(
             "diagonal factor; give a larger `r`"
             + ("" if config.method == "lora" else ", or leave one of them on")
         )
+    if config.lora_alpha == 0 and config.r != 0:
+        raise ConfigError(
+            "`lora_alpha` 0 multiplies A and B by 0, and they would learn nothing: leave it out"
+            + ("" if config.method == "lora" else ", or leave A and B out with `r` 0")
+        )
 
 
 def _check_step(config: Any, sizes: Mapping[str, Any]) -> None:

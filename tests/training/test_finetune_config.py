@@ -110,6 +110,8 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"grad_accumulation": 10**9}, "grad_accumulation must be at most"),
         ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and less than 1, got 1.0"),
         ({"r": 0, "method": "lora"}, "nothing would be trained: r is 0"),
+        ({"lora_alpha": 0}, "lora_alpha 0 multiplies A and B by 0"),
+        ({"lora_alpha": 0.0, "method": "lora"}, "they would learn nothing: leave it out"),
         ({"model": " "}, "model must not be empty"),
         ({"modules_to_save": 3}, "modules_to_save must be a string or a list of strings"),
         ({"memory_budget": "8"}, "memory_budget: '8' is 8 bytes.*did you mean '8GB'"),
