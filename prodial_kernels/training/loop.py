@@ -149,6 +149,17 @@ def learning_rate(options: LoopOptions, step: int) -> float:
     return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def cut_warm_up(options: LoopOptions) -> str | None:
+    """Say how far the learning rate gets in a run that ends within its warm-up; else None."""
+    if options.warmup <= options.steps:
+        return None
+    reached = learning_rate(options, options.steps - 1)
+    return (
+        f"the warm-up of {options.warmup} steps is longer than the run of {options.steps}: the "
+        f"learning rate reaches {reached:.2g} of {options.lr:.2g}"
+    )
+
+
 def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step > 0 and step % every == 0)
 

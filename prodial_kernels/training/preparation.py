@@ -18,7 +18,7 @@ from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data import DataSplit, load_documents, make_batches
 from prodial_kernels.training.documents import resets_state
 from prodial_kernels.training.examples import Example, kind_of
-from prodial_kernels.training.loop import LoopOptions
+from prodial_kernels.training.loop import LoopOptions, cut_warm_up
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.model import LoadedModel, load_model, resolve_device, resolve_dtype
 from prodial_kernels.training.planning import RunPlan, block_levels
@@ -152,6 +152,9 @@ def prepare(
     chosen = block_levels(loaded.model, config.chosen_activations, plan)
     levels = apply_savings(loaded.model, chosen, device=device, say=display.say)
     options = _loop_options(config, batches)
+    cut = cut_warm_up(options)
+    if cut is not None:
+        display.say(cut)
     return Run(
         config, loaded, split, batches, method, options, device, dtype, plan, levels, identity,
         implementation,

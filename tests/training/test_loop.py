@@ -17,6 +17,7 @@ from prodial_kernels.training.loop import (
     LoopOptions,
     NonFiniteLossError,
     StepRecord,
+    cut_warm_up,
     learning_rate,
     train,
 )
@@ -149,6 +150,15 @@ def test_order_of_logging_saving_and_evaluating() -> None:
 def test_schedules(schedule: str, expected: list[float]) -> None:
     options = LoopOptions(steps=6, lr=1.0, schedule=schedule, warmup=2)
     assert [learning_rate(options, step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so() -> None:
+    assert cut_warm_up(LoopOptions(steps=10, lr=1.0, warmup=10)) is None
+    told = cut_warm_up(LoopOptions(steps=2, lr=3e-3, warmup=10))
+    assert told == (
+        "the warm-up of 10 steps is longer than the run of 2: the learning rate reaches 0.0006 of "
+        "0.003"
+    )
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
