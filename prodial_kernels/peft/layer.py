@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear, weight_like
+from prodial_kernels.merged_weight import merge_again
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.quantization import QuantizedLinear
 
@@ -101,7 +102,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._disable_adapters = False
         self.register_buffer("_merged_weight", None, persistent=False)
-        self.register_load_state_dict_post_hook(_merge_again)
+        self.register_load_state_dict_post_hook(merge_again)
         self.train(base_layer.training)
 
     # --- Adapters. ------------------------------------------------------------------------------
@@ -315,11 +316,6 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         if merged:
             self.merge(adapter_names=merged)
         return self
-
-
-def _merge_again(layer: ProdialPeftLinear, incompatible_keys: object) -> None:
-    if layer.merged:
-        layer.renew_merged()
 
 
 def _finite(weight: Tensor | None) -> bool:
