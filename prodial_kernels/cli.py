@@ -17,6 +17,7 @@ from prodial_kernels import cli_options
 from prodial_kernels.cli_messages import (
     explained,
     joined_numbers,
+    printable,
     repeated,
     unexpected,
     unknown_flag,
@@ -336,7 +337,8 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _complain(message: str) -> None:
-    _say(f"prodial: error: {message}")
+    # It may quote a file of anybody's: what would steer a terminal is written as an escape.
+    _say(f"prodial: error: {printable(message)}")
 
 
 def _say(message: str) -> None:

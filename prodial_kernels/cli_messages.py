@@ -32,6 +32,13 @@ def explained(error: Exception) -> str:
     return f"{type(error).__name__}: {message} ('--debug' shows where)"
 
 
+def printable(message: str) -> str:
+    """Write characters that would steer a terminal as escapes; lines stay lines."""
+    return "".join(
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in message
+    )
+
+
 def flag_of(option: str) -> str:
     """Return the flag that sets an option."""
     return _FLAGS.get(option) or "--" + option.replace("_", "-")

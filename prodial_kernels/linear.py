@@ -289,7 +289,7 @@ class ProdialLinear(nn.Module):
         base = self.base_layer
         weights = base.packed() if isinstance(base, QuantizedLinear) else (base.weight,)
         parts = (self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b)
-        return marks_of((*weights, *parts), self.lora_alpha, self.diagonal)
+        return marks_of((*weights, *parts), self.lora_scaling, self.diagonal)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:

@@ -227,6 +227,18 @@ def test_inspection_shows_nothing_that_steers_a_terminal(
     assert shown["layers"][0]["lora_norm"] is None
 
 
+def test_errors_show_nothing_that_steers_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('"a\\u001b[2J\\u202eb" = 1\n', encoding="utf-8")
+    assert main(["finetune", "--config", str(config), "--output", str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert "\x1b" not in told
+    assert "\u202e" not in told
+    assert "a\\x1b[2J\\u202eb" in told
+
+
 def test_messages_for_python_are_put_into_flags() -> None:
     assert in_flags("set allow_partial=True, or r=8") == "set --allow-partial, or r=8"
     assert in_flags("n_blocks=7 must divide in_features=192") == (

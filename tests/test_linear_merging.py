@@ -127,7 +127,7 @@ def _step(layer: ProdialLinear) -> None:
 @pytest.mark.parametrize(
     "change",
     [_load, _assign, _average, _copy, _other_memory, _base, _step, ProdialLinear.reset_adapter,
-     lambda layer: setattr(layer, "lora_alpha", 7.0)],
+     lambda layer: setattr(layer, "lora_alpha", 7.0), lambda layer: setattr(layer, "r", 1)],
 )  # fmt: skip
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_merged_layer_follows_its_parameters(

@@ -244,7 +244,14 @@ def _fitting(name: str, tensor: Tensor, like: Tensor) -> Tensor:
             "model; its configuration belongs to another checkpoint"
         )
     if like.is_floating_point():
-        check_dense_dtype(name, str(tensor.dtype).removeprefix("torch."))
+        stored = str(tensor.dtype).removeprefix("torch.")
+        check_dense_dtype(name, stored)
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} is stored as {stored}, where the model has floating-point numbers: these "
+                "may be codes of a quantised weight. Use the dense checkpoint, or fetch this one "
+                "again"
+            )
     return tensor
 
 

@@ -83,6 +83,28 @@ def check_dense(tensors: TensorFiles) -> None:
         check_dense_dtype(name, tensors.dtype(name))
 
 
+def check_numbers(tensors: TensorFiles, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless all that became floating-point weights was stored as floating-point numbers.
+
+    transformers casts integers, booleans and complex numbers too, and drops what it loses by that.
+
+    Args:
+        tensors: Of the checkpoint.
+        state: The loaded model's own tensors, by the names that they have there.
+
+    Raises:
+        ValueError: Another type was stored; the message names the tensor.
+    """
+    for name in tensors:
+        own = state.get(name)
+        if own is not None and own.is_floating_point() and tensors.dtype(name) not in _FLOATING:
+            raise ValueError(
+                f"{name} is stored as {tensors.dtype(name)}, where the model has floating-point "
+                f"numbers ({', '.join(_FLOATING)}): these may be codes of a quantised weight. Use "
+                "the dense checkpoint, or fetch this one again"
+            )
+
+
 def dtype_of_dense(tensors: TensorFiles) -> torch.dtype | None:
     """Return what all of a checkpoint's floating-point tensors are stored in; None if they differ.
 

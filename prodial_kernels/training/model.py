@@ -14,6 +14,7 @@ from prodial_kernels.quantization.saving import RESCALING
 from prodial_kernels.training.completeness import (
     check_dense,
     check_merged,
+    check_numbers,
     check_tokenizer,
     check_whole,
     dtype_of_dense,
@@ -119,7 +120,8 @@ def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     """Load a checkpoint that is not quantised, all of it."""
     from transformers import AutoModelForCausalLM
 
-    check_dense(TensorFiles(directory))
+    tensors = TensorFiles(directory)
+    check_dense(tensors)
     model: Any
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -130,7 +132,9 @@ def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     except RuntimeError as error:
         check_merged(error)
         raise
-    check_whole(info, model.state_dict().keys(), getattr(config, "num_hidden_layers", None))
+    state = model.state_dict()
+    check_whole(info, state.keys(), getattr(config, "num_hidden_layers", None))
+    check_numbers(tensors, state)
     return model
 
 

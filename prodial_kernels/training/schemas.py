@@ -77,7 +77,7 @@ def parse_rows(rows: Iterable[tuple[str, Row]], findings: Findings | None = None
             raise DataError(f"{where}: {error}") from None
         for key in row:
             if key not in schema.required and key not in schema.optional:
-                findings.count("ignored, not part of the schema", "value", detail=f"'{key}'")
+                findings.count("ignored, not part of the schema", "value", detail=repr(key))
         if isinstance(example, str) and not example.strip():
             findings.count(BLANK, "row")
             continue

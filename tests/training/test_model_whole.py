@@ -142,6 +142,19 @@ def test_codes_without_a_scale_are_no_weights(
     assert f"{name} is stored as {str(dtype).removeprefix('torch.')}" in message
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
+@pytest.mark.parametrize("name", ["A_log", "conv1d.weight", "in_proj.weight"])
+def test_integers_are_no_weights(
+    folder: Path, quantize: str | None, dtype: torch.dtype, name: str
+) -> None:
+    name = f"backbone.layers.0.mixer.{name}"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    message = refused(folder, quantize)
+    assert name in message
+    assert "stored as" in message or "must be floating-point" in message
+
+
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
 def test_a_quantised_checkpoint_whose_configuration_does_not_say_so(
     folder: Path, format: str
