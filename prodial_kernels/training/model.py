@@ -229,12 +229,31 @@ def _read_config(name: str) -> Any:
 def _explain(name: str, source: Path | str, error: Exception) -> str:
     reason = f"{type(error).__name__}: {_first_line(error)}"
     if isinstance(source, Path):
+        if damaged := _damaged_files(source):
+            return (
+                f"cannot load the model in {source}: {', '.join(damaged)} is cut off or damaged "
+                f"({reason}); fetch or copy it again"
+            )
         return f"cannot load the model in {source}: {reason}"
     return (
         f"cannot load model {name!r}: there is no such directory here, and the hub did not give "
         f"it ({reason}). Check the name and the network, or give a local directory; "
         f"'{EMBEDDED}' always works offline"
     )
+
+
+def _damaged_files(directory: Path) -> list[str]:
+    """Names of the tensor files whose header does not fit what is there."""
+    from safetensors import SafetensorError, safe_open
+
+    damaged = []
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            damaged.append(file.name)
+    return damaged
 
 
 def _first_line(error: Exception) -> str:

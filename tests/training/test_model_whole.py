@@ -108,6 +108,16 @@ def test_too_few_layers_in_the_configuration(
         assert f"config.json says {layers} layers, and the checkpoint has more" in message
 
 
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("kept", [0, 5, 5000])
+def test_a_file_that_was_cut_off_is_named(folder: Path, kept: int, quantize: str | None) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    message = refused(folder, quantize)
+    assert "model.safetensors is cut off or damaged" in message
+    assert "fetch or copy it again" in message
+
+
 def test_embedding_named_as_in_mamba_ssm(folder: Path) -> None:
     rewrite(
         folder,
