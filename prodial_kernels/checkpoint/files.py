@@ -22,7 +22,8 @@ from typing import Any
 
 from prodial_kernels._disk import beside, flush, left_beside, write_new
 from prodial_kernels._locking import AlreadyLocked, locked
-from prodial_kernels._sha256 import sha256_of_file, sha256_of_values
+from prodial_kernels._sha256 import sha256_of_file
+from prodial_kernels._sha256 import sha256_of_values as _checksum
 from prodial_kernels.checkpoint.error import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -53,7 +54,7 @@ def write_files(directory: Path, header: Mapping[str, Any], payload: bytes) -> N
     directory.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(payload).hexdigest()
     content = {"format_version": FORMAT_VERSION, **header, "tensors_sha256": digest}
-    text = json.dumps({**content, "checksum": sha256_of_values(content)}, indent=2) + "\n"
+    text = json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
     pending = directory / f"adapter_model.{digest}.{secrets.token_hex(8)}.pending"
     config = directory / CONFIG_FILE
     temporary = beside(config, "tmp")
@@ -143,7 +144,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
             f"{' and '.join(map(str, _READABLE))}: install one that reads it"
         )
     checksum = header.pop("checksum", None)
-    if checksum != sha256_of_values(header):
+    if checksum != _checksum(header):
         raise AdapterError(
             f"{path} was changed after it was saved: its checksum does not match; copy it again "
             "from where it was saved, or load it unchanged and save it with other options"
