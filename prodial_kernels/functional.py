@@ -171,12 +171,13 @@ def _triton_linear(
     length = x.shape[-2] if channel_first and direct_length(x.shape[-2]) else 0
     # The kernels take one stride per matrix and none per vector; what has others is copied here.
     y = TritonProdialLinear.apply(
-        x, unit_stride_rows(weight), _contiguous(blocks),
-        _contiguous(scale_deviation), _contiguous(lora_a), _contiguous(lora_b), _contiguous(bias),
+        x, unit_stride_rows(weight), contiguous(blocks),
+        contiguous(scale_deviation), contiguous(lora_a), contiguous(lora_b), contiguous(bias),
         seed, float(lora_scaling), float(lora_dropout), diagonal == "relu", length,
     )  # fmt: skip
     return y if length else lay_out(y, channel_first)
 
 
-def _contiguous(part: Tensor | None) -> Tensor | None:
+def contiguous(part: Tensor | None) -> Tensor | None:
+    """Return a part of the adapter as the kernels take it: without strides, or None."""
     return None if part is None else part.contiguous()

@@ -121,7 +121,7 @@ def save_adapter(
         "package_version": __version__,
         "base_model": base_model,
         "config": config.to_dict(),
-        "tensors": {name: _description(tensor) for name, tensor in tensors.items()},
+        "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
         "base": describe_base(contents.base, contents.linears),
     }
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
@@ -156,7 +156,7 @@ def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
             f"the adapter in {directory} cannot be read although its checksums match "
             f"({type(error).__name__}: {error}); save it again"
         ) from error
-    found = {name: _description(tensor) for name, tensor in tensors.items()}
+    found = {name: describe_tensor(tensor) for name, tensor in tensors.items()}
     for name in sorted(found.keys() | listed.keys()):
         if found.get(name) != listed.get(name) or not name.isprintable():
             raise AdapterError(
@@ -375,5 +375,6 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], ori
             target.copy_(ready[name])
 
 
-def _description(tensor: Tensor) -> dict[str, Any]:
+def describe_tensor(tensor: Tensor) -> dict[str, Any]:
+    """Shape and dtype, as JSON files that stand beside tensors list them."""
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels._validation import check_finite, check_frozen, check_operands, check_triton
-from prodial_kernels.functional import adapted_linear, draw_seed, lay_out
+from prodial_kernels.functional import adapted_linear, contiguous, draw_seed, lay_out
 from prodial_kernels.implementation import resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.explicit import Operands, Rule
@@ -186,16 +186,12 @@ def adapted_operands(
     if chosen == "triton":
         check_triton(x)
         # The kernels take one stride of a matrix and none of the others.
-        operands = Operands(unit_stride_rows(weight), *(map(_contiguous, operands[1:])))
+        operands = Operands(unit_stride_rows(weight), *(map(contiguous, operands[1:])))
         noise = draw_seed(x) if dropped else None
     elif dropped:
         noise = torch.rand(x.shape, device=x.device) >= lora_dropout
     rule = Rule(chosen, float(lora_scaling), float(lora_dropout), diagonal, packed)
     return operands._replace(noise=noise), rule
-
-
-def _contiguous(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.contiguous()
 
 
 def _values_elsewhere(layer: PackedLinear, dtype: torch.dtype) -> Tensor:

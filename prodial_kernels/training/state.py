@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prodial_kernels._sha256 import sha256_of_file, sha256_of_values
+from prodial_kernels.checkpoint.adapter import describe_tensor
 from prodial_kernels.training.atomic import atomic_directory, remove_files, write_safetensors
 from prodial_kernels.training.optimizers import check_state, restore_state, state_tensors
 from prodial_kernels.training.versions import versions
@@ -89,7 +90,7 @@ def save_state(
             "format_version": FORMAT_VERSION,
             "run": run,
             "position": asdict(position),
-            "tensors": {name: _description(tensor) for name, tensor in tensors.items()},
+            "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
             "sha256": sha256_of_file(temporary / _TENSORS),
             "made_with": surroundings(),
         }
@@ -220,9 +221,9 @@ def _check_random_states(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _check_parameters(
     path: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter]
 ) -> None:
-    expected = {f"parameter/{name}": _description(p) for name, p in trained.items()}
+    expected = {f"parameter/{name}": describe_tensor(p) for name, p in trained.items()}
     parameters = {name: t for name, t in tensors.items() if name.startswith("parameter/")}
-    saved = {name: _description(tensor) for name, tensor in parameters.items()}
+    saved = {name: describe_tensor(tensor) for name, tensor in parameters.items()}
     if saved != expected:
         wrong = sorted(
             name.removeprefix("parameter/")
@@ -246,10 +247,6 @@ def _check_parameters(
 def _owner(name: str) -> str:
     """The parameter that an optimiser's tensor is of; a parameter's name may hold a slash."""
     return name.removeprefix("optimizer/").rpartition("/")[0] if name[:1] == "o" else ""
-
-
-def _description(tensor: Tensor) -> dict[str, Any]:
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -306,6 +303,6 @@ def _read_tensors(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]
         tensors = dict(load_file(file))
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise StateError(f"{file}: cannot be read: {error}") from error
-    if {name: _description(tensor) for name, tensor in tensors.items()} != described["tensors"]:
+    if {name: describe_tensor(tensor) for name, tensor in tensors.items()} != described["tensors"]:
         raise StateError(f"{file}: its tensors are not those that {_POSITION} lists")
     return tensors

@@ -159,7 +159,7 @@ def _retensor(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
         path,
         lambda d: d.update(
             sha256=sha256_of_file(file),
-            tensors={name: state._description(tensor) for name, tensor in tensors.items()},
+            tensors={name: state.describe_tensor(tensor) for name, tensor in tensors.items()},
         ),
     )
 
