@@ -16,14 +16,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cases import Case
-from benchmarks.crew import PATIENCE_S
-from benchmarks.environment import ROOT
+from benchmarks.harness.crew import PATIENCE_S
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.process import Worker, WorkerError
 from benchmarks.jobs import Job
-from benchmarks.measure import BARE
-from benchmarks.process import Worker, WorkerError
-from benchmarks.rivals import FLOOR, OURS
-from benchmarks.views import text_table
+from benchmarks.projector.cases import Case
+from benchmarks.projector.measure import BARE
+from benchmarks.projector.rivals import FLOOR, OURS
+from benchmarks.projector.views import text_table
 
 # A change of less than this is not called one, however steady the samples.
 SMALLEST = 0.03

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks.startup import prepare_process
+from benchmarks.harness.startup import prepare_process
 
 prepare_process()

@@ -82,8 +82,8 @@ class Child:
 
 def be_child(options: argparse.Namespace) -> int:
     """Load everything; prepare one job and measure it, each at the word."""
-    from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS
-    from benchmarks.finetune_steps import prepared
+    from benchmarks.training.jobs import JOBS, MORE_JOBS, TINY_JOBS
+    from benchmarks.training.steps import prepared
 
     job = next(job for job in (*JOBS, *MORE_JOBS, *TINY_JOBS) if job.name == options.child)
     # transformers runs mamba_ssm's kernels too.
@@ -105,8 +105,8 @@ def row_text(row: dict[str, Any]) -> str:
     """One line of the table."""
     if "error" in row:
         return f"{row['name']:15} FAILED: {row['error']}"
-    from benchmarks.finetune_jobs import keeps
-    from benchmarks.finetune_table import gigabytes, levels_text
+    from benchmarks.training.jobs import keeps
+    from benchmarks.training.table import gigabytes, levels_text
 
     def limits(values: Sequence[float | None]) -> str:
         ms, gb = ("–" if value is None else f"{value:g}" for value in values)
@@ -136,7 +136,7 @@ def kernels_text(row: dict[str, Any], top: int = 30) -> str:
 
 def run_jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the chosen jobs, one after the other; prepare some of them at once."""
-    from benchmarks.finetune_jobs import JOBS, MORE_JOBS, TINY_JOBS
+    from benchmarks.training.jobs import JOBS, MORE_JOBS, TINY_JOBS
 
     known = TINY_JOBS if options.tiny else (*JOBS, *MORE_JOBS)
     names = options.jobs or [job.name for job in (TINY_JOBS if options.tiny else JOBS)]
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # One launch configuration per kernel of Mamba-2 instead of minutes of tuning; read when
         # mamba_ssm is imported, here and in the workers.
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
-        from benchmarks.curves import MAKERS, run_curves
+        from benchmarks.training.curves import MAKERS, run_curves
 
         if unknown := set(options.jobs or ()) - MAKERS.keys():
             raise SystemExit(f"benchmarks.finetune: unknown models {sorted(unknown)}: {[*MAKERS]}")
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workers=0 if options.tiny else WORKERS,
         )  # fmt: skip
     else:
-        from benchmarks.finetune_jobs import keeps
+        from benchmarks.training.jobs import keeps
 
         rows = run_jobs(options)
         good = all("error" not in row and keeps(row, row["must"]) for row in rows)
@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(rows: Sequence[dict[str, Any]], path: Path, command: str, device: str) -> None:
     """Write the rows with what they were measured on."""
-    from benchmarks.environment import describe
+    from benchmarks.harness.environment import describe
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text_of(describe(device, command), rows))

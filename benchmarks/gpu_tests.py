@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "gpu-tests.json"
-HASHED = ("ops", "kernels", "mixers")
+HASHED = ("ops", "kernels", "models")
 
 
 def source_hash() -> str:

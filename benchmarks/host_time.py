@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import synchronise
+from benchmarks.harness.timing import synchronise
 from prodial_kernels import ProdialLinear, prodial_linear
 
 # M, K, N: the host's part hardly depends on the shape, only on which launches a shape takes.
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.profile:
             profile(compared["prodial_linear"], options.calls, rows=20)
     if cuda:
-        from prodial_kernels.kernels.taped import obstacles
+        from prodial_kernels.kernels.replay.recorded_calls import obstacles
 
         print("\n".join(f"launched by Triton's JIT each time: {reason}" for reason in obstacles()))
     return 0

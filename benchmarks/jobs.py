@@ -7,14 +7,20 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.breakdown import prepare_breakdown
-from benchmarks.cases import TABLE_SHAPES, TINY, Case, CaseSet, model_cases, with_variants
-from benchmarks.measure import BARE, FULL, QUICK, Row, Settings, prepare_case
-from benchmarks.measure import TINY as TINY_SETTINGS
-from benchmarks.modules import METHODS, ModuleCase, layer_cases, module_cases, prepare_modules
-from benchmarks.rivals import FLOOR, OURS, RIVALS, select
-from benchmarks.scaling import RIVAL, SWEEPS, TINY_SWEEPS
-from benchmarks.task import Prepared
+from benchmarks.harness.task import Prepared
+from benchmarks.models.modules import (
+    METHODS,
+    ModuleCase,
+    layer_cases,
+    module_cases,
+    prepare_modules,
+)
+from benchmarks.projector.breakdown import prepare_breakdown
+from benchmarks.projector.cases import TABLE_SHAPES, TINY, Case, CaseSet, model_cases, with_variants
+from benchmarks.projector.measure import BARE, FULL, QUICK, Row, Settings, prepare_case
+from benchmarks.projector.measure import TINY as TINY_SETTINGS
+from benchmarks.projector.rivals import FLOOR, OURS, RIVALS, select
+from benchmarks.projector.scaling import RIVAL, SWEEPS, TINY_SWEEPS
 
 # In the order in which they are measured, and from the end of which they are dropped.
 PARTS = ("table", "variants", "scaling", "step", "mixer", "breakdown")

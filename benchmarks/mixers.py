@@ -23,13 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.startup import prepare_process
+from benchmarks.harness.startup import prepare_process
 
 prepare_process()
 
 import torch  # noqa: E402
 
-from benchmarks.backbones import (  # noqa: E402
+from benchmarks.harness.crew import Crew  # noqa: E402
+from benchmarks.harness.environment import cpu_count, describe, device_name, slug  # noqa: E402
+from benchmarks.harness.store import RESULTS  # noqa: E402
+from benchmarks.harness.task import Task  # noqa: E402
+from benchmarks.models.backbones import (  # noqa: E402
     MODELS,
     ModelCase,
     ModelJob,
@@ -37,12 +41,8 @@ from benchmarks.backbones import (  # noqa: E402
     build,
     make_step,
 )
-from benchmarks.crew import Crew  # noqa: E402
-from benchmarks.environment import cpu_count, describe, device_name, slug  # noqa: E402
-from benchmarks.measure import release  # noqa: E402
-from benchmarks.store import RESULTS  # noqa: E402
-from benchmarks.task import Task  # noqa: E402
-from benchmarks.variants import VARIANTS, adapted  # noqa: E402
+from benchmarks.models.variants import VARIANTS, adapted  # noqa: E402
+from benchmarks.projector.measure import release  # noqa: E402
 
 # (model, batch, length): what time and memory must not exceed, as multiples of the floor.
 MUST = {

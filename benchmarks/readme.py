@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import finetune_table, report, store, views
-from benchmarks.environment import ROOT
-from benchmarks.rivals import FLOOR, OURS
-from benchmarks.store import RESULTS, find
+from benchmarks.harness import store
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.store import RESULTS, find
+from benchmarks.projector import views
+from benchmarks.projector.rivals import FLOOR, OURS
+from benchmarks.report import report
+from benchmarks.training import table
 
 README = ROOT / "README.md"
 # What a reader is likely to use today; the best of the others has a column of its own.
@@ -92,7 +95,7 @@ def fine_tuning() -> str:
     """What whole fine-tuning steps take."""
     records = [json.loads(path.read_text()) for path in committed("finetune.json")]
     return "\n\n".join(
-        text for record in records for text in (finetune_table.page(record), provenance(record))
+        text for record in records for text in (table.page(record), provenance(record))
     )
 
 

@@ -23,24 +23,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.startup import prepare_process
+from benchmarks.harness.startup import prepare_process
 
 prepare_process()
 
 import torch  # noqa: E402
 
-from benchmarks import environment, readme, report, store  # noqa: E402
+from benchmarks import readme  # noqa: E402
 from benchmarks.compare import (  # noqa: E402
     ComparisonError,
     checked_out,
     compare,
     comparison_view,
 )
-from benchmarks.crew import Crew, Doing, InProcess  # noqa: E402
+from benchmarks.harness import environment, store  # noqa: E402
+from benchmarks.harness.crew import Crew, Doing, InProcess  # noqa: E402
+from benchmarks.harness.task import Task  # noqa: E402
 from benchmarks.jobs import LEVELS, Job, Wanted, plan  # noqa: E402
-from benchmarks.measure import Row  # noqa: E402
-from benchmarks.shapes import MODELS  # noqa: E402
-from benchmarks.task import Task  # noqa: E402
+from benchmarks.projector.measure import Row  # noqa: E402
+from benchmarks.projector.shapes import MODELS  # noqa: E402
+from benchmarks.report import report  # noqa: E402
 
 BUDGET_S, QUICK_BUDGET_S = 350.0, 100.0
 # Kept back for pictures and what ends the run.

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import TABLE_SHAPES, TINY, Case, draw, rotating_sets
-from benchmarks.environment import cache_bytes
-from benchmarks.gate import Gate
-from benchmarks.measure import release
-from benchmarks.rivals import Rival, select
-from benchmarks.rivals.layer import Step
-from benchmarks.timing import Replay, synchronise
+from benchmarks.harness.environment import cache_bytes
+from benchmarks.harness.timing import Replay, synchronise
+from benchmarks.projector.cases import TABLE_SHAPES, TINY, Case, draw, rotating_sets
+from benchmarks.projector.gate import Gate
+from benchmarks.projector.measure import release
+from benchmarks.projector.rivals import Rival, select
+from benchmarks.projector.rivals.layer import Step
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

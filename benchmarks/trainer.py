@@ -28,17 +28,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.startup import prepare_process
+from benchmarks.harness.startup import prepare_process
 
 prepare_process()
 
 import torch  # noqa: E402
 
-from benchmarks.environment import describe, device_name, slug  # noqa: E402
-from benchmarks.measure import release, reported  # noqa: E402
+from benchmarks.harness.environment import describe, device_name, slug  # noqa: E402
+from benchmarks.harness.store import RESULTS  # noqa: E402
 from benchmarks.mixers import notes  # noqa: E402
-from benchmarks.store import RESULTS  # noqa: E402
-from benchmarks.trainer_steps import MODELS, VARIANTS, Settings, measure, profiled  # noqa: E402
+from benchmarks.projector.measure import release, reported  # noqa: E402
+from benchmarks.training.trainer_steps import MODELS, VARIANTS, Settings, measure, profiled  # noqa: E402
 
 SHAPES = ((4, 512), (8, 2048))
 TINY_SHAPES = ((2, 16),)

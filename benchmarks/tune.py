@@ -26,33 +26,33 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.startup import prepare_process
+from benchmarks.harness.startup import prepare_process
 
 prepare_process()
 
 import torch  # noqa: E402
 
-from benchmarks.cases import TABLE_SHAPES, Case, draw, model_cases, rotating_sets  # noqa: E402
-from benchmarks.descent import Changes, Value, descend, field_of  # noqa: E402
-from benchmarks.environment import ROOT, cache_bytes, cpu_count  # noqa: E402
-from benchmarks.gate import Gate, Refusal  # noqa: E402
-from benchmarks.rivals import OURS, Rival, select  # noqa: E402
-from benchmarks.rivals.layer import Step  # noqa: E402
-from benchmarks.timing import Replay, interleave  # noqa: E402
-from prodial_kernels.kernels.launch import padded_rank  # noqa: E402
-from prodial_kernels.kernels.taped import forget  # noqa: E402
-from prodial_kernels.kernels.tuned import (  # noqa: E402
+from benchmarks.harness.environment import ROOT, cache_bytes, cpu_count  # noqa: E402
+from benchmarks.harness.timing import Replay, interleave  # noqa: E402
+from benchmarks.projector.cases import TABLE_SHAPES, Case, draw, model_cases, rotating_sets  # noqa: E402
+from benchmarks.projector.descent import Changes, Value, descend, field_of  # noqa: E402
+from benchmarks.projector.gate import Gate, Refusal  # noqa: E402
+from benchmarks.projector.rivals import OURS, Rival, select  # noqa: E402
+from benchmarks.projector.rivals.layer import Step  # noqa: E402
+from prodial_kernels.kernels.choices.tile_sizes import padded_rank  # noqa: E402
+from prodial_kernels.kernels.choices.tuned import (  # noqa: E402
     Key,
     device_family,
     key_of,
     with_fields,
 )
-from prodial_kernels.kernels.tuned_table import TABLE  # noqa: E402
+from prodial_kernels.kernels.choices.tuned_table import TABLE  # noqa: E402
+from prodial_kernels.kernels.replay.recorded_calls import forget  # noqa: E402
 
 Entries = dict[Key, dict[str, Value]]
-TABLE_FILE = ROOT / "prodial_kernels" / "kernels" / "tuned_table.py"
+TABLE_FILE = ROOT / "prodial_kernels" / "kernels" / "choices" / "tuned_table.py"
 # The module that asks for configurations; the choosers are replaced there and nowhere else.
-CALLER = "prodial_kernels.kernels.projector"
+CALLER = "prodial_kernels.kernels.projector.passes"
 BUDGET_S = 540.0
 _GEMM: Mapping[str, tuple[Value, ...]] = {
     "block_m": (64, 128), "block_n": (64, 128, 256), "block_k": (32, 64, 128),

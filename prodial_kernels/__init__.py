@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from prodial_kernels._version import __version__
+
 if TYPE_CHECKING:
     from prodial_kernels.captured import capture
     from prodial_kernels.checkpoint import load_adapter, save_adapter
     from prodial_kernels.config import ProdialConfig
     from prodial_kernels.functional import prodial_linear
-    from prodial_kernels.implementation import resolve_impl
     from prodial_kernels.linear import ProdialLinear, adapter_disabled
-    from prodial_kernels.mixers.inject import (
+    from prodial_kernels.models.adapt.inject import (
         apply_prodial,
         merge_prodial,
         merge_quantized,
         remove_prodial,
     )
+    from prodial_kernels.models.vision_mamba import VisionMamba
+    from prodial_kernels.ops.implementation import resolve_impl
     from prodial_kernels.quantization import (
         QuantizedLinear,
         load_quantized,
         quantize_linear,
         quantize_model,
     )
-    from prodial_kernels.vision import VisionMamba
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ProdialConfig",
@@ -52,19 +52,19 @@ _HOMES = {
     "ProdialConfig": "config",
     "ProdialLinear": "linear",
     "QuantizedLinear": "quantization",
-    "VisionMamba": "vision",
+    "VisionMamba": "models.vision_mamba",
     "adapter_disabled": "linear",
-    "apply_prodial": "mixers.inject",
+    "apply_prodial": "models.adapt.inject",
     "capture": "captured",
     "load_adapter": "checkpoint",
     "load_quantized": "quantization",
-    "merge_prodial": "mixers.inject",
-    "merge_quantized": "mixers.inject",
+    "merge_prodial": "models.adapt.inject",
+    "merge_quantized": "models.adapt.inject",
     "prodial_linear": "functional",
     "quantize_linear": "quantization",
     "quantize_model": "quantization",
-    "remove_prodial": "mixers.inject",
-    "resolve_impl": "implementation",
+    "remove_prodial": "models.adapt.inject",
+    "resolve_impl": "ops.implementation",
     "save_adapter": "checkpoint",
 }
 

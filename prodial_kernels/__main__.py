@@ -1,6 +1,6 @@
 """``python -m prodial_kernels``: the same as ``prodial``."""
 
-from prodial_kernels.cli import main
+from prodial_kernels.cli.commands import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

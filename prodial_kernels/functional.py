@@ -13,11 +13,11 @@ from prodial_kernels._validation import (
     check_operands,
     check_triton,
 )
-from prodial_kernels.implementation import resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
-from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import DIAGONALS
+from prodial_kernels.ops.implementation import resolve_impl
 from prodial_kernels.ops.layout import direct_length, unit_stride_rows
+from prodial_kernels.ops.portable import TorchProdialLinear
 from prodial_kernels.ops.reference import reference_linear, scale_deviation_of
 from prodial_kernels.ops.triton_autograd import TritonProdialLinear
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.functional import adapted_linear, lay_out
-from prodial_kernels.implementation import described_impl
 from prodial_kernels.linear_options import check_adapter, check_base_layer, resolve_block_size
 from prodial_kernels.merged_weight import Marks, marks_of, merge_again
+from prodial_kernels.ops.implementation import described_impl
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.quantization import (
     QuantizationError,

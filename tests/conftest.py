@@ -32,7 +32,7 @@ def kernel_device() -> str:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what a run starts from: a tiny model in ``model``, a text in ``text.txt``."""
     # Loads transformers, which most tests do without.
-    from tiny_model import write_text, write_tiny_model
+    from support.tiny_model import write_text, write_tiny_model
 
     folder = tmp_path_factory.mktemp("place")
     write_tiny_model(folder / "model")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from prodial_kernels import prodial_linear, resolve_impl
-from prodial_kernels.ops.autograd import TorchProdialLinear
+from prodial_kernels.ops.portable import TorchProdialLinear
 from prodial_kernels.testing import LinearCase, assert_all_accurate, make_case
 
 IMPLS = ("reference", "torch")

@@ -15,8 +15,8 @@ from prodial_kernels.captured.chain import CaptureError, CaptureWarning, Chain
 from prodial_kernels.captured.cuda import CudaEngine
 from prodial_kernels.captured.engine import Engine
 from prodial_kernels.captured.state import sharded
-from prodial_kernels.training.blocks import blocks_of
-from prodial_kernels.training.norms import KERNEL_ON, FusedNorms, fuse_norms
+from prodial_kernels.models.layers.blocks import blocks_of
+from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms
 
 
 class Captured:

@@ -36,10 +36,10 @@ from prodial_kernels.checkpoint.fingerprint import (
 from prodial_kernels.checkpoint.first_format import check_first_base, convert_tensors
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ProdialLinear
-from prodial_kernels.mixers.inject import apply_prodial, get_prodial_config, remove_prodial
-from prodial_kernels.mixers.names import base_state, plain_path, unwrapped
-from prodial_kernels.mixers.report import AdapterReport, adapter_report
-from prodial_kernels.mixers.targets import find_targets
+from prodial_kernels.models.adapt.inject import apply_prodial, get_prodial_config, remove_prodial
+from prodial_kernels.models.adapt.names import base_state, plain_path, unwrapped
+from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
+from prodial_kernels.models.adapt.targets import find_targets
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MALFORMED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError)
@@ -102,7 +102,7 @@ def save_adapter(
             trained value is NaN or inf, or ``base_model`` is not printable.
         OSError: The disk is full, or the place cannot be written.
     """
-    from prodial_kernels import __version__
+    from prodial_kernels._version import __version__
 
     config = _config_of(model)
     model = unwrapped(model)

@@ -12,8 +12,8 @@ from prodial_kernels.checkpoint.fingerprint import Values
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear
 from prodial_kernels.linear_options import resolve_block_size
-from prodial_kernels.mixers.names import adapter_parameters, base_state, plain_path
-from prodial_kernels.mixers.targets import Target, find_saved
+from prodial_kernels.models.adapt.names import adapter_parameters, base_state, plain_path
+from prodial_kernels.models.adapt.targets import Target, find_saved
 from prodial_kernels.quantization import QuantizedLinear
 
 

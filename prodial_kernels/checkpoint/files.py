@@ -20,11 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from prodial_kernels._disk import beside, flush, left_beside, write_new
-from prodial_kernels._locking import AlreadyLocked, locked
-from prodial_kernels._sha256 import sha256_of_file
-from prodial_kernels._sha256 import sha256_of_values as _checksum
 from prodial_kernels.checkpoint.error import AdapterError
+from prodial_kernels.files.disk import beside, flush, left_beside, write_new
+from prodial_kernels.files.locking import AlreadyLocked, locked
+from prodial_kernels.files.sha256 import sha256_of_file
+from prodial_kernels.files.sha256 import sha256_of_values as _checksum
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

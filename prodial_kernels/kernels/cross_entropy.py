@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.recorder import launch
+from prodial_kernels.kernels.replay.recorder import launch
 
 # Columns that a program loads at once, and those of a warp: 16 bytes of 16-bit logits a thread. The
 # rows of the few programs that a multiprocessor then holds stay in the caches between the passes.

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.recorder import Function, launch
-from prodial_kernels.kernels.sharing import ceil_div
-from prodial_kernels.kernels.taped import taped
+from prodial_kernels.kernels.choices.partition import ceil_div
+from prodial_kernels.kernels.replay.recorded_calls import taped
+from prodial_kernels.kernels.replay.recorder import Function, launch
 
 # Weights that a program writes: 16 a thread, which is two wide stores.
 SPAN = 2048

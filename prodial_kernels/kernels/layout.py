@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.recorder import launch
-from prodial_kernels.kernels.sharing import ceil_div
-from prodial_kernels.kernels.taped import taped
+from prodial_kernels.kernels.choices.partition import ceil_div
+from prodial_kernels.kernels.replay.recorded_calls import taped
+from prodial_kernels.kernels.replay.recorder import launch
 
 # A tile's side: 128 bytes of a 16-bit row in both layouts.
 SIDE = 64

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from prodial_kernels.kernels.side_stream import side_stream
+from prodial_kernels.kernels.replay.streams import side_stream
 
 Result = TypeVar("Result")
 

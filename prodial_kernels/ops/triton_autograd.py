@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prodial_kernels.ops.layout import token_matrix, unit_stride_rows
-from prodial_kernels.ops.schema import linear_backward, linear_forward
+from prodial_kernels.ops.operators import linear_backward, linear_forward
 from prodial_kernels.ops.wide_rank import is_wide
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prodial_kernels.kernels.launch import MAX_FUSED_RANK, padded_rank
+from prodial_kernels.kernels.choices.tile_sizes import MAX_FUSED_RANK, padded_rank
 from prodial_kernels.ops.products import wide_product
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from prodial_kernels.checkpoint import AdapterError, SavedAdapter, read_adapter
 from prodial_kernels.checkpoint.contents import is_adapter_tensor
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.mixers.inject import apply_prodial, remove_prodial
-from prodial_kernels.mixers.names import adapter_parameters
-from prodial_kernels.mixers.report import AdapterReport
+from prodial_kernels.models.adapt.inject import apply_prodial, remove_prodial
+from prodial_kernels.models.adapt.names import adapter_parameters
+from prodial_kernels.models.adapt.report import AdapterReport
 from prodial_kernels.module_patterns import is_plain_name
 from prodial_kernels.peft.config import ProdialPeftConfig
 from prodial_kernels.peft.layer import PARTS

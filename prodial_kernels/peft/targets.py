@@ -11,15 +11,15 @@ from torch import nn
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.linear_options import resolve_block_size
-from prodial_kernels.mixers.families import check_mixers
-from prodial_kernels.mixers.structure import weight_reads
-from prodial_kernels.mixers.targets import (
+from prodial_kernels.models.adapt.families import check_mixers
+from prodial_kernels.models.adapt.targets import (
     Target,
     find_saved,
     module_paths,
     refuse_second_names,
     require_adaptable,
 )
+from prodial_kernels.models.mixers.structure import weight_reads
 from prodial_kernels.peft.config import ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.quantization import QuantizedLinear

@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
-from prodial_kernels.mixers.families import adapt_mixers
-from prodial_kernels.mixers.snapshot import Snapshot
-from prodial_kernels.mixers.targets import module_paths
+from prodial_kernels.models.adapt.families import adapt_mixers
+from prodial_kernels.models.adapt.snapshot import Snapshot
+from prodial_kernels.models.adapt.targets import module_paths
 from prodial_kernels.peft.combine import check_combination, combined_config, fill_combination
 from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear

@@ -34,7 +34,6 @@ from prodial_kernels.quantization.names import (
     is_part_of_adapter,
     listed,
 )
-from prodial_kernels.quantization.random_weights import RandomWeights
 from prodial_kernels.quantization.stored_config import check_stored_config
 from prodial_kernels.quantization.tensor_files import TensorFiles
 
@@ -44,7 +43,6 @@ __all__ = [
     "QuantizationError",
     "QuantizationReport",
     "QuantizedLinear",
-    "RandomWeights",
     "TensorFiles",
     "check_dense_dtype",
     "check_stored_config",

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from prodial_kernels._validation import check_finite, check_frozen, check_operands, check_triton
 from prodial_kernels.functional import adapted_linear, contiguous, draw_seed, lay_out
-from prodial_kernels.implementation import resolve_impl
 from prodial_kernels.ops.autocast import autocast_dtype
-from prodial_kernels.ops.explicit import Operands, Rule
-from prodial_kernels.ops.explicit_autograd import explicit_linear
+from prodial_kernels.ops.function import explicit_linear
+from prodial_kernels.ops.implementation import resolve_impl
 from prodial_kernels.ops.layout import unit_stride_rows
 from prodial_kernels.ops.packed import PackedWeight
+from prodial_kernels.ops.projection import Operands, Rule
 
 
 class PackedLinear(Protocol):

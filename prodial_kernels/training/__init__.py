@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prodial_kernels.training.config import FinetuneConfig
     from prodial_kernels.training.finetuning import finetune
-    from prodial_kernels.training.report import FinetuneResult
+    from prodial_kernels.training.results import FinetuneResult
 
 __all__ = ["FinetuneConfig", "FinetuneResult", "finetune"]
 
-_HOMES = {"FinetuneConfig": "config", "FinetuneResult": "report", "finetune": "finetuning"}
+_HOMES = {"FinetuneConfig": "config", "FinetuneResult": "results", "finetune": "finetuning"}
 
 
 def __getattr__(name: str) -> Any:

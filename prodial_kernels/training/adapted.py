@@ -11,17 +11,9 @@ import torch
 
 from prodial_kernels.checkpoint import load_adapter, read_adapter
 from prodial_kernels.embedded import embedded_model_path
-from prodial_kernels.mixers.inject import merge_prodial
-from prodial_kernels.quantization import FORMATS
-from prodial_kernels.training.interrupt import StopSignals
-from prodial_kernels.training.merging import (
-    Agreement,
-    check_written_model,
-    logits_of,
-    round_as_stored,
-    write_model,
-)
-from prodial_kernels.training.model import (
+from prodial_kernels.files.written import PlaceError, check_place, clear_leftovers, own_files
+from prodial_kernels.models.adapt.inject import merge_prodial
+from prodial_kernels.models.loading.load import (
     EMBEDDED,
     LoadedModel,
     ModelError,
@@ -30,9 +22,17 @@ from prodial_kernels.training.model import (
     resolve_device,
     resolve_dtype,
 )
-from prodial_kernels.training.projectors import check_implementation, set_implementation
-from prodial_kernels.training.run import run_around
-from prodial_kernels.training.written import PlaceError, check_place, clear_leftovers, own_files
+from prodial_kernels.quantization import FORMATS
+from prodial_kernels.training.merging import (
+    Agreement,
+    check_written_model,
+    logits_of,
+    round_as_stored,
+    write_model,
+)
+from prodial_kernels.training.run.directory import run_around
+from prodial_kernels.training.run.projectors import check_implementation, set_implementation
+from prodial_kernels.training.run.signals import StopSignals
 
 
 def load_adapted(

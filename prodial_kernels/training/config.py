@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prodial_kernels._suggestions import option_meant
 from prodial_kernels.training.config_checks import check_together
 from prodial_kernels.training.config_values import ConfigError as ConfigError
 from prodial_kernels.training.config_values import (
     check_choice,
     checked_value,
 )
-from prodial_kernels.training.suggestions import option_meant
 
 if TYPE_CHECKING:
     from prodial_kernels.config import Preset, ProdialConfig

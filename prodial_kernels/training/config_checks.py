@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prodial_kernels.training.config_values import ConfigError
-from prodial_kernels.training.memory_budget import parse_budget
+from prodial_kernels.training.sizes import parse_budget
 
 MOST_TOKENS_IN_A_STEP = 2**26
 """The largest product of batch_size, seq_len and grad_accumulation."""

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prodial_kernels._suggestions import similar_path
+from prodial_kernels.files.reading import read_bytes
 from prodial_kernels.training.config import ConfigError, FinetuneConfig
-from prodial_kernels.training.file_bytes import read_bytes
-from prodial_kernels.training.suggestions import similar_path
 
 # Far more than all options take.
 _LARGEST = 1 << 24

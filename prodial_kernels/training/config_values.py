@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prodial_kernels.training.suggestions import did_you_mean
+from prodial_kernels._suggestions import did_you_mean
 
 
 class ConfigError(ValueError):

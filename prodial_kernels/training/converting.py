@@ -7,7 +7,12 @@ from pathlib import Path
 
 from prodial_kernels.checkpoint import AdapterError, save_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE
-from prodial_kernels.training.model import ModelError, load_model, resolve_device, resolve_dtype
+from prodial_kernels.models.loading.load import (
+    ModelError,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+)
 
 FORMS = ("peft", "lora", "prodial")
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from prodial_kernels.checkpoint import save_adapter
-from prodial_kernels.mixers.inject import merge_prodial
+from prodial_kernels.files.atomic import atomic_file, atomic_text
+from prodial_kernels.files.json_values import finite_or_none
+from prodial_kernels.files.written import own_files
+from prodial_kernels.models.adapt.inject import merge_prodial
+from prodial_kernels.models.loading.load import resolve_device, resolve_dtype
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training.atomic import atomic_file, atomic_text
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.device_memory import limited, measure
-from prodial_kernels.training.evaluate import evaluate_examples
-from prodial_kernels.training.interrupt import StopSignals
-from prodial_kernels.training.json_values import finite_or_none
-from prodial_kernels.training.loop import NonFiniteLossError, StepRecord, train
+from prodial_kernels.training.memory.device import limited, measure
+from prodial_kernels.training.memory.run_plan import comparison_text, plan_run
 from prodial_kernels.training.merging import (
     Agreement,
     check_written_model,
@@ -32,18 +32,22 @@ from prodial_kernels.training.merging import (
     round_as_stored,
     write_model,
 )
-from prodial_kernels.training.metrics import MetricsLog, read_metrics
-from prodial_kernels.training.model import resolve_device, resolve_dtype
-from prodial_kernels.training.oom import GuardedStep, OutOfMemory, out_of_memory
-from prodial_kernels.training.planning import comparison_text, plan_run
-from prodial_kernels.training.plot import plot_loss
-from prodial_kernels.training.preflight import check_fit, check_options
-from prodial_kernels.training.preparation import Run, prepare
-from prodial_kernels.training.progress import Progress
-from prodial_kernels.training.report import FinetuneResult, best_evaluation, peak_memory
-from prodial_kernels.training.result_file import read_result
-from prodial_kernels.training.run import RunDirectory, RunError, RunIdentity, check_same_config
-from prodial_kernels.training.state import (
+from prodial_kernels.training.results import FinetuneResult, best_evaluation, peak_memory
+from prodial_kernels.training.run.directory import (
+    RunDirectory,
+    RunError,
+    RunIdentity,
+    check_same_config,
+)
+from prodial_kernels.training.run.loop import NonFiniteLossError, StepRecord, train
+from prodial_kernels.training.run.metrics import MetricsLog, read_metrics
+from prodial_kernels.training.run.plot import plot_loss
+from prodial_kernels.training.run.preflight import check_fit, check_options
+from prodial_kernels.training.run.preparation import Run, prepare
+from prodial_kernels.training.run.progress import Progress
+from prodial_kernels.training.run.result_file import read_result
+from prodial_kernels.training.run.signals import StopSignals
+from prodial_kernels.training.run.state import (
     Position,
     StateError,
     differing_surroundings,
@@ -51,9 +55,10 @@ from prodial_kernels.training.state import (
     save_state,
     saved_states,
 )
-from prodial_kernels.training.steps import make_step
-from prodial_kernels.training.versions import versions
-from prodial_kernels.training.written import own_files
+from prodial_kernels.training.run.versions import versions
+from prodial_kernels.training.scoring.language_model import evaluate_examples
+from prodial_kernels.training.step.choose import make_step
+from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
 
 
 def finetune(

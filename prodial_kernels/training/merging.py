@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.files.atomic import atomic_directory, safetensors_errors
+from prodial_kernels.files.written import clear_leftovers, mark_written, own_files
+from prodial_kernels.models.layers.offload import blocks_on_demand
+from prodial_kernels.models.loading.load import LoadedModel, load_model
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training.atomic import atomic_directory, safetensors_errors
-from prodial_kernels.training.device_memory import indexed
-from prodial_kernels.training.model import LoadedModel, load_model
-from prodial_kernels.training.offload import blocks_on_demand
-from prodial_kernels.training.written import clear_leftovers, mark_written, own_files
+from prodial_kernels.training.memory.device import indexed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,13 +9,13 @@ from torch import nn
 
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear_options import resolve_block_size
-from prodial_kernels.mixers.inject import apply_prodial
-from prodial_kernels.mixers.report import AdapterReport, adapter_report
-from prodial_kernels.mixers.targets import find_targets
+from prodial_kernels.models.adapt.inject import apply_prodial
+from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
+from prodial_kernels.models.adapt.targets import find_targets
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.optimizers import make_optimizer
-from prodial_kernels.training.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import make_optimizer
+from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cases import TINY
 from benchmarks.compare import ComparisonError, checked_out, compare, comparison_view, judge
-from benchmarks.environment import ROOT, git
+from benchmarks.harness.environment import ROOT, git
+from benchmarks.projector.cases import TINY
 
 
 def rounds(ours: float, floor: float, noise: float) -> list[dict[str, float]]:

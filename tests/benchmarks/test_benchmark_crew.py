@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from benchmarks import crew as crew_module
-from benchmarks.cases import TINY, Case
-from benchmarks.crew import Crew, InProcess
-from benchmarks.environment import ROOT
+from benchmarks.harness import crew as crew_module
+from benchmarks.harness.crew import Crew, InProcess
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.process import Worker, WorkerEnded, WorkerError
 from benchmarks.jobs import Job
-from benchmarks.measure import BARE, Row
-from benchmarks.process import Worker, WorkerEnded, WorkerError
+from benchmarks.projector.cases import TINY, Case
+from benchmarks.projector.measure import BARE, Row
 
 PAIR = ("frozen", "prodial")
 JOBS = [Job("table", replace(TINY[0], m=m), PAIR, replace(BARE, rounds=2)) for m in (8, 16, 24)]

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import charts, memory, store, views
-from benchmarks.breakdown import short_name
-from benchmarks.cases import TABLE_SHAPES, Case, with_variants
-from benchmarks.rivals import RIVALS, select
-from benchmarks.roofline import Ceilings, work
-from benchmarks.scaling import SWEEPS, exponent, fits, fits_view
-from benchmarks.shapes import MODELS
-from benchmarks.timing import Replay, Summary, interleave
+from benchmarks.harness import memory, store
+from benchmarks.harness.timing import Replay, Summary, interleave
+from benchmarks.projector import views
+from benchmarks.projector.breakdown import short_name
+from benchmarks.projector.cases import TABLE_SHAPES, Case, with_variants
+from benchmarks.projector.rivals import RIVALS, select
+from benchmarks.projector.roofline import Ceilings, work
+from benchmarks.projector.scaling import SWEEPS, exponent, fits, fits_view
+from benchmarks.projector.shapes import MODELS
+from benchmarks.report import charts
 
 
 def row(case: Case, rival: str, us: float, floor_us: float, **more: Any) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import curves, finetune
-from benchmarks.finetune_jobs import GB, JOBS, LEAST, MODELS, MORE_JOBS, TINY_JOBS, Job, keeps
-from benchmarks.finetune_steps import LR, plan_of, prepared
-from prodial_kernels import cli
+from benchmarks import finetune
+from benchmarks.training import curves
+from benchmarks.training.jobs import GB, JOBS, LEAST, MODELS, MORE_JOBS, TINY_JOBS, Job, keeps
+from benchmarks.training.steps import LR, plan_of, prepared
+from prodial_kernels.cli import commands
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training import planning
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.memory_budget import parse_budget
+from prodial_kernels.training.memory import run_plan
+from prodial_kernels.training.sizes import parse_budget
 
 CUDA = torch.device("cuda")
 
@@ -29,7 +30,7 @@ def feigned_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(planning, "kernels_available", lambda: True)
+    monkeypatch.setattr(run_plan, "kernels_available", lambda: True)
 
 
 def test_the_jobs_are_those_that_must_fit() -> None:
@@ -65,20 +66,20 @@ def test_the_command_says_what_is_planned(
     if job.memory_budget == LEAST:
         # 0.1 GB less is too little.
         less = {"memory_budget": f"{float(str(budget).removesuffix('GB')) - 0.1:.1f}GB"}
-        with pytest.raises(planning.MemoryPlanError):
+        with pytest.raises(run_plan.MemoryPlanError):
             plan_of(replace(job, **less), CUDA, torch.bfloat16)
     given: list[FinetuneConfig] = []
 
     def parsed(args: Any) -> int:
-        given.append(FinetuneConfig.from_dict(cli.cli_options.config_values(args)).resolved())
+        given.append(FinetuneConfig.from_dict(commands.options.config_values(args)).resolved())
         return 0
 
     monkeypatch.setitem(
-        cli._COMMANDS, "finetune", cli._COMMANDS["finetune"]._replace(run=parsed)
+        commands._COMMANDS, "finetune", commands._COMMANDS["finetune"]._replace(run=parsed)
     )  # fmt: skip
     command = job.command(budget)
     assert command is not None
-    assert cli.main(shlex.split(command)[1:]) == 0
+    assert commands.main(shlex.split(command)[1:]) == 0
     expected = replace(
         config, model=MODELS[job.model].published, data="notes.txt", lr=given[0].lr,
         max_bytes=None, eval_tokens=None,

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import TINY, Case, draw, rotating_sets
-from benchmarks.gate import Gate, Refusal
-from benchmarks.measure import TINY as TINY_SETTINGS
-from benchmarks.measure import measure_case
-from benchmarks.rivals import RIVALS, Rival, select
-from benchmarks.rivals.layer import Layer
-from benchmarks.rivals.methods import METHODS
-from benchmarks.rivals.plain import adapted, formula, materialised
-from benchmarks.roofline import Ceilings
+from benchmarks.projector.cases import TINY, Case, draw, rotating_sets
+from benchmarks.projector.gate import Gate, Refusal
+from benchmarks.projector.measure import TINY as TINY_SETTINGS
+from benchmarks.projector.measure import measure_case
+from benchmarks.projector.rivals import RIVALS, Rival, select
+from benchmarks.projector.rivals.layer import Layer
+from benchmarks.projector.rivals.methods import METHODS
+from benchmarks.projector.rivals.plain import adapted, formula, materialised
+from benchmarks.projector.roofline import Ceilings
 from prodial_kernels.testing import LinearCase
 
 CASE = TINY[0]

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.crew import Crew
+from benchmarks.harness.crew import Crew
+from benchmarks.harness.timing import Replay
 from benchmarks.jobs import Job
-from benchmarks.measure import BARE, QUICK, Row, Settings, measure_case
-from benchmarks.rivals import RIVALS
-from benchmarks.roofline import measure_ceilings
-from benchmarks.timing import Replay
+from benchmarks.projector.cases import Case
+from benchmarks.projector.measure import BARE, QUICK, Row, Settings, measure_case
+from benchmarks.projector.rivals import RIVALS
+from benchmarks.projector.roofline import measure_ceilings
 
 pytestmark = pytest.mark.gpu
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import finetune_table, readme, store
-from benchmarks.cases import TABLE_SHAPES
-from benchmarks.finetune_jobs import JOBS, TINY_JOBS
+from benchmarks import readme
+from benchmarks.harness import store
+from benchmarks.projector.cases import TABLE_SHAPES
+from benchmarks.training import table
+from benchmarks.training.jobs import JOBS, TINY_JOBS
 
 ENVIRONMENT = {
     "device": "A GPU", "driver": "1", "commit": "abc", "date": "2026-01-02", "command": "run",
@@ -124,7 +126,7 @@ def test_one_line_for_each_job_and_its_command() -> None:
         trained("130m-graphed", ms=123.4, predicted_bytes=None, levels={"keep": 24}),
         {"name": "1.4b-bf16", "error": "no memory"},
     ]
-    text = finetune_table.page({"device": "A GPU", "rows": rows})
+    text = table.page({"device": "A GPU", "rows": rows})
     lines = [
         [cell.strip() for cell in line.split("|")][1:-1]
         for line in text.splitlines()

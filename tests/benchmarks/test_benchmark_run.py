@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run
-from benchmarks.cases import TABLE_SHAPES, Case
-from benchmarks.environment import ROOT
+from benchmarks.harness.environment import ROOT
 from benchmarks.jobs import PARTS, Job, Wanted, plan
-from benchmarks.measure import Row
-from benchmarks.rivals import RIVALS
-from benchmarks.scaling import SWEEPS
+from benchmarks.projector.cases import TABLE_SHAPES, Case
+from benchmarks.projector.measure import Row
+from benchmarks.projector.rivals import RIVALS
+from benchmarks.projector.scaling import SWEEPS
 
 
 def test_the_command_measures_prints_and_writes(

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import trainer
 from benchmarks.trainer import Row, judged
-from benchmarks.trainer_steps import MODELS, TINY, VARIANTS, Settings, build, profiled
+from benchmarks.training.trainer_steps import MODELS, TINY, VARIANTS, Settings, build, profiled
 
 # What PEFT asks of transformers under an older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -13,8 +13,10 @@ from typing import get_type_hints
 import pytest
 
 from benchmarks import tune
-from prodial_kernels.kernels import projector, taped, tuned
-from prodial_kernels.kernels.tuned_table import TABLE
+from prodial_kernels.kernels.choices import tuned
+from prodial_kernels.kernels.choices.tuned_table import TABLE
+from prodial_kernels.kernels.projector import passes
+from prodial_kernels.kernels.replay import recorded_calls
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,18 @@ def test_a_changed_choice_is_not_overruled_by_a_recorded_launch(
     module.choose = lambda: Config()
     module.tuned = tuned.tuned
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for known in (taped._tapes, taped._met):
+    for known in (recorded_calls._tapes, recorded_calls._met):
         monkeypatch.setitem(known, "a call", None)
     with tune.chosen("choose", {}, caller=module.__name__):
-        assert "a call" not in taped._tapes
-        assert "a call" not in taped._met
-        taped._tapes["a call"] = None
-    assert "a call" not in taped._tapes
+        assert "a call" not in recorded_calls._tapes
+        assert "a call" not in recorded_calls._met
+        recorded_calls._tapes["a call"] = None
+    assert "a call" not in recorded_calls._tapes
 
 
 def test_every_sweep_names_a_chooser_and_its_fields() -> None:
     for sweep in tune.SWEEPS:
-        returns = get_type_hints(getattr(projector, sweep.chooser))["return"]
+        returns = get_type_hints(getattr(passes, sweep.chooser))["return"]
         for name, values in sweep.values.items():
             kind = returns
             for part in name.split("."):

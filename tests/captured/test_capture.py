@@ -11,26 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, build, randomise_adapters, token_ids
-from standin import StandIn
 from torch import Tensor, nn
 
-from prodial_kernels import ProdialConfig, adapter_disabled, apply_prodial, capture
+from prodial_kernels import adapter_disabled, capture
 from prodial_kernels.captured import Captured, CaptureError, CaptureWarning
 from prodial_kernels.captured.checkpointing import checkpoints_outside
 from prodial_kernels.captured.model import capture_with
-from prodial_kernels.training.blocks import plain_forward
-
-LAYERS = 4
-
-
-def adapted(family: str = "mamba2", *, dropout: float = 0.0, **overrides: Any) -> nn.Module:
-    if family in ("mamba", "mamba2", "falcon_mamba", "falcon_h1"):
-        overrides.setdefault("num_hidden_layers", LAYERS)
-    model = build(family, **overrides)
-    apply_prodial(model, ProdialConfig(r=2, lora_dropout=dropout))
-    randomise_adapters(model)
-    return model
+from prodial_kernels.models.layers.blocks import plain_forward
+from support.captured.models import LAYERS, adapted
+from support.captured.standin import StandIn
+from support.models import FAMILIES, randomise_adapters, token_ids
 
 
 def step(model: nn.Module, ids: Tensor, **options: Any) -> Tensor:

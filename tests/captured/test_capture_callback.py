@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import token_ids
-from standin import StandIn
-from test_capture import LAYERS, adapted
 from torch import nn
 
 from prodial_kernels.captured import CaptureError
@@ -17,6 +14,9 @@ from prodial_kernels.captured import callback as callbacks
 from prodial_kernels.captured.callback import CaptureCallback
 from prodial_kernels.captured.checkpointing import checkpoints_outside
 from prodial_kernels.captured.model import capture_with
+from support.captured.models import LAYERS, adapted
+from support.captured.standin import StandIn
+from support.models import token_ids
 
 pytestmark = [
     # Trainer on a CPU: of its data loader's pinned memory.
@@ -101,7 +101,7 @@ def test_checkpointing_in_trainer(tmp_path: Path, engine: StandIn) -> None:
 
 def test_peft_lora(tmp_path: Path, engine: StandIn) -> None:
     peft = pytest.importorskip("peft")
-    from models import build
+    from support.models import build
 
     def model() -> nn.Module:
         config = peft.LoraConfig(r=2, target_modules=["in_proj"], lora_dropout=0.2)
@@ -119,7 +119,8 @@ def test_peft_lora(tmp_path: Path, engine: StandIn) -> None:
 def test_trl(tmp_path: Path, engine: StandIn) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
-    from tiny_model import byte_tokenizer
+
+    from support.tiny_model import byte_tokenizer
 
     def losses(callback: Any) -> list[float]:
         torch.manual_seed(0)

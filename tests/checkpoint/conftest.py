@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from saved_adapters import trained
 
 from prodial_kernels import save_adapter
+from support.saved_adapters import trained
 
 
 @pytest.fixture

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_adapters import Model, expect_refusal, trained
-from test_refused_files import rewrite
 
 from prodial_kernels import load_adapter, merge_prodial, quantize_model, save_adapter
 from prodial_kernels.checkpoint import AdapterError, model_fingerprint, read_adapter
+from support.saved_adapters import Model, expect_refusal, rewrite, trained
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

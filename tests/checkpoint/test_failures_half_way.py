@@ -6,10 +6,10 @@ import resource
 from pathlib import Path
 
 import pytest
-from saved_adapters import Model, state, trained
 
 from prodial_kernels import load_adapter, save_adapter
 from prodial_kernels.checkpoint.files import TENSOR_FILE
+from support.saved_adapters import Model, state, trained
 
 
 def test_a_failure_while_copying_undoes_the_application(

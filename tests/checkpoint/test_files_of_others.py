@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from prodial_kernels._disk import beside
-from prodial_kernels._locking import locked
-from prodial_kernels._sha256 import sha256_of_values
 from prodial_kernels.checkpoint import files
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, read_files, write_files
+from prodial_kernels.files.disk import beside
+from prodial_kernels.files.locking import locked
+from prodial_kernels.files.sha256 import sha256_of_values
 
 OLD, NEW = b"old tensors" * 1000, b"new tensors" * 1000
 

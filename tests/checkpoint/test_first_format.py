@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from saved_adapters import CONFIG, Model, expect_refusal, state, trained
 from torch import nn
 
 from prodial_kernels import load_adapter, save_adapter
-from prodial_kernels._sha256 import sha256_of_values
 from prodial_kernels.checkpoint import read_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE
-from prodial_kernels.training.inspection import inspect_adapter
+from prodial_kernels.files.sha256 import sha256_of_values
+from prodial_kernels.training.inspecting import inspect_adapter
+from support.saved_adapters import CONFIG, Model, expect_refusal, state, trained
 
 _STRIDE = 2654435761
 

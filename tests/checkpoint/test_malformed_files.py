@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from saved_adapters import Model, expect_refusal, trained
-from test_refused_files import rewrite, rewrite_tensors
 
 from prodial_kernels import load_adapter, save_adapter
 from prodial_kernels.checkpoint import AdapterError, read_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE
+from support.saved_adapters import Model, expect_refusal, rewrite, rewrite_tensors, trained
 
 LAYER = "layers.0.in_proj"
 

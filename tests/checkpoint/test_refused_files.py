@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
-from saved_adapters import expect_refusal, trained
-from torch import Tensor
 
 from prodial_kernels import save_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, read_files, write_files
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the configuration file and keep its checksum right, as another program might."""
-    header, payload = read_files(directory)
-    change(header)
-    write_files(directory, header, payload)
-
-
-def rewrite_tensors(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Change the tensors, and the list of them, and every checksum."""
-    header, _ = read_files(directory)
-    tensors = load_file(directory / TENSOR_FILE)
-    change(tensors)
-    header["tensors"] = {
-        name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
-        for name, t in tensors.items()
-    }
-    write_files(directory, header, save(tensors))
+from support.saved_adapters import expect_refusal, rewrite, rewrite_tensors, trained
 
 
 def test_missing_directory_and_files(directory: Path, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from saved_adapters import CONFIG, Mixer, Model, expect_refusal, trained
 from torch import nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, load_adapter, save_adapter
 from prodial_kernels.checkpoint import AdapterError
+from support.saved_adapters import CONFIG, Mixer, Model, expect_refusal, trained
 
 
 def test_head_of_another_size(directory: Path) -> None:

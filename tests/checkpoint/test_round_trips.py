@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from saved_adapters import CONFIG, Model, state, trained
 from torch import nn
 
 from prodial_kernels import (
@@ -23,6 +22,7 @@ from prodial_kernels import (
 )
 from prodial_kernels.checkpoint import AdapterError, read_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE
+from support.saved_adapters import CONFIG, Model, state, trained
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_adapters import CONFIG, Mixer, Model, expect_refusal, state, trained
 from torch import nn
 
 from prodial_kernels import ProdialConfig, apply_prodial, load_adapter, save_adapter
 from prodial_kernels.checkpoint import read_adapter
+from support.saved_adapters import CONFIG, Mixer, Model, expect_refusal, state, trained
 
 PLAIN = ProdialConfig(r=2)
 

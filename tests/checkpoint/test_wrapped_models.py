@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_adapters import CONFIG, Model, state, trained
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -21,7 +20,8 @@ from prodial_kernels import (
     save_adapter,
 )
 from prodial_kernels.checkpoint import AdapterError, read_adapter
-from prodial_kernels.mixers.inject import get_prodial_config
+from prodial_kernels.models.adapt.inject import get_prodial_config
+from support.saved_adapters import CONFIG, Model, state, trained
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import prodial_kernels
 from prodial_kernels.embedded import embedded_model_path
-from prodial_kernels.embedded.architecture import build_model, torch_path
-from prodial_kernels.embedded.evaluate import bits_per_byte
-from prodial_kernels.embedded.tokens import END_OF_TEXT, load_tokenizer, token_byte_lengths
+from prodial_kernels.embedded.making.architecture import build_model, torch_path
+from prodial_kernels.embedded.making.evaluate import bits_per_byte
+from prodial_kernels.embedded.making.tokens import END_OF_TEXT, load_tokenizer, token_byte_lengths
 
 # Written for this test, so no training page can hold it.
 HELD_OUT = """The scheduler keeps a queue of pending requests and hands each of them to a worker as

@@ -8,14 +8,14 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from prodial_kernels.embedded import corpus as corpus_module
-from prodial_kernels.embedded.corpus import Document, gather, read_corpus
-from prodial_kernels.embedded.evaluate import bits_per_byte
-from prodial_kernels.embedded.html_text import html_to_text
-from prodial_kernels.embedded.optimise import TrainOptions, train
-from prodial_kernels.embedded.pretrain import main
-from prodial_kernels.embedded.sources import SOURCES, Source
-from prodial_kernels.embedded.tokens import (
+from prodial_kernels.embedded.making import corpus as corpus_module
+from prodial_kernels.embedded.making.corpus import Document, gather, read_corpus
+from prodial_kernels.embedded.making.evaluate import bits_per_byte
+from prodial_kernels.embedded.making.html_text import html_to_text
+from prodial_kernels.embedded.making.optimise import TrainOptions, train
+from prodial_kernels.embedded.making.pretrain import main
+from prodial_kernels.embedded.making.sources import SOURCES, Source
+from prodial_kernels.embedded.making.tokens import (
     build_shards,
     load_shard,
     load_tokenizer,

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from uninterpreted import run_uninterpreted
 
 from prodial_kernels.kernels.cross_entropy import BLOCK, cross_entropy_
+from support.kernels.uninterpreted import run_uninterpreted
 
 IGNORED = -100
 DTYPES = [

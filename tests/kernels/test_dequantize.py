@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from uninterpreted import run_uninterpreted
 
 from prodial_kernels.quantization import FORMATS, QuantizedLinear
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.int8 import Int8Linear
 from prodial_kernels.quantization.nf4 import NF4Linear
+from support.kernels.uninterpreted import run_uninterpreted
 
 LAYERS = {layer.FORMAT: layer for layer in (NF4Linear, Int8Linear, FP8Linear)}
 SHAPES = [(72, 96), (1, 1), (7, 9), (130, 257), (33, 128), (3, 4100)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prodial_kernels.ops.autograd import TorchProdialLinear
 from prodial_kernels.ops.diagonal import block_outer_product, deviation_backward
+from prodial_kernels.ops.portable import TorchProdialLinear
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
 

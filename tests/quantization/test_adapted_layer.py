@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from quantized_layers import K, N, adapted, is_dense, kept_by, quantised
 from torch import nn
 
 from prodial_kernels import ProdialLinear, adapter_disabled
-from prodial_kernels.mixers.projection import ProjectorOfView, is_explicit, operands_of
+from prodial_kernels.models.mixers.projection import ProjectorOfView, is_explicit, operands_of
 from prodial_kernels.quantization import FORMATS, quantize_linear
+from support.quantized_layers import K, N, adapted, is_dense, kept_by, quantised
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, randomise_adapters, token_ids, training_step
 from torch import Tensor, nn
 
 from prodial_kernels import (
@@ -21,6 +20,7 @@ from prodial_kernels import (
 )
 from prodial_kernels.checkpoint import AdapterError
 from prodial_kernels.quantization import FORMATS, QuantizedLinear, quantize_linear
+from support.models import build, randomise_adapters, token_ids, training_step
 
 CONFIG = ProdialConfig(r=4, n_blocks={"in_proj": 4, "out_proj": 8})
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_layers import K, N, adapted, dense_weights, kept_by, quantised
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prodial_kernels.quantization import FORMATS, quantize_linear
+from support.quantized_layers import K, N, adapted, dense_weights, kept_by, quantised
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from quantized_layers import K, N, adapted, case_on, quantised, runner
 
 from prodial_kernels import adapter_disabled, prodial_linear
-from prodial_kernels.mixers.projection import operands_of
-from prodial_kernels.ops.explicit_autograd import explicit_linear
+from prodial_kernels.models.mixers.projection import operands_of
+from prodial_kernels.ops.function import explicit_linear
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.testing import assert_case_accurate
+from support.quantized_layers import K, N, adapted, case_on, quantised, runner
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

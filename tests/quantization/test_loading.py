@@ -11,23 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, token_ids
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.training.random_weights import RandomWeights, random_quantized
 from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
+from prodial_kernels.models.loading.load import ModelError, load_model
 from prodial_kernels.quantization import (
     FORMATS,
     QuantizedLinear,
-    RandomWeights,
     TensorFiles,
     load_quantized,
 )
 from prodial_kernels.training.config import QUANTIZE
-from prodial_kernels.training.model import ModelError, load_model
-from prodial_kernels.training.quantized import random_quantized
+from support.models import build, token_ids
 
 WIDTH, DEPTH, VOCABULARY = 128, 6, 50
 CPU = torch.device("cpu")
@@ -281,7 +280,7 @@ LOADED = ("mamba", "mamba2", "falcon_mamba", "zamba2", "falcon_h1")
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     # These models have none.
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: None)
-    monkeypatch.setattr("prodial_kernels.training.model.check_tokenizer", lambda *_: None)
+    monkeypatch.setattr("prodial_kernels.models.loading.load.check_tokenizer", lambda *_: None)
 
 
 @pytest.mark.parametrize("family", LOADED)

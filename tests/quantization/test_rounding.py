@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from stored_weights import assert_same_bytes, dense, stored
 from torch import Tensor, nn
 
 from prodial_kernels.quantization import FORMATS, quantization_error, quantize_linear
+from support.stored_weights import assert_same_bytes, dense, stored
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whole and ragged blocks of 64 and of 128×128, odd counts, a single weight.

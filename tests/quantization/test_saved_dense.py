@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, token_ids
 from transformers import AutoModelForCausalLM
 
+from benchmarks.training.random_weights import RandomWeights
 from prodial_kernels import quantize_model
-from prodial_kernels.quantization import FORMATS, RandomWeights, load_quantized
+from prodial_kernels.quantization import FORMATS, load_quantized
+from support.models import build, token_ids
 
 
 @pytest.mark.parametrize("format", FORMATS)

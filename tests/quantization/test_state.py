@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from stored_weights import assert_same_bytes, dense, stored
 from torch import nn
 
 from prodial_kernels.quantization import FORMATS, from_state_dict, quantize_linear
+from support.stored_weights import assert_same_bytes, dense, stored
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_run
 import torch
-from models import randomise_adapters
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
 from prodial_kernels.checkpoint import AdapterError, load_adapter
-from prodial_kernels.cli import main
-from prodial_kernels.mixers.inject import merge_quantized
+from prodial_kernels.cli.commands import main
+from prodial_kernels.models.adapt.inject import merge_quantized
+from prodial_kernels.models.loading.load import load_model
 from prodial_kernels.quantization import FORMATS, QuantizedLinear
 from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetuning
 from prodial_kernels.training.adapted import load_adapted, merge_to_directory
 from prodial_kernels.training.config import ConfigError
 from prodial_kernels.training.merging import has_room_dense
-from prodial_kernels.training.model import load_model
-from prodial_kernels.training.run import RunError
+from prodial_kernels.training.run.directory import RunError
+from support import tiny_run
+from support.models import randomise_adapters
 
 CPU = torch.device("cpu")
 

@@ -75,10 +75,10 @@ def tiny_mamba2() -> Any:
 @pytest.fixture(params=["pytorch", "kernel"])
 def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the kernel computes the cross-entropy, interpreted."""
-    from prodial_kernels.training import chunked_cross_entropy
+    from prodial_kernels.training.step import chunked_loss
 
     kernel: bool = request.param == "kernel"
     if kernel and torch.cuda.is_available():
         pytest.skip("the Triton interpreter is off where there is a GPU")
-    monkeypatch.setattr(chunked_cross_entropy, "_takes_kernel", lambda *_: kernel)
+    monkeypatch.setattr(chunked_loss, "_takes_kernel", lambda *_: kernel)
     return kernel

@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 
-from prodial_kernels.cli_options import LANGUAGE_PRESETS
+from prodial_kernels.cli.options import LANGUAGE_PRESETS
 from prodial_kernels.config import PRESETS
-from prodial_kernels.training import file_bytes
+from prodial_kernels.files import reading
 from prodial_kernels.training.config import DEFAULT_LR, ConfigError, FinetuneConfig
 from prodial_kernels.training.config_file import read_config_file
-from prodial_kernels.training.run import RunDirectory, RunError, RunIdentity, check_same_config
+from prodial_kernels.training.run.directory import (
+    RunDirectory,
+    RunError,
+    RunIdentity,
+    check_same_config,
+)
 
 
 def test_a_preset_fills_in_the_adapter_and_the_training() -> None:
@@ -169,7 +174,7 @@ def test_what_never_ends_is_no_config_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ConfigError, match="/dev/zero: cannot be read: it is a device"):
         read_config_file("/dev/zero")
     os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setattr(file_bytes, "SILENT_PIPE_SECONDS", 0.01)
+    monkeypatch.setattr(reading, "SILENT_PIPE_SECONDS", 0.01)
     with pytest.raises(ConfigError, match="pipe through which nothing came"):
         read_config_file(tmp_path / "pipe")
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import load, run
 from torch import nn
 
 from prodial_kernels import ProdialLinear, apply_prodial, load_adapter
 from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetuning
-from prodial_kernels.training.data import load_documents
-from prodial_kernels.training.inspection import inspect_adapter
+from prodial_kernels.training.data.splits import load_documents
+from prodial_kernels.training.inspecting import inspect_adapter
 from prodial_kernels.training.merging import MergeError
 from prodial_kernels.training.method import matched_lora_rank
-from prodial_kernels.training.metrics import read_metrics
+from prodial_kernels.training.run.metrics import read_metrics
+from support.tiny_run import load, run
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import run
 
+from prodial_kernels.files.written import MARKER, PlaceError
 from prodial_kernels.training import adapted
 from prodial_kernels.training.adapted import merge_to_directory
 from prodial_kernels.training.merging import MergeError
-from prodial_kernels.training.written import MARKER, PlaceError
+from support.tiny_run import run
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import byte_tokenizer, tiny_mamba2, write_text
 
+from prodial_kernels.models.loading.load import load_model
 from prodial_kernels.training import merging
 from prodial_kernels.training.adapted import load_adapted, merge_to_directory
 from prodial_kernels.training.merging import MergeError
-from prodial_kernels.training.model import load_model
+from support import tiny_run
+from support.tiny_model import byte_tokenizer, tiny_mamba2, write_text
 
 
 @pytest.fixture(scope="module")

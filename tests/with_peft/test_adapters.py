@@ -7,9 +7,7 @@ import pickle
 
 import pytest
 import torch
-from models import build, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import MIXES_METHODS, adapted, config, layers, logits, move
 from torch import nn
 
 from prodial_kernels import (
@@ -19,8 +17,10 @@ from prodial_kernels import (
     apply_prodial,
     quantize_model,
 )
-from prodial_kernels.mixers.report import adapter_report
+from prodial_kernels.models.adapt.report import adapter_report
 from prodial_kernels.peft import ProdialPeftConfig
+from support.models import build, token_ids
+from support.peft_models import MIXES_METHODS, adapted, config, layers, logits, move
 
 IDS = token_ids()
 

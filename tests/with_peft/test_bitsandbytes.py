@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, token_ids
 from peft import get_peft_model
-from peft_models import adapted, config, layers, logits, move
 from torch import Tensor, nn
 
 from prodial_kernels import QuantizedLinear, quantize_linear
 from prodial_kernels.quantization.bnb import from_bitsandbytes, is_bitsandbytes
+from support.models import build, token_ids
+from support.peft_models import adapted, config, layers, logits, move
 
 IDS = token_ids()
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, randomise_adapters, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import adapted, config, logits
 from torch import nn
 
 from prodial_kernels import (
@@ -21,6 +19,8 @@ from prodial_kernels import (
 )
 from prodial_kernels.checkpoint import AdapterError, read_adapter
 from prodial_kernels.peft import load_peft, to_peft
+from support.models import build, randomise_adapters, token_ids
+from support.peft_models import adapted, config, logits
 
 IDS = token_ids()
 

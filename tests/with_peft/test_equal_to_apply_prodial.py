@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import FAMILIES, build, token_ids
 from peft import get_peft_model
-from peft_models import BLOCKS, adapted, config, layers, move
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
 from prodial_kernels.peft.layer import PARTS
+from support.models import FAMILIES, build, token_ids
+from support.peft_models import BLOCKS, adapted, config, layers, move
 
 
 def loss_and_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

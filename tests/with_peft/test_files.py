@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import build, token_ids
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
-from peft_models import LOADS_INTO_TRANSFORMERS, adapted, config, layers, logits, move
 from safetensors.torch import load_file
-from tiny_model import write_tiny_model
 from transformers import AutoModelForCausalLM, Zamba2ForSequenceClassification, pipeline
 
 from prodial_kernels.peft import ProdialPeftConfig
+from support.models import build, token_ids
+from support.peft_models import LOADS_INTO_TRANSFORMERS, adapted, config, layers, logits, move
+from support.tiny_model import write_tiny_model
 
 IDS = token_ids()
 

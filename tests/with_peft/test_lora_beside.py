@@ -9,10 +9,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from models import build, token_ids
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft_models import MIXES_METHODS, adapted, config, layers, logits
 from torch import nn
+
+from support.models import build, token_ids
+from support.peft_models import MIXES_METHODS, adapted, config, layers, logits
 
 IDS = token_ids()
 

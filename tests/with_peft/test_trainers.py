@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from models import token_ids
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import MIXES_METHODS, config, layers, logits
 from safetensors.torch import load_file
-from tiny_model import byte_tokenizer, tiny_mamba2, write_tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from prodial_kernels.embedded import embedded_model_path
 from prodial_kernels.peft import ProdialPeftConfig
+from support.models import token_ids
+from support.peft_models import MIXES_METHODS, config, layers, logits
+from support.tiny_model import byte_tokenizer, tiny_mamba2, write_tiny_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -91,7 +91,7 @@ def test_weight_decay_pulls_towards_the_pretrained_layer(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not MIXES_METHODS, reason="this PEFT saves one method only")
 def test_both_methods_in_one_checkpoint(tmp_path: Path) -> None:
-    from models import build
+    from support.models import build
 
     def model() -> PeftModel:
         torch.manual_seed(1)

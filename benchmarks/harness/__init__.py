@@ -1,0 +1,1 @@
+"""Child processes, timing, memory and stored rows: what every benchmark measures with."""

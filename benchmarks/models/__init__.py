@@ -1,0 +1,1 @@
+"""Whole backbones and mixers, adapted and frozen."""

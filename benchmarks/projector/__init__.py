@@ -1,0 +1,1 @@
+"""One projector: its shapes, its rivals, and what is measured of each."""

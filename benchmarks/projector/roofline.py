@@ -1,0 +1,79 @@
+"""What the hardware allows: operations and bytes of a case over two measured ceilings."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.harness.timing import Replay
+from benchmarks.projector.cases import Case
+
+# Which parts of the adapter each method has, for counting its operations.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "frozen": (), "ProDiaL": ("blocks", "scale", "lora"), "LoRA": ("lora",),
+    "DoRA": ("scale", "lora"), "OFT": ("blocks",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best the device did here: FLOP/s in a product, bytes/s (read + written) in a copy."""
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """The operations one forward and backward cannot do without, and the bytes it must move."""
+
+    flops: float
+    bytes: float
+
+    def floor_us(self, ceilings: Ceilings) -> float:
+        """No implementation is faster, up to the quality of the ceilings."""
+        return max(self.flops / ceilings.flops, self.bytes / ceilings.bandwidth) * 1e6
+
+
+def work(case: Case, method: str) -> Work:
+    """Count a method on a case: each operand once in forward and once in backward.
+
+    The matrices are X, W, Y in forward, dY, W, dX in backward, X again where an adapter's
+    gradient needs it and Y where the scale's does; adapters are small and left out.
+    """
+    m, k, n, p, r = case.m, case.k, case.n, case.p, case.r
+    parts = PARTS[method]
+    flops = 4.0 * m * n * k
+    moved = 2 * (m * k + n * k + m * n)
+    if parts:
+        moved += m * k
+    if "scale" in parts:
+        flops += 3.0 * m * n
+        moved += m * n
+    if "lora" in parts:
+        flops += 6.0 * m * r * (n + k)
+    if "blocks" in parts:
+        flops += 6.0 * m * k * p
+    return Work(flops, float(moved * case.torch_dtype.itemsize))
+
+
+def measure_ceilings(device: str, dtype: torch.dtype, *, tiny: bool = False) -> Ceilings:
+    """Time a square product and a copy on random data."""
+    side, length = (256, 2**20) if tiny else (8192, 2**29)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.randn(length, device=device)
+    target = torch.empty_like(source)
+    product = Replay([lambda: _discard(torch.mm(a, b, out=out))], device)
+    copy = Replay([lambda: _discard(target.copy_(source))], device)
+    product_us, copy_us = (
+        statistics.median(replay.sample() for _ in range(5)) for replay in (product, copy)
+    )
+    return Ceilings(2.0 * side**3 / product_us * 1e6, 2.0 * 4 * length / copy_us * 1e6)
+
+
+def _discard(result: torch.Tensor) -> None:
+    del result

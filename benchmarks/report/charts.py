@@ -1,0 +1,271 @@
+"""Pictures of a result: cost over the floor, scaling, time against memory, where the time goes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+
+from benchmarks.harness.store import find
+from benchmarks.projector.cases import Case
+from benchmarks.projector.rivals import FLOOR, OURS, RIVALS
+from benchmarks.projector.scaling import series
+
+Rows = Sequence[Mapping[str, Any]]
+
+# Colours that stay apart for colour-blind readers; ProDiaL's is the strongest.
+OURS_COLOUR, FLOOR_COLOUR = "#0072B2", "#555555"
+COLOURS = (
+    "#E69F00", "#D55E00", "#F0C9A0", "#CC79A7", "#E6B8D2",
+    "#8B4513", "#009E73", "#9AD8C4", "#56B4E9", "#A9D6F2", "#C9B037",
+)  # fmt: skip
+
+
+def colour_of(rival: str) -> str:
+    """The same colour for a rival in every picture."""
+    if rival == OURS:
+        return OURS_COLOUR
+    if rival == FLOOR:
+        return FLOOR_COLOUR
+    others = [known.name for known in RIVALS if known.name not in (OURS, FLOOR)]
+    return COLOURS[others.index(rival) % len(COLOURS)]
+
+
+def draw_all(
+    record: Mapping[str, Any], sweeps: Mapping[str, Sequence[Case]], folder: Path
+) -> list[Path]:
+    """Draw every picture that the record has figures for; return the files written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: Rows = record["rows"]
+    made = []
+    for name, figure in (
+        ("cost", cost(rows)),
+        ("scaling", scaling(rows, sweeps)),
+        ("time-memory", time_memory(rows)),
+        ("kernels", kernels(rows)),
+    ):
+        if figure is None:
+            continue
+        figure.suptitle(_caption(record), fontsize=7, color="#666666", x=0.995, ha="right")
+        path = folder / f"{record['name']}-{name}.png"
+        _save(figure, path)
+        made.append(path)
+    return made
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a PNG with a palette: a third of the size, and no difference to be seen."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130)
+    plt.close(figure)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def cost(rows: Rows) -> Any:
+    """Forward and backward over the frozen layer's, by shape, a bar for each rival."""
+    shapes = _table_cases(rows)
+    names = [rival.name for rival in RIVALS if rival.name != FLOOR]
+    names = [name for name in names if any(find(rows, rival=name, **at) for at in shapes)]
+    if not shapes or len(names) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
+    # ProDiaL's bar is twice as wide, so that its figure fits in.
+    ceiling, width = 6.0, 0.86 / (len(names) + 1)
+    start = -0.43
+    for name in names:
+        wide = width * (1 + (name == OURS))
+        found = [find(rows, rival=name, **at) for at in shapes]
+        values = [row.get("ratio", 0.0) if row else 0.0 for row in found]
+        places = [x + start + wide / 2 for x in range(len(shapes))]
+        heights = [min(value, ceiling) for value in values]
+        axes.bar(places, heights, wide, color=colour_of(name), label=name)
+        for x, value in zip(places, values, strict=True):
+            if name == OURS and value:
+                axes.text(
+                    x, min(value, ceiling) - 0.08, f"{value:.2f}", color="white",
+                    ha="center", va="top", rotation=90, fontsize=7.5, fontweight="bold",
+                )  # fmt: skip
+            elif value > ceiling:
+                # Only where the picture cuts it off.
+                axes.text(x, ceiling + 0.05, f"{value:.1f}", ha="center", fontsize=6, rotation=90)
+        start += wide
+    axes.axhline(1.0, color=FLOOR_COLOUR, linewidth=1)
+    axes.text(len(shapes) - 0.47, 1.04, "frozen", color=FLOOR_COLOUR, ha="right", fontsize=7)
+    axes.set_xticks(
+        range(len(shapes)), [f"{at['m']},\n{at['k']}→{at['n']}" for at in shapes], fontsize=8
+    )
+    axes.set_xlim(-0.55, len(shapes) - 0.45)
+    axes.set_ylim(0, ceiling + 0.6)
+    axes.set_xlabel("tokens, in_features → out_features")
+    axes.set_ylabel("forward + backward, × frozen layer")
+    axes.set_title(
+        "Cost of one trained projector over the frozen one (lower is better)", fontsize=11
+    )
+    _tidy(axes)
+    _legend(figure, axes, 6)
+    return figure
+
+
+def scaling(rows: Rows, sweeps: Mapping[str, Sequence[Case]]) -> Any:
+    """Time along each size, above; over the floor's, below."""
+    drawn = {
+        size: cases for size, cases in sweeps.items()
+        if len(series(rows, cases, size, OURS, "both_us")) >= 2
+    }  # fmt: skip
+    if not drawn:
+        return None
+    figure, grid = plt.subplots(
+        2,
+        len(drawn),
+        figsize=(3.3 * len(drawn) + 0.6, 6),
+        squeeze=False,
+        sharex="col",
+        layout="constrained",
+    )
+    for column, (size, cases) in enumerate(drawn.items()):
+        upper, lower = grid[0][column], grid[1][column]
+        for rival in RIVALS:
+            for axes, figure_name in ((upper, "both_us"), (lower, "ratio")):
+                points = series(rows, cases, size, rival.name, figure_name)
+                # Rivals that only some of its cases have are no curve.
+                if len(points) < max(2, len(cases) / 2):
+                    continue
+                axes.plot(
+                    *zip(*points, strict=True), marker="o", markersize=3,
+                    linewidth=2 if rival.name == OURS else 1.2,
+                    color=colour_of(rival.name), label=rival.name,
+                )  # fmt: skip
+        upper.set_yscale("log")
+        upper.yaxis.set_major_formatter("{x:g}")
+        upper.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
+        upper.yaxis.set_minor_locator(NullLocator())
+        lower.set_ylim(bottom=0.9)
+        lower.set_xscale("log", base=2)
+        values = [getattr(case, size) for case in cases]
+        lower.set_xticks(values, [str(value) for value in values], rotation=45, fontsize=7)
+        lower.minorticks_off()
+        lower.set_xlabel(
+            {"m": "tokens M", "k": "in_features K", "p": "block size P", "r": "rank r"}[size]
+        )
+        _tidy(upper)
+        _tidy(lower)
+    grid[0][0].set_ylabel("forward + backward, µs")
+    grid[1][0].set_ylabel("× frozen layer")
+    grid[0][0].legend(fontsize=8, frameon=False)
+    return figure
+
+
+def time_memory(rows: Rows) -> Any:
+    """Each rival as a point: peak memory over time, both over the frozen layer's."""
+    shapes = [
+        at for at in _table_cases(rows) if (find(rows, rival=FLOOR, **at) or {}).get("peak_mib")
+    ]
+    if not shapes:
+        return None
+    # The smallest and the largest say what there is to see.
+    shapes = shapes[:1] + shapes[-2:] if len(shapes) > 3 else shapes
+    figure, grid = plt.subplots(
+        1, len(shapes), figsize=(3.9 * len(shapes), 4.4), squeeze=False, layout="constrained"
+    )
+    for axes, at in zip(grid[0], shapes, strict=True):
+        for rival in RIVALS:
+            row = find(rows, rival=rival.name, **at)
+            if row is None:
+                continue
+            axes.scatter(
+                row["ratio"], row["memory_ratio"], s=70 if rival.name == OURS else 40,
+                color=colour_of(rival.name), label=rival.name, zorder=3,
+            )  # fmt: skip
+        axes.set_title(f"M, K, N = {at['m']}, {at['k']}, {at['n']}", fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 6, 8)))
+            axis.set_minor_locator(NullLocator())
+        axes.set_xlabel("time, × frozen")
+        _tidy(axes)
+    grid[0][0].set_ylabel("peak memory, × frozen")
+    _legend(figure, grid[0][0], 7)
+    return figure
+
+
+def kernels(rows: Rows) -> Any:
+    """ProDiaL's device time by kernel, beside the frozen layer's, as a share of the floor."""
+    shapes = [
+        at for at in _table_cases(rows) if (find(rows, rival=OURS, **at) or {}).get("kernels_us")
+    ]
+    if not shapes:
+        return None
+    totals: dict[str, float] = {}
+    bars: list[tuple[str, dict[str, float]]] = []
+    for at in shapes:
+        ours, floor = (find(rows, rival=rival, **at) for rival in (OURS, FLOOR))
+        if ours is None or floor is None:
+            continue
+        frozen_us = sum(floor["kernels_us"].values())
+        shares = {name: took / frozen_us for name, took in ours["kernels_us"].items()}
+        bars.append((f"{at['m']},{at['k']}→{at['n']}", shares))
+        for name, share in shares.items():
+            totals[name] = totals.get(name, 0.0) + share
+    names = sorted(totals, key=lambda name: -totals[name])[:9]
+    figure, axes = plt.subplots(figsize=(10, 0.42 * len(bars) + 1.9), layout="constrained")
+    palette = plt.get_cmap("tab10")
+    for place, (_, shares) in enumerate(bars):
+        start = 0.0
+        rest = sum(share for name, share in shares.items() if name not in names)
+        for i, (name, share) in enumerate(
+            [*((n, shares.get(n, 0.0)) for n in names), ("other", rest)]
+        ):
+            axes.barh(place, share, left=start, color=palette(i) if name != "other" else "#cccccc",
+                      label=name.lstrip("_") if place == 0 else None, height=0.7)  # fmt: skip
+            start += share
+        axes.text(start + 0.01, place, f"{start:.2f}", va="center", fontsize=7.5)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.text(1.0, -0.75, "frozen", ha="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("device time of ProDiaL's kernels, × frozen layer's")
+    _tidy(axes)
+    _legend(figure, axes, 5)
+    return figure
+
+
+def _table_cases(rows: Rows) -> list[dict[str, Any]]:
+    """The cases of the table: what the pictures by shape show."""
+    keys = ("m", "k", "n", "p", "r", "dtype")
+    found = (tuple(row[name] for name in keys) for row in rows if row["part"] == "table")
+    return [dict(zip(keys, key, strict=True)) for key in dict.fromkeys(found)]
+
+
+def _caption(record: Mapping[str, Any]) -> str:
+    environment = record["environment"]
+    versions = environment["versions"]
+    dtypes = sorted({row["dtype"] for row in record["rows"]})
+    return (
+        f"{environment['device']}, {', '.join(dtypes)}, torch {versions['torch']}, "
+        f"triton {versions['triton']}, {environment['date']}"
+    )
+
+
+def _legend(figure: Any, axes: Any, columns: int) -> None:
+    """One legend below the picture."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, ncols=columns, loc="outside lower center", fontsize=7.5, frameon=False
+    )
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axes.set_axisbelow(True)

@@ -1,0 +1,1 @@
+"""Fine-tuning jobs: their steps, curves and table."""

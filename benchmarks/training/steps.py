@@ -1,0 +1,218 @@
+"""A fine-tuning job on random weights of the real dimensions: planned, built, and timed.
+
+What the command line would do with a checkpoint is done by the package's own functions: its plan
+chooses what the layers keep, PyTorch is held to the budget from the first weight on, and its step
+is taken. The learning rate is small: on random weights a usual one makes ``B A x`` larger than
+``W x`` within a few steps, which no fine-tuning of a trained model does, and then the kernels sum
+the scale's gradient by another, slower way.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.projector.breakdown import kernel_times
+from benchmarks.projector.measure import release
+from benchmarks.training.jobs import LEAST, MODELS, Job
+from benchmarks.training.random_weights import random_quantized
+from prodial_kernels import quantize_model
+from prodial_kernels.models.layers.levels import KEEP
+from prodial_kernels.models.layers.savings import apply_savings
+from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.data.packing import PackedBatches
+from prodial_kernels.training.memory.allocator import grow_segments
+from prodial_kernels.training.memory.device import limited
+from prodial_kernels.training.memory.plan import MemoryPlanError
+from prodial_kernels.training.memory.run_plan import RunPlan, block_levels, plan_run
+from prodial_kernels.training.method import prepare_method
+from prodial_kernels.training.step.choose import make_step
+from prodial_kernels.training.step.graphed import WARM_UP, GraphedStep
+
+LR = 1e-5
+
+
+@contextmanager
+def prepared(job: Job, device: str, **options: Any) -> Iterator[Training]:
+    """Plan a job, hold PyTorch to its budget, build it and take its first steps.
+
+    Args:
+        job: The job.
+        device: ``"cuda"``, or ``"cpu"``, where nothing is planned.
+        options: Further ones of ``FinetuneConfig``, such as ``loss``.
+
+    Raises:
+        ConfigError: An option that cannot be used.
+        MemoryPlanError: The job does not fit into its budget.
+    """
+    started = time.perf_counter()
+    if job.memory_budget is not None:
+        # Read when CUDA starts, which has not happened yet.
+        grow_segments()
+    place = torch.device(device)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config, plan = plan_of(job, place, dtype, **options)
+    with limited(place, None if plan is None else plan.allowed):
+        yield Training(job, config, plan, place, dtype, started)
+
+
+def plan_of(
+    job: Job, place: torch.device, dtype: torch.dtype, **options: Any
+) -> tuple[FinetuneConfig, RunPlan | None]:
+    """Return what the command line would run, and its memory plan; see :func:`prepared`."""
+    least = job.memory_budget == LEAST
+    budget = None if least else job.memory_budget
+    with TemporaryDirectory() as folder:
+        planned = job.library == "transformers"
+        if planned:
+            transformers_config(job.model).save_pretrained(folder)
+        config = FinetuneConfig(
+            model=folder if planned else "embedded", lr=LR, memory_budget=budget,
+            **{**job.options(), **options},
+        ).resolved()  # fmt: skip
+        if not planned:
+            return config, None
+        if least:
+            config = replace(config, memory_budget=least_budget(config, place, dtype))
+        return config, plan_run(config, place, dtype)
+
+
+def least_budget(config: FinetuneConfig, place: torch.device, dtype: torch.dtype) -> str | None:
+    """The smallest budget that a run's plan accepts, in steps of 0.1 GB; None without a plan."""
+    run = plan_run(replace(config, activations="checkpoint"), place, dtype)
+    if run is None:
+        return None
+    tenths = math.ceil((run.plan.total + run.plan.reserve) / 1e8)
+    # A mixture of levels can take a little less than the leanest one everywhere.
+    with suppress(MemoryPlanError):
+        while True:
+            plan_run(replace(config, memory_budget=f"{(tenths - 1) / 10:g}GB"), place, dtype)
+            tenths -= 1
+    return f"{tenths / 10:g}GB"
+
+
+class Training:
+    """A job whose next step is an ordinary one: compiled and, if it is to be, captured."""
+
+    def __init__(
+        self, job: Job, config: FinetuneConfig, plan: RunPlan | None, place: torch.device,
+        dtype: torch.dtype, started: float,
+    ) -> None:  # fmt: skip
+        """Build it, and take the first steps; see :func:`prepared`."""
+        self._job = job
+        self._config = config
+        self._plan = plan
+        self._cuda = place.type == "cuda"
+        self._started = started
+        self._said: list[str] = []
+        torch.manual_seed(0)
+        self.model = build(job, place, dtype)
+        method = prepare_method(self.model, config)
+        layers = MODELS[job.model].layers
+        levels = block_levels(self.model, config.chosen_activations, plan)
+        self.levels = levels or (KEEP,) * layers
+        applied = apply_savings(self.model, self.levels, device=place)
+        self._step = make_step(
+            self.model, method.optimizer, config, device=place, checkpoints=applied.checkpoints,
+            say=self._said.append,
+        )  # fmt: skip
+        vocabulary = MODELS[job.model].vocabulary
+        tokens = torch.randint(0, vocabulary, (job.batch * job.length * 4,), dtype=torch.int32)
+        self._batches = PackedBatches(tokens, seq_len=job.length, batch_size=job.batch)
+        self.model.train()
+        release(place.type, workspaces=True)
+        self._built = time.perf_counter()
+        self._taken = 0
+        # These compile, make the moments and, where steps are captured, are the eager ones.
+        for _ in range(WARM_UP):
+            self.take()
+        release(place.type, workspaces=True)
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.take()
+        self.take()
+
+    def take(self) -> float:
+        """Take a step and wait for it; return its seconds.
+
+        Raises:
+            RuntimeError: Its loss or gradient is not finite.
+        """
+        before = time.perf_counter()
+        self._step.begin([self._batches.batch(self._taken)], LR)
+        result = self._step.finish()
+        if self._cuda:
+            torch.cuda.synchronize()
+        if not result.finite:
+            raise RuntimeError(f"{self._job.name}: step {self._taken} gave {result}")
+        self._taken += 1
+        return time.perf_counter() - before
+
+    def measure(self, steps: int, *, profile: bool = False) -> dict[str, Any]:
+        """Time steps; return the row, with ``profile`` each kernel's time too."""
+        job, plan = self._job, self._plan
+        times = [self.take() for _ in range(steps)]
+        cuda = self._cuda
+        row = {
+            **asdict(job), "title": job.title, "memory_budget": self._config.memory_budget,
+            "command": job.command(self._config.memory_budget),
+            "graphed": isinstance(self._step, GraphedStep),
+            "how": "; ".join(self._said) or "steps launched one by one",
+            "levels": dict(Counter(self.levels)),
+            "ms": statistics.median(times) * 1e3, "slowest_ms": max(times) * 1e3, "steps": steps,
+            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+            "predicted_bytes": None if plan is None else plan.plan.peak.total,
+            "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "build_s": self._built - self._started,
+            "total_s": time.perf_counter() - self._started,
+        }  # fmt: skip
+        if profile:
+            row["kernels_us"] = kernel_times(self._again, "cuda" if cuda else "cpu")
+        return row
+
+    def _again(self) -> None:
+        self.take()
+
+
+def build(job: Job, place: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return the job's model with random weights; it is never dense where it is quantised."""
+    if job.library == "transformers":
+        config = transformers_config(job.model)
+        return random_quantized(config, place, dtype, job.quantize)[0]
+    from mamba_ssm import MambaLMHeadModel
+    from mamba_ssm.models.config_mamba import MambaConfig
+
+    sizes = MODELS[job.model]
+    model: nn.Module = MambaLMHeadModel(
+        MambaConfig(
+            d_model=sizes.width, n_layer=sizes.layers, vocab_size=sizes.vocabulary,
+            ssm_cfg={"layer": "Mamba1"},
+        ),
+        device=place, dtype=dtype,
+    )  # fmt: skip
+    if job.quantize is not None:
+        quantize_model(model, job.quantize)
+    return model
+
+
+def transformers_config(model: str) -> Any:
+    """The configuration of one of :data:`MODELS`."""
+    from transformers import AutoConfig
+
+    sizes = MODELS[model]
+    return AutoConfig.for_model(
+        sizes.family, hidden_size=sizes.width, state_size=16, num_hidden_layers=sizes.layers,
+        vocab_size=sizes.vocabulary, use_cache=False,
+        tie_word_embeddings=sizes.family == "mamba",
+    )  # fmt: skip

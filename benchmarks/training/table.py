@@ -1,0 +1,73 @@
+"""The fine-tuning jobs as README.md shows them: a table, and the lines that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.projector import views
+from benchmarks.training.jobs import GB, LEAST
+from prodial_kernels.models.layers.levels import LEVELS
+
+Row = Mapping[str, Any]
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The table of a ``finetune.json`` and, in the same order, the commands."""
+    rows = [row for row in record["rows"] if "error" not in row]
+    headers = [
+        "job", "LoRA before", "ms a step", "peak, GB (planned)", "budget", "what the layers keep",
+    ]  # fmt: skip
+    lines = [
+        [
+            _title(row), _before(row["before"]), f"{row['ms']:.{1 if row['ms'] < 100 else 0}f}",
+            gigabytes(row).replace(" GB", ""), row["memory_budget"] or "–",
+            levels_text(row["levels"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    # What the least budget is depends on what the plan of the day leaves free.
+    commands = [
+        row["command"] for row in rows if row["command"] and not row["name"].endswith(LEAST)
+    ]
+    return "\n\n".join(
+        [
+            f"Whole steps, loss and optimiser included, both projectors with r = 16, random "
+            f"weights of the real dimensions, on an {record['device']}; captured in a CUDA graph, "
+            f"but for those called eager. Peaks are those of PyTorch's tensors, in GB of 10⁹ "
+            f"bytes; a budget holds the CUDA context as well. `norm` is `recompute` with "
+            f"`in_proj`'s output kept. *LoRA before* is LoRA on the same projectors of "
+            f"mamba_ssm's blocks, whose fast path must then be off.",
+            views.text_table(headers, lines),
+            *record.get("notes", ()),
+            "The lines in the same order, without those of mamba_ssm's own blocks, which Python "
+            "code trains, and of the smallest budgets: a smaller one is refused with the least "
+            "that would do.",
+            "\n".join(["```bash", *commands, "```"]),
+        ]
+    )
+
+
+def gigabytes(row: Row) -> str:
+    """The measured peak, and in parentheses the one that was planned."""
+    measured, planned = row["peak_bytes"], row["predicted_bytes"]
+    text = "–" if measured is None else f"{measured / GB:.2f} GB"
+    return text if planned is None else f"{text} ({planned / GB:.2f})"
+
+
+def levels_text(levels: Mapping[str, int]) -> str:
+    """How many layers are at which level, from the fastest level to the smallest."""
+    if len(levels) == 1:
+        return f"`{next(iter(levels))}`"
+    return ", ".join(f"{levels[level]} `{level}`" for level in LEVELS if level in levels)
+
+
+def _title(row: Row) -> str:
+    library = ", mamba_ssm" if row["library"] == "mamba_ssm" else ""
+    return f"{row['title']}{library}{'' if row['graphed'] else ', eager'}"
+
+
+def _before(before: Sequence[float | None]) -> str:
+    ms, gb = before
+    figures = [f"{ms:g} ms" if ms is not None else "", f"{gb:.1f} GB" if gb is not None else ""]
+    return ", ".join(filter(None, figures)) or "–"

@@ -1,0 +1,1 @@
+"""Which tiles, splits and plan a launch takes, from its sizes alone."""

@@ -1,0 +1,392 @@
+"""Which tile sizes a product of a given shape is launched with. Imports no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from prodial_kernels.kernels.choices.partition import (
+    block_programs,
+    block_window,
+    ceil_div,
+    split_tokens,
+)
+
+# Compute capabilities for which every launch is compiled in
+# tests/kernels/projector/test_compile_only.py, and
+# found to fit; speed is measured on (9, 0).
+COMPILED_FOR = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+
+# The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
+# and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
+MAX_FUSED_RANK = 64
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile sizes of ``_gemm_kernel``. ``programs`` = 0 launches one program per tile.
+
+    ``early`` asks to be launched while what makes an operand still runs (overlap.py);
+    ``max_registers`` of a thread, 0 for as many as the compiler takes.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+    group_m: int = 8
+    programs: int = 0
+    flatten: bool = False
+    subtile: bool = False
+    tma: bool = True
+    early: bool = False
+    max_registers: int = 0
+
+
+@dataclass(frozen=True)
+class OutputSideConfig:
+    """Tile sizes of ``_output_side_kernel``.
+
+    ``items`` sets the number of splits; ``programs`` share them.
+    """
+
+    block_m: int = 64
+    block_n: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+    items: int = 264
+    programs: int = 264
+    tma: bool = False
+
+
+@dataclass(frozen=True)
+class ExactScaleConfig:
+    """Tile sizes of ``_exact_scale_kernel``; ``window`` is at least the block size.
+
+    ``shares`` programs divide the inputs: few, since nearly always they have nothing to do.
+    """
+
+    block_m: int = 32
+    block_n: int = 32
+    window: int = 128
+    num_warps: int = 8
+    num_stages: int = 2
+    shares: int = 8
+
+
+@dataclass(frozen=True)
+class InputSideConfig:
+    """Tile sizes of ``_input_side_kernel``; ``programs`` sets the number of splits."""
+
+    block_m: int = 32
+    window: int = 64
+    num_warps: int = 4
+    num_stages: int = 4
+    programs: int = 264
+
+
+WIDE = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, subtile=True)
+TALL = GemmConfig(64, 256, 64, num_warps=4, num_stages=4, subtile=True)
+"""Tiles of a Hopper's products. The first costs the least for its size."""
+
+
+def choose_gemm(
+    m: int, n: int, *, capability: tuple[int, int], processors: int, whole: bool = False
+) -> GemmConfig:
+    """Return the tile sizes for the forward product [m, n] of 16-bit operands.
+
+    Measured on an H100 (benchmarks/results); other devices get sizes that fit them all.
+
+    Args:
+        m: Rows of the result.
+        n: Columns of the result.
+        capability: The device's compute capability.
+        processors: Its number of multiprocessors.
+        whole: Whether :func:`columns_apart` is left out of account.
+    """
+    if capability[0] != 9:
+        # Within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
+        return pointer_gemm(64)
+    apart = 0 if whole else columns_apart(m, n, WIDE, processors)
+    # The product runs in rounds of whole tiles; half the tile takes 0.55 of the time.
+    wide = ceil_div(tiles_of(WIDE, m, n - apart), processors)
+    tall = 0.55 * ceil_div(tiles_of(TALL, m, n), processors)
+    return replace(WIDE if wide <= tall else TALL, programs=processors, flatten=True)
+
+
+def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> tuple[int, int]:
+    """Return (tokens of a program, depth of a step) of L = X I, [m, r_pad], as a pass over X.
+
+    Args:
+        m: Tokens.
+        r_pad: Padded rank.
+        dropout: Whether a mask is drawn on the way.
+        even: Whether rows begin at multiples of 16 elements; other addresses take registers.
+    """
+    if r_pad == 64 and not dropout:
+        return 32, 128 if even else 64
+    # Few tokens are shared out finely, so that every multiprocessor gets some; of a wide rank, many
+    # spill. With dropout the left operand comes from registers, which wgmma gets wrong in places
+    # (triton 3.6.0); 16 rows take mma instead.
+    rows, depth = (64, 128) if m >= 8192 and r_pad <= 64 else (16, 256)
+    if dropout:
+        rows, depth = 16, 128
+    if r_pad > 16:
+        # 32 columns take half the depth; a sum as wide as 128 leaves room for little.
+        depth = min(depth, 4096 // r_pad) if r_pad <= 64 else 32
+    return rows, depth
+
+
+# The most programs of the launch before behind which tall tiles begin early, for each
+# multiprocessor: of those that scale, that turn by blocks, and that share the launch with L.
+_BEHIND_SCALE, _BEHIND_BLOCKS, _BEHIND_LOW = 32, 6, 1.5
+
+
+def begins_early(
+    config: GemmConfig, before: int, *, block_size: int, beside_low: bool, processors: int
+) -> bool:
+    """Whether a Hopper's product is launched early, behind ``before`` programs of what prepares it.
+
+    On an H100 wide tiles gain 0.5 to 2 µs, and tall ones behind few programs. Behind more of them
+    tall tiles lose 3 to 28%, from their first round to their last, for no reason found.
+
+    Args:
+        config: Tile sizes of the product.
+        before: Programs of the launch before.
+        block_size: P of what these fold.
+        beside_low: Whether some of them make L.
+        processors: Multiprocessors of the device.
+    """
+    most = _BEHIND_LOW if beside_low else _BEHIND_SCALE if block_size == 1 else _BEHIND_BLOCKS
+    return config.tma and (config.block_m == WIDE.block_m or before <= most * processors)
+
+
+# The widest result in whose product H rides along, by the widest padded rank: it costs 7 to 12% of
+# that, the pass over X that it spares as much at these widths (H100).
+_RIDING_COLUMNS = {32: 3072, MAX_FUSED_RANK: 2048}
+
+
+def rides_forward(n: int, r_pad: int, *, capability: tuple[int, int]) -> bool:
+    """Whether H = X Aᵀ is computed within forward's product [m, n] of a Hopper, not before it.
+
+    Args:
+        n: Columns of the result.
+        r_pad: Padded rank.
+        capability: The device's compute capability.
+    """
+    widest = next((n for rank, n in _RIDING_COLUMNS.items() if r_pad <= rank), 0)
+    return capability[0] == 9 and n <= widest
+
+
+NARROW = GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
+"""A tile that finds room on a multiprocessor beside one of :data:`WIDE`."""
+
+
+def columns_apart(m: int, n: int, config: GemmConfig, processors: int) -> int:
+    """Return how many of the last columns of an [m, n] product are better computed apart.
+
+    The last column of tiles costs as much as any other, however few of its columns there are. Where
+    it begins another round, narrow tiles compute what it holds, among the others.
+
+    Args:
+        m: Rows of the result.
+        n: Columns of the result.
+        config: Tile sizes of the product.
+        processors: Multiprocessors of the device.
+    """
+    rest = n % config.block_n if n > config.block_n else 0
+    if config.block_n != WIDE.block_n or not config.tma or not 0 < rest <= 2 * NARROW.block_n:
+        return 0
+    rounds = ceil_div(tiles_of(config, m, n), processors)
+    return rest if ceil_div(tiles_of(config, m, n - rest), processors) < rounds else 0
+
+
+# Bytes of a weight that are made for a product at a time, where it has at least so many tokens, and
+# how much longer it may take so.
+PANEL_BYTES, PANEL_TOKENS, _PANEL_COST = 24 * 2**20, 8192, 0.04
+
+
+def panels(m: int, features: int, row_bytes: int, config: GemmConfig) -> list[tuple[int, int]]:
+    """Split a weight that is made for a product of many tokens: (first feature, how many) of each.
+
+    The product of a part follows before the next is made, in the same memory. Parts fill whole
+    rounds of tiles; where that cannot be, there is one of all.
+
+    Args:
+        m: Tokens.
+        features: What the product has beside them: columns, or rows where it is channel-first.
+        row_bytes: Bytes of the weight for one of them.
+        config: Tile sizes and programs of the product.
+    """
+    whole = [(0, features)]
+    if m < PANEL_TOKENS or features * row_bytes <= PANEL_BYTES or not config.programs:
+        return whole
+
+    def rounds(columns: int) -> int:
+        return ceil_div(tiles_of(config, m, columns), config.programs)
+
+    most = max(1, PANEL_BYTES // (row_bytes * config.block_n))
+    fills = {
+        columns: columns / rounds(columns * config.block_n)
+        for columns in range(most // 2 + 1, most + 1)
+    }
+    step = (
+        min(c for c, fill in fills.items() if fill >= 0.99 * max(fills.values())) * config.block_n
+    )
+    parts = [(first, min(step, features - first)) for first in range(0, features, step)]
+    taken = sum(rounds(columns) for _, columns in parts)
+    return parts if taken <= (1 + _PANEL_COST) * rounds(features) else whole
+
+
+def tiles_of(config: GemmConfig, m: int, n: int) -> int:
+    """How many tiles an [m, n] result has."""
+    return ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
+
+
+def turns_tokens(
+    m: int, n: int, *, blocks: bool, scale: bool, channel_first: bool, rides: bool = False
+) -> bool:
+    """Whether forward makes U = X D_bᵀ and scales the product, instead of V = s ⊙ (W D_b).
+
+    Either is read and written once beside the product, so the smaller of X [m, k] and W [n, k] is
+    turned; without blocks nothing has to be. H does not ride along with tokens that are turned.
+
+    Args:
+        m: Tokens.
+        n: Columns of the result.
+        blocks: Whether there are blocks.
+        scale: Whether there is a scale.
+        channel_first: Whether X is; its rows are not those that are turned.
+        rides: Whether H rides along with the product where tokens are not turned.
+    """
+    if channel_first:
+        return scale and not blocks
+    if not blocks:
+        return scale
+    return (2 * m if rides else m) < n
+
+
+def pointer_gemm(block_n: int, programs: int = 0) -> GemmConfig:
+    """Return the tile sizes of a product whose operands the copy engine does not load."""
+    return GemmConfig(128, block_n, 32, num_warps=8, num_stages=3, programs=programs, tma=False)
+
+
+def choose_output_side(
+    m: int,
+    n: int,
+    r_pad: int,
+    *,
+    bias: bool,
+    capability: tuple[int, int],
+    programs: int,
+    among: bool = False,
+) -> OutputSideConfig:
+    """Return the tile sizes for the sums over the tokens of [m, n] gradients.
+
+    Args:
+        m: Tokens.
+        n: Columns.
+        r_pad: Padded rank of the LoRA term.
+        bias: Whether there is one, for which a wide tile leaves no registers.
+        capability: The device's compute capability.
+        programs: Multiprocessors it may fill, one program each.
+        among: Whether each of them runs a program of the product too, which leaves room for half
+            the tile.
+    """
+    if capability[0] != 9:
+        if r_pad <= 64:
+            return OutputSideConfig(32, 64)
+        return OutputSideConfig(16, 64 if r_pad <= 128 else 32, num_stages=2)
+    block_m = 64 if r_pad <= 128 else 16
+    block_n = 64 if r_pad <= 128 else 32
+    if r_pad <= 64 and not bias and not among:
+        # At rank 64 this spills a few registers, and is still a fifth faster than half the rows.
+        block_n = 128
+    columns, tiles = ceil_div(n, block_n), ceil_div(m, block_m)
+
+    def duration(splits: int) -> float:
+        # Few parts are cheaper to add up.
+        return walked_tiles(columns, tiles, splits, programs) + 0.05 * splits
+
+    splits = min(range(1, 33), key=duration)
+    return OutputSideConfig(
+        block_m, block_n, num_warps=4 if among else 8, num_stages=3, items=columns * splits,
+        programs=programs, tma=True,
+    )  # fmt: skip
+
+
+# What beginning and ending a sum over tokens costs, in tiles of that walk (H100).
+_WALK_ENDS = 5
+
+
+def walked_tiles(columns: int, tiles: int, splits: int, programs: int) -> int:
+    """How many tiles a program of the output side walks, or could in the time that it takes.
+
+    Args:
+        columns: Columns of tiles.
+        tiles: Tiles of tokens.
+        splits: Parts that the tokens are split into.
+        programs: Programs that share the columns of all parts.
+    """
+    return ceil_div(columns * splits, programs) * (_WALK_ENDS + ceil_div(tiles, splits))
+
+
+def choose_exact_scale(
+    capability: tuple[int, int], *, block_size: int, even: bool, among: bool = False
+) -> ExactScaleConfig:
+    """Return the tile sizes for the scale's gradient computed anew.
+
+    Args:
+        capability: The device's compute capability.
+        block_size: P.
+        even: Whether all rows are tokens and begin at multiples of 16 elements; other addresses
+            take the registers that a wide tile would.
+        among: Whether the product still runs, which leaves 42 KiB of shared memory and a third of
+            the registers: not enough for blocks above 64.
+    """
+    if capability[0] != 9:
+        return ExactScaleConfig()
+    if among:
+        return ExactScaleConfig(64, 64, 64 if block_size <= 64 else 128, num_warps=4, num_stages=2)
+    return ExactScaleConfig(64, 128 if even else 64, 128, num_warps=8, num_stages=3)
+
+
+def choose_input_side(
+    m: int,
+    k: int,
+    r_pad: int,
+    block_size: int,
+    *,
+    dropout: bool,
+    channel_first: bool,
+    capability: tuple[int, int],
+) -> InputSideConfig:
+    """Return the tile sizes for the walk over [m, k] inputs.
+
+    Args:
+        m: Tokens.
+        k: Columns.
+        r_pad: Padded rank.
+        block_size: P.
+        dropout: Whether a mask is drawn on the way.
+        channel_first: Whether the inputs are.
+        capability: The device's compute capability.
+    """
+    large = block_size > 64 or r_pad > 64 or (dropout and (r_pad > 32 or channel_first))
+    if large or (capability[0] != 9 and (block_size > 1 or r_pad > 32)):
+        # What a program sums is large; fewer rows and more warps keep it in registers.
+        stages = 3 if r_pad <= 64 else 2 if r_pad <= 128 else 1
+        return InputSideConfig(16, num_warps=8, num_stages=stages)
+    config = InputSideConfig()
+    columns = block_programs(k, block_window(config.window, block_size), block_size)
+    _, rows = split_tokens(m, columns, config.block_m, config.programs)
+    tiles = ceil_div(rows, config.block_m)
+    if tiles < 4:
+        # Short walks pay for their beginnings, and for the parts that they leave to add up.
+        return replace(config, programs=config.programs // 2, num_stages=3)
+    return replace(config, num_stages=3) if tiles <= 8 else config
+
+
+def padded_rank(r: int) -> int:
+    """The rank as the kernels take it: a power of two, at least 16."""
+    return max(16, 1 << (r - 1).bit_length())

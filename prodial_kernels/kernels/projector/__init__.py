@@ -1,0 +1,1 @@
+"""The kernels of one adapted projector, and the two passes that launch them in order."""

@@ -1,0 +1,145 @@
+"""The launches of one call, recorded once and repeated for every call like it.
+
+Between two calls whose operands agree in shape, strides, dtype, alignment and device and whose
+options are equal, all that the launchers compute is the same: grids, tile sizes, constants, the
+sizes of temporaries. Only addresses and the stream differ. So :func:`taped` runs a function as it
+is until such a call comes back, then keeps a :class:`Tape` of what it launches and allocates; from
+then on it fills in the addresses and calls the driver. Nothing that Triton specialises a kernel on
+can differ under one key, because all of it is computed from what the key holds.
+
+A function can be taped if it only allocates, makes views and launches by :func:`launch`; whatever
+else it does with tensors, such as a library product, is seen, and then it is always run as it is.
+So it is for the CPU, on a Triton whose launcher is not known, and while a launch hook is set;
+:func:`obstacles` tells.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from prodial_kernels.kernels.replay.recorder import Function, Recorder, recorder
+from prodial_kernels.kernels.replay.tape import Tape
+
+# Tapes kept, and calls remembered: a training run has one of each per shape and direction.
+TAPES = 512
+
+Result = TypeVar("Result", bound=Sequence[Tensor | None])
+
+_logger = logging.getLogger(__name__)
+_lock = threading.Lock()
+# None for a call that cannot be taped.
+_tapes: dict[Hashable, Tape | None] = {}
+_met: dict[Hashable, None] = {}
+_obstacles: dict[str, None] = {}
+
+
+def taped(
+    function: Callable[..., Result], tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
+) -> Result:
+    """``function(*tensors, *options)``, from a tape where there is one for such a call.
+
+    The first tensor's device is made the current one, on which Triton launches.
+
+    Args:
+        function: Returns new tensors, or None for some.
+        tensors: On one device; None for those not given, but the first has to be.
+        options: What else the result depends on, hashable.
+    """
+    first = tensors[0]
+    if first is None:
+        raise ValueError("tensors: the first, which says on which device to launch, is None")
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device_of(first):
+            return taped(function, tensors, options)
+    if not _on_device(first) or hooked() or recorder() is not None:
+        return function(*tensors, *options)
+
+    key, addresses = call_key(function, tensors, options)
+    tape = _tapes.get(key)
+    if tape is not None:
+        return tape.replay(addresses)  # type: ignore[return-value]
+    if key in _tapes or first.numel() == 0:
+        return function(*tensors, *options)
+    if key not in _met:
+        # Recording takes longer than launching: worth it for a call that comes back.
+        _put(_met, key, None)
+        return function(*tensors, *options)
+    recording = Recorder(tensors)
+    result = recording.run(function, options)
+    tape = recording.tape(result)
+    if not recording.ambiguous:
+        _put(_tapes, key, tape)
+        if recording.obstacle is not None:
+            _report(recording.obstacle)
+    return result
+
+
+def call_key(
+    function: Function, tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
+) -> tuple[Hashable, list[int]]:
+    """Return what calls have in common that one tape is for, and the operands' addresses.
+
+    The tensors' device is the first one's. Addresses divide by 16 unless the key says otherwise.
+    """
+    addresses = []
+    first = tensors[0]
+    described: list[Hashable] = [function, None if first is None else first.get_device(), options]
+    misaligned = 0
+    for tensor in tensors:
+        if tensor is None:
+            addresses.append(0)
+            described.append(None)
+        else:
+            address = tensor.data_ptr()
+            addresses.append(address)
+            described.append((tensor.shape, tensor.stride(), tensor.dtype))
+            misaligned |= address
+    if misaligned & 15:
+        described.append(tuple(address & 15 for address in addresses))
+    return tuple(described), addresses
+
+
+def _on_device(tensor: Tensor) -> bool:
+    """Whether it is a plain CUDA tensor, rather than one that stands for another."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda
+
+
+def _put(into: dict[Hashable, Any], key: Hashable, value: Any) -> None:
+    """Add an entry; the oldest makes way."""
+    with _lock:
+        if len(into) >= TAPES:
+            del into[next(iter(into))]
+        into[key] = value
+
+
+def _report(obstacle: str) -> None:
+    if obstacle not in _obstacles:
+        _obstacles[obstacle] = None
+        _logger.warning("some calls are launched by Triton's JIT, which is slower: %s", obstacle)
+
+
+def forget() -> None:
+    """Drop every tape: for whoever changes what launchers choose, such as a tuning script."""
+    with _lock:
+        _tapes.clear()
+        _met.clear()
+
+
+def hooked() -> bool:
+    """Whether someone watches launches, such as a profiler: Triton has to make them itself."""
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
+
+
+def obstacles() -> list[str]:
+    """Why some calls are launched by Triton's JIT every time; empty where all are taped."""
+    return list(_obstacles)

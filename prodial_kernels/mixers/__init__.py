@@ -1,1 +1,0 @@
-"""Where the projector plugs in: one file per family of Mamba blocks, plus injection."""

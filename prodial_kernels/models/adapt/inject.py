@@ -1,0 +1,355 @@
+"""Put adapters into a model, merge them, take them out again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from prodial_kernels._validation import check_choice
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.linear import ProdialLinear, weight_like
+from prodial_kernels.models.adapt.families import adapt_mixers, check_mixers
+from prodial_kernels.models.adapt.masters import make_masters
+from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
+from prodial_kernels.models.adapt.snapshot import Snapshot
+from prodial_kernels.models.adapt.targets import Target, find_saved, find_targets, module_paths
+from prodial_kernels.models.patch_point import Undo
+from prodial_kernels.quantization import (
+    FORMATS,
+    QuantizationError,
+    QuantizationReport,
+    QuantizedLinear,
+)
+from prodial_kernels.quantization.saving import (
+    release_saving,
+    settle_configuration,
+    watch_saving,
+)
+from prodial_kernels.tuners import remember_model, tuner_layers
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_STATE = "_prodial_state"
+
+
+@dataclass
+class _State:
+    """What undoing needs, kept on the model: the one attribute that ``apply_prodial`` adds.
+
+    Attributes:
+        config: What ``apply_prodial`` was given.
+        requires_grad: Flags of the model's parameters before, by name.
+        handles: What undoes changes beside the layers, in the order of the changes.
+        unfinished: The function that was stopped while it merged layer after layer, of which it
+            keeps no copy; None if none was.
+    """
+
+    config: ProdialConfig
+    requires_grad: dict[str, bool]
+    handles: list[Undo] = field(default_factory=list)
+    unfinished: str | None = None
+
+
+def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
+    """Replace the targets of ``config`` by adapted layers, in place, and freeze the rest.
+
+    The adapted model computes what it computed before until the adapter is trained. Everything
+    is checked before the first change; on an error or an interrupt the model is as it was. A layer
+    that the model holds at several places becomes one adapted layer at all of them. Train and eval
+    mode, devices and dtypes stay; adapters are fp32 (fp64 in an fp64 model), and so are 16-bit
+    parameters of ``modules_to_save``, which are read in the dtype that they had.
+
+    Args:
+        model: Any module. It keeps its class and its own methods.
+        config: What to adapt and how.
+
+    Returns:
+        What is trained now; prints as a table.
+
+    Raises:
+        TypeError: ``config`` is not a ``ProdialConfig``.
+        ValueError: The configuration does not fit the model: nothing matches, a name matches
+            nothing, a match is not a plain ``nn.Linear``, a target matches in only some of the
+            layers (see ``allow_partial``), a block count does not divide ``in_features``,
+            ``modules_to_save`` matches nothing, a mixer would bypass its adapter, the model is
+            already adapted, or it carries layers of PEFT, which would be frozen.
+    """
+    if not isinstance(config, ProdialConfig):
+        raise TypeError(f"config must be a ProdialConfig, got {type(config).__name__}")
+    _refuse_wrapper(model)
+    model = unwrapped(model)
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model is itself an nn.Linear, which has no parent to be replaced in; use "
+            "ProdialLinear.from_linear(model, ...)"
+        )
+    if _STATE in vars(model) or _adapted_paths(model):
+        raise ValueError(
+            "the model is already adapted; call remove_prodial(model) or merge_prodial(model) first"
+        )
+    if others := tuner_layers(model):
+        raise ValueError(
+            f"the model carries {len(others)} layers of PEFT, such as {others[0]}, whose "
+            "parameters apply_prodial would freeze; merge them first (merge_and_unload), call "
+            "apply_prodial before get_peft_model and requires_grad_(True) on the parameters named "
+            "prodial_* after it, or train both as one adapter: get_peft_model with a "
+            "prodial_kernels.peft.ProdialPeftConfig(lora=LoraConfig(...))"
+        )
+    targets = find_targets(model, config)
+    saved = find_saved(model, config, targets)
+    check_mixers(model, targets)
+    _warn_of_rank(targets, config.r)
+
+    before = Snapshot(model)
+    named = list(model.named_parameters(remove_duplicate=False))
+    state = _State(config, {name: parameter.requires_grad for name, parameter in named})
+    try:
+        layers = [_adapted_layer(target, config) for target in targets]
+        model.requires_grad_(False)
+        trained = [parameter for match in saved for parameter in match.parameters()]
+        for parameter in trained:
+            parameter.requires_grad_(parameter.is_floating_point())
+        for target, layer in zip(targets, layers, strict=True):
+            _place(model, target.paths, layer)
+        state.handles += make_masters(model, trained)
+        state.handles += adapt_mixers(model)
+        setattr(model, _STATE, state)
+        watch_saving(model)
+        remember_model(model, layers)
+        return adapter_report(model)
+    except BaseException:
+        before.restore()
+        raise
+
+
+def merge_prodial(model: ModelT) -> ModelT:
+    """Turn an adapted model into a plain one with the adapted weights, in place.
+
+    Each adapted layer becomes an ``nn.Linear`` with weight W', dense on a quantised base too;
+    layers are replaced one at a time, so memory grows by one layer only (on a quantised base, by
+    what the dense weights take more). Quantised layers without an adapter become dense too, so
+    that the model can be saved as any other. ``requires_grad`` is as it was before
+    ``apply_prodial``. A weight that was tied to another one is no longer tied, and
+    ``model.config`` says so; nor does it let transformers rescale weights when they are loaded.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``apply_prodial`` was not called on this model, a W' is not finite, which is
+            found before the first layer is replaced, or the model is sharded.
+    """
+    inner = unwrapped(model)
+    state = _get_state(model, taking_out="merge_prodial")
+    _check_mergeable(inner, state)
+    state.unfinished = "merge_prodial"
+    for paths in _adapted_paths(inner):
+        # No name may hold on to the old layer, or all of them would live until the end.
+        _place(inner, paths, _adapted_at(inner, paths).to_linear())
+    for paths in _quantized_paths(inner):
+        _place(inner, paths, _quantized_at(inner, paths).to_linear())
+    settle_configuration(inner)
+    _detach(inner, state)
+    return model
+
+
+def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
+    """Merge as :func:`merge_prodial` does, into layers stored in ``format``, in place.
+
+    One dense weight exists at a time. W' lies between the values that a format has, even where W
+    was one of them, so this loses part of what was trained: compare before it is used.
+
+    Args:
+        model: An adapted model, on a dense or a quantised base.
+        format: ``"nf4"``, ``"int8"`` or ``"fp8"``.
+
+    Returns:
+        What quantising each W' lost.
+
+    Raises:
+        ValueError: As for :func:`merge_prodial`, or an unknown format.
+    """
+    check_choice("format", format, FORMATS)
+    model = unwrapped(model)
+    state = _get_state(model, taking_out="merge_quantized")
+    _check_mergeable(model, state)
+    state.unfinished = "merge_quantized"
+    errors: dict[str, QuantizationError] = {}
+    before = after = 0
+    for paths in _adapted_paths(model):
+        layer, error = _adapted_at(model, paths).to_quantized(format)
+        _place(model, paths, layer)
+        errors[paths[0]] = error
+        before += layer.in_features * layer.out_features * layer.dtype.itemsize
+        after += layer.packed_bytes
+    _detach(model, state)
+    return QuantizationReport(format, errors, before, after)
+
+
+def remove_prodial(model: ModelT) -> ModelT:
+    """Take the adapters out: the very layers that were there before are put back, in place.
+
+    ``requires_grad`` is as it was before ``apply_prodial``. Modules of ``modules_to_save`` keep
+    the values they were trained to. On an error or an interrupt the model is as it was.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``apply_prodial`` was not called on this model.
+    """
+    inner = unwrapped(model)
+    state = _get_state(model)
+    before = Snapshot(inner)
+    try:
+        for paths in _adapted_paths(inner):
+            _place(inner, paths, _adapted_at(inner, paths).base_layer)
+        _detach(inner, state)
+    except BaseException:
+        before.restore()
+        raise
+    return model
+
+
+def get_prodial_config(model: nn.Module) -> ProdialConfig:
+    """Return the configuration that ``apply_prodial`` was given.
+
+    Raises:
+        ValueError: ``apply_prodial`` was not called on this model.
+    """
+    return _get_state(model).config
+
+
+def _get_state(model: nn.Module, *, taking_out: str | None = None) -> _State:
+    """Return what ``apply_prodial`` left on the model.
+
+    Args:
+        model: As given, perhaps in a wrapper that holds it whole.
+        taking_out: The function that asks, if it merges. It alone goes on where it was stopped:
+            until then some layers are plain and others adapted.
+    """
+    inner = unwrapped(model)
+    # Its own attribute: wrappers that pass attributes on have other names for the parameters.
+    state = vars(inner).get(_STATE)
+    if not isinstance(state, _State):
+        raise ValueError(
+            f"this {type(inner).__name__} has no ProDiaL adapter; pass the very module that "
+            "apply_prodial was called on, not a wrapper or a part of it"
+        )
+    if state.unfinished not in (None, taking_out):
+        raise ValueError(
+            f"{state.unfinished} was stopped half way through this model, so that some of its "
+            f"layers are adapted and some are not; call {state.unfinished}(model) again to finish"
+        )
+    return state
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would not know of the new "
+            "parameters and not average their gradients; call apply_prodial on the module first, "
+            "and wrap it after that"
+        )
+
+
+def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
+    """Say where the LoRA part is of full rank already: it then has more parameters than W."""
+    narrow = {
+        (target.linear.in_features, target.linear.out_features)
+        for target in targets
+        if r >= min(target.linear.in_features, target.linear.out_features)
+    }
+    # The default rank on a toy's narrow layers costs nothing worth a word.
+    if narrow and r > ProdialConfig.r:
+        k, n = min(narrow, key=min)
+        warnings.warn(
+            f"r={r} is not below min(in_features, out_features)={min(k, n)} of a layer {k} -> {n}: "
+            f"its LoRA part trains {r * (k + n):,} parameters where the layer has {k * n:,}; "
+            f"choose r below {min(k, n)}",
+            stacklevel=3,
+        )
+
+
+def _check_mergeable(model: nn.Module, state: _State) -> None:
+    """Raise ValueError where a layer's W' is not finite or not there, before any is replaced."""
+    for paths in [] if state.unfinished else _adapted_paths(model):
+        layer = _adapted_at(model, paths)
+        shards = [name for name, p in layer.named_parameters() if hasattr(p, "full_tensor")]
+        if shards:
+            raise ValueError(
+                f"{paths[0]}.{shards[0]} is sharded (a DTensor), and a part of a weight cannot be "
+                "merged; gather the model first: unshard() every FSDPModule"
+            )
+        with torch.no_grad():
+            merged = layer.adapted_weight()
+        if not merged.is_meta and not merged.isfinite().all():
+            raise ValueError(
+                f"{paths[0]}: the merged weight would not be finite (NaN or inf) in "
+                f"{weight_like(layer.base_layer).dtype}: the adapter or the base weight is not, "
+                "or they overflow; the model is unchanged"
+            )
+
+
+def _adapted_layer(target: Target, config: ProdialConfig) -> ProdialLinear:
+    linear = target.linear
+    layer = ProdialLinear.from_linear(
+        linear,
+        r=config.r,
+        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        diagonal=config.diagonal,
+        train_scale=config.train_scale,
+        train_diagonal=config.train_diagonal,
+        adapter_dtype=torch.promote_types(torch.float32, weight_like(linear).dtype),
+        impl=config.impl,
+        **config.blocks_of(target.name),
+    )
+    return layer.train(linear.training)
+
+
+def _adapted_paths(model: nn.Module) -> list[tuple[str, ...]]:
+    paths = module_paths(model)
+    return [names for module, names in paths.items() if isinstance(module, ProdialLinear)]
+
+
+def _adapted_at(model: nn.Module, paths: tuple[str, ...]) -> ProdialLinear:
+    layer = model.get_submodule(paths[0])
+    if not isinstance(layer, ProdialLinear):
+        raise RuntimeError(f"{paths[0]} changed from a ProdialLinear while it was being replaced")
+    return layer
+
+
+def _quantized_paths(model: nn.Module) -> list[tuple[str, ...]]:
+    paths = module_paths(model)
+    return [names for module, names in paths.items() if isinstance(module, QuantizedLinear)]
+
+
+def _quantized_at(model: nn.Module, paths: tuple[str, ...]) -> QuantizedLinear:
+    layer = model.get_submodule(paths[0])
+    if not isinstance(layer, QuantizedLinear):
+        raise RuntimeError(f"{paths[0]} changed while it was being made dense")
+    return layer
+
+
+def _place(model: nn.Module, paths: tuple[str, ...], module: nn.Module) -> None:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+
+
+def _detach(model: nn.Module, state: _State) -> None:
+    # The last change first. After an interrupt all are undone again, which changes nothing.
+    for handle in reversed(state.handles):
+        handle.remove()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state.requires_grad:
+            parameter.requires_grad_(state.requires_grad[name])
+    release_saving(model)
+    delattr(model, _STATE)

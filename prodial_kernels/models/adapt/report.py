@@ -1,0 +1,161 @@
+"""``AdapterReport``: what is trained in a model, as numbers and as a printed table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.models.adapt.targets import module_paths, path_pattern
+from prodial_kernels.quantization import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """A group of equal modules that train something.
+
+    Attributes:
+        module: Dotted path, or the pattern that ``count`` equal modules share.
+        count: Number of modules in the group.
+        shape: (in_features, out_features); None for a module that is not a linear layer.
+        n_blocks: Number of diagonal blocks; None without a block-diagonal factor.
+        block_size: Side P of a diagonal block; None without a block-diagonal factor.
+        r: Rank of the LoRA part; None for a module trained as a whole.
+        trainable: Trained parameters of the whole group.
+        total: Parameters of the whole group, trained and frozen.
+    """
+
+    module: str
+    count: int
+    shape: tuple[int, int] | None
+    n_blocks: int | None
+    block_size: int | None
+    r: int | None
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trained share of the group, in percent."""
+        return _percent(self.trainable, self.total)
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What :func:`adapter_report` found. ``str()`` is a table.
+
+    Attributes:
+        rows: Adapted layers and modules trained as a whole, equal ones together.
+        trainable: Trained parameters of the model, shared ones counted once.
+        total: All parameters of the model, the adapter included.
+    """
+
+    rows: tuple[ReportRow, ...]
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trained share of the model, in percent."""
+        return _percent(self.trainable, self.total)
+
+    def __str__(self) -> str:
+        header = ("module", "in -> out", "blocks", "r", "trainable", "total", "percent")
+        lines = [header, *(_cells(row) for row in self.rows)]
+        numbers = _number_cells(self.trainable, self.total, self.percent)
+        lines.append(("model", "", "", "", *numbers))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+        def aligned(cells: tuple[str, ...]) -> str:
+            padded = [cells[0].ljust(widths[0])]
+            padded += [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)][1:]
+            return "  ".join(padded)
+
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        body = [aligned(cells) for cells in lines]
+        return "\n".join([body[0], rule, *body[1:-1], rule, body[-1]])
+
+
+def adapter_report(model: nn.Module) -> AdapterReport:
+    """Report what is trained in ``model``: read from the modules, not from a configuration."""
+    groups: dict[tuple[object, ...], list[tuple[str, nn.Module]]] = {}
+    inside = {m for layer in _adapted(model) for m in layer.modules() if m is not layer}
+    for module, paths in module_paths(model).items():
+        if module in inside:
+            continue
+        # An adapter that PEFT holds has its tensors in children of the layer.
+        own = module.parameters(recurse=isinstance(module, ProdialLinear))
+        if any(p.requires_grad for p in own):
+            key = (path_pattern(paths[0]), type(module), *_kind(module))
+            groups.setdefault(key, []).append((paths[0], module))
+    parameters = list(model.parameters())
+    return AdapterReport(
+        rows=tuple(_row(members) for members in groups.values()),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters) + _packed(model),
+    )
+
+
+def _adapted(model: nn.Module) -> list[ProdialLinear]:
+    return [module for module in model.modules() if isinstance(module, ProdialLinear)]
+
+
+def _kind(
+    module: nn.Module,
+) -> tuple[tuple[int, int] | None, int | None, int | None, int | None]:
+    """(shape, n_blocks, block_size, r), as in :class:`ReportRow`."""
+    if isinstance(module, nn.Linear):
+        return (module.in_features, module.out_features), None, None, None
+    if not isinstance(module, ProdialLinear):
+        return None, None, None, None
+    shape = (module.in_features, module.out_features)
+    if module.prodial_blocks is None:
+        return shape, None, None, module.r
+    return shape, module.prodial_blocks.shape[0], module.block_size, module.r
+
+
+def _row(members: list[tuple[str, nn.Module]]) -> ReportRow:
+    path, module = members[0]
+    shape, n_blocks, block_size, r = _kind(module)
+    # An adapter's row covers its frozen base layer; other rows only the module's own parameters,
+    # because its children have rows of their own.
+    owned = [list(m.parameters(isinstance(m, ProdialLinear))) for _, m in members]
+    return ReportRow(
+        module=path if len(members) == 1 else path_pattern(path),
+        count=len(members),
+        shape=shape,
+        n_blocks=n_blocks,
+        block_size=block_size,
+        r=r,
+        trainable=sum(p.numel() for ps in owned for p in ps if p.requires_grad),
+        total=sum(p.numel() for ps in owned for p in ps)
+        + sum(_packed(m) for _, m in members if isinstance(m, ProdialLinear)),
+    )
+
+
+def _packed(module: nn.Module) -> int:
+    """Weights that are no parameters because a storage format holds them, shared ones once."""
+    return sum(
+        layer.in_features * layer.out_features
+        for layer in module.modules()
+        if isinstance(layer, QuantizedLinear)
+    )
+
+
+def _cells(row: ReportRow) -> tuple[str, ...]:
+    return (
+        row.module if row.count == 1 else f"{row.module} ×{row.count}",
+        "" if row.shape is None else f"{row.shape[0]} -> {row.shape[1]}",
+        "" if row.n_blocks is None else f"{row.n_blocks} of {row.block_size}×{row.block_size}",
+        "" if row.r is None else str(row.r),
+        *_number_cells(row.trainable, row.total, row.percent),
+    )
+
+
+def _number_cells(trainable: int, total: int, percent: float) -> tuple[str, str, str]:
+    return f"{trainable:,}", f"{total:,}", f"{percent:.3f}%"
+
+
+def _percent(trainable: int, total: int) -> float:
+    return 100.0 * trainable / total if total else 0.0

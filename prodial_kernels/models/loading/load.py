@@ -1,0 +1,261 @@
+"""A run's model, loaded whole or refused; device and dtype."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prodial_kernels.models.loading.completeness import (
+    check_dense,
+    check_merged,
+    check_numbers,
+    check_tokenizer,
+    check_whole,
+    dtype_of_dense,
+)
+from prodial_kernels.models.loading.quantized import load_by_tensors
+from prodial_kernels.models.loading.source import (
+    EMBEDDED,
+    ModelError,
+    fetched,
+    model_source,
+    without_retries,
+)
+from prodial_kernels.quantization import QuantizationReport, TensorFiles
+from prodial_kernels.quantization.saving import RESCALING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_RESCALED = ("mamba", "mamba2", "falcon_mamba")
+
+# What loading calls by this name is meant for users of this module too.
+__all__ = [
+    "EMBEDDED",
+    "LoadedModel",
+    "ModelError",
+    "empty_model",
+    "is_stored_quantized",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model and its tokenizer.
+
+    Attributes:
+        name: What it was loaded by.
+        model: The model, on its device, in eval mode.
+        tokenizer: Its tokenizer.
+        quantization: What was quantised, if anything.
+        stored_dtype: What the checkpoint's dense weights are stored in, if it is one dtype.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    quantization: QuantizationReport | None = None
+    stored_dtype: torch.dtype | None = None
+
+
+def load_model(
+    name: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> LoadedModel:
+    """Load a causal language model through transformers.
+
+    Args:
+        name: ``"embedded"``, a directory as ``save_pretrained`` writes it, or a hub id. The
+            checkpoint may be quantised in a format of :mod:`prodial_kernels.quantization`.
+        device: Where to put it.
+        dtype: Dtype of its weights, and what quantised ones are computed in.
+        quantize: Format to store ``in_proj`` and ``out_proj`` in. They are read one at a time, so
+            that the model is never dense as a whole.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be read; the message says what to do.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    model: Any
+    report = None
+    source = model_source(name)
+    try:
+        with without_retries(source) as options:
+            config = AutoConfig.from_pretrained(source, **options)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            except Exception as error:
+                raise ValueError(
+                    f"its tokenizer cannot be read ({type(error).__name__}: {_first_line(error)}); "
+                    "save it there with tokenizer.save_pretrained, which writes tokenizer.json"
+                ) from error
+            directory = source if isinstance(source, Path) else fetched(source, **options)
+        check_tokenizer(tokenizer, directory)
+        stored = dtype_of_dense(TensorFiles(directory))
+        _warn_of_rescaling(name, config, quantize)
+        if quantize is not None or hasattr(config, "quantization_config"):
+            model, report = load_by_tensors(directory, config, device, dtype, quantize)
+        else:
+            model = _load_dense(directory, config, dtype)
+    # Each layer below raises classes of its own for a missing, damaged or unknown model.
+    except Exception as error:
+        raise ModelError(_explain(name, source, error)) from error
+    if getattr(config, RESCALING, False):
+        # It is done, and must not be again when what is made of this model is loaded.
+        setattr(model.config, RESCALING, False)
+    if not isinstance(source, Path):
+        # By which an adapter names its base; the directory is in a cache.
+        model.name_or_path = model.config.name_or_path = source
+    return LoadedModel(name, model.to(device).eval(), tokenizer, report, stored)
+
+
+def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
+    """Load a checkpoint that is not quantised, all of it."""
+    from transformers import AutoModelForCausalLM
+
+    tensors = TensorFiles(directory)
+    check_dense(tensors)
+    model: Any
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, trust_remote_code=False,
+            # Else transformers raises an error that names no tensor.
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except RuntimeError as error:
+        check_merged(error)
+        raise
+    state = model.state_dict()
+    check_whole(info, state.keys(), getattr(config, "num_hidden_layers", None))
+    check_numbers(tensors, state)
+    return model
+
+
+def _warn_of_rescaling(name: str, config: Any, quantize: str | None) -> None:
+    """Say that transformers changes the weights of this checkpoint whenever it loads them.
+
+    The setting shapes initial values only, but for these models transformers applies it to loaded
+    weights too. What it makes of them is the model that its users know, so it is ours as well.
+
+    Raises:
+        ValueError: They are to be quantised while they are read, when nothing else changes them.
+    """
+    if not getattr(config, RESCALING, False) or config.model_type not in _RESCALED:
+        return
+    what = (
+        f"config.json of {name} sets {RESCALING}, so that transformers divides every out_proj by "
+        "the root of the number of layers whenever it loads the model"
+    )
+    if quantize is not None:
+        raise ValueError(
+            f"{what}, which is not done while quantising. Set it to false there for the weights as "
+            "they are in the file, or save the model as transformers loads it, with the setting "
+            "off, and use that"
+        )
+    if not hasattr(config, "quantization_config"):
+        warnings.warn(f"{what}; the model is used as it is then", stacklevel=3)
+
+
+def is_stored_quantized(name: str) -> bool:
+    """Whether the checkpoint that :func:`load_model` would load says that it is quantised.
+
+    Raises:
+        ModelError: There is no such model, or its configuration cannot be read.
+    """
+    return hasattr(_read_config(name), "quantization_config")
+
+
+def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model that :func:`load_model` would load, on the ``meta`` device: shapes only.
+
+    Args:
+        name: As for :func:`load_model`.
+        dtype: Dtype of its weights.
+
+    Raises:
+        ModelError: There is no such model, or its configuration cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _read_config(name)
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:
+        raise ModelError(_explain(name, model_source(name), error)) from error
+    made: PreTrainedModel = model.requires_grad_(False)
+    return made
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``"auto"``, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ModelError: CUDA is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ModelError("device 'cuda' was asked for, but PyTorch finds no CUDA device; use 'cpu'")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the compute dtype for ``"auto"``, ``"float32"`` or ``"bfloat16"``."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _read_config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    source = model_source(name)
+    try:
+        with without_retries(source) as options:
+            return AutoConfig.from_pretrained(source, **options)
+    except Exception as error:
+        raise ModelError(_explain(name, source, error)) from error
+
+
+def _explain(name: str, source: Path | str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    if isinstance(source, Path):
+        if damaged := _damaged_files(source):
+            return (
+                f"cannot load the model in {source}: {', '.join(damaged)} is cut off or damaged "
+                f"({reason}); fetch or copy it again"
+            )
+        return f"cannot load the model in {source}: {reason}"
+    return (
+        f"cannot load model {name!r}: there is no such directory here, and the hub did not give "
+        f"it ({reason}). Check the name and the network, or give a local directory; "
+        f"'{EMBEDDED}' always works offline"
+    )
+
+
+def _damaged_files(directory: Path) -> list[str]:
+    """Names of the tensor files whose header does not fit what is there."""
+    from safetensors import SafetensorError, safe_open
+
+    damaged = []
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            damaged.append(file.name)
+    return damaged
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

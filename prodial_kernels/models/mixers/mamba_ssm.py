@@ -1,0 +1,245 @@
+"""Which path an adapted mixer of mamba_ssm takes.
+
+* ``Mamba`` multiplies by ``in_proj.weight`` in every path and by ``out_proj.weight`` in the fused
+  one. Its fused path is :mod:`prodial_kernels.models.mixers.mamba1_block`; any other (generation,
+  ``use_fast_path=False``) is upstream's own, on a view whose projectors are called.
+* ``Mamba2`` and ``Mamba2Simple`` bypass ``out_proj`` in the fused path only. There upstream's
+  forward runs with its fused function replaced, for this call, by
+  :mod:`prodial_kernels.models.mixers.mamba2_scan`.
+* ``Mamba3`` calls its projectors.
+
+mamba_ssm is recognised by structure and never imported here. Where a release's code is not what
+these paths rely on, a warning says so, and upstream's own path runs with its projectors called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from prodial_kernels import upstream as libraries
+from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
+from prodial_kernels.models.mixers.cuda_functions import kernels_available
+from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
+from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
+from prodial_kernels.models.mixers.projection import ProjectorOfView, is_explicit, operands_of
+from prodial_kernels.models.mixers.remade_norm import normed_again
+from prodial_kernels.models.mixers.structure import global_of, names_in, unknown_in
+from prodial_kernels.models.patch_point import AdaptedMixer, Policy, Undo, View, rebound
+from prodial_kernels.ops.ahead import Ahead
+from prodial_kernels.ops.function import explicit_linear
+from prodial_kernels.ops.projection import has_work_ahead, scaled_weight
+
+Method = Any
+# in_proj's input and s ⊙ W.
+_Prepared = tuple[Tensor, Tensor]
+
+# Of a family: the fused function in forward's code, and attributes that its paths rely on.
+_MAMBA = ("mamba_inner_fn", MAMBA_PARTS)
+_MAMBA2 = ("mamba_split_conv1d_scan_combined", ("in_proj", "out_proj", "use_mem_eff_path"))
+
+
+def recognises(mixer: nn.Module) -> bool:
+    """Whether ``mixer`` is one of mamba_ssm's, by class name and by what its forward does."""
+    return _kind(mixer) is not None
+
+
+def check(mixer: nn.Module, targets: frozenset[str]) -> None:
+    """Refuse what cannot be adapted.
+
+    Raises:
+        ValueError: A mixer sharded over a process group: its fused path reduces what the
+            projector would have to be called on before.
+    """
+    if _kind(mixer) == "Mamba2" and getattr(mixer, "process_group", None) is not None:
+        raise ValueError(
+            f"{sorted(targets)} of a {type(mixer).__name__} with process_group: tensor-parallel "
+            "projectors cannot be adapted; build the model without process_group"
+        )
+
+
+def adapt_mixers(model: nn.Module) -> list[Undo]:
+    """Give every mamba_ssm mixer of ``model`` that holds an adapted projector its path."""
+    changes: list[Undo] = []
+    for mixer in model.modules():
+        kind = _kind(mixer)
+        if kind is not None and _adapted(mixer):
+            policies = dict(_POLICIES[kind])
+            problem = _difference(mixer, kind)
+            if problem is not None:
+                libraries.warn("mamba_ssm", f"{kind}: {problem}: it runs on separate kernels")
+                policies["forward"] = unfused
+            changes.append(
+                AdaptedMixer(
+                    mixer, {n: policy for n, policy in policies.items() if hasattr(mixer, n)}
+                )
+            )
+    return [*changes, ForgottenGraphs(model)] if changes else []
+
+
+class ForgottenGraphs:
+    """Drops the CUDA graphs that ``generate(cg=True)`` left, now and when adapters go.
+
+    They would go on decoding with the weights that were there when they were captured.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Drop them."""
+        self.model = model
+        self.remove()
+
+    def remove(self) -> None:
+        """Drop them again."""
+        for module in self.model.modules():
+            if "_decoding_cache" in vars(module):
+                vars(module)["_decoding_cache"] = None
+
+
+def mamba_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
+    """``Mamba.forward``: [b, l, d] -> [b, l, d]; fused where the input is all that is given."""
+    projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    if mixer.use_fast_path and kernels_available() and all(map(is_explicit, projections)):
+        hidden, positional, named = split_first(upstream, args, kwargs)
+        if all(given is None for given in (*positional, *named.values())):
+            return fused_mamba(mixer, hidden)
+    return unfused(mixer, upstream, *args, **kwargs)
+
+
+def unfused(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
+    """Upstream's ``forward`` on separate kernels: in its fused function it would put W'."""
+    return upstream(_view(mixer, use_fast_path=False, use_mem_eff_path=False), *args, **kwargs)
+
+
+def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
+    """``Mamba2.forward`` and ``Mamba2Simple.forward``, fused where upstream is."""
+    cached = cache_among(named_arguments(upstream, args, kwargs)) is not None
+    if not mixer.use_mem_eff_path or cached:
+        return upstream(_view(mixer), *args, **kwargs)
+    if getattr(mixer, "d_ssm", mixer.d_inner) < mixer.d_inner:
+        # The fused function without out_proj fails in its backward here (UnboundLocalError).
+        return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
+    in_proj = _in_proj(mixer, split_first(upstream, args, kwargs)[0])
+    view = View(mixer, in_proj=in_proj, out_proj=_NoProjection())
+    if not is_explicit(mixer.out_proj):
+        return mixer.out_proj(upstream(view, *args, **kwargs))
+    remade = in_proj if isinstance(in_proj, _Remade) else None
+    keeping = Keeping(
+        output=remade is not None and not getattr(mixer, RECOMPUTE_XZ, False),
+        ahead=None if remade is None else remade.ahead,
+    )
+    fused = partial(scan_and_project, global_of(upstream, _MAMBA2[0]), mixer.out_proj, keeping)
+    return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
+
+
+def viewed(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Any:
+    """Any method that needs nothing but its projectors called instead of read."""
+    return upstream(_view(mixer), *args, **kwargs)
+
+
+_STATES = "_get_states_from_cache"
+_CACHE: dict[str, Policy] = {"allocate_inference_cache": viewed, _STATES: viewed}
+_POLICIES: dict[str, dict[str, Policy]] = {
+    "Mamba": {"forward": mamba_forward, "step": viewed, **_CACHE},
+    "Mamba2": {"forward": mamba2_forward, **_CACHE},
+    "Mamba2Simple": {"forward": mamba2_forward},
+    "Mamba3": _CACHE,
+}
+
+
+def _in_proj(mixer: Any, u: Tensor) -> nn.Module | _Remade:
+    """``in_proj``, or what calls it without keeping its input where that can be made again."""
+    layer = mixer.in_proj
+    # Hooks are told of a call of the module only.
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if isinstance(layer, ProdialLinear) and is_explicit(layer) and not hooked:
+        again = normed_again(u)
+        if again is not None:
+            return _Remade(layer, again)
+    return layer
+
+
+class _Remade:
+    """An adapted ``in_proj`` whose input backward makes again."""
+
+    def __init__(self, layer: ProdialLinear, again: Callable[[], Tensor]) -> None:
+        self.layer, self.again = layer, again
+        self._prepare: Callable[[], Ahead[_Prepared]] | None = None
+        self._prepared: Ahead[_Prepared] | None = None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        operands, rule = operands_of(self.layer, u)
+        trains = any(part is not None and part.requires_grad for part in operands[1:])
+        if trains and has_work_ahead(operands, rule):
+            # Holds no reference to this object, which would keep the graph until it is collected.
+            again, device = self.again, u.device
+            self._prepare = lambda: Ahead(device, lambda: (again(), scaled_weight(operands)))
+        return explicit_linear(u, operands, rule, self)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def ahead(self) -> Ahead[_Prepared] | None:
+        """What its backward starts with, to be begun beside what comes before; None if nothing."""
+        self._prepared = None if self._prepare is None else self._prepare()
+        return self._prepared
+
+    def take(self) -> tuple[Tensor, Tensor | None]:
+        """The input, and s ⊙ W where it has been made."""
+        if self._prepared is None:
+            return self.again(), None
+        made, self._prepared = self._prepared.take(), None
+        return made
+
+
+class _NoProjection:
+    """An ``out_proj`` that upstream's fused function leaves to the caller."""
+
+    weight = None
+    bias = None
+
+
+def _kind(mixer: nn.Module) -> str | None:
+    """Name of the mixer's class in mamba_ssm, whose forward it must not have overridden."""
+    for cls in type(mixer).__mro__:
+        if "forward" not in vars(cls):
+            continue
+        function, attributes = _MAMBA if cls.__name__ == "Mamba" else _MAMBA2
+        if cls.__name__ == "Mamba3":
+            calls = cls.__module__.startswith("mamba_ssm.")
+        else:
+            calls = function in names_in(vars(cls)["forward"])
+        if (
+            calls
+            and cls.__name__ in _POLICIES
+            # Vim's fork of Mamba scans both ways.
+            and not hasattr(mixer, "bimamba_type")
+            and (cls.__name__ == "Mamba3" or all(hasattr(mixer, name) for name in attributes))
+        ):
+            return cls.__name__
+        return None
+    return None
+
+
+def _difference(mixer: nn.Module, kind: str) -> str | None:
+    """Say what of the mixer's forward is not as its policy takes it, or return None."""
+    forward = next(vars(cls)["forward"] for cls in type(mixer).__mro__ if "forward" in vars(cls))
+    if kind == "Mamba":
+        return unknown_in(mixer, forward, parts=MAMBA_PARTS, known=("act", "step", _STATES))
+    if kind == "Mamba3":
+        return None
+    return difference(global_of(forward, _MAMBA2[0]))
+
+
+def _adapted(mixer: nn.Module) -> dict[str, ProdialLinear]:
+    return {
+        name: child for name, child in mixer.named_children() if isinstance(child, ProdialLinear)
+    }
+
+
+def _view(mixer: nn.Module, **given: Any) -> View:
+    projectors = {name: ProjectorOfView(layer) for name, layer in _adapted(mixer).items()}
+    return View(mixer, **projectors, **given)

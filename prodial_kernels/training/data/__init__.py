@@ -1,0 +1,1 @@
+"""From rows of data to batches of tokens."""

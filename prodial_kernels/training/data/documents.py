@@ -1,0 +1,226 @@
+"""Batches for language modelling in which no document sees another one.
+
+Windows of a stream (``packing.py``) let the state run from a document into the next, with only EOS
+between them. Here every document is a sequence of its own. Short ones share a window where the
+model resets its state between them (``seq_idx``: Mamba-2 of mamba_ssm), so that nothing is padded;
+else each is padded by itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.training.data.batches import (
+    IGNORED,
+    Batch,
+    check_sizes,
+    epoch_generator,
+    fingerprint,
+)
+from prodial_kernels.training.data.examples import DataError
+from prodial_kernels.training.data.padding import PaddedBatches
+from prodial_kernels.training.data.tokenization import (
+    EncodedPair,
+    encode,
+    eos_token,
+    leading_tokens,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def resets_state(model: nn.Module) -> bool:
+    """Whether every sequence mixer of a model takes ``seq_idx``, and the model hands it on.
+
+    So do ``Mamba2`` models of mamba_ssm without attention; none of transformers does for all of
+    its mixers.
+    """
+    arguments = inspect.signature(model.forward).parameters.values()
+    hands_on = any(a.kind is a.VAR_KEYWORD or a.name == "seq_idx" for a in arguments)
+    mixers = [m for m in model.modules() if hasattr(m, "in_proj") and hasattr(m, "out_proj")]
+    return (
+        hands_on
+        and bool(mixers)
+        and all("seq_idx" in inspect.signature(type(m).forward).parameters for m in mixers)
+    )
+
+
+class SharedWindows:
+    """Whole documents side by side in windows of one length, marked by ``seq_idx``.
+
+    Which documents share a window is decided once, by best fit; the windows come in a new random
+    order every epoch. A window's end that no document fits is filled up, without labels.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Tensor],
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Put pieces into windows.
+
+        Args:
+            pieces: int32 ``[n]`` each, 2 to ``seq_len`` tokens.
+            seq_len: Tokens in a window, at least 2.
+            batch_size: Windows in a batch.
+            seed: Decides the order of every epoch.
+            notes: What to say of the pieces.
+
+        Raises:
+            DataError: No pieces.
+            ValueError: ``seq_len`` or ``batch_size`` is too small.
+        """
+        check_sizes({"seq_len": (seq_len, 2), "batch_size": (batch_size, 1)})
+        if not pieces:
+            raise DataError("there are no documents of two or more tokens to train on")
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        self.notes = tuple(notes)
+        self.n_truncated = 0
+        self._pieces = list(pieces)
+        self._windows = best_fit([len(piece) for piece in pieces], seq_len)
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every window has been used at least once."""
+        return -(-len(self._windows) // self.batch_size)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one epoch, without padding."""
+        return sum(len(piece) for piece in self._pieces)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of data, sizes and seed: equal fingerprints mean equal batches at every step."""
+        settings = ("shared", self.seq_len, self.batch_size, self.seed)
+        lengths = torch.tensor([len(piece) for piece in self._pieces])
+        return fingerprint(settings, torch.cat(self._pieces), lengths)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step.
+
+        Args:
+            step: From 0, without bound.
+
+        Returns:
+            int64 ``[batch_size, seq_len]`` twice, and ``seq_idx``, int32 of that shape. A
+            document's first token is no label: what precedes it is another document's.
+
+        Raises:
+            ValueError: The step is negative.
+        """
+        check_sizes({"step": (step, 0)})
+        shape = (self.batch_size, self.seq_len)
+        input_ids = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        seq_idx = torch.zeros(shape, dtype=torch.int32)
+        for row in range(self.batch_size):
+            at = 0
+            for place, index in enumerate(self._window(step * self.batch_size + row)):
+                ids = self._pieces[index].long()
+                end = at + len(ids)
+                input_ids[row, at:end] = ids
+                labels[row, at + 1 : end] = ids[1:]
+                # What is filled up belongs to the last document, behind all of it.
+                seq_idx[row, at:] = place
+                at = end
+        return Batch(input_ids, labels, seq_idx)
+
+    def _window(self, sample: int) -> list[int]:
+        epoch, place = divmod(sample, len(self._windows))
+        if self._order[0] != epoch:
+            generator = epoch_generator(self.seed, epoch)
+            order = torch.randperm(len(self._windows), generator=generator)
+            self._order = (epoch, order.tolist())
+        return self._windows[self._order[1][place]]
+
+
+def separate_documents(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int = 0,
+    shared: bool = False,
+) -> SharedWindows | PaddedBatches:
+    """Make batches of documents that do not see each other.
+
+    Each document ends with EOS (and begins with BOS, if the model does); one longer than
+    ``seq_len`` is cut into pieces, which do not see each other either.
+
+    Args:
+        documents: Texts.
+        tokenizer: Has an EOS token.
+        seq_len: The most tokens in a sequence, at least 2.
+        batch_size: Sequences in a batch.
+        seed: Decides the order of every epoch.
+        shared: Let short documents share windows; only for models that :func:`resets_state`
+            answers True for.
+
+    Raises:
+        DataError: No text, or a tokenizer without an EOS token.
+        ValueError: A size is out of range.
+    """
+    check_sizes({"seq_len": (seq_len, 2), "batch_size": (batch_size, 1)})
+    before = torch.tensor(leading_tokens(tokenizer), dtype=torch.int32)
+    after = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
+    cut = [torch.cat([before, ids, after]).split(seq_len) for ids in encode(tokenizer, documents)]
+    # One token has nothing to learn.
+    pieces = [piece for parts in cut for piece in parts if len(piece) > 1]
+    notes = [f"no text sees another one, each is ended by {tokenizer.eos_token!r}"]
+    longer = sum(len(parts) > 1 for parts in cut)
+    if longer:
+        notes.append(
+            f"{longer:,} of {len(cut):,} texts were longer than seq_len {seq_len} and were cut "
+            "into pieces that do not see each other"
+        )
+    if shared:
+        return SharedWindows(pieces, seq_len=seq_len, batch_size=batch_size, seed=seed, notes=notes)
+    return PaddedBatches(
+        [EncodedPair(piece[:1], piece[1:]) for piece in pieces],
+        pad_token=int(after),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        seed=seed,
+        notes=notes,
+    )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put items into as few bins as best fit, longest first, needs; return indices by bin.
+
+    Raises:
+        ValueError: An item is longer than ``capacity``.
+    """
+    if lengths and max(lengths) > capacity:
+        raise ValueError(f"lengths must be at most {capacity}, got {max(lengths)}")
+    bins: list[list[int]] = []
+    # (space left, bin), sorted.
+    open_bins: list[tuple[int, int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(open_bins, (lengths[index], -1))
+        if place < len(open_bins):
+            space, chosen = open_bins.pop(place)
+        else:
+            space, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        if space > lengths[index]:
+            insort(open_bins, (space - lengths[index], chosen))
+    return bins

@@ -1,0 +1,222 @@
+"""Batches for prompt/completion and multiple choice: sequences of like length, padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.training.data.batches import (
+    IGNORED,
+    Batch,
+    check_sizes,
+    epoch_generator,
+    fingerprint,
+)
+from prodial_kernels.training.data.examples import DataError, MultipleChoice, PromptCompletion
+from prodial_kernels.training.data.tokenization import EncodedPair, encode_pairs, eos_token
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Batches are made of neighbours in length among this many batches' worth of random sequences:
+# enough to leave little padding, few enough to keep batches random.
+_BATCHES_SORTED_TOGETHER = 16
+# Lengths are rounded up to this, so that kernels see few distinct shapes, all of them aligned.
+_LENGTH_MULTIPLE = 8
+
+
+class PaddedBatches:
+    """Sequences grouped by length, in a new random order every epoch.
+
+    Every sequence comes exactly once an epoch, so an epoch's last batch may be smaller. The plan
+    of an epoch follows from ``(seed, epoch)``, so any step can be asked for without the ones
+    before it.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[EncodedPair],
+        *,
+        pad_token: int,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        mask_prompt: bool = True,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Cut pairs to length and keep them.
+
+        A pair that is too long loses the start of its context, but never all of it; if the
+        continuation alone is too long, its end is cut.
+
+        Args:
+            pairs: What to train on.
+            pad_token: Fills up short sequences; any valid id, since it is never learned.
+            seq_len: The most tokens in a sequence, at least 2.
+            batch_size: Sequences in a batch.
+            seed: Decides the plan of every epoch.
+            mask_prompt: Learn the continuations only.
+            notes: What to say of the sequences, beside what is cut off them.
+
+        Raises:
+            DataError: No pairs.
+            ValueError: ``seq_len`` or ``batch_size`` is too small.
+        """
+        check_sizes({"seq_len": (seq_len, 2), "batch_size": (batch_size, 1)})
+        if not pairs:
+            raise DataError("there are no examples to train on")
+        self.seq_len = seq_len
+        self.batch_size = batch_size
+        self.seed = seed
+        self.mask_prompt = mask_prompt
+        self.n_truncated = sum(len(c) + len(t) > seq_len for c, t in pairs)
+        cut = [_cut(pair, seq_len) for pair in pairs]
+        self.notes = (*notes, *_losses(pairs, cut, seq_len))
+        self._pad_token = pad_token
+        self._tokens = torch.cat([ids for pair in cut for ids in pair])
+        self._context_lengths = torch.tensor([len(pair.context) for pair in cut])
+        self._lengths = torch.tensor([len(c) + len(t) for c, t in cut])
+        self._starts = self._lengths.cumsum(0) - self._lengths
+        self._plan: tuple[int, list[Tensor]] = (-1, [])
+
+    @classmethod
+    def from_examples(
+        cls,
+        examples: Sequence[PromptCompletion | MultipleChoice],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int = 0,
+        mask_prompt: bool = True,
+    ) -> PaddedBatches:
+        """Tokenise examples: completions end with EOS, of multiple choice the right one is learned.
+
+        Choices get no EOS, because the likelihoods that decide the accuracy have none either.
+
+        Raises:
+            DataError: No examples, or a tokenizer without an EOS token.
+            ValueError: A size is out of range.
+        """
+        eos = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
+        texts = [
+            (e.prompt, e.completion) if isinstance(e, PromptCompletion) else e.pair(e.label)
+            for e in examples
+        ]
+        pairs = [
+            EncodedPair(context, torch.cat([ids, eos]))
+            if isinstance(example, PromptCompletion)
+            else EncodedPair(context, ids)
+            for example, (context, ids) in zip(
+                examples, encode_pairs(tokenizer, texts), strict=True
+            )
+        ]
+        pad = tokenizer.pad_token_id
+        completions = any(isinstance(example, PromptCompletion) for example in examples)
+        note = (
+            f"each completion is ended by {tokenizer.eos_token!r}"
+            if completions
+            else "of each question the right choice is learned, without an end token"
+        )
+        if mask_prompt:
+            note += "; what stands before it is read, not learned"
+        return cls(
+            pairs,
+            pad_token=int(eos if pad is None else pad),
+            seq_len=seq_len,
+            batch_size=batch_size,
+            seed=seed,
+            mask_prompt=mask_prompt,
+            notes=[note],
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every sequence is used once."""
+        return -(-len(self._lengths) // self.batch_size)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of one epoch, without padding."""
+        return len(self._tokens)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of data, sizes and seed: equal fingerprints mean equal batches at every step."""
+        settings = ("padded", self.seq_len, self.batch_size, self.seed, self.mask_prompt)
+        return fingerprint(settings, self._tokens, self._lengths, self._context_lengths)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step.
+
+        Args:
+            step: From 0, without bound.
+
+        Returns:
+            Two int64 tensors ``[n, length]``, where ``n <= batch_size`` and ``length`` is the
+            longest sequence's, rounded up to a multiple of 8.
+
+        Raises:
+            ValueError: The step is negative.
+        """
+        check_sizes({"step": (step, 0)})
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._plan[0] != epoch:
+            self._plan = (epoch, self._plan_of(epoch))
+        rows = self._plan[1][place]
+        length = -(-int(self._lengths[rows].max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        # Padding goes to the right. A recurrence has no attention mask to hide padding with: on
+        # the left it would run through the state before the text does. On the right it comes
+        # after every real token, so it cannot reach them, and without labels it is not learned.
+        input_ids = torch.full((len(rows), length), self._pad_token)
+        labels = torch.full_like(input_ids, IGNORED)
+        for target, row in enumerate(rows.tolist()):
+            start, n = int(self._starts[row]), int(self._lengths[row])
+            ids = self._tokens[start : start + n].long()
+            learned_from = int(self._context_lengths[row]) if self.mask_prompt else 0
+            input_ids[target, :n] = ids
+            labels[target, learned_from:n] = ids[learned_from:]
+        return Batch(input_ids, labels)
+
+    def _plan_of(self, epoch: int) -> list[Tensor]:
+        generator = epoch_generator(self.seed, epoch)
+        order = torch.randperm(len(self._lengths), generator=generator)
+        batches: list[Tensor] = []
+        for group in order.split(self.batch_size * _BATCHES_SORTED_TOGETHER):
+            by_length = group[self._lengths[group].argsort(stable=True)]
+            batches.extend(by_length.split(self.batch_size))
+        shuffled = torch.randperm(len(batches), generator=generator)
+        return [batches[int(index)] for index in shuffled]
+
+
+def _cut(pair: EncodedPair, seq_len: int) -> EncodedPair:
+    continuation = pair.continuation[: seq_len - 1]
+    return EncodedPair(pair.context[-(seq_len - len(continuation)) :], continuation)
+
+
+def _losses(
+    pairs: Sequence[EncodedPair], cut: Sequence[EncodedPair], seq_len: int
+) -> Iterator[str]:
+    """Say how many sequences were cut, and what they lost."""
+    before = [(len(context), len(continuation)) for context, continuation in pairs]
+    after = [(len(context), len(continuation)) for context, continuation in cut]
+    both = list(zip(before, after, strict=True))
+    longer = [sum(lengths) for lengths in before if sum(lengths) > seq_len]
+    if not longer:
+        return
+    lost = {
+        "the start of the prompt": sum(1 < new < old for (old, _), (new, _) in both),
+        "all of the prompt but a token": sum(1 == new < old for (old, _), (new, _) in both),
+        "the end of what is learned, with its end token": sum(
+            new < old for (_, old), (_, new) in both
+        ),
+    }
+    parts = ", ".join(f"{n:,} lost {what}" for what, n in lost.items() if n)
+    yield (
+        f"{len(longer):,} of {len(pairs):,} rows were longer than seq_len {seq_len} and were cut: "
+        f"{parts}; a seq_len of {max(longer):,} holds all"
+    )

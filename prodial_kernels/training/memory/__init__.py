@@ -1,0 +1,1 @@
+"""What a run holds in memory, planned before the weights are loaded."""

@@ -1,0 +1,220 @@
+"""Bytes that a block keeps for its backward pass, by level, and its largest temporaries.
+
+Each formula names the tensors it counts; M tokens, widths d and E, state size N as in
+:class:`~prodial_kernels.training.memory.shapes.LayerShape`. What mamba_ssm's Mamba-1 keeps was
+compared with whole models on an H100 (bf16, r = 16): see
+``tests/training/memory/test_memory_plan.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, NORM, RECOMPUTE
+from prodial_kernels.ops.layout import direct_length
+from prodial_kernels.ops.projection import LEAST_AHEAD
+from prodial_kernels.training.memory.shapes import MAMBA, MAMBA2, LayerShape
+
+_FP32 = 4
+# Tokens that mamba_ssm's selective scan covers with one saved state, and its SSD with one chunk.
+_SCAN_CHUNK, _SSD_CHUNK = 2048, 256
+# Splits of the tokens over which the projector's kernels sum gradients of the adapter.
+_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The batch that activations are counted for.
+
+    Attributes:
+        batch: Sequences.
+        length: Tokens of each.
+        itemsize: Bytes of an activation in the compute dtype.
+        dense_weight: Whether a projector's weight is dequantised for every product.
+    """
+
+    batch: int
+    length: int
+    itemsize: int
+    dense_weight: bool = False
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return self.batch * self.length
+
+
+def levels_of(layer: LayerShape) -> tuple[str, ...]:
+    """Return the levels that change something for a layer, from the fastest to the smallest."""
+    levels = [KEEP]
+    if layer.separate_norm:
+        levels.append(NORM)
+    if layer.mixer == MAMBA and layer.fused:
+        levels.append(RECOMPUTE)
+    return (*levels, CHECKPOINT)
+
+
+def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
+    """Bytes from a block's forward to its backward at a level."""
+    m, c = tokens.count, tokens.itemsize
+    if level == CHECKPOINT:
+        if layer.two_streams:
+            return (c + _FP32) * m * layer.width
+        residual = _FP32 if layer.separate_norm and not layer.rounds_input else c
+        return residual * m * layer.width
+    norm = c * m * layer.width
+    if layer.fused_norm:
+        # The norm's input in its own dtype and its deviations, with its output, which is X.
+        norm = _read_by_norm(layer, tokens) + _FP32 * m
+        if level == KEEP or not layer.separate_norm:
+            norm += c * m * layer.width
+    elif level == KEEP or not layer.separate_norm:
+        # fp32 copy of the norm's input (or the fp32 residual), with its output, which is X.
+        norm += _FP32 * m * (layer.width + 1)
+    if level == RECOMPUTE and layer.two_streams:
+        # Made again from the residual, and out_proj's output is not kept in its place.
+        norm -= c * m * layer.width
+    return norm + _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+
+
+def _read_by_norm(layer: LayerShape, tokens: Tokens) -> int:
+    """Of a norm's input: the fp32 residual itself where it is not rounded first."""
+    fp32 = layer.separate_norm and not layer.rounds_input
+    return (_FP32 if fp32 else tokens.itemsize) * tokens.count * layer.width
+
+
+def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
+    m, c = tokens.count, tokens.itemsize
+    inner, state = layer.inner, layer.state
+    low_rank = c * m * _padded(layer.rank)
+    if layer.mixer == MAMBA:
+        chunks = tokens.batch * -(-tokens.length // _SCAN_CHUNK)
+        # States; A, D and dt's bias in fp32.
+        scan = 2 * _FP32 * chunks * inner * state + _FP32 * inner * (state + 2)
+        if layer.fused:
+            # xz, x_proj's output, the ungated output, H of both projectors.
+            dense = (layer.projected if xz else 0) + inner
+            dbc = c * m * (layer.dt_rank + 2 * state)
+            return c * m * dense + dbc + 2 * low_rank + scan
+        # in_proj's output, contiguous u, delta, z, the ungated output, out_proj's input, its
+        # output; the inputs of the norms of dt, B and C (x_proj's output, or fp32 copies of it),
+        # their deviations, and contiguous B and C.
+        mixer = c * m * (layer.projected + 5 * inner + layer.width)
+        read = (c if layer.fused_norm else _FP32) * m * (layer.dt_rank + 2 * state)
+        norms = read + _FP32 * m * 3 + c * m * 2 * state
+        return mixer + norms + 2 * low_rank + scan
+    if layer.mixer == MAMBA2:
+        if layer.fused:
+            # zxbcdt, the ungated output, H of both projectors; the convolution and the states are
+            # computed again.
+            return c * m * (layer.projected + inner) + 2 * low_rank
+        convolved = inner + 2 * layer.groups * state
+        # zxbcdt, the convolution's in- and output, the scan's output, three of the gated norm in
+        # fp32, out_proj's in- and output.
+        plain = layer.projected + 2 * convolved + 2 * inner + layer.width
+        return c * m * plain + 3 * _FP32 * m * inner + 2 * low_rank
+    # Each linear layer's input, and about as much again for what lies between them.
+    return c * m * sum(n + k for n, k in layer.weights)
+
+
+def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
+    """Bytes of the largest moment within a block's backward, beyond what is kept."""
+    m, c = tokens.count, tokens.itemsize
+    again = 0
+    if level == CHECKPOINT:
+        # The block's forward has run again and left behind what it keeps at the first level.
+        again = kept(layer, tokens, KEEP)
+        if layer.fused_norm and layer.separate_norm:
+            # It reads what is kept between forward and backward, and copies it no more.
+            again -= _read_by_norm(layer, tokens)
+    elif level == RECOMPUTE:
+        # in_proj's output and its input.
+        again = c * m * (layer.projected + layer.width)
+    elif level == NORM and layer.fused:
+        again = c * m * layer.width
+    norm = _backward_of_norm(layer, tokens)
+    if layer.mixer in (MAMBA, MAMBA2):
+        # What the mixer kept has gone before.
+        norm -= _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+    return again + max(_backward_of_mixer(layer, tokens), norm)
+
+
+def _backward_of_norm(layer: LayerShape, tokens: Tokens) -> int:
+    if layer.fused_norm:
+        # Gradients towards the residual, the norm's output, its input, and that in fp32.
+        return 2 * (_FP32 + tokens.itemsize) * tokens.count * layer.width
+    # Gradients towards residual and norm, and three fp32 products of the norm's formula.
+    return 5 * _FP32 * tokens.count * layer.width
+
+
+def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
+    m, c = tokens.count, tokens.itemsize
+    inner, state = layer.inner, layer.state
+    # The gradient of the residual, and that of the mixer's output.
+    stream = (_FP32 + c) * m * layer.width
+    weight = _weight_workspace(layer, tokens)
+    if layer.mixer == MAMBA and not layer.fused:
+        return _backward_of_separate_kernels(layer, tokens)
+    if layer.mixer == MAMBA:
+        # The gated output's gradient, u, delta and their gradients, dxz; dB and dC in fp32.
+        scan = c * m * (5 * inner + layer.projected) + 2 * _FP32 * m * state
+        scan += _begun_ahead(layer, tokens)
+        # dxz, X's gradient, and X where it is not kept but made again from the residual.
+        project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
+        return stream + max(scan, project)
+    if layer.mixer == MAMBA2:
+        convolved = inner + 2 * layer.groups * state
+        chunks = -(-m // _SSD_CHUNK)
+        states = chunks * inner * state * (2 * _FP32 + 2 * c)
+        products = chunks * layer.groups * _SSD_CHUNK**2 * 2 * _FP32
+        # The gradient from out_proj and of the norm, the convolution's output and its gradient.
+        scan = c * m * (2 * inner + 2 * convolved + layer.projected) + states + products
+        if layer.two_streams:
+            scan += _begun_ahead(layer, tokens)
+        project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
+        return stream + max(scan, project)
+    widest = max((n + k for n, k in layer.weights), default=0)
+    return stream + 2 * c * m * widest + weight
+
+
+def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
+    """Of Mamba-1 by one autograd node after another: each frees what it kept when it is done."""
+    m, c = tokens.count, tokens.itemsize
+    inner, width = layer.inner, layer.width
+    residual = _FP32 * m * width
+    weight = _weight_workspace(layer, tokens)
+    # The gradient of the mixer's output, and that of out_proj's input.
+    out_proj = c * m * (width + inner) + weight
+    freed = c * m * (inner + width)
+    # That gradient, copied where the projector does not give it with the tokens side by side, and
+    # those of u, delta and z; dB and dC in fp32.
+    copies = 0 if layer.rank and direct_length(tokens.length) else 1
+    scan = c * m * (4 + copies) * inner + 2 * _FP32 * m * layer.state - freed
+    # u, delta, z and the ungated output are gone too. The gradient of in_proj's output is put
+    # together and transposed; then X's is made, and X again where it is not kept.
+    freed += c * m * 4 * inner
+    in_proj = c * m * (2 * layer.projected + 2 * width) + weight - freed
+    return residual + max(out_proj, scan, in_proj)
+
+
+def _begun_ahead(layer: LayerShape, tokens: Tokens) -> int:
+    """in_proj's scaled weight, and its input where that is made again: there before the scan."""
+    weight = layer.projected * layer.width
+    if not layer.rank or tokens.dense_weight or weight < LEAST_AHEAD:
+        return 0
+    return tokens.itemsize * (weight + layer.two_streams * tokens.count * layer.width)
+
+
+def _weight_workspace(layer: LayerShape, tokens: Tokens) -> int:
+    """The folded weight, the dequantised one, and partial sums of the adapter's gradients."""
+    largest = max((n * k for n, k in layer.weights), default=0)
+    sides = max((n + k for n, k in layer.weights), default=0)
+    partial = _SPLITS * _FP32 * _padded(layer.rank) * sides if layer.rank else 0
+    folded = tokens.itemsize * largest if layer.rank else 0
+    unpacked = tokens.itemsize * largest if tokens.dense_weight else 0
+    return folded + unpacked + partial
+
+
+def _padded(rank: int) -> int:
+    """Columns of H as the kernels make it: a power of two, at least 16; 0 without an adapter."""
+    return max(16, 1 << (rank - 1).bit_length()) if rank else 0

@@ -1,0 +1,237 @@
+"""The predicted peak of PyTorch's allocator: the largest moment of a step, as a sum.
+
+The moments: the loss, when every layer's activations are there; the backward of each layer, when
+those of later layers are gone; the optimiser's step; an evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from prodial_kernels.training.memory.activations import Tokens, kept, workspace
+from prodial_kernels.training.memory.shapes import ModelShape
+
+# Bytes of a stored weight, scales included: NF4 with double quantisation; int8 with a scale a row
+# and fp8 with a scale a tile, whose scales are negligible.
+_STORED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "fp8": 1.0}
+# Bytes that an optimiser keeps of a trained element on the device; pages live on the host.
+_STATES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "paged_adamw8bit": 0.0}
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run.
+
+    Attributes:
+        batch: Sequences in a micro-batch.
+        length: Tokens of each.
+        itemsize: Bytes of an activation in the compute dtype: 2 or 4.
+        quantize: ``"nf4"``, ``"int8"``, ``"fp8"``, None, or, to be planned, ``"auto"``.
+        optimizer: ``"adamw"``, ``"adamw8bit"`` or ``"paged_adamw8bit"``.
+        loss: ``"full"`` (whole logits), ``"chunked"`` or ``"liger"``.
+        loss_rows: Tokens whose logits exist at a time; of ``"chunked"`` only.
+        graph: Whether steps are captured in a CUDA graph.
+        accumulates: Whether several micro-batches make a step, so that gradients always exist.
+        full: Whether every weight trains, in fp32, with 16-bit copies under autocast.
+    """
+
+    batch: int
+    length: int
+    itemsize: int = 2
+    quantize: str | None = None
+    optimizer: str = "adamw"
+    loss: str = "chunked"
+    loss_rows: int = 1024
+    graph: bool = False
+    accumulates: bool = False
+    full: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("quantize", self.quantize, (None, "auto", *_STORED)),
+            ("optimizer", self.optimizer, tuple(_STATES)),
+            ("loss", self.loss, ("full", "chunked", "liger")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        for name in ("batch", "length", "itemsize", "loss_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the plan's table."""
+
+    what: str
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The largest moment.
+
+    Attributes:
+        moment: When it is, in words.
+        rows: What it is the sum of.
+        in_evaluation: Whether it is an evaluation's and not a training step's.
+    """
+
+    moment: str
+    rows: tuple[Row, ...]
+    in_evaluation: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(row.bytes for row in self.rows)
+
+
+def peak_of(
+    model: ModelShape,
+    job: Job,
+    levels: tuple[str, ...],
+    *,
+    evaluation_batch: int,
+    library_workspace: int,
+) -> Peak:
+    """Return the largest moment of training and evaluation.
+
+    Args:
+        model: The model's shape.
+        job: The job; ``quantize="auto"`` must have been decided.
+        levels: For each layer, what of its activations is kept.
+        evaluation_batch: Sequences evaluated at once.
+        library_workspace: Bytes that cuBLAS keeps for a thread and stream.
+    """
+    if job.quantize == "auto":
+        raise ValueError("quantize='auto' is decided by plan_memory")
+    always = [*_weights(model, job), *_trained(model, job)]
+    # Forward and backward run on threads of their own, and a graph on a stream of its own, beside
+    # which an evaluation has had the usual one.
+    handles = 3 if job.graph else 2
+    always.append(
+        Row("matrix library's workspace", handles * library_workspace, f"cuBLAS, {handles} of them")
+    )
+    moments = _moments(model, job, levels, evaluation_batch)
+    peaks = [
+        Peak(moment, tuple(row for row in (*always, *rows) if row.bytes), evaluation)
+        for moment, rows, evaluation in moments
+    ]
+    return max(peaks, key=lambda peak: peak.total)
+
+
+def _moments(
+    model: ModelShape, job: Job, levels: tuple[str, ...], evaluation_batch: int
+) -> Iterator[tuple[str, list[Row], bool]]:
+    tokens = Tokens(job.batch, job.length, job.itemsize, job.quantize is not None)
+    layers = list(zip(model.layers, levels, strict=True))
+    until = list(accumulate(kept(layer, tokens, level) for layer, level in layers))
+    gradients = _FP32 * model.trained
+    always_there = job.accumulates or job.graph
+    m, width = tokens.count, model.width
+    # The last norm's input in fp32 and its output.
+    head = (_FP32 + job.itemsize) * m * width
+    yield (
+        "when the loss is computed",
+        [
+            _activations(until[-1] + head, len(layers)),
+            Row("loss", _loss(model, job, m), _LOSSES[job.loss]),
+            Row("gradients", gradients if always_there else 0, "fp32"),
+        ],
+        False,
+    )
+    for index, (layer, level) in enumerate(layers):
+        done = (len(layers) - index) / len(layers)
+        yield (
+            f"in the backward of layer {index + 1} of {len(layers)}",
+            [
+                _activations(until[index], index + 1),
+                Row(
+                    "largest temporaries",
+                    workspace(layer, tokens, level),
+                    "of that layer's backward, with what it computes again",
+                ),
+                Row("gradients", int(gradients * (1.0 if always_there else done)), "fp32"),
+            ],
+            False,
+        )
+    yield "in the optimiser's step", [Row("gradients", gradients, "fp32")], False
+    yield (
+        "in an evaluation",
+        [
+            Row(
+                "evaluation",
+                _evaluation(model, job, evaluation_batch),
+                f"{evaluation_batch} sequences at once, no gradients",
+            ),
+        ],
+        True,
+    )
+
+
+_LOSSES = {
+    "full": "whole logits in fp32, their softmax and gradient",
+    "chunked": "logits of one chunk of tokens at a time",
+    "liger": "liger-kernel, logits of a few hundred tokens at a time",
+}
+
+
+def _activations(size: int, layers: int) -> Row:
+    return Row("activations", size, f"kept by {layers} layers")
+
+
+def _weights(model: ModelShape, job: Job) -> Iterator[Row]:
+    yield Row("embedding", model.embedding_bytes, "and head, tied" if model.tied else "")
+    yield Row("head", model.head_bytes, "")
+    if job.quantize is None:
+        yield Row("frozen projectors", model.projector_bytes, "dense")
+    else:
+        packed = int(sum(n * k for n, k in model.projectors) * _STORED[job.quantize])
+        yield Row("frozen projectors", packed, f"stored in {job.quantize}")
+    yield Row("other frozen weights", model.other_bytes, "dense")
+
+
+def _trained(model: ModelShape, job: Job) -> Iterator[Row]:
+    what = "adapter" if model.adapted else "trained weights"
+    yield Row(what, model.trained_bytes, "fp32 masters")
+    if job.full and job.itemsize < _FP32:
+        yield Row("16-bit copies of the weights", job.itemsize * model.trained, "autocast's")
+    yield Row("optimiser", int(_STATES[job.optimizer] * model.trained), job.optimizer)
+
+
+def _loss(model: ModelShape, job: Job, m: int) -> int:
+    vocabulary, c = model.vocabulary, job.itemsize
+    hidden_gradient = c * m * model.width
+    if job.loss == "full":
+        # The logits, a copy without the last position, their softmax; later two gradients.
+        return 3 * _FP32 * m * vocabulary
+    if job.loss == "chunked":
+        # Their softmax and gradient take the place of the logits.
+        return min(m, job.loss_rows) * vocabulary * c + hidden_gradient
+    return 2 * min(m, _liger_rows(m, model)) * vocabulary * c + hidden_gradient
+
+
+def _liger_rows(m: int, model: ModelShape) -> int:
+    """Tokens in a chunk of liger-kernel's fused linear cross-entropy."""
+    chunks = -(-model.vocabulary // model.width)
+    rows = -(-m // chunks)
+    return 1 << (rows - 1).bit_length()
+
+
+def _evaluation(model: ModelShape, job: Job, batch: int) -> int:
+    m, c = batch * job.length, job.itemsize
+    layer = max(model.layers, key=lambda layer: layer.projected + layer.inner)
+    # A block by separate kernels, one after another.
+    block = c * m * (2 * layer.projected + 3 * layer.inner) + 2 * _FP32 * m * layer.width
+    if not layer.inner:
+        block = 2 * c * m * max((n + k for n, k in layer.weights), default=0)
+    if job.loss == "full":
+        logits = (c + _FP32) * m * model.vocabulary + _FP32 * job.length * model.vocabulary
+    else:
+        logits = min(m, job.loss_rows) * model.vocabulary * c
+    return max(block, logits + c * m * model.width)

@@ -1,0 +1,307 @@
+"""The memory plan: how a fine-tuning job fits into a budget, and what its peak will be.
+
+A pure function of numbers: :func:`plan_memory` takes a model's shape, the job and the device's
+constants, and returns which layers keep what, whether weights are quantised, and the predicted
+peak with the sum it is made of. It touches no device.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, LEVEL_TEXTS, LEVELS
+from prodial_kernels.training.config import ACTIVATIONS
+from prodial_kernels.training.memory.activations import levels_of
+from prodial_kernels.training.memory.peak import Job, Peak, Row, peak_of
+from prodial_kernels.training.memory.shapes import ModelShape
+from prodial_kernels.training.sizes import size_text
+
+AUTO = "auto"
+
+
+class MemoryPlanError(ValueError):
+    """The job does not fit into its budget; the message says what would."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a device takes besides tensors.
+
+    Attributes:
+        context: Bytes outside PyTorch's allocator: the CUDA context, loaded kernels and graphs. An
+            allowance (819 MiB measured on an H100, with a graph of 64 layers); what it really was
+            is reported after a run.
+        library_workspace: Bytes that PyTorch gives cuBLAS for each thread and stream that it
+            multiplies on (32 MiB from Hopper on).
+        fragmentation: Share of the allocated peak to leave free for gaps between tensors (up to 6%
+            measured).
+    """
+
+    context: int = 832 * 2**20
+    library_workspace: int = 32 * 2**20
+    fragmentation: float = 0.06
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a job is run, and what it will take.
+
+    Attributes:
+        levels: For each layer, what of its activations is kept (see ``memory_activations``).
+        quantize: Storage format of the frozen projectors; None for dense.
+        evaluation_batch: Sequences that fit at once in an evaluation.
+        peak: The predicted peak of PyTorch's allocator.
+        context: Bytes outside the allocator, as assumed.
+        reserve: Bytes left free for gaps between tensors.
+        budget: What was to be fitted into; None for no limit.
+    """
+
+    levels: tuple[str, ...]
+    quantize: str | None
+    evaluation_batch: int
+    peak: Peak
+    context: int
+    reserve: int
+    budget: int | None
+
+    @property
+    def total(self) -> int:
+        """The predicted peak with the CUDA context, without the reserve."""
+        return self.peak.total + self.context
+
+    @property
+    def fits(self) -> bool:
+        """Whether everything and the reserve are within the budget."""
+        return self.budget is None or self.total + self.reserve <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-ready values."""
+        return {
+            "levels": dict(Counter(self.levels)),
+            "quantize": self.quantize,
+            "evaluation_batch": self.evaluation_batch,
+            "moment": self.peak.moment,
+            "rows": [asdict(row) for row in self.peak.rows],
+            "allocated": self.peak.total,
+            "context": self.context,
+            "reserve": self.reserve,
+            "budget": self.budget,
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            *self.peak.rows,
+            Row("PyTorch's tensors at the peak", self.peak.total, self.peak.moment),
+            Row("CUDA context and kernels", self.context, "outside PyTorch; an allowance"),
+            Row("predicted peak", self.total, ""),
+            Row("left for gaps between tensors", self.reserve, "not part of the prediction"),
+        ]
+        if self.budget is not None:
+            rows.append(Row("memory budget", self.budget, "" if self.fits else "NOT ENOUGH"))
+        width = max(len(row.what) for row in rows)
+        sizes = [size_text(row.bytes) for row in rows]
+        wide = max(map(len, sizes))
+        table = [
+            f"{row.what.ljust(width)}  {size.rjust(wide)}  {row.why}".rstrip()
+            for row, size in zip(rows, sizes, strict=True)
+        ]
+        return "\n".join([f"memory plan: {describe_levels(self.levels)}", *table])
+
+
+def plan_memory(
+    model: ModelShape,
+    job: Job,
+    *,
+    budget: int | None,
+    activations: str = AUTO,
+    device: DeviceMemory | None = None,
+    strict: bool = True,
+) -> MemoryPlan:
+    """Choose the fastest way to run a job within a budget.
+
+    In order: everything kept; the norms computed again; in_proj's output too; one residual a
+    layer. A level is used for as many layers as needed, the first ones, whose activations live
+    longest. With ``job.quantize="auto"`` the weights are stored in NF4 only if none of this is
+    enough.
+
+    Args:
+        model: What :func:`~prodial_kernels.training.memory.shapes.describe_model` returns.
+        job: The job.
+        budget: Bytes in all, the CUDA context included; None for no limit.
+        activations: ``"auto"``, or one level for all layers: ``"keep"``, ``"recompute"`` or
+            ``"checkpoint"``.
+        device: Constants of the device.
+        strict: Raise where nothing fits, rather than return the smallest plan.
+
+    Raises:
+        MemoryPlanError: Nothing fits; the message says what would, with numbers.
+        ValueError: An unknown ``activations``.
+    """
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
+    device = device or DeviceMemory()
+    smallest = None
+    for plan in _candidates(model, job, budget, activations, device):
+        if plan.fits:
+            return plan
+        if smallest is None or plan.total < smallest.total:
+            smallest = plan
+    if smallest is None:
+        raise ValueError("the model has no layers")
+    if not strict:
+        return smallest
+    advice = what_would_fit(model, job, budget=budget or 0, activations=activations, device=device)
+    raise MemoryPlanError(
+        f"the job does not fit into the memory budget of {size_text(budget or 0)}: it would take "
+        f"{size_text(smallest.total + smallest.reserve)} at the least. {advice}"
+    )
+
+
+def what_would_fit(
+    model: ModelShape,
+    job: Job,
+    *,
+    budget: int,
+    activations: str = AUTO,
+    device: DeviceMemory | None = None,
+) -> str:
+    """Return a sentence that names changes with which a job fits into a budget, with numbers.
+
+    Of each kind of change the smallest one that is enough.
+    """
+    device = device or DeviceMemory()
+    kinds = [*_changes(job), *_pairs_of_changes(job)]
+    tried = [(kind, activations) for kind in kinds]
+    if activations not in (AUTO, CHECKPOINT):
+        tried.insert(0, ([("activations 'auto'", job)], AUTO))
+    found = []
+    for alternatives, level in tried:
+        for change, other in alternatives:
+            plan = plan_memory(
+                model, other, budget=budget, activations=level, device=device, strict=False
+            )
+            if plan.fits:
+                found.append(f"{change} ({size_text(plan.total + plan.reserve)})")
+                break
+    if found:
+        return f"What fits: {'; or '.join(found[:4])}"
+    least = plan_memory(model, job, budget=budget, activations=AUTO, device=device, strict=False)
+    return (
+        "No change of the options is enough; with them as they are it takes a budget of "
+        f"{size_text(least.total + least.reserve)}, with one residual kept for each layer"
+    )
+
+
+def level_plans(model: ModelShape, activations: str) -> Iterator[tuple[str, ...]]:
+    """Yield levels for all layers, from the fastest to the smallest."""
+    if activations != AUTO:
+        yield tuple(_at_most(layer_levels, activations) for layer_levels in _available(model))
+        return
+    available = _available(model)
+    current = tuple(KEEP for _ in available)
+    yield current
+    for level in LEVELS[1:]:
+        concerned = [i for i, levels in enumerate(available) if level in levels]
+        chosen = list(current)
+        for index in concerned:
+            chosen[index] = level
+            yield tuple(chosen)
+        current = tuple(chosen)
+
+
+def describe_levels(levels: Sequence[str]) -> str:
+    """Return which layers do what, in words."""
+    if len(set(levels)) == 1:
+        return f"all {len(levels)} layers {LEVEL_TEXTS[levels[0]]}"
+    counts = Counter(levels)
+    parts = [f"{counts[level]} layers {LEVEL_TEXTS[level]}" for level in LEVELS if counts[level]]
+    return "; ".join(parts)
+
+
+def _candidates(
+    model: ModelShape, job: Job, budget: int | None, activations: str, device: DeviceMemory
+) -> Iterator[MemoryPlan]:
+    formats = (None, "nf4") if job.quantize == AUTO else (job.quantize,)
+    for quantize in formats:
+        for levels in level_plans(model, activations):
+            yield _plan(model, replace(job, quantize=quantize), levels, budget, device)
+
+
+def _plan(
+    model: ModelShape, job: Job, levels: tuple[str, ...], budget: int | None, device: DeviceMemory
+) -> MemoryPlan:
+    batch = job.batch
+    while True:
+        peak = peak_of(
+            model, job, levels,
+            evaluation_batch=batch, library_workspace=device.library_workspace,
+        )  # fmt: skip
+        plan = MemoryPlan(
+            levels, job.quantize, batch, peak, device.context,
+            int(device.fragmentation * peak.total), budget,
+        )  # fmt: skip
+        # Evaluating fewer sequences at once costs nothing worth another level.
+        if plan.fits or batch == 1 or not peak.in_evaluation:
+            return plan
+        batch = max(1, batch // 2)
+
+
+_Alternatives = list[tuple[str, Job]]
+
+
+def _changes(job: Job) -> list[_Alternatives]:
+    """Return kinds of changes; of each, (what to do, the job with it), the least first."""
+    kinds: list[_Alternatives] = []
+    if job.loss == "full":
+        kinds.append([("loss 'chunked'", replace(job, loss="chunked"))])
+    if job.optimizer == "adamw":
+        kinds.append([("optimizer 'adamw8bit'", replace(job, optimizer="adamw8bit"))])
+    if job.quantize is None and not job.full:
+        kinds.append([("quantize 'nf4'", replace(job, quantize="nf4"))])
+    return [*kinds, _smaller_batches(job), _shorter_sequences(job)]
+
+
+def _pairs_of_changes(job: Job) -> list[_Alternatives]:
+    if job.quantize is not None or job.full:
+        return [
+            [
+                (f"{first} and {second}", shorter)
+                for first, smaller in _smaller_batches(job)[-1:]
+                for second, shorter in _shorter_sequences(smaller)
+            ]
+        ]
+    quantized = replace(job, quantize="nf4")
+    return [
+        [(f"quantize 'nf4' and {change}", other) for change, other in kind]
+        for kind in (_smaller_batches(quantized), _shorter_sequences(quantized))
+    ]
+
+
+def _smaller_batches(job: Job) -> _Alternatives:
+    found = []
+    for batch in range(job.batch - 1, 0, -1):
+        change = f"batch_size {batch}"
+        if job.batch % batch == 0:
+            change += f" with {job.batch // batch} times the grad_accumulation"
+        found.append((change, replace(job, batch=batch)))
+    return found
+
+
+def _shorter_sequences(job: Job) -> _Alternatives:
+    lengths = (job.length // 2, job.length // 4, job.length // 8)
+    return [
+        (f"seq_len {length}", replace(job, length=length)) for length in lengths if length >= 16
+    ]
+
+
+def _available(model: ModelShape) -> list[tuple[str, ...]]:
+    return [levels_of(layer) for layer in model.layers]
+
+
+def _at_most(levels: tuple[str, ...], wanted: str) -> str:
+    """Return the smallest of a layer's levels that is not beyond the one wanted."""
+    allowed = LEVELS[: LEVELS.index(wanted) + 1]
+    return [level for level in levels if level in allowed][-1]

@@ -1,0 +1,227 @@
+"""The memory plan of a run: made from its options before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from prodial_kernels.models.adapt.inject import apply_prodial
+from prodial_kernels.models.layers.fused_norms import fuse_norms
+from prodial_kernels.models.layers.levels import KEEP
+from prodial_kernels.models.loading.load import empty_model
+from prodial_kernels.models.mixers.cuda_functions import kernels_available
+from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.memory.allocator import SETTING, VARIABLE, segments_grow
+from prodial_kernels.training.memory.device import MeasuredMemory, usable_bytes
+from prodial_kernels.training.memory.peak import Job
+from prodial_kernels.training.memory.plan import (
+    AUTO,
+    DeviceMemory,
+    MemoryPlan,
+    MemoryPlanError,
+    level_plans,
+    plan_memory,
+    what_would_fit,
+)
+from prodial_kernels.training.memory.shapes import ModelShape, describe_model
+from prodial_kernels.training.method import matched_lora_rank
+from prodial_kernels.training.sizes import parse_budget, size_text
+from prodial_kernels.training.step.chunked_loss import chunk_rows
+from prodial_kernels.training.step.graphed import choose_graph
+
+# cuBLAS keeps 32 MiB for a thread and stream from Hopper on, about 8 MiB before.
+_WORKSPACE = {True: 32 * 2**20, False: 8 * 2**20}
+_FIXED_SEGMENTS = (
+    f"{VARIABLE} does not say {SETTING}, with which there are fewer gaps: they may take more than "
+    "is left for them. 'prodial finetune' sets it; in Python, set it before CUDA starts"
+)
+# A second plan after an out-of-memory aims below what the first one predicted.
+_LESS = 0.9
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run's memory plan, and what it was made from.
+
+    Attributes:
+        plan: The plan.
+        model: The model's shape.
+        job: The job.
+        activations: What the options ask for.
+        device: The device's constants.
+        limit: Bytes that the run must not exceed; None where none was given.
+    """
+
+    plan: MemoryPlan
+    model: ModelShape
+    job: Job
+    activations: str
+    device: DeviceMemory
+    limit: int | None
+
+    @property
+    def allowed(self) -> int | None:
+        """Bytes that PyTorch's allocator may hold: the limit without the CUDA context."""
+        return None if self.limit is None else self.limit - self.device.context
+
+    def __str__(self) -> str:
+        if self.limit is None or segments_grow():
+            return str(self.plan)
+        return f"{self.plan}\n{_FIXED_SEGMENTS}"
+
+    def advice(self) -> str:
+        """What would take clearly less memory than the plan, as a sentence."""
+        less = int(_LESS * self.plan.peak.total) + self.plan.context
+        budget = less if self.plan.budget is None else min(self.plan.budget, less)
+        return what_would_fit(
+            self.model, self.job, budget=budget, activations=self.activations, device=self.device
+        )
+
+    def compared(self, measured: MeasuredMemory) -> dict[str, Any]:
+        """Return plan and measurement as JSON-ready values; ``ratio`` is measured to predicted."""
+        return {
+            "plan": self.plan.to_dict(),
+            "measured": asdict(measured),
+            "ratio": measured.allocated / self.plan.peak.total,
+        }
+
+
+def plan_run(config: FinetuneConfig, device: torch.device, dtype: torch.dtype) -> RunPlan | None:
+    """Plan a run's memory.
+
+    The budget is ``config.memory_budget``, else what the device has free; without a
+    ``memory_budget`` a plan that does not fit is returned all the same.
+
+    Args:
+        config: A resolved configuration.
+        device: Where it will run.
+        dtype: What it will compute in.
+
+    Returns:
+        None where nothing can be predicted and no budget asks for it: on a CPU, for mixers whose
+        kernels are not installed, and for models without a list of blocks.
+
+    Raises:
+        MemoryPlanError: The job does not fit into ``memory_budget``, or its memory cannot be
+            predicted here.
+        ModelError: The model's configuration cannot be read.
+        ValueError: The adapter does not fit the model.
+    """
+    kernels = device.type == "cuda" and kernels_available()
+    if device.type != "cuda" or not kernels:
+        if config.memory_budget is None:
+            return None
+        raise MemoryPlanError(
+            f"memory_budget {config.memory_budget!r} cannot be kept: {_why_unknown(device)}"
+        )
+    try:
+        model = shape_of(config, dtype, kernels=kernels)
+    except ValueError:
+        if config.memory_budget is None:
+            # What is wrong with an adapter is said when it is applied.
+            return None
+        raise
+    major, _ = torch.cuda.get_device_capability(device)
+    constants = DeviceMemory(library_workspace=_WORKSPACE[major >= 9])
+    job = job_of(config, model, device, dtype)
+    usable = usable_bytes(device, context=constants.context)
+    limit = None if config.memory_budget is None else parse_budget(config.memory_budget)
+    plan = plan_memory(
+        model, job, budget=usable if limit is None else min(usable, limit),
+        activations=config.chosen_activations, device=constants, strict=limit is not None,
+    )  # fmt: skip
+    return RunPlan(plan, model, job, config.chosen_activations, constants, limit)
+
+
+def block_levels(
+    model: nn.Module, activations: str, plan: RunPlan | None = None
+) -> tuple[str, ...] | None:
+    """Return the levels of a model's blocks: a plan's, else those asked for; None for all kept.
+
+    Raises:
+        ValueError: Without a plan, and the model has no list of blocks.
+    """
+    if plan is not None:
+        return plan.plan.levels
+    if activations in (AUTO, KEEP):
+        return None
+    shape = describe_model(model, kernels=kernels_available())
+    return next(level_plans(shape, activations))
+
+
+def _why_unknown(device: torch.device) -> str:
+    if device.type != "cuda":
+        return (
+            "only the memory of CUDA devices can be planned, and this run is on the CPU; leave it "
+            "out"
+        )
+    return (
+        "mamba-ssm and causal-conv1d are not installed, and the memory of the code that stands in "
+        "for them is not known; install them, or leave memory_budget out"
+    )
+
+
+def shape_of(config: FinetuneConfig, dtype: torch.dtype, *, kernels: bool) -> ModelShape:
+    """Describe the model of a run, adapted, without loading a weight.
+
+    Args:
+        config: A resolved configuration.
+        dtype: Of the frozen weights.
+        kernels: Whether it runs on CUDA, with mamba_ssm's and causal_conv1d's kernels.
+
+    Raises:
+        ModelError: The model's configuration cannot be read.
+        ValueError: The adapter does not fit the model, or its parts are not found.
+    """
+    full = config.method == "full"
+    model = empty_model(config.model, dtype=torch.float32 if full else dtype)
+    if full:
+        model.requires_grad_(True)
+    else:
+        rank = matched_lora_rank(model, config.reference_adapter()) if config.r is None else None
+        apply_prodial(model, config.adapter(r=rank))
+    if kernels:
+        fuse_norms(model)
+    return describe_model(model, kernels=kernels)
+
+
+def job_of(
+    config: FinetuneConfig, model: ModelShape, device: torch.device, dtype: torch.dtype
+) -> Job:
+    """Return what of a configuration the memory depends on."""
+    batch, length = config.batch_size or 1, config.seq_len or 2
+    choice = choose_graph(
+        "auto" if config.cuda_graph == "on" and device.type != "cuda" else config.cuda_graph,
+        device=device, tokens=batch * length, parts=config.grad_accumulation,
+    )  # fmt: skip
+    loss = config.loss
+    if loss == AUTO:
+        liger = device.type == "cuda" and find_spec("liger_kernel") is not None
+        loss = "liger" if liger and not choice.graphed else "chunked"
+    return Job(
+        batch=batch,
+        length=length,
+        itemsize=dtype.itemsize,
+        quantize=config.quantize,
+        optimizer=config.optimizer,
+        loss=loss,
+        loss_rows=chunk_rows(model.vocabulary, dtype, device),
+        graph=choice.graphed,
+        accumulates=config.grad_accumulation > 1,
+        full=config.method == "full",
+    )
+
+
+def comparison_text(memory: dict[str, Any]) -> str:
+    """Return the measured peak beside the predicted one, for people."""
+    plan, measured = memory["plan"], memory["measured"]
+    return (
+        f"{size_text(measured['allocated'])} of tensors, predicted "
+        f"{size_text(plan['allocated'])} (ratio {memory['ratio']:.2f}); "
+        f"{size_text(measured['reserved'])} reserved, {size_text(measured['outside'])} outside "
+        f"PyTorch (allowed for: {size_text(plan['context'])})"
+    )

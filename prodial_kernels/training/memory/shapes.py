@@ -1,0 +1,212 @@
+"""What of a model decides how much memory training it takes: counts, shapes, and nothing else.
+
+:func:`describe_model` reads them off a model; one on the ``meta`` device, without any storage, will
+do, so that a plan can be made before weights are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.models.layers.blocks import blocks_of, has_separate_norm, mixer_of
+from prodial_kernels.models.layers.fused_norms import is_fused
+from prodial_kernels.models.mixers import hf
+
+MAMBA, MAMBA2, OTHER = "mamba", "mamba2", "other"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One block of a model: its norm, its mixer, and what else is in it.
+
+    Attributes:
+        mixer: ``"mamba"``, ``"mamba2"``, or ``"other"`` (attention, an MLP, a mixture of both).
+        fused: Whether the mixer runs as one function that keeps little; else by separate kernels.
+        width: Features d of the residual stream.
+        inner: Features E inside the mixer; 0 for ``"other"``.
+        state: State size N of the recurrence.
+        dt_rank: Features of Mamba-1's dt before ``dt_proj``; 0 for other mixers.
+        groups: Groups of B and C of Mamba-2; 0 for other mixers.
+        projected: Features that ``in_proj`` gives.
+        rank: Rank of the adapters on its projectors; 0 without.
+        weights: Shapes (N, K) of its linear layers.
+        fused_norm: Whether its norms run as one kernel each, as ``fuse_norms`` makes those of
+            transformers do, and keep their input as it is; else they keep it in fp32.
+        separate_norm: Whether the norm is a module that the block calls on its input and whose
+            output goes to the mixer alone, so that it can be computed again. Else it is one with
+            the addition before it and keeps the fp32 residual, as in mamba_ssm.
+        rounds_input: Whether the block reads its input only rounded to the norm's dtype, but for
+            adding it to the output: then a checkpoint in that dtype loses nothing.
+        two_streams: Whether it takes the last mixer's output and the fp32 residual apart.
+    """
+
+    mixer: str
+    fused: bool
+    width: int
+    inner: int
+    state: int
+    dt_rank: int
+    groups: int
+    projected: int
+    rank: int
+    weights: tuple[tuple[int, int], ...]
+    fused_norm: bool
+    separate_norm: bool
+    rounds_input: bool
+    two_streams: bool
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model, as :mod:`prodial_kernels.training.memory.plan` takes it.
+
+    Attributes:
+        layers: Its blocks in order.
+        width: Features that the head takes.
+        vocabulary: Logits of a token.
+        tied: Whether the head's weight is the embedding's.
+        embedding_bytes: Of the embedding.
+        head_bytes: Of the head; 0 where it is tied.
+        projectors: Shapes (N, K) of every frozen weight that can be stored in 4 or 8 bits.
+        projector_bytes: What these take as they are.
+        other_bytes: Of everything else that is frozen.
+        trained: Trained elements.
+        trained_bytes: What these take.
+        adapted: Whether an adapter is trained, and not every weight.
+    """
+
+    layers: tuple[LayerShape, ...]
+    width: int
+    vocabulary: int
+    tied: bool
+    embedding_bytes: int
+    head_bytes: int
+    projectors: tuple[tuple[int, int], ...]
+    projector_bytes: int
+    other_bytes: int
+    trained: int
+    trained_bytes: int
+    adapted: bool
+
+
+def describe_model(
+    model: nn.Module,
+    *,
+    kernels: bool,
+    quantizable: Iterable[str] = ("in_proj", "out_proj"),
+) -> ModelShape:
+    """Read a model's shape off it.
+
+    Args:
+        model: A causal language model of transformers or mamba_ssm, ready for training: with its
+            adapters, or with every weight trained, and with its norms fused where they will be. It
+            may be on the ``meta`` device, and dense although its projectors will be quantised.
+        kernels: Whether mamba_ssm's and causal_conv1d's kernels are installed where it will run.
+        quantizable: Names of the linear layers that quantisation would store in fewer bits.
+
+    Raises:
+        ValueError: No list of blocks, no embedding or no head is found.
+    """
+    embedding, head = _ends(model)
+    names = frozenset(quantizable)
+    seen: set[int] = {id(embedding.weight), id(head.weight)}
+    projectors: list[tuple[int, int]] = []
+    projector_bytes = other_bytes = trained = trained_bytes = 0
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            trained_bytes += parameter.nbytes
+        elif id(parameter) not in seen:
+            if _owner(path) in names and parameter.ndim == 2:
+                projectors.append((parameter.shape[0], parameter.shape[1]))
+                projector_bytes += parameter.nbytes
+            else:
+                other_bytes += parameter.nbytes
+    tied = head.weight is embedding.weight
+    frozen = not embedding.weight.requires_grad
+    return ModelShape(
+        layers=tuple(_describe_layer(block, kernels) for block in blocks_of(model)),
+        width=head.weight.shape[1],
+        vocabulary=head.weight.shape[0],
+        tied=tied,
+        embedding_bytes=embedding.weight.nbytes if frozen else 0,
+        head_bytes=0 if tied or head.weight.requires_grad else head.weight.nbytes,
+        projectors=tuple(projectors),
+        projector_bytes=projector_bytes,
+        other_bytes=other_bytes,
+        trained=trained,
+        trained_bytes=trained_bytes,
+        adapted=any(isinstance(module, ProdialLinear) for module in model.modules()),
+    )
+
+
+def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:
+    mixer: Any = mixer_of(block)
+    separate = has_separate_norm(block)
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    adapters = [module.r for module in block.modules() if isinstance(module, ProdialLinear)]
+    shapes = tuple((linear.out_features, linear.in_features) for linear in linears)
+    width = max((k for _, k in shapes), default=0)
+    kind, inner, state, dt_rank, groups, projected = OTHER, 0, 0, 0, 0, 0
+    fused = False
+    if mixer is not None:
+        in_transformers = hf.recognises(mixer)
+        calls_fused = not in_transformers or hf.fused_function(mixer) is not None
+        width, inner = mixer.in_proj.in_features, mixer.out_proj.in_features
+        projected = mixer.in_proj.out_features
+        if "x_proj" in mixer._modules:
+            kind = MAMBA
+            state = mixer.A_log.shape[-1]
+            dt_rank = mixer.x_proj.out_features - 2 * state
+            # FalconMamba's norms of dt, B and C are outside the fused function.
+            fused = kernels and calls_fused and not hasattr(mixer, "b_layernorm")
+        elif "dt_bias" in mixer._parameters:
+            kind = MAMBA2
+            heads = mixer.dt_bias.shape[0]
+            groups = mixer.n_groups if hasattr(mixer, "n_groups") else mixer.ngroups
+            state = (projected - 2 * inner - heads) // (2 * groups)
+            gated = getattr(mixer, "norm", None)
+            norm_first = in_transformers and getattr(gated, "norm_before_gate", False)
+            fused = kernels and calls_fused and not norm_first
+    return LayerShape(
+        mixer=kind,
+        fused=fused,
+        width=width,
+        inner=inner,
+        state=state,
+        dt_rank=dt_rank,
+        groups=groups,
+        projected=projected,
+        rank=max(adapters, default=0),
+        weights=shapes,
+        fused_norm=any(map(is_fused, block.modules())),
+        separate_norm=separate,
+        rounds_input=separate and block.get_submodule("norm").weight.dtype != torch.float32,
+        two_streams=hasattr(block, "fused_add_norm"),
+    )
+
+
+def _ends(model: nn.Module) -> tuple[Any, Any]:
+    """Return embedding and head."""
+    head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None:
+        embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    for what, found in (("embedding", embedding), ("head", head)):
+        if getattr(found, "weight", None) is None:
+            raise ValueError(
+                f"{type(model).__name__} has no {what} that its memory could be planned with"
+            )
+    return embedding, head
+
+
+def _owner(path: str) -> str:
+    """Return the name of the linear layer that a parameter belongs to, below its adapter."""
+    parts = [part for part in path.split(".")[:-1] if part != "base_layer"]
+    return parts[-1] if parts else ""

@@ -1,0 +1,215 @@
+"""What a run says for itself at the end: its results, the table, the loss curve, peak memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from prodial_kernels.training.merging import Agreement
+from prodial_kernels.training.scoring.language_model import LanguageModelMetrics
+from prodial_kernels.training.scoring.multiple_choice import MultipleChoiceMetrics
+
+Metrics: TypeAlias = LanguageModelMetrics | MultipleChoiceMetrics
+
+# What each metric is called, for people, and how it is written; the first is the headline.
+_SHOWN = {
+    "bits_per_byte": ("held-out bits per byte", "{:.4f}"),
+    "loss": ("held-out loss, nats per token", "{:.4f}"),
+    "perplexity": ("held-out perplexity", "{:.2f}"),
+    "acc": ("held-out accuracy", "{:.2%}"),
+    "acc_norm": ("held-out accuracy, length-normalised", "{:.2%}"),
+}
+
+
+METHOD_NAMES = {"prodial": "ProDiaL", "lora": "LoRA", "full": "full fine-tuning"}
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning run came to.
+
+    Attributes:
+        method: ``"prodial"``, ``"lora"`` or ``"full"``.
+        rank: Rank of the adapter; None for full fine-tuning.
+        before: Held-out metrics of the pretrained model, as the metrics' dataclass names them.
+        after: The same after training.
+        trainable: Trained parameters.
+        total: All parameters, the adapter included.
+        steps: Optimiser steps.
+        tokens: Input tokens trained on.
+        train_seconds: Wall time of the training steps.
+        seconds: Wall time of this process, loading, evaluation and merging included.
+        peak_bytes: Peak memory: of the process on a CPU, allocated by PyTorch on CUDA.
+        memory: The memory plan, what was measured, and their ratio, where there was a plan.
+        device: ``"cpu"`` or ``"cuda"``.
+        implementation: What the adapted projectors ran by, and why; None for full fine-tuning.
+        agreement: How well the written model agrees with the trained one.
+        best: The best held-out metrics of the run, with their step.
+        data: What was trained on: its name, how many examples, how many were cut, and what reading
+            changed, left out or guessed.
+        versions: Of the packages that decide what a run computes.
+        output: Directory of the run.
+        adapter_dir: The adapter; None for full fine-tuning.
+        model_dir: The merged (or fully fine-tuned) model in transformers' format.
+    """
+
+    method: str
+    rank: int | None
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    trainable: int
+    total: int
+    steps: int
+    tokens: int
+    train_seconds: float
+    seconds: float
+    peak_bytes: int
+    memory: Mapping[str, Any] | None
+    device: str
+    agreement: Agreement
+    output: Path
+    adapter_dir: Path | None
+    model_dir: Path
+    best: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    implementation: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-ready values."""
+        values = asdict(self)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    def __str__(self) -> str:
+        method = METHOD_NAMES[self.method]
+        rank = "" if self.rank is None else f", rank {self.rank}"
+        lines = comparison_rows(self.before, self.after)
+        percent = 100 * self.trainable / self.total
+        lines += [
+            ("method", method + rank),
+            ("trainable parameters", f"{self.trainable:,} of {self.total:,} ({percent:.2f}%)"),
+            ("training", f"{self.steps:,} steps, {self.tokens:,} tokens, "
+                         f"{self.tokens / max(self.train_seconds, 1e-9):,.0f} tokens/s"),
+            ("time", _times(self.seconds, self.train_seconds)),
+            ("peak memory", f"{self.peak_bytes / 2**20:,.0f} MiB "
+                            f"({'process' if self.device == 'cpu' else 'GPU'})"),
+        ]  # fmt: skip
+        if self.implementation is not None:
+            lines.append(("projectors", self.implementation))
+        if self.memory is not None:
+            lines.append(("predicted memory", _prediction(self.memory)))
+        lines.append(("merged = trained", str(self.agreement)))
+        if self.adapter_dir is not None:
+            lines.append(("adapter", str(self.adapter_dir)))
+        lines.append(("model", str(self.model_dir)))
+        lines += _doubts(self.before, self.best, self.after)
+        cut = self.data.get("rows_cut", 0)
+        if cut:
+            lines.append(("warning", f"{cut:,} of {self.data['train']:,} rows were cut, see above"))
+        shortened = self.after.get("n_truncated", 0)
+        if shortened:
+            lines.append(("warning", f"{shortened:,} held-out contexts lost their start: raise "
+                                     "seq_len to have them evaluated whole"))  # fmt: skip
+        return two_columns(lines)
+
+
+def _doubts(
+    before: Mapping[str, Any], best: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Return a row where training has made the model worse, or was better before its end."""
+    name = "bits_per_byte" if after.get("bits_per_byte") is not None else "acc"
+    if before.get(name) is None or best.get(name) is None or after.get(name) is None:
+        return []
+    better = -1 if name == "bits_per_byte" else 1
+    title, form = _SHOWN[name]
+    if better * (after[name] - before[name]) < 0:
+        advice = "try fewer steps, a lower learning rate or more data"
+        return [("warning", f"{title} got worse in training; {advice}")]
+    if better * (best[name] - after[name]) > 0:
+        shown = f"{form.format(best[name])} at step {best['step']}"
+        return [("note", f"{title} was best, {shown}; what is saved is the last step")]
+    return []
+
+
+def comparison_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return table rows of the metrics that both sides have."""
+    rows = []
+    for name, (title, form) in _SHOWN.items():
+        if after.get(name) is None:
+            continue
+        old, new = before.get(name), after[name]
+        if old is None:
+            rows.append((title, form.format(new)))
+            continue
+        if "%" in form:
+            change = f"{100 * (new - old):+.2f} points"
+        else:
+            change = f"{100 * (new / old - 1):+.1f}%" if old else "n/a"
+        rows.append((title, f"{form.format(old)} -> {form.format(new)} ({change})"))
+    return rows
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return table rows of one model's metrics."""
+    rows = [
+        (title.removeprefix("held-out "), form.format(metrics[name]))
+        for name, (title, form) in _SHOWN.items()
+        if metrics.get(name) is not None
+    ]
+    for name in ("n_examples", "n_documents", "n_tokens", "n_bytes"):
+        if name in metrics:
+            rows.append((name.removeprefix("n_"), f"{metrics[name]:,}"))
+    return rows
+
+
+def two_columns(rows: Sequence[tuple[str, str]]) -> str:
+    """Align names and values."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people write them: ``2 min 05 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _prediction(memory: Mapping[str, Any]) -> str:
+    predicted = memory["plan"]["allocated"] / 2**20
+    return f"{predicted:,.0f} MiB (measured / predicted: {memory['ratio']:.2f})"
+
+
+def _times(seconds: float, train_seconds: float) -> str:
+    if train_seconds > seconds:
+        return f"{duration(seconds)} since it was resumed; {duration(train_seconds)} of training"
+    return f"{duration(seconds)} ({duration(train_seconds)} of it training)"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory so far in bytes: of the process, or of PyTorch's CUDA allocator.
+
+    0 for a process of a system that does not keep count, as Windows.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def best_evaluation(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the evaluation with the best headline metric; the earliest of equal ones."""
+    if all(record.get("bits_per_byte") is not None for record in evaluations):
+        return min(evaluations, key=lambda record: record["bits_per_byte"])
+    return max(evaluations, key=lambda record: record.get("acc") or 0.0)

@@ -1,0 +1,1 @@
+"""One run: its directory, its state, its loop, and what it reports on the way."""

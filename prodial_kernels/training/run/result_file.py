@@ -1,0 +1,51 @@
+"""``results.json``: what a finished run came to, read back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from prodial_kernels.training.merging import Agreement
+from prodial_kernels.training.results import FinetuneResult
+from prodial_kernels.training.run.directory import RunDirectory
+
+
+def read_result(
+    folder: RunDirectory, say: Callable[[str], None] = lambda message: None
+) -> FinetuneResult | None:
+    """Return the result of the run in a directory; None if it is not finished.
+
+    It is finished when its results, its adapter and its written model are all there.
+
+    Args:
+        folder: The run's directory; it may have been moved since.
+        say: Told of results that cannot be read.
+    """
+    file = folder.results_file
+    if not file.is_file():
+        return None
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(FinetuneResult)}
+        full = values["method"] == "full"
+        values |= {
+            "agreement": Agreement(**values["agreement"]),
+            "output": folder.path,
+            "adapter_dir": None if full else folder.adapter,
+            "model_dir": folder.full_model if full else folder.merged,
+        }
+        result = FinetuneResult(**{k: v for k, v in values.items() if k in known})
+        # It must be good for being shown.
+        str(result)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        say(f"{file} cannot be read ({type(error).__name__}: {error}): finishing the run again")
+        return None
+    missing = [
+        p for p in (result.adapter_dir, result.model_dir) if p is not None and not p.is_dir()
+    ]
+    if missing:
+        say(f"{missing[0]} is gone: finishing the run again")
+        return None
+    return result

@@ -1,0 +1,1 @@
+"""One optimiser step: its loss, its launches, its optimiser."""

@@ -1,0 +1,149 @@
+"""One optimiser step: forward, loss and backward of its micro-batches, clipping, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.training.data.batches import IGNORED, Batch, to_device
+from prodial_kernels.training.step.loss import Loss
+from prodial_kernels.training.step.optimizers import set_learning_rate
+
+
+class StepResult(NamedTuple):
+    """Mean loss of the step's labels, and the gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step was taken."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class TrainingStep(Protocol):
+    """Takes optimiser steps. Between the two calls the host is free, to prepare the next batch."""
+
+    def begin(self, parts: Sequence[Batch], lr: float) -> None:
+        """Start a step over micro-batches; the device may still be at it afterwards."""
+
+    def finish(self) -> StepResult:
+        """Wait for the step. If its result is not finite, the parameters are as before it."""
+
+    def close(self) -> None:
+        """Give back what the steps held on to; another step may still follow."""
+
+
+class EagerStep:
+    """A step launched operation by operation."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip: float = 0.0,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Train the optimiser's parameters on ``loss``.
+
+        Args:
+            loss: Of a micro-batch.
+            optimizer: Its learning rate is set in every step.
+            clip: Largest gradient norm; 0 for no clipping.
+            autocast_dtype: Run forward under autocast to this dtype.
+        """
+        self._loss = loss
+        self._optimizer = optimizer
+        self._trained = trained_parameters(optimizer)
+        self._clip = clip
+        self._autocast_dtype = autocast_dtype
+        self._result: Tensor | None = None
+
+    def begin(self, parts: Sequence[Batch], lr: float) -> None:
+        """See :class:`TrainingStep`."""
+        device = self._trained[0].device
+        weight = label_weight(parts)
+        self._result = accumulate(
+            self._loss,
+            [_on_device(part, device) for part in parts],
+            weight,
+            self._trained,
+            clip=self._clip,
+            autocast_dtype=self._autocast_dtype,
+        )
+        set_learning_rate(self._optimizer, lr)
+
+    def finish(self) -> StepResult:
+        """See :class:`TrainingStep`."""
+        if self._result is None:
+            raise RuntimeError("finish() without begin()")
+        result = StepResult(*self._result.tolist())
+        self._result = None
+        if result.finite:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def close(self) -> None:
+        """See :class:`TrainingStep`."""
+        self._result = None
+
+
+def accumulate(
+    loss: Loss,
+    parts: Sequence[Batch],
+    weight: Tensor | float,
+    trained: Sequence[nn.Parameter],
+    *,
+    clip: float,
+    autocast_dtype: torch.dtype | None,
+) -> Tensor:
+    """Run forward and backward of micro-batches and clip; wait for nothing.
+
+    Args:
+        loss: Of a micro-batch.
+        parts: Their inputs are on the device, their labels where the loss takes them.
+        weight: Of every label.
+        trained: All that is trained.
+        clip: Largest gradient norm; 0 for no clipping.
+        autocast_dtype: Run forward under autocast to this dtype.
+
+    Returns:
+        ``[2]``: the loss and the norm of the whole gradient before clipping.
+    """
+    device = trained[0].device
+    total = torch.zeros((), device=device)
+    for part in parts:
+        inputs = {} if part.seq_idx is None else {"seq_idx": part.seq_idx}
+        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+            value = loss(part.input_ids, part.labels, weight, **inputs)
+        value.backward()
+        total += value.detach()
+    norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else math.inf)
+    return torch.stack([total, norm.to(total)])
+
+
+def _on_device(part: Batch, device: torch.device) -> Batch:
+    # The labels stay on the CPU, where the loss drops ignored positions without waiting.
+    seq_idx = None if part.seq_idx is None else to_device(part.seq_idx, device)
+    return Batch(to_device(part.input_ids, device), part.labels, seq_idx)
+
+
+def label_weight(parts: Sequence[Batch]) -> float:
+    """Return one by the number of labels of a step; NaN if it has none.
+
+    By the labels of the whole step, not batch by batch: accumulation changes memory, not the sum.
+    """
+    n_labels = sum(int((part.labels[:, 1:] != IGNORED).sum()) for part in parts)
+    return 1 / n_labels if n_labels else math.nan
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the optimiser's parameters, in its order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,306 @@
+"""The whole optimiser step as one CUDA graph.
+
+A step of a small model is thousands of short kernels, and launching them takes the host longer
+than running them takes the GPU: at 4 × 512 tokens the GPU is idle most of an eager step. Captured
+once, a step is one launch. What is captured: forward, loss and backward of every micro-batch,
+clipping, the optimiser's update, all on tensors that stay where they are. Inputs, learning rate and
+the weight of a label are written into such tensors before every launch.
+
+* A shape's first steps run eagerly, as real steps, so that kernels are compiled and moments exist;
+  the last of them is watched for operations that wait for the device, which no graph can hold.
+* A step whose loss or gradient is not finite is left out on the device (``found_inf`` of the fused
+  AdamW), so that the host need not look before the update.
+* Dropout draws from the device's generator, which replays advance as eager steps do; a saved state
+  therefore continues alike.
+* Optimisers that cannot be captured run eagerly behind the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.training.config import CUDA_GRAPHS
+from prodial_kernels.training.data.batches import Batch
+from prodial_kernels.training.step.buckets import Buckets, Shape, buffers, fill
+from prodial_kernels.training.step.eager import (
+    EagerStep,
+    StepResult,
+    accumulate,
+    label_weight,
+    trained_parameters,
+)
+from prodial_kernels.training.step.loss import Loss
+from prodial_kernels.training.step.optimizers import (
+    is_capturable,
+    make_capturable,
+    set_learning_rate,
+)
+
+WARM_UP = 2
+"""Eager steps before the first capture: one that compiles, one that is watched."""
+
+MOST_TOKENS = 8192
+"""Tokens of a micro-batch up to which ``"auto"`` uses graphs; above, the GPU is the one to wait
+for."""
+
+MOST_PARTS = 16
+"""Micro-batches of a step up to which ``"auto"`` uses graphs, which hold every one's kernels."""
+
+
+class GraphError(RuntimeError):
+    """Steps cannot be captured in a CUDA graph."""
+
+
+class Graphs(Protocol):
+    """What captures; :class:`prodial_kernels.training.step.cuda_graphs.CudaGraphs`."""
+
+    def run(self, function: Callable[[], None]) -> None:
+        """Run a function."""
+
+    def run_watched(self, function: Callable[[], None]) -> list[str]:
+        """Run a function and return where it waits for the device."""
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Capture a function without running it; return what runs it."""
+
+    def release(self) -> None:
+        """Give memory back."""
+
+
+@dataclass(frozen=True)
+class GraphChoice:
+    """Whether steps are captured, and why."""
+
+    graphed: bool
+    reason: str
+
+
+def choose_graph(
+    mode: str,
+    *,
+    device: torch.device,
+    tokens: int,
+    parts: int = 1,
+    obstacles: Sequence[str] = (),
+) -> GraphChoice:
+    """Decide whether to capture steps.
+
+    Args:
+        mode: ``"auto"``, ``"on"`` or ``"off"``.
+        device: Where the model is.
+        tokens: Tokens of a micro-batch.
+        parts: Micro-batches of a step.
+        obstacles: What of this run no graph can hold, such as ``"loss 'liger'"``.
+
+    Raises:
+        GraphError: ``"on"``, and it cannot be.
+        ValueError: An unknown mode.
+    """
+    if mode not in CUDA_GRAPHS:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, CUDA_GRAPHS))}, got {mode!r}")
+    if mode == "off":
+        return GraphChoice(False, "as asked for")
+    missing = list(obstacles)
+    if device.type != "cuda":
+        missing.insert(0, f"the model is on {device.type!r}, not on a CUDA device")
+    if missing and mode == "on":
+        raise GraphError(f"cuda_graph 'on' cannot be: {'; '.join(missing)}. Use 'auto' or 'off'")
+    if missing:
+        return GraphChoice(False, "; ".join(missing))
+    if mode == "on":
+        return GraphChoice(True, "as asked for")
+    if tokens > MOST_TOKENS:
+        reason = f"{tokens:,} tokens keep the GPU busy by themselves"
+        return GraphChoice(False, f"{reason} (more than {MOST_TOKENS:,})")
+    if parts > MOST_PARTS:
+        return GraphChoice(False, f"{parts} micro-batches in a step (more than {MOST_PARTS})")
+    return GraphChoice(True, "launching a step would take longer than running it")
+
+
+@dataclass
+class _Program:
+    """A step of one shape: its inputs on host and device, and what runs it."""
+
+    host: Batch
+    device: Batch
+    warm: int = 0
+    replay: Callable[[], None] | None = None
+    gradients: tuple[Tensor | None, ...] = ()
+
+
+class GraphedStep:
+    """A step launched as one CUDA graph; see the module's docstring."""
+
+    def __init__(
+        self,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        buckets: Buckets,
+        graphs: Graphs,
+        *,
+        clip: float = 0.0,
+        autocast_dtype: torch.dtype | None = None,
+        required: bool = False,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Train the optimiser's parameters on ``loss``.
+
+        Args:
+            loss: Of a micro-batch; must not wait for the device.
+            optimizer: Its learning rate becomes a tensor if its step can be captured.
+            buckets: The shapes to capture.
+            graphs: What captures.
+            clip: Largest gradient norm; 0 for no clipping.
+            autocast_dtype: Run forward under autocast to this dtype.
+            required: Raise where a step turns out not to be capturable; else go on eagerly.
+            say: Told when that happens.
+        """
+        self._loss = loss
+        self._optimizer = optimizer
+        self._trained = trained_parameters(optimizer)
+        self._buckets = buckets
+        self._graphs = graphs
+        self._clip = clip
+        self._autocast_dtype = autocast_dtype
+        self._required = required
+        self._say = say
+        self._programs: dict[Shape, _Program] = {}
+        self._running: _Program | None = None
+        self._eager: EagerStep | None = None
+        self._watched = False
+        device = self._trained[0].device
+        self._weight = torch.zeros((), device=device)
+        self._skip = torch.zeros((), device=device)
+        self._result = torch.zeros(2, device=device)
+        self._whole = is_capturable(optimizer)
+        if self._whole:
+            make_capturable(optimizer)
+
+    def begin(self, parts: Sequence[Batch], lr: float) -> None:
+        """See :class:`TrainingStep`.
+
+        Raises:
+            GraphError: The step waits for the device, and this was ``required``; or capturing it
+                failed. No step is half taken.
+        """
+        if self._eager is not None:
+            self._eager.begin(parts, lr)
+            return
+        program = self._program(self._buckets.shape_of(parts), parts[0])
+        fill(parts, program.host)
+        for host, device in zip(program.host, program.device, strict=True):
+            if host is not None and device is not None:
+                device.copy_(host, non_blocking=True)
+        self._weight.fill_(label_weight(parts))
+        set_learning_rate(self._optimizer, lr)
+        self._running = program
+        if program.replay is None:
+            if program.warm < (1 if self._watched else WARM_UP):
+                self._warm_up(program)
+                return
+            program.replay = self._captured(program)
+            if not self._whole:
+                program.gradients = tuple(parameter.grad for parameter in self._trained)
+        program.replay()
+        # An eager optimiser is to find what this replay has written.
+        for parameter, gradient in zip(self._trained, program.gradients, strict=False):
+            parameter.grad = gradient
+
+    def finish(self) -> StepResult:
+        """See :class:`TrainingStep`."""
+        if self._eager is not None and self._running is None:
+            return self._eager.finish()
+        if self._running is None:
+            raise RuntimeError("finish() without begin()")
+        self._running = None
+        result = StepResult(*self._result.tolist())
+        if not self._whole:
+            if result.finite:
+                self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def close(self) -> None:
+        """See :class:`TrainingStep`."""
+        self._programs.clear()
+        self._running = None
+        self._optimizer.zero_grad(set_to_none=True)
+        self._graphs.release()
+
+    def _program(self, shape: Shape, like: Batch) -> _Program:
+        program = self._programs.get(shape)
+        if program is None:
+            device = self._trained[0].device
+            program = _Program(buffers(shape, like, "cpu"), buffers(shape, like, device))
+            # Its eager step would need as much memory again as the graphs hold.
+            for other in self._programs.values():
+                other.replay, other.gradients = None, ()
+            if self._programs:
+                self._graphs.release()
+            self._programs[shape] = program
+        return program
+
+    def _warm_up(self, program: _Program) -> None:
+        """Take a real step eagerly; the last one before the first capture is watched."""
+        program.warm += 1
+        if self._watched or program.warm < WARM_UP:
+            self._graphs.run(lambda: self._compute(program))
+            return
+        waits = self._graphs.run_watched(lambda: self._compute(program))
+        self._watched = True
+        if not waits:
+            return
+        places = ", ".join(waits[:3])
+        reason = f"the step waits for the device in {places}"
+        if self._required:
+            raise GraphError(f"cuda_graph 'on' cannot be: {reason}. Use 'auto' or 'off'")
+        self._say(f"no CUDA graph: {reason}")
+        self._programs.clear()
+        self._eager = EagerStep(
+            self._loss, self._optimizer, clip=self._clip, autocast_dtype=self._autocast_dtype
+        )
+
+    def _captured(self, program: _Program) -> Callable[[], None]:
+        try:
+            return self._graphs.capture(lambda: self._compute(program))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first = (str(error).strip().splitlines() or ["no message"])[0]
+            raise GraphError(
+                f"the step cannot be captured in a CUDA graph ({first}); use cuda_graph 'off'"
+            ) from error
+
+    def _compute(self, program: _Program) -> None:
+        """The step on a program's tensors; the same operations in every run."""
+        self._optimizer.zero_grad(set_to_none=True)
+        ids, labels, seq_idx = program.device
+        parts = [
+            Batch(ids[i], labels[i], None if seq_idx is None else seq_idx[i])
+            for i in range(len(ids))
+        ]
+        result = accumulate(
+            self._loss,
+            parts,
+            self._weight,
+            self._trained,
+            clip=self._clip,
+            autocast_dtype=self._autocast_dtype,
+        )
+        self._result.copy_(result)
+        if not self._whole:
+            return
+        self._skip.copy_(~result.isfinite().all())
+        optimizer = self._optimizer
+        # As torch.amp.GradScaler does.
+        optimizer.found_inf = self._skip  # type: ignore[attr-defined]
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,227 @@
+"""transformers' Mamba models, adapted, on the real kernels of mamba-ssm and causal-conv1d.
+
+The exact values are those of transformers' own PyTorch functions in fp32, on plain linear layers
+with weight W'; the same-dtype ones come from its unfused kernels, also on plain linear layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
+from prodial_kernels.models.mixers import hf
+from prodial_kernels.models.mixers.arguments import is_cache
+from prodial_kernels.models.mixers.hf import fused_function, unfused_forward
+from prodial_kernels.models.patch_point import AdaptedMixer
+from support import mamba_ssm_loaded  # noqa: F401
+from support.captured.on_device import captured
+from support.mixers.adapted_families import EffectiveWeight, forbid_reading_the_weight
+from support.models import Step, build, decoded, randomise_adapters, token_ids, training_step
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+CONFIG = ProdialConfig(r=8, lora_alpha=1, block_size={"in_proj": 16, "out_proj": 32})
+_MIXER = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_chunk_size": 64}
+_GATE_FIRST = {"mamba_rms_norm": True, "mamba_norm_before_gate": False}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 16},
+    "mamba2": {"num_heads": 8, "head_dim": 64, "state_size": 32, "chunk_size": 64},
+    "bamba": _MIXER,
+    "falcon_h1": {**_MIXER, **_GATE_FIRST, "mamba_d_ssm": 512},
+}
+
+
+def plain(name: str, dtype: torch.dtype) -> nn.Module:
+    # Rounded to 16 bits in every dtype, so that all start from the same weights.
+    model = build(name, hidden_size=256, **OPTIONS[name]).bfloat16()
+    return model.to(DEVICE, dtype)
+
+
+def adapted(name: str, config: ProdialConfig = CONFIG) -> nn.Module:
+    model = plain(name, torch.bfloat16).cpu()
+    apply_prodial(model, config)
+    randomise_adapters(model)
+    return model.to(DEVICE)
+
+
+def ids() -> Tensor:
+    return token_ids(2, 96).to(DEVICE)
+
+
+def oracle(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    reference = plain(name, dtype).requires_grad_(False)
+    for path, layer in model.named_modules():
+        if isinstance(layer, ProdialLinear):
+            effective = EffectiveWeight(layer).to(DEVICE)
+            parametrize.register_parametrization(reference.get_submodule(path), "weight", effective)
+    return reference
+
+
+def modeling_of(model: nn.Module) -> ModuleType:
+    return sys.modules[type(model).__module__]
+
+
+@contextmanager
+def pytorch_functions(modeling: ModuleType) -> Iterator[None]:
+    """Run the functions that transformers falls back to, without TF32."""
+    originals = {n: f for n, f in vars(modeling).items() if hasattr(f, "__wrapped__")}
+    vars(modeling).update({n: f.__wrapped__ for n, f in originals.items()})
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+    finally:
+        vars(modeling).update(originals)
+
+
+def tensors(step: Step) -> dict[str, Tensor]:
+    renamed = {n.replace("parametrizations.weight.0.", ""): g for n, g in step.gradients.items()}
+    return {"logits": step.logits, **renamed}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(name)
+    modeling = modeling_of(model)
+    mixers = [module for module in model.modules() if fused_function(module)]
+    ours = "fused_mamba" if name == "mamba" else "scan_and_project"
+    original, calls = getattr(hf, ours), []
+
+    def recorded(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(ours)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        forbid_reading_the_weight(patch)
+        patch.setattr(hf, ours, recorded)
+        result = tensors(training_step(model, ids()))
+    assert len(calls) == len(mixers)
+
+    with pytorch_functions(modeling):
+        exact = tensors(training_step(oracle(name, model, torch.float32), ids()))
+    unfused = oracle(name, model, torch.bfloat16)
+    for module in list(unfused.modules()):
+        if fused_function(module):
+            AdaptedMixer(module, {"forward": unfused_forward})
+    eager = tensors(training_step(unfused, ids()))
+
+    assert result.keys() == exact.keys() == eager.keys()
+    for key, tensor in result.items():
+        assert tensor.count_nonzero() > 0, f"{key} is dead"
+        # The accuracy rule in the mean: one element's error is the path of two whole models.
+        error = (tensor.float() - exact[key].float()).norm()
+        allowed = 2 * (eager[key].float() - exact[key].float()).norm()
+        allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
+        assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def test_another_fused_function_is_followed_by_the_projector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a hub kernel would be: one that does not bring mamba-ssm's rule along."""
+    model = adapted("mamba2")
+    expected = tensors(training_step(model, ids()))
+    modeling = modeling_of(model)
+    original, widths = modeling.mamba2_split_conv1d_scan_combined, []
+
+    def foreign(*args: Any, **kwargs: Any) -> Tensor:
+        output = original(*args, **kwargs)
+        widths.append(output.shape[-1])
+        return output
+
+    monkeypatch.setattr(modeling, "mamba2_split_conv1d_scan_combined", foreign)
+    for name, tensor in tensors(training_step(model, ids())).items():
+        assert (tensor - expected[name]).norm() <= 0.03 * expected[name].norm(), name
+    assert widths == [512, 512], "it stopped before the projection"
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_training_evaluation_and_decoding_agree(name: str) -> None:
+    model = adapted(name)
+    trained = training_step(model, ids()).logits
+    model.eval()
+    with torch.no_grad():
+        evaluated = model(input_ids=ids(), use_cache=False).logits
+        one_by_one = decoded(model, ids()[:, :24])
+    for other in (evaluated[:, :24], one_by_one):
+        difference = (other.float() - trained[:, :24].float()).norm()
+        assert difference < 0.05 * trained[:, :24].float().norm()
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_cache_in_training_is_filled(name: str) -> None:
+    """The fused path has no states to write, whatever the cache is called."""
+    filled = []
+    for model in (plain(name, torch.bfloat16), plain(name, torch.bfloat16)):
+        if filled:
+            apply_prodial(model, CONFIG)
+        with torch.no_grad():
+            output = model.train()(input_ids=ids(), use_cache=True)
+        cache = next(value for key, value in output.items() if is_cache(key, value))
+        states = [vars(layer) for layer in cache.layers]
+        filled.append([output.logits, *tensors_in(states)])
+    assert len(filled[0]) == len(filled[1]) > 2
+    for found, expected in zip(*filled, strict=True):
+        assert expected.norm() > 0
+        assert (found.float() - expected.float()).norm() <= 0.05 * expected.float().norm()
+
+
+def tensors_in(states: Any) -> list[Tensor]:
+    """The floating-point tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(states, Tensor):
+        return [states] if states.is_floating_point() else []
+    if not isinstance(states, list | tuple | dict):
+        return []
+    parts = states.values() if isinstance(states, dict) else states
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_fused_training_needs_less_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeping the fast path is for."""
+
+    def peak(model: nn.Module) -> int:
+        mixer = next(module for module in model.modules() if fused_function(module))
+        x = torch.randn(4, 2048, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            mixer(x).float().square().mean().backward()
+            used = torch.cuda.max_memory_allocated() - before
+            model.zero_grad(set_to_none=True)
+            x.grad = None
+        return used
+
+    fused = peak(adapted(name))
+    policy = "mamba_forward" if name == "mamba" else "ssd_forward"
+    monkeypatch.setattr(f"prodial_kernels.models.mixers.hf.{policy}", unfused_forward)
+    unfused = peak(adapted(name))
+    print(f"{name}: fused {fused / 2**20:.0f} MiB, unfused {unfused / 2**20:.0f} MiB")
+    assert fused < 0.9 * unfused
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_cuda_graph_replays_a_mixer(name: str) -> None:
+    model = adapted(name)
+    mixer = next(module for module in model.modules() if fused_function(module))
+    trained = [p for p in mixer.parameters() if p.requires_grad]
+    x = torch.randn(2, 96, 256, device=DEVICE, dtype=torch.bfloat16)
+
+    def step() -> list[Tensor]:
+        output = mixer(x)
+        return [output, *torch.autograd.grad(output.float().square().mean(), trained)]
+
+    replay, results = captured(step)
+    x.copy_(torch.randn_like(x))
+    replay()
+    for got, expected in zip(results, step(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)

@@ -1,0 +1,49 @@
+"""Ranks that library products take over: what is kept, scales of 0, and what dropout changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prodial_kernels.kernels.projector import passes
+from prodial_kernels.testing import make_case
+from support.kernels.kernel_cases import assert_matches_fp64, triton_linear
+
+
+@pytest.mark.parametrize("r", [64, 65])
+def test_a_wide_rank_keeps_neither_y_nor_h(kernel_device: str, r: int) -> None:
+    case = make_case(24, 32, 48, block_size=4, r=r, device=kernel_device)
+    case = case.cast(torch.float16, torch.float32)
+    leaves = {name: getattr(case, name).requires_grad_() for name in case.TRAINED}
+    y = triton_linear(replace(case, **leaves))
+    kept = [t for t in y.grad_fn.saved_tensors if t is not None]
+    alike = [t.shape for t in kept if t.dtype == torch.float16]
+    assert (y.shape in alike) is (r == 64)
+    assert (torch.Size([24, 64]) in alike) is (r == 64)
+
+
+def test_every_scale_and_every_part_alone(kernel_device: str) -> None:
+    case = make_case(33, 24, 40, block_size=6, r=70, device=kernel_device)
+    rows = torch.arange(40, device=kernel_device)
+    case = replace(case, scale=torch.where(rows % 3 == 0, 0.0, case.scale))
+    assert_matches_fp64(case, compute=torch.float16)
+    for name in case.TRAINED:
+        assert_matches_fp64(case, compute=torch.float16, trained=[name])
+    for absent in ("blocks", "scale", "bias"):
+        assert_matches_fp64(replace(case, **{absent: None}), compute=torch.float16)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_kernels_carry_it_with_dropout(
+    kernel_device: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+    forward = passes.forward
+    monkeypatch.setattr(
+        passes, "forward", lambda *a: (given.append(a[4] is not None), forward(*a))[1]
+    )
+    case = make_case(8, 24, 40, block_size=6, r=70, device=kernel_device)
+    triton_linear(replace(case.cast(torch.float16, torch.float32), lora_dropout=dropout))
+    assert given == [dropout > 0]

@@ -1,0 +1,183 @@
+"""What importing the package costs, which way its imports go, and rules that every file keeps."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import prodial_kernels
+
+PACKAGE = "prodial_kernels"
+ROOT = Path(prodial_kernels.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Each part may import itself and the parts before it. A new part goes where it belongs.
+ORDER = (
+    "_version", "_suggestions", "files", "_validation", "module_patterns", "upstream", "kernels",
+    "ops", "config", "functional", "testing", "quantization", "linear_options", "merged_weight",
+    "scale_versions", "tuners", "linear", "embedded", "models", "checkpoint", "peft", "training",
+    "captured", "cli", "__main__",
+)  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    parts = [PACKAGE, *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    """Yield every import of this package, wherever in the file, as the module it loads."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == PACKAGE:
+                    yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module and node.module.split(".")[0] == PACKAGE:
+                for alias in node.names:
+                    submodule = f"{node.module}.{alias.name}"
+                    yield node, submodule if submodule in MODULES else node.module
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def part_in(module: str, folder: str) -> str | None:
+    """The file or folder of a package that a module is or is in; None elsewhere."""
+    return module[len(folder) + 1 :].split(".")[0] if module.startswith(f"{folder}.") else None
+
+
+# --- Importing. ---------------------------------------------------------------------------------
+
+PROBE = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import prodial_kernels
+for name in prodial_kernels.__all__:
+    getattr(prodial_kernels, name)
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "loaded": sorted(set(sys.modules) - before)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_import() -> dict[str, object]:
+    """What a new process loads when every public name is used, beyond torch itself."""
+    output = subprocess.run(
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
+    ).stdout
+    return json.loads(output)
+
+
+@pytest.mark.parametrize(
+    "library",
+    ["triton", "transformers", "tokenizers", "peft", "mamba_ssm", "causal_conv1d", "matplotlib",
+     "datasets", "tqdm"],
+)  # fmt: skip
+def test_import_does_not_load(fresh_import: dict[str, list[str]], library: str) -> None:
+    assert library not in {name.split(".")[0] for name in fresh_import["loaded"]}
+
+
+def test_import_takes_less_than_a_second_beyond_torch(fresh_import: dict[str, float]) -> None:
+    assert fresh_import["seconds"] < 1.0
+
+
+def test_public_names() -> None:
+    assert sorted(prodial_kernels.__all__) == list(prodial_kernels.__all__)
+    for name in prodial_kernels.__all__:
+        assert getattr(prodial_kernels, name).__doc__
+        assert name in dir(prodial_kernels)
+    with pytest.raises(AttributeError, match="no attribute 'prodial_convolution'"):
+        prodial_kernels.prodial_convolution  # noqa: B018
+
+
+# --- The direction of imports. ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_go_one_way(module: str) -> None:
+    own = part_of(module)
+    if not own:
+        return
+    assert own in ORDER, f"{own} has no place in ORDER"
+    for node, imported in imports(MODULES[module]):
+        where = f"{MODULES[module]}:{node.lineno}"
+        part = part_of(imported)
+        if not part:
+            raise AssertionError(f"{where}: the package itself stands above everything")
+        assert imported in MODULES, f"{where}: {imported} does not exist"
+        assert ORDER.index(part) <= ORDER.index(own), f"{where}: {own} must not import {part}"
+
+
+def test_no_cycles_among_the_parts_of_any_folder() -> None:
+    """A folder is read from below: what it holds, files and folders, stands in one order."""
+    for folder in {path.parent for path in FILES} - {ROOT}:
+        above = name_of(folder / "__init__.py")
+        graph: dict[str, set[str]] = defaultdict(set)
+        for module, path in MODULES.items():
+            own = part_in(module, above)
+            if own is None:
+                continue
+            parts = {part_in(imported, above) for _, imported in imports(path)}
+            graph[own] |= {part for part in parts if part not in {None, own}}
+        TopologicalSorter(graph).prepare()
+
+
+def test_no_cycles_among_files() -> None:
+    graph = {
+        module: {imported for _, imported in imports(path) if part_of(imported)} - {module}
+        for module, path in MODULES.items()
+    }
+    # Raises CycleError, which names the cycle.
+    TopologicalSorter(graph).prepare()
+
+
+# --- Rules for every file. ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_rules(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        # python -O removes assert statements.
+        assert not isinstance(node, ast.Assert), f"{where}: assert"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names]
+            modules += [getattr(node, "module", None) or ""]
+            names = {name.split(".")[0] for name in modules}
+            assert not names & {"pickle", "cPickle", "dill", "marshal", "shelve"}, where
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            call = (node.value.id, node.attr)
+            assert call not in {("torch", "load"), ("torch", "save")}, f"{where}: pickle"
+
+
+@pytest.mark.parametrize("tree", [PACKAGE, "benchmarks", "tests"])
+def test_no_folder_holds_too_many_files(tree: str) -> None:
+    files = Counter(path.parent for path in (ROOT.parent / tree).rglob("*.py"))
+    assert len(files) > 5
+    assert {folder: n for folder, n in files.items() if n > 17} == {}
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"linear", "functional", "ops", "checkpoint", "models"} <= {
+        part_of(module) for module in MODULES
+    }
+    assert len(FILES) > 20
+    assert sum(1 for path in FILES for _ in imports(path)) > 50

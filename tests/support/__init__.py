@@ -1,0 +1,1 @@
+"""What several tests build on: models, stand-ins, runs."""

@@ -1,0 +1,1 @@
+"""Launches of the kernels: cases, recorded launches, compilation without a device."""

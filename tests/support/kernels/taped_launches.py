@@ -1,0 +1,113 @@
+"""Compares what a tape hands to the driver with what Triton's JIT hands to it, byte by byte."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.kernels.projector import (
+    exact_scale,
+    gemm,
+    input_side,
+    output_side,
+    passes,
+    prepare,
+    reduce,
+)
+from prodial_kernels.kernels.replay import recorded_calls, tape
+from support.kernels.stand_in_driver import STREAM, DriverLaunch, StandInDriver
+
+KERNELS = (
+    exact_scale._exact_scale_kernel, gemm._gemm_kernel, input_side._input_side_kernel,
+    output_side._output_side_kernel, prepare._prepare_kernel, reduce._reduce_kernel,
+)  # fmt: skip
+M, K, N, R = 256, 96, 192, 16
+
+
+def operands(channel_first: bool = False, p: int = 1) -> list[Tensor | None]:
+    """X, W, D_a, s, A, B, no bias, no dropout."""
+    x = torch.empty(2, K, M // 2) if channel_first else torch.empty(M, K)
+    return [
+        x.bfloat16(), torch.empty(N, K).bfloat16(), torch.empty(K // p, p, p), torch.empty(N),
+        torch.empty(R, K), torch.empty(N, R), None, None,
+    ]  # fmt: skip
+
+
+@dataclass
+class Call:
+    """One call: what it was given and returned, and what reached the driver."""
+
+    given: list[Tensor | None]
+    results: list[Tensor | None]
+    launches: list[DriverLaunch]
+
+
+def both_ways(channel_first: bool, p: int, driver: StandInDriver) -> tuple[Call, Call]:
+    """Run forward and backward once, each on operands of its own."""
+    alpha_dropout_relu = (1.0, 0.0, True)
+    given = operands(channel_first, p)
+    options = (*alpha_dropout_relu, M // 2 if channel_first else 0)
+    y, h = recorded_calls.taped(passes.forward, given, options)
+    forward = Call(given, [y, h], driver.taken())
+    assert y is not None
+    given = [torch.empty_like(y), *given, y, h, None]
+    needs = passes.Needs(True, True, True, True, True, False)
+    results = recorded_calls.taped(passes.backward, given, (*alpha_dropout_relu, needs))
+    return forward, Call(given, list(results), driver.taken())
+
+
+def check(channel_first: bool, p: int, driver: StandInDriver) -> None:
+    """The second call is recorded, those after it are a tape's, each on other addresses."""
+    both_ways(channel_first, p, driver)
+    driver.learn(KERNELS)
+    # All are held, so that no address comes back.
+    runs = [both_ways(channel_first, p, driver) for _ in range(3)]
+    for jit, *by_tape in zip(*runs, strict=True):
+        for other in by_tape:
+            check_same(jit, other)
+
+
+def check_same(jit: Call, other: Call) -> None:
+    """Everything is equal but the addresses, and they correspond."""
+    pairs = {0: 0}
+    for one, two in zip(jit.given + jit.results, other.given + other.results, strict=True):
+        if one is not None and two is not None:
+            assert one.data_ptr() != two.data_ptr()
+            pairs[one.data_ptr()] = two.data_ptr()
+    assert len(jit.launches) == len(other.launches) > 0
+    for one, two in zip(jit.launches, other.launches, strict=True):
+        assert one.setting == two.setting, (one.setting, two.setting)
+        assert len(one.parameters) == len(two.parameters) > 2
+        for (kind, at, rest), (kind_too, at_too, rest_too) in zip(
+            one.parameters, two.parameters, strict=True
+        ):
+            assert (kind, rest) == (kind_too, rest_too)
+            assert pairs.setdefault(at, at_too) == at_too, (kind, at, at_too)
+
+
+def main() -> int:
+    """Run every check; an AssertionError tells what is wrong."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(recorded_calls, "_on_device", return_value=True),
+        mock.patch.object(tape, "current_handle", return_value=STREAM),
+    ):
+        driver = StandInDriver(Path(folder))
+        for channel_first in (False, True):
+            for p in (1, 12):
+                check(channel_first, p, driver)
+        assert not recorded_calls.obstacles(), recorded_calls.obstacles()
+        tapes = list(recorded_calls._tapes.values())
+        assert len(tapes) == 8
+        assert None not in tapes
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

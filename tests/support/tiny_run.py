@@ -1,0 +1,36 @@
+"""A run of a few steps on the tiny model, and the model that it started from or wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prodial_kernels.models.loading.load import load_model
+from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetune
+
+
+def run(
+    place: Path, output: Path, *, resume: bool = False, progress: bool = False, **options: Any
+) -> FinetuneResult:
+    """Fine-tune the model in ``place`` on the text there; ``options`` go before the defaults."""
+    defaults = {
+        "model": str(place / "model"),
+        "data": str(place / "text.txt"),
+        "steps": 12,
+        "batch_size": 4,
+        "seq_len": 32,
+        "eval_every": 5,
+        "save_every": 4,
+        "warmup": 2,
+        "lr": 0.01,
+        "device": "cpu",
+    }
+    config = FinetuneConfig(output=str(output), **{**defaults, **options})
+    return finetune(config, resume=resume, progress=progress)
+
+
+def load(path: Path) -> Any:
+    """The model in a folder."""
+    return load_model(str(path), device=torch.device("cpu"), dtype=torch.float32).model

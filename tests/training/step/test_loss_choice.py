@@ -1,0 +1,51 @@
+"""Which loss is taken: an unknown one, and liger-kernel's."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prodial_kernels.models.layers.head import find_head
+from prodial_kernels.training.step.loss import FullLoss, LossError, make_loss
+from support.loss_cases import HeadOnly, labels_of, run
+from support.models import build
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="'auto', 'chunked', 'liger', 'full', got 'fast'"):
+        make_loss(build("mamba2"), "fast")
+
+
+def test_liger_needs_cuda() -> None:
+    with pytest.raises(LossError, match="it needs a CUDA device"):
+        make_loss(build("mamba2"), "liger")
+
+
+def test_liger_is_called_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LigerFusedLinearCrossEntropyLoss(nn.Module):
+        def __init__(self, ignore_index: int, reduction: str) -> None:
+            super().__init__()
+            self.options = {"ignore_index": ignore_index, "reduction": reduction}
+
+        def forward(self, lin_weight: Any, _input: Any, target: Any, bias: Any = None) -> Tensor:
+            logits = functional.linear(_input, lin_weight, bias)
+            return functional.cross_entropy(logits.float(), target, **self.options)
+
+    name = "liger_kernel.transformers.fused_linear_cross_entropy"
+    for path in ("liger_kernel", "liger_kernel.transformers", name):
+        monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+    sys.modules[name].LigerFusedLinearCrossEntropyLoss = LigerFusedLinearCrossEntropyLoss  # type: ignore[attr-defined]
+    from prodial_kernels.training.step.loss import LigerLoss
+
+    model = HeadOnly(torch.randn(2, 9, 8), torch.randn(50, 8), torch.randn(50), 0.37)
+    labels = labels_of(2, 9, 50)
+    result = run(LigerLoss(find_head(model)), model, labels)
+    expected = run(FullLoss(model), model, labels)
+    for key, value in result.items():
+        torch.testing.assert_close(value, expected[key])
