@@ -7,9 +7,10 @@ by :meth:`FinetuneConfig.resolved`: from the preset, else from the defaults of t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,12 +257,11 @@ class FinetuneConfig:
         """Return all options as plain JSON-ready values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def resolved(self) -> FinetuneConfig:
+    def resolved(self) -> ResolvedConfig:
         """Fill in every option that is None and has a default; paths become absolute.
 
         Returns:
-            A configuration that resolves to itself. ``steps`` stays None where ``epochs`` is
-            given, and ``r`` where the rank of LoRA is to be matched to ProDiaL's size.
+            A configuration that resolves to itself.
         """
         preset = None if self.preset is None else self._preset()
         values: dict[str, Any] = {"lr": DEFAULT_LR[self.method], **DEFAULTS}
@@ -279,7 +279,8 @@ class FinetuneConfig:
             values |= {"max_bytes": STDLIB_MAX_BYTES, "eval_tokens": STDLIB_EVAL_TOKENS}
         if self.method != "full":
             values |= self._adapter_defaults()
-        filled = {k: v for k, v in values.items() if getattr(self, k) is None}
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        filled = {k: v for k, v in values.items() if given[k] is None}
         for name in ("model", "data", "held_out"):
             value = getattr(self, name)
             if value in (None, "embedded", "stdlib"):
@@ -288,7 +289,7 @@ class FinetuneConfig:
             # A pipe has no path but the one that it was given by.
             if os.path.isfile(path) or os.path.isdir(path):
                 filled[name] = str(path.resolve())
-        return replace(self, **filled)
+        return ResolvedConfig(**{**given, **filled})
 
     def adapter(self, *, r: int | None = None) -> ProdialConfig:
         """Return the adapter's configuration.
@@ -351,3 +352,37 @@ class FinetuneConfig:
         if self.method == "lora":
             values |= {"train_scale": False, "train_diagonal": False, "r": None}
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(FinetuneConfig):
+    """What a run does: a :class:`FinetuneConfig` in which nothing is left to a default.
+
+    :meth:`FinetuneConfig.resolved` makes it. An option that may still be None is then absent:
+    ``held_out``, ``max_bytes``, ``eval_tokens``, ``preset``, ``quantize`` and ``memory_budget`` as
+    their descriptions say; ``steps`` where ``epochs`` is given, and the other way round; every
+    option of the adapter with ``method="full"``; ``r`` where the rank of a LoRA is to be matched
+    to ProDiaL's size; and ``n_blocks`` and ``block_size`` for a pure diagonal.
+    """
+
+    lr: float
+    batch_size: int
+    seq_len: int
+    weight_decay: float
+    schedule: str
+
+    def optimizer_steps(self, batches_per_epoch: int) -> int:
+        """Return the length of the run: ``steps``, or those that ``epochs`` take.
+
+        Args:
+            batches_per_epoch: Micro-batches in one pass over the training data.
+
+        Raises:
+            ConfigError: Neither is given, which :meth:`resolved` does not leave.
+        """
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is None:
+            raise ConfigError("give `steps` or `epochs`")
+        micro_batches = math.ceil(self.epochs * batches_per_epoch)
+        return math.ceil(micro_batches / self.grad_accumulation)

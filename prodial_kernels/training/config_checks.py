@@ -79,11 +79,8 @@ def check_together(
 
 
 def _check_step(config: Any, sizes: Mapping[str, Any]) -> None:
-    step = {
-        "batch_size": config.batch_size or sizes["batch_size"],
-        "seq_len": config.seq_len or sizes["seq_len"],
-        "grad_accumulation": config.grad_accumulation,
-    }
+    given = {name: getattr(config, name) for name in ("batch_size", "seq_len", "grad_accumulation")}
+    step = {name: sizes[name] if value is None else value for name, value in given.items()}
     tokens = math.prod(step.values())
     if tokens > MOST_TOKENS_IN_A_STEP:
         product = " × ".join(f"`{name}` {size:,}" for name, size in step.items())

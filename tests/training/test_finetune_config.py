@@ -14,7 +14,7 @@ import pytest
 from prodial_kernels.cli.options import LANGUAGE_PRESETS
 from prodial_kernels.config import PRESETS
 from prodial_kernels.files import reading
-from prodial_kernels.training.config import DEFAULT_LR, ConfigError, FinetuneConfig
+from prodial_kernels.training.config import DEFAULT_LR, ConfigError, FinetuneConfig, ResolvedConfig
 from prodial_kernels.training.config_file import read_config_file
 from prodial_kernels.training.run.directory import (
     RunDirectory,
@@ -52,7 +52,19 @@ def test_other_targets_do_not_inherit_the_presets_blocks() -> None:
 def test_resolving_twice_changes_nothing(method: str, preset: str | None) -> None:
     once = FinetuneConfig(method=method, preset=preset).resolved()
     assert once.resolved() == once
-    assert FinetuneConfig.from_dict(json.loads(json.dumps(once.to_dict()))) == once
+    assert FinetuneConfig.from_dict(json.loads(json.dumps(once.to_dict()))).resolved() == once
+
+
+def test_a_resolved_configuration_lacks_nothing() -> None:
+    values = FinetuneConfig().resolved().to_dict()
+    with pytest.raises(ConfigError, match="lr must be a number, got None"):
+        ResolvedConfig(**{**values, "lr": None})
+
+
+def test_the_length_of_a_run_is_counted_in_optimizer_steps() -> None:
+    assert FinetuneConfig(steps=7).resolved().optimizer_steps(100) == 7
+    config = FinetuneConfig(epochs=0.5, grad_accumulation=4).resolved()
+    assert config.optimizer_steps(101) == 13
 
 
 def test_each_method_has_its_own_learning_rate() -> None:
