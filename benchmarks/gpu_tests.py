@@ -3,34 +3,23 @@
 Options of pytest, such as ``-n 14``, are passed on. The tests marked alone, which time the device,
 run one after another when all others are done. Leaves out the tests marked slow, whose upstream
 kernels tune themselves for minutes; run them with ``pytest -m "gpu and slow"``. CI has no GPU. It
-compares the record's hash with the sources, so that a change to a kernel without a new run on a
-device is noticed.
+compares the record's hash with that of every file the tests need, the tests included
+(:mod:`benchmarks.harness.sources`), so that a change without a new run on a device is noticed.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.harness.sources import ROOT, gpu_test_files, hash_of, needed
+
 RECORD = ROOT / "benchmarks" / "results" / "gpu-tests.json"
-HASHED = ("ops", "kernels", "models")
-
-
-def source_hash() -> str:
-    """SHA-256 over the Python files that run on the device, with their paths."""
-    digest = hashlib.sha256()
-    for folder in HASHED:
-        for path in sorted((ROOT / "prodial_kernels" / folder).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-            digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 class _Counter:
@@ -81,11 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=RECORD)
     options, rest = parser.parse_known_args(arguments)
+    # Of what is about to be run: files may be edited meanwhile.
+    covered = needed(gpu_test_files())
+    sources = hash_of(covered)
     counter = _Counter()
     code = run_tests(rest, counter)
     record = {
         "status": "passed" if code == 0 and counter.counts["failed"] == 0 else "failed",
-        "sources": source_hash(),
+        "sources": sources,
+        "files": len(covered),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "date": datetime.date.today().isoformat(),
         "versions": {

@@ -10,14 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_tests import source_hash
+from benchmarks.harness import sources
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = sources.ROOT
 PACKAGES = (
     "torch", "triton", "prodial-kernels", "transformers", "peft", "mamba-ssm", "liger-kernel",
     "numpy",
@@ -34,7 +33,7 @@ def describe(device: str, command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit(),
-        "sources": source_hash(),
+        "sources": sources.hash_of((ROOT / "prodial_kernels").rglob("*.py")),
         "date": datetime.date.today().isoformat(),
         "command": command,
     }
