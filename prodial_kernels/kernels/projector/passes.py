@@ -22,7 +22,6 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     rides_forward,
     turns_tokens,
 )
-from prodial_kernels.kernels.choices.tuned import Key, device_family, key_of, tuned
 from prodial_kernels.kernels.projector.early_launch import overlaps
 from prodial_kernels.kernels.projector.gemm import launch_gemm
 from prodial_kernels.kernels.projector.input_sums import launch_input_sums
@@ -78,7 +77,6 @@ def forward(
     )  # fmt: skip
     rides = rides and not (turns and blocks is not None)
     config = choose_gemm(*((n, m) if length else (m, n)), whole=length > 0, **limits)
-    config = tuned(config, _key("forward_gemm", limits, x, weight, r_pad, length > 0))
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
     folds = (blocks is not None or scale_deviation is not None) and not turns
     parts = panels(m, n, _row_bytes(weight, 1), config) if folds else [(0, n)]
@@ -172,7 +170,6 @@ def backward(
         m, n, k, r_pad, wants_t=wants_t, output_side=output_side,
         through_weight=through_weight, bias=bias is not None, channel_first=x.ndim == 3, **limits,
     )  # fmt: skip
-    plan = tuned(plan, _key("backward", limits, x, weight, r_pad)).on(limits["processors"])
     product = replace(plan.gemm, early=opens and plan.gemm.early)
 
     # Beside the product, or in turn.
@@ -230,7 +227,7 @@ def backward(
     inputs = launch_input_sums(
         du, x, t, lora_a, blocks, seed=seed, dropout=dropout, relu=relu,
         need_x=needs.x, need_a=da is not None, need_blocks=dblocks is not None,
-        config=tuned(config, _key("input_side", limits, x, weight, r_pad)), opens=opens,
+        config=config, opens=opens,
     )  # fmt: skip
     if side is not None and late:
         join(side, dy.device)
@@ -303,22 +300,6 @@ class DeviceLimits(TypedDict):
 
     capability: tuple[int, int]
     processors: int
-
-
-def _key(
-    kernel: str,
-    limits: DeviceLimits,
-    x: Tensor,
-    weight: Tensor,
-    r_pad: int,
-    channel_first: bool = False,
-) -> Key:
-    """The table's key for one of the choices that ``benchmarks/tune.py`` tunes, tokens first."""
-    if channel_first or x.ndim == 3:
-        kernel += ", channel-first"
-    n, k = weight.shape
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return key_of(kernel, device_family(**limits), token_shape(x)[0], n, k, r_pad, dtype)
 
 
 @lru_cache
