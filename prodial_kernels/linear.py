@@ -22,7 +22,7 @@ from prodial_kernels.quantization import (
     quantize_linear,
 )
 from prodial_kernels.quantization.project import quantized_prodial_linear
-from prodial_kernels.scale_versions import KEPT_AS, scale_to_load, unpickled
+from prodial_kernels.scale_versions import KEPT_AS, NEWEST, refuse_newer, scale_to_load, unpickled
 from prodial_kernels.tuners import check_still_trained
 
 ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
@@ -41,7 +41,7 @@ class ProdialLinear(nn.Module):
     masters by default): 16-bit formats would round many of an optimiser's updates away.
     """
 
-    _version = 2  # of the state dict: 1 held the scale s, 2 holds s - 1
+    _version = NEWEST  # of the state dict: 1 held the scale s, 2 holds s - 1
 
     prodial_blocks: nn.Parameter | None
     prodial_scale: nn.Parameter | None
@@ -348,9 +348,11 @@ class ProdialLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
+        version = local_metadata.get("version")
+        refuse_newer(f"the state of {prefix.removesuffix('.') or 'this layer'}", version)
         name = f"{prefix}prodial_scale"
         if self.prodial_scale is not None and isinstance(state_dict.get(name), Tensor):
-            state_dict[name] = scale_to_load(state_dict[name], local_metadata.get("version"))
+            state_dict[name] = scale_to_load(state_dict[name], version)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _adapter_active(self) -> bool:
@@ -384,10 +386,17 @@ def weight_like(layer: nn.Linear | QuantizedLinear) -> Tensor:
     return layer.weight
 
 
+def adapted_layers(model: nn.Module) -> dict[str, ProdialLinear]:
+    """Return the adapted layers of ``model``, each once, by the first dotted path to it."""
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, ProdialLinear)
+    }
+
+
 @contextmanager
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Run the pretrained model: switch every adapter in ``model`` off, and back afterwards."""
-    layers = [layer for layer in model.modules() if isinstance(layer, ProdialLinear)]
+    layers = [*adapted_layers(model).values()]
     before = [layer.adapter_enabled for layer in layers]
     for layer in layers:
         layer.enable_adapter(False)

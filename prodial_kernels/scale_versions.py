@@ -8,17 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEWEST = 2
 KEPT_AS = "_prodial_scale_version"
 """Attribute of a layer that says how it keeps its scale; none is version 1."""
 
 
 def unpickled(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a layer as they are today, for those that a pickle holds."""
+    """Return the attributes of a layer as they are today, for those that a pickle holds.
+
+    Raises:
+        ValueError: A version newer than this package knows.
+    """
+    refuse_newer("the pickled layer", state.get(KEPT_AS))
     scale = state["_parameters"].get("prodial_scale")
     if KEPT_AS not in state and scale is not None:
         scale.data = from_first_version(scale.data)
-        state[KEPT_AS] = 2
+        state[KEPT_AS] = NEWEST
     return state
+
+
+def refuse_newer(subject: str, version: int | None) -> None:
+    """Raise ValueError where a layer's state is of a version newer than this package knows.
+
+    Args:
+        subject: What the message calls the state.
+        version: As noted in it; None where there is no note.
+    """
+    if version is not None and version > NEWEST:
+        raise ValueError(
+            f"{subject} is of version {version}, and this release of prodial-kernels reads "
+            f"versions 1 to {NEWEST}; install the release that wrote it, or a newer one"
+        )
 
 
 def from_first_version(scale: Tensor) -> Tensor:

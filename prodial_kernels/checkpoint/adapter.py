@@ -35,7 +35,7 @@ from prodial_kernels.checkpoint.fingerprint import (
 )
 from prodial_kernels.checkpoint.first_format import check_first_base, convert_tensors
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import apply_prodial, get_prodial_config, remove_prodial
 from prodial_kernels.models.adapt.names import base_state, plain_path, unwrapped
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
@@ -196,10 +196,10 @@ def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterRep
     if saved.base_model is not None:
         origin += f" (base model {saved.base_model!r})"
     model = unwrapped(model)
-    adapted = [m for m in model.modules() if isinstance(m, ProdialLinear)]
+    adapted = adapted_layers(model)
     if adapted:
         _check_same_config(_config_of(model), saved.config, origin)
-        if any(layer.merged for layer in adapted):
+        if any(layer.merged for layer in adapted.values()):
             raise AdapterError("the model's adapter is merged; call unmerge() on its layers first")
         contents = contents_of(model, saved.config)
         shapes = {name: list(tensor.shape) for name, tensor in contents.adapter.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.fingerprint import Values
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear
+from prodial_kernels.linear import ADAPTER_PARAMETERS, adapted_layers
 from prodial_kernels.linear_options import resolve_block_size
 from prodial_kernels.models.adapt.names import adapter_parameters, base_state, plain_path
 from prodial_kernels.models.adapt.targets import Target, find_saved
@@ -52,11 +52,7 @@ def contents_of(model: nn.Module, config: ProdialConfig) -> Contents:
         value = state.get(name)
         if isinstance(value, Tensor):
             beside.setdefault(name, value)
-    linears = {
-        plain_path(path): module.base_layer
-        for path, module in model.named_modules()
-        if isinstance(module, ProdialLinear)
-    }
+    linears = {plain_path(path): m.base_layer for path, m in adapted_layers(model).items()}
     adapter: dict[str, Tensor] = {**adapter_parameters(model)}
     return Contents(adapter, beside, base_without(state, beside), linears)
 

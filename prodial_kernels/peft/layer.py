@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear, weight_like
 from prodial_kernels.merged_weight import merge_again
+from prodial_kernels.models.adapt.layers import adapted_layer
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.quantization import QuantizedLinear
 
@@ -116,18 +117,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         """
         if adapter_name in self._prodial_options:
             raise ValueError(f"this layer already has an adapter called {adapter_name!r}")
-        made = ProdialLinear.from_linear(
-            self.base_layer,
-            r=config.r,
-            lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            diagonal=config.diagonal,
-            train_scale=config.train_scale,
-            train_diagonal=config.train_diagonal,
-            adapter_dtype=torch.promote_types(torch.float32, weight_like(self.base_layer).dtype),
-            impl=config.impl,
-            **config.blocks_of(next(iter(config.target_modules))),
-        )
+        made = adapted_layer(self.base_layer, config, next(iter(config.target_modules)))
         for name, parameter in made.adapter_parameters():
             self.factors(PARTS[name])[adapter_name] = Factor(parameter)
         self._prodial_options[adapter_name] = {

@@ -15,11 +15,11 @@ from prodial_kernels.models.adapt.families import check_mixers
 from prodial_kernels.models.adapt.targets import (
     Target,
     find_saved,
-    module_paths,
     refuse_second_names,
     require_adaptable,
 )
 from prodial_kernels.models.mixers.structure import weight_reads
+from prodial_kernels.module_tree import module_paths
 from prodial_kernels.peft.config import ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.quantization import QuantizedLinear

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from prodial_kernels.models.adapt.families import adapt_mixers
 from prodial_kernels.models.adapt.snapshot import Snapshot
-from prodial_kernels.models.adapt.targets import module_paths
+from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.peft.combine import check_combination, combined_config, fill_combination
 from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.peft.register import PEFT_VERSION, PREFIX
 from prodial_kernels.peft.targets import NewLayer, check_lora_targets, find_layers
-from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.model import make_dense
 from prodial_kernels.quantization.saving import release_saving, settle_configuration
 
 _MIXERS = "_prodial_peft_mixers"
@@ -114,7 +114,7 @@ class ProdialTuner(BaseTuner):
         new = self._new_layers[target]
         layer = ProdialPeftLinear(new.base, new.original)
         layer.add_adapter(adapter_name, options)
-        _place(self.model, new.paths, layer)
+        place(self.model, new.paths, layer)
 
     # --- Several adapters. ----------------------------------------------------------------------
 
@@ -184,19 +184,15 @@ class ProdialTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         """``merge_and_unload`` and ``unload``: give the model its layers and its mixers back."""
-        paths = module_paths(self.model)
-        layers = [module for module in paths if isinstance(module, ProdialPeftLinear)]
-        if merge:
-            for layer in layers:
-                layer.check_one_of(adapter_names or ())
-        foreign = merge and any(layer.read_from for layer in layers)
-        while layers:
-            # No name may hold on to the old layer, or all of them would live until the end.
-            layer = layers.pop()
-            plain = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-            if layer.read_from and type(plain) is nn.Linear:
-                plain = plain.to(_dtype_between_layers(self.model) or plain.weight.dtype)
-            _place(self.model, paths.pop(layer), plain)
+        foreign = merge and self._check_before_merging(adapter_names or ())
+
+        def plain(_: str, layer: ProdialPeftLinear) -> nn.Module:
+            made = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            if layer.read_from and type(made) is nn.Linear:
+                return made.to(_dtype_between_layers(self.model) or made.weight.dtype)
+            return made
+
+        replace_each(self.model, ProdialPeftLinear, plain)
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
@@ -205,14 +201,19 @@ class ProdialTuner(BaseTuner):
         # PEFT before 0.20 leaves it behind.
         vars(model).pop("peft_config", None)
         if merge:
-            for module, names in module_paths(model).items():
-                if isinstance(module, QuantizedLinear):
-                    _place(model, names, module.to_linear())
+            make_dense(model)
             settle_configuration(model)
             release_saving(model)
         if foreign:
             _keep_dense(model)
         return model
+
+    def _check_before_merging(self, adapter_names: Sequence[str]) -> bool:
+        """Refuse several adapters of one layer; return whether a layer is another library's."""
+        layers = _layers(self.model).values()
+        for layer in layers:
+            layer.check_one_of(adapter_names)
+        return any(layer.read_from for layer in layers)
 
 
 class _LoraBeside(LoraModel):
@@ -272,12 +273,6 @@ def _layers(model: nn.Module) -> dict[str, ProdialPeftLinear]:
         for path, module in model.named_modules()
         if isinstance(module, ProdialPeftLinear)
     }
-
-
-def _place(model: nn.Module, paths: Sequence[str], module: nn.Module) -> None:
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)
 
 
 @contextmanager

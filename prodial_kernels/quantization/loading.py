@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels._validation import check_choice
+from prodial_kernels.module_tree import module_paths, place
 from prodial_kernels.quantization.convert import (
     FORMATS,
     QuantizationError,
@@ -22,7 +23,7 @@ from prodial_kernels.quantization.convert import (
     quantize_linear,
 )
 from prodial_kernels.quantization.layer import QuantizedLinear
-from prodial_kernels.quantization.model import QuantizationReport, find_layers, place
+from prodial_kernels.quantization.model import QuantizationReport, find_layers
 from prodial_kernels.quantization.names import (
     SIGNS,
     check_dense_dtype,
@@ -123,7 +124,7 @@ class _Loader:
         self._errors: dict[str, QuantizationError] = {}
         self._before = self._after = 0
 
-    def quantize(self, paths: list[str], name: str, weight: Tensor) -> None:
+    def quantize(self, paths: tuple[str, ...], name: str, weight: Tensor) -> None:
         """Quantise the layer at ``paths`` from its weight; its bias comes when it comes."""
         linear = self._model.get_submodule(paths[0])
         if not isinstance(linear, nn.Linear):
@@ -156,8 +157,7 @@ class _Loader:
             )
         # A copy in any case: the mapped file may not stay.
         layer = copy.deepcopy(layer) if self.device.type == "cpu" else layer
-        places = self._model.named_modules(remove_duplicate=False)
-        paths = [other for other, module in places if module is linear]
+        paths = module_paths(self._model)[linear]
         self._put(paths, layer.to(self.device, dtype), linear.weight.nbytes)
 
     def report(self) -> QuantizationReport:
@@ -165,7 +165,7 @@ class _Loader:
         formats = " and ".join(sorted(self._formats)) or "no format"
         return QuantizationReport(formats, self._errors, self._before, self._after)
 
-    def _put(self, paths: list[str], layer: QuantizedLinear, dense_bytes: int) -> None:
+    def _put(self, paths: tuple[str, ...], layer: QuantizedLinear, dense_bytes: int) -> None:
         training = self._model.get_submodule(paths[0]).training
         place(self._model, paths, layer.train(training))
         self._formats.add(layer.FORMAT)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from prodial_kernels._validation import check_choice
+from prodial_kernels.module_patterns import matches_name
+from prodial_kernels.module_tree import module_paths, replace_each
 from prodial_kernels.quantization.convert import (
     FORMATS,
     QuantizationError,
     quantization_error,
     quantize_linear,
 )
+from prodial_kernels.quantization.layer import QuantizedLinear
 from prodial_kernels.quantization.saving import watch_saving
 
 
@@ -68,27 +71,31 @@ def quantize_model(
             the values of the weights.
     """
     check_choice("format", format, FORMATS)
-    errors = {}
+    errors: dict[str, QuantizationError] = {}
     before = after = 0
-    for path, *others in find_layers(model, target_modules):
-        dense = model.get_submodule(path)
-        if not isinstance(dense, nn.Linear):
-            raise RuntimeError(f"{path} changed while the model was being quantised")
+
+    def quantized(path: str, dense: nn.Linear) -> QuantizedLinear:
+        nonlocal before, after
         try:
-            quantized = quantize_linear(dense, format)
+            layer = quantize_linear(dense, format)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from error
-        errors[path] = quantization_error(dense.weight, quantized)
+        errors[path] = quantization_error(dense.weight, layer)
         before += dense.weight.nbytes
-        after += quantized.packed_bytes
-        place(model, (path, *others), quantized)
-        # The last name of the dense layer, which would keep its weight alive.
-        del dense
+        after += layer.packed_bytes
+        return layer
+
+    replace_each(model, nn.Linear, quantized, paths=find_layers(model, target_modules))
     watch_saving(model)
     return QuantizationReport(format, errors, before, after)
 
 
-def find_layers(model: nn.Module, target_modules: Iterable[str]) -> list[list[str]]:
+def make_dense(model: nn.Module) -> None:
+    """Replace every quantised layer of ``model`` by a plain one with the weight it stands for."""
+    replace_each(model, QuantizedLinear, lambda _, layer: layer.to_linear())  # type: ignore[type-abstract]
+
+
+def find_layers(model: nn.Module, target_modules: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the dotted paths of each layer to quantise, of which a shared one has several.
 
     Args:
@@ -100,29 +107,18 @@ def find_layers(model: nn.Module, target_modules: Iterable[str]) -> list[list[st
         ValueError: A name that matches nothing, or a match whose weight another module shares.
     """
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    paths: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(module, []).append(path)
+    paths = module_paths(model)
     matches = {
         module: found
         for module, found in paths.items()
-        if any(path == name or path.endswith(f".{name}") for path in found for name in names)
+        if any(matches_name(path, name) for path in found for name in names)
     }
     for name in names:
-        if not any(
-            p == name or p.endswith(f".{name}") for found in matches.values() for p in found
-        ):
+        if not any(matches_name(path, name) for found in matches.values() for path in found):
             raise ValueError(f"target_modules {name!r} matches no module of this model")
     for module, found in matches.items():
         _check_replaceable(module, found[0], paths)
     return list(matches.values())
-
-
-def place(model: nn.Module, paths: Iterable[str], layer: nn.Module) -> None:
-    """Put ``layer`` at every one of the dotted ``paths``."""
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, layer)
 
 
 def _check_replaceable(module: nn.Module, path: str, owners: Iterable[nn.Module]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prodial_kernels.files.json_values import finite_or_none
-from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import merge_prodial
 from prodial_kernels.models.loading.load import LoadedModel
 from prodial_kernels.training.config import STDLIB_EVAL_TOKENS, STDLIB_MAX_BYTES
@@ -179,7 +179,7 @@ def assess_with_harness(
         OSError: The disk is full.
     """
     name, device = loaded.name, next(loaded.model.parameters()).device
-    if any(isinstance(module, ProdialLinear) for module in loaded.model.modules()):
+    if adapted_layers(loaded.model):
         merge_prodial(loaded.model)
     if limit is not None and limit >= 1:
         limit = int(limit)

@@ -44,6 +44,19 @@ def test_todays_state_dict_is_taken_as_it_is() -> None:
     assert torch.equal(target.prodial_scale, source.prodial_scale)
 
 
+def test_a_state_of_a_version_to_come_is_refused() -> None:
+    layer = trained()
+    before = layer.prodial_scale.detach().clone()
+    state = nn.Sequential(trained(seed=5)).state_dict()
+    state._metadata["0"]["version"] = 3
+    with pytest.raises(ValueError, match=r"state of 0 is of version 3.*reads versions 1 to 2"):
+        nn.Sequential(layer).load_state_dict(state)
+    assert torch.equal(layer.prodial_scale, before)
+    vars(layer)["_prodial_scale_version"] = 3
+    with pytest.raises(ValueError, match="pickled layer is of version 3"):
+        pickle.loads(pickle.dumps(layer))
+
+
 def test_without_a_note_what_looks_like_s_is_warned_of() -> None:
     layer = trained()
     old = dict(first_version(layer))

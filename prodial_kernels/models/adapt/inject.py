@@ -12,20 +12,23 @@ from torch import nn
 
 from prodial_kernels._validation import check_choice
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ProdialLinear, weight_like
+from prodial_kernels.linear import ProdialLinear, adapted_layers, weight_like
 from prodial_kernels.models.adapt.families import adapt_mixers, check_mixers
+from prodial_kernels.models.adapt.layers import adapted_layer
 from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.snapshot import Snapshot
-from prodial_kernels.models.adapt.targets import Target, find_saved, find_targets, module_paths
+from prodial_kernels.models.adapt.targets import Target, find_saved, find_targets
 from prodial_kernels.models.patch_point import Undo
+from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.quantization import (
     FORMATS,
     QuantizationError,
     QuantizationReport,
     QuantizedLinear,
 )
+from prodial_kernels.quantization.model import make_dense
 from prodial_kernels.quantization.saving import (
     release_saving,
     settle_configuration,
@@ -40,7 +43,7 @@ _STATE = "_prodial_state"
 
 @dataclass
 class _State:
-    """What undoing needs, kept on the model: the one attribute that ``apply_prodial`` adds.
+    """What undoing needs, kept on the model as one attribute.
 
     Attributes:
         config: What ``apply_prodial`` was given.
@@ -89,7 +92,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
             "model is itself an nn.Linear, which has no parent to be replaced in; use "
             "ProdialLinear.from_linear(model, ...)"
         )
-    if _STATE in vars(model) or _adapted_paths(model):
+    if _STATE in vars(model) or adapted_layers(model):
         raise ValueError(
             "the model is already adapted; call remove_prodial(model) or merge_prodial(model) first"
         )
@@ -110,13 +113,13 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
     named = list(model.named_parameters(remove_duplicate=False))
     state = _State(config, {name: parameter.requires_grad for name, parameter in named})
     try:
-        layers = [_adapted_layer(target, config) for target in targets]
+        layers = [adapted_layer(t.linear, config, t.name) for t in targets]
         model.requires_grad_(False)
         trained = [parameter for match in saved for parameter in match.parameters()]
         for parameter in trained:
             parameter.requires_grad_(parameter.is_floating_point())
         for target, layer in zip(targets, layers, strict=True):
-            _place(model, target.paths, layer)
+            place(model, target.paths, layer)
         state.handles += make_masters(model, trained)
         state.handles += adapt_mixers(model)
         setattr(model, _STATE, state)
@@ -149,11 +152,8 @@ def merge_prodial(model: ModelT) -> ModelT:
     state = _get_state(model, taking_out="merge_prodial")
     _check_mergeable(inner, state)
     state.unfinished = "merge_prodial"
-    for paths in _adapted_paths(inner):
-        # No name may hold on to the old layer, or all of them would live until the end.
-        _place(inner, paths, _adapted_at(inner, paths).to_linear())
-    for paths in _quantized_paths(inner):
-        _place(inner, paths, _quantized_at(inner, paths).to_linear())
+    replace_each(inner, ProdialLinear, lambda _, layer: layer.to_linear())
+    make_dense(inner)
     settle_configuration(inner)
     _detach(inner, state)
     return model
@@ -182,12 +182,15 @@ def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
     state.unfinished = "merge_quantized"
     errors: dict[str, QuantizationError] = {}
     before = after = 0
-    for paths in _adapted_paths(model):
-        layer, error = _adapted_at(model, paths).to_quantized(format)
-        _place(model, paths, layer)
-        errors[paths[0]] = error
+
+    def quantized(path: str, adapted: ProdialLinear) -> QuantizedLinear:
+        nonlocal before, after
+        layer, errors[path] = adapted.to_quantized(format)
         before += layer.in_features * layer.out_features * layer.dtype.itemsize
         after += layer.packed_bytes
+        return layer
+
+    replace_each(model, ProdialLinear, quantized)
     _detach(model, state)
     return QuantizationReport(format, errors, before, after)
 
@@ -208,13 +211,12 @@ def remove_prodial(model: ModelT) -> ModelT:
     state = _get_state(model)
     before = Snapshot(inner)
     try:
-        for paths in _adapted_paths(inner):
-            _place(inner, paths, _adapted_at(inner, paths).base_layer)
+        replace_each(inner, ProdialLinear, lambda _, layer: layer.base_layer)
         _detach(inner, state)
+        return model
     except BaseException:
         before.restore()
         raise
-    return model
 
 
 def get_prodial_config(model: nn.Module) -> ProdialConfig:
@@ -279,69 +281,21 @@ def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
 
 def _check_mergeable(model: nn.Module, state: _State) -> None:
     """Raise ValueError where a layer's W' is not finite or not there, before any is replaced."""
-    for paths in [] if state.unfinished else _adapted_paths(model):
-        layer = _adapted_at(model, paths)
+    for path, layer in ({} if state.unfinished else adapted_layers(model)).items():
         shards = [name for name, p in layer.named_parameters() if hasattr(p, "full_tensor")]
         if shards:
             raise ValueError(
-                f"{paths[0]}.{shards[0]} is sharded (a DTensor), and a part of a weight cannot be "
+                f"{path}.{shards[0]} is sharded (a DTensor), and a part of a weight cannot be "
                 "merged; gather the model first: unshard() every FSDPModule"
             )
         with torch.no_grad():
             merged = layer.adapted_weight()
         if not merged.is_meta and not merged.isfinite().all():
             raise ValueError(
-                f"{paths[0]}: the merged weight would not be finite (NaN or inf) in "
+                f"{path}: the merged weight would not be finite (NaN or inf) in "
                 f"{weight_like(layer.base_layer).dtype}: the adapter or the base weight is not, "
                 "or they overflow; the model is unchanged"
             )
-
-
-def _adapted_layer(target: Target, config: ProdialConfig) -> ProdialLinear:
-    linear = target.linear
-    layer = ProdialLinear.from_linear(
-        linear,
-        r=config.r,
-        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        diagonal=config.diagonal,
-        train_scale=config.train_scale,
-        train_diagonal=config.train_diagonal,
-        adapter_dtype=torch.promote_types(torch.float32, weight_like(linear).dtype),
-        impl=config.impl,
-        **config.blocks_of(target.name),
-    )
-    return layer.train(linear.training)
-
-
-def _adapted_paths(model: nn.Module) -> list[tuple[str, ...]]:
-    paths = module_paths(model)
-    return [names for module, names in paths.items() if isinstance(module, ProdialLinear)]
-
-
-def _adapted_at(model: nn.Module, paths: tuple[str, ...]) -> ProdialLinear:
-    layer = model.get_submodule(paths[0])
-    if not isinstance(layer, ProdialLinear):
-        raise RuntimeError(f"{paths[0]} changed from a ProdialLinear while it was being replaced")
-    return layer
-
-
-def _quantized_paths(model: nn.Module) -> list[tuple[str, ...]]:
-    paths = module_paths(model)
-    return [names for module, names in paths.items() if isinstance(module, QuantizedLinear)]
-
-
-def _quantized_at(model: nn.Module, paths: tuple[str, ...]) -> QuantizedLinear:
-    layer = model.get_submodule(paths[0])
-    if not isinstance(layer, QuantizedLinear):
-        raise RuntimeError(f"{paths[0]} changed while it was being made dense")
-    return layer
-
-
-def _place(model: nn.Module, paths: tuple[str, ...], module: nn.Module) -> None:
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module)
 
 
 def _detach(model: nn.Module, state: _State) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear
+from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear, adapted_layers
 from prodial_kernels.quantization import QuantizedLinear
 
 _BASE = ".base_layer."
@@ -35,9 +35,8 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every ProDiaL parameter by its plain name; of a layer at several places, the first."""
     return {
         f"{plain_path(path)}.{name}": parameter
-        for path, module in model.named_modules()
-        if isinstance(module, ProdialLinear)
-        for name, parameter in module.adapter_parameters()
+        for path, layer in adapted_layers(model).items()
+        for name, parameter in layer.adapter_parameters()
     }
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prodial_kernels.linear import ProdialLinear
-from prodial_kernels.models.adapt.targets import module_paths, path_pattern
+from prodial_kernels.linear import ProdialLinear, adapted_layers
+from prodial_kernels.models.adapt.targets import path_pattern
+from prodial_kernels.module_tree import module_paths
 from prodial_kernels.quantization import QuantizedLinear
 
 
@@ -80,7 +81,9 @@ class AdapterReport:
 def adapter_report(model: nn.Module) -> AdapterReport:
     """Report what is trained in ``model``: read from the modules, not from a configuration."""
     groups: dict[tuple[object, ...], list[tuple[str, nn.Module]]] = {}
-    inside = {m for layer in _adapted(model) for m in layer.modules() if m is not layer}
+    inside = {
+        m for layer in adapted_layers(model).values() for m in layer.modules() if m is not layer
+    }
     for module, paths in module_paths(model).items():
         if module in inside:
             continue
@@ -95,10 +98,6 @@ def adapter_report(model: nn.Module) -> AdapterReport:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters) + _packed(model),
     )
-
-
-def _adapted(model: nn.Module) -> list[ProdialLinear]:
-    return [module for module in model.modules() if isinstance(module, ProdialLinear)]
 
 
 def _kind(

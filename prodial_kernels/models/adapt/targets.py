@@ -12,6 +12,7 @@ from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear_options import resolve_block_size
 from prodial_kernels.models.adapt.aliases import second_name
 from prodial_kernels.module_patterns import matches_name
+from prodial_kernels.module_tree import module_paths
 from prodial_kernels.quantization import QuantizedLinear
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,15 +61,6 @@ class Saved:
 def path_pattern(path: str) -> str:
     """Replace the layer numbers of a dotted path by ``*``, so that equal layers look equal."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))
-
-
-def module_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Return every module below ``model`` with every path that leads to it."""
-    paths: dict[nn.Module, tuple[str, ...]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if module is not model:
-            paths[module] = (*paths.get(module, ()), path)
-    return paths
 
 
 def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:

@@ -32,12 +32,11 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import upstream as libraries
-from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.arguments import mask_among, named_arguments, parameters_of
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
-from prodial_kernels.models.mixers.projection import is_explicit
+from prodial_kernels.models.mixers.projection import adapted_children, is_explicit
 from prodial_kernels.models.mixers.structure import (
     global_of,
     names_in,
@@ -180,7 +179,7 @@ def _policy_of(mixer: nn.Module) -> Policy | None:
     forward, fused = found
     if hasattr(mixer, "b_layernorm"):
         return _evaluated(mixer, forward)
-    adapted = {name for name, child in mixer.named_children() if isinstance(child, ProdialLinear)}
+    adapted = adapted_children(mixer)
     if not adapted:
         return None
     if fused == FUSED_S6:

@@ -26,7 +26,12 @@ from prodial_kernels.models.mixers.arguments import cache_among, named_arguments
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
-from prodial_kernels.models.mixers.projection import ProjectorOfView, is_explicit, operands_of
+from prodial_kernels.models.mixers.projection import (
+    ProjectorOfView,
+    adapted_children,
+    is_explicit,
+    operands_of,
+)
 from prodial_kernels.models.mixers.remade_norm import normed_again
 from prodial_kernels.models.mixers.structure import global_of, names_in, unknown_in
 from prodial_kernels.models.patch_point import AdaptedMixer, Policy, Undo, View, rebound
@@ -67,7 +72,7 @@ def adapt_mixers(model: nn.Module) -> list[Undo]:
     changes: list[Undo] = []
     for mixer in model.modules():
         kind = _kind(mixer)
-        if kind is not None and _adapted(mixer):
+        if kind is not None and adapted_children(mixer):
             policies = dict(_POLICIES[kind])
             problem = _difference(mixer, kind)
             if problem is not None:
@@ -234,12 +239,6 @@ def _difference(mixer: nn.Module, kind: str) -> str | None:
     return difference(global_of(forward, _MAMBA2[0]))
 
 
-def _adapted(mixer: nn.Module) -> dict[str, ProdialLinear]:
-    return {
-        name: child for name, child in mixer.named_children() if isinstance(child, ProdialLinear)
-    }
-
-
 def _view(mixer: nn.Module, **given: Any) -> View:
-    projectors = {name: ProjectorOfView(layer) for name, layer in _adapted(mixer).items()}
+    projectors = {name: ProjectorOfView(layer) for name, layer in adapted_children(mixer).items()}
     return View(mixer, **projectors, **given)

@@ -70,6 +70,13 @@ def is_explicit(layer: nn.Module) -> bool:
     return not isinstance(layer, ProdialLinear) or layer.impl != "reference"
 
 
+def adapted_children(mixer: nn.Module) -> dict[str, ProdialLinear]:
+    """Return the adapted projections of a mixer, by their names in it."""
+    return {
+        name: child for name, child in mixer.named_children() if isinstance(child, ProdialLinear)
+    }
+
+
 def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:
     """``x W'ᵀ``, [..., in_features] -> [..., out_features]."""
     base = layer.base_layer

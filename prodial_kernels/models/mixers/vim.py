@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS
-from prodial_kernels.models.mixers.projection import ProjectorOfView
+from prodial_kernels.models.mixers.projection import ProjectorOfView, adapted_children
 from prodial_kernels.models.mixers.structure import names_in, unknown_in
 from prodial_kernels.models.mixers.vim_scan import BACKWARD, FORWARD, Direction, directed_scan
 from prodial_kernels.models.patch_point import AdaptedMixer, View
@@ -107,7 +107,7 @@ def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
     return [
         AdaptedMixer(mixer, {"forward": vim_forward})
         for mixer in model.modules()
-        if recognises(mixer) and _adapted(mixer)
+        if recognises(mixer) and adapted_children(mixer)
     ]
 
 
@@ -126,7 +126,7 @@ def vim_forward(mixer: Any, upstream: Callable[..., Tensor], *args: Any, **kwarg
                 f"{cached} with bimamba_type={kind!r}: a bidirectional mixer needs the whole "
                 f"sequence; pass {cached}=None"
             )
-        views = {name: ProjectorOfView(layer) for name, layer in _adapted(mixer).items()}
+        views = {name: ProjectorOfView(layer) for name, layer in adapted_children(mixer).items()}
         return upstream(View(mixer, **views), *args, **kwargs)
     hidden_states, positional, named = split_first(upstream, args, kwargs)
     unknown = [value for value in (*positional, *named.values()) if value is not None]
@@ -139,9 +139,3 @@ def vim_forward(mixer: Any, upstream: Callable[..., Tensor], *args: Any, **kwarg
     average = getattr(mixer, "if_divide_out", getattr(mixer, "if_devide_out", False))
     out = bidirectional_mamba(mixer, hidden_states, average=average, directions=_DIRECTIONS[kind])
     return out if mixer.init_layer_scale is None else out * mixer.gamma
-
-
-def _adapted(mixer: nn.Module) -> dict[str, ProdialLinear]:
-    return {
-        name: child for name, child in mixer.named_children() if isinstance(child, ProdialLinear)
-    }

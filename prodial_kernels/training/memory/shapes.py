@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.layers.blocks import blocks_of, has_separate_norm, mixer_of
 from prodial_kernels.models.layers.fused_norms import is_fused
 from prodial_kernels.models.mixers import hf
@@ -142,7 +142,7 @@ def describe_model(
         other_bytes=other_bytes,
         trained=trained,
         trained_bytes=trained_bytes,
-        adapted=any(isinstance(module, ProdialLinear) for module in model.modules()),
+        adapted=bool(adapted_layers(model)),
     )
 
 
@@ -150,7 +150,7 @@ def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:
     mixer: Any = mixer_of(block)
     separate = has_separate_norm(block)
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    adapters = [module.r for module in block.modules() if isinstance(module, ProdialLinear)]
+    adapters = [layer.r for layer in adapted_layers(block).values()]
     shapes = tuple((linear.out_features, linear.in_features) for linear in linears)
     width = max((k for _, k in shapes), default=0)
     kind, inner, state, dt_rank, groups, projected = OTHER, 0, 0, 0, 0, 0

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from prodial_kernels._validation import triton_obstacle
-from prodial_kernels.linear import ProdialLinear, weight_like
+from prodial_kernels.linear import adapted_layers, weight_like
 from prodial_kernels.ops.implementation import choose_impl
 from prodial_kernels.training.config_values import ConfigError
 
@@ -27,7 +27,7 @@ def check_implementation(impl: str, device: torch.device, dtype: torch.dtype) ->
 
 def set_implementation(model: nn.Module, impl: str) -> None:
     """Let every adapted projector of a model run by ``impl``."""
-    for layer in _adapted(model):
+    for layer in adapted_layers(model).values():
         layer.impl = impl
 
 
@@ -36,7 +36,7 @@ def implementation_of(model: nn.Module) -> str | None:
 
     Where ``impl="auto"`` takes the kernels it makes their check now, before anything is captured.
     """
-    layers = _adapted(model)
+    layers = [*adapted_layers(model).values()]
     if not layers:
         return None
     like = weight_like(layers[0].base_layer)
@@ -45,7 +45,3 @@ def implementation_of(model: nn.Module) -> str | None:
     asked = "" if layers[0].impl == "auto" else ", as asked for"
     why = f" ({choice.obstacle})" if like.is_cuda and choice.obstacle else ""
     return f"{choice.impl} on {device}{asked}{why}"
-
-
-def _adapted(model: nn.Module) -> list[ProdialLinear]:
-    return [module for module in model.modules() if isinstance(module, ProdialLinear)]

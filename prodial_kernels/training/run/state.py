@@ -166,7 +166,7 @@ def load_state(
         raise StateError(f"{path}: holds no moments of the optimiser")
     _check_random_states(path, tensors)
     try:
-        check_state(optimizer, moments)
+        check_state(optimizer, moments, position.step)
         restore_state(optimizer, moments)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         optimizer.state.clear()

@@ -100,14 +100,22 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
 
 
 def check_state(
-    optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, Mapping[str, Tensor]]
+    optimizer: torch.optim.Optimizer,
+    states: Mapping[nn.Parameter, Mapping[str, Tensor]],
+    steps: int,
 ) -> None:
     """Raise unless states are such as PyTorch's AdamW keeps; others check while they restore.
 
     A parameter that never had a gradient has none.
 
+    Args:
+        optimizer: Whose states they are.
+        states: What :func:`state_tensors` returned for each parameter.
+        steps: Steps that the run has done. A parameter without a gradient in some, or a step left
+            out for a gradient that is not finite, counts fewer.
+
     Raises:
-        ValueError: Says what is missing or has another shape or dtype.
+        ValueError: Says what is missing, has another shape or dtype, or counts other steps.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return
@@ -123,6 +131,9 @@ def check_state(
                 raise ValueError(
                     f"{kind} must be {dtype} {list(shape)}, got {value.dtype} {list(value.shape)}"
                 )
+        counted = float(saved["step"])
+        if not (counted.is_integer() and 0 <= counted <= steps):
+            raise ValueError(f"step must be a whole number from 0 to {steps}, got {counted:g}")
 
 
 def restore_state(

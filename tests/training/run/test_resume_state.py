@@ -189,6 +189,7 @@ def _fifo(path: Path) -> None:
 
 _SCALE = "parameter/trained.weight"
 _MOMENT = "optimizer/trained.weight/exp_avg"
+_STEP = "optimizer/trained.weight/step"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +222,10 @@ _MOMENT = "optimizer/trained.weight/exp_avg"
         (lambda p: _retensor(p, lambda t: t.update({_MOMENT: torch.ones(3)})), "exp_avg must be"),
         (lambda p: _retensor(p, lambda t: t.update({_SCALE: t[_SCALE].half()})), r"1 differ.*trai"),
         (lambda p: _retensor(p, lambda t: t[_SCALE].fill_(float("nan"))), "weight is not finite"),
+        (lambda p: _retensor(p, lambda t: t[_STEP].fill_(3)), "step must be a whole.*2, got 3"),
+        (lambda p: _retensor(p, lambda t: t[_STEP].fill_(-1)), "step must be a whole.*got -1"),
+        (lambda p: _retensor(p, lambda t: t[_STEP].fill_(0.5)), "step must be a whole.*got 0.5"),
+        (lambda p: _retensor(p, lambda t: t[_STEP].fill_(float("nan"))), "whole.*got nan"),
         (lambda p: _retensor(p, lambda t: t.update(more=torch.ones(1))), "more, which is of no"),
         (lambda p: _retensor(p, lambda t: t.pop("random/cpu")), "no usable random state"),
         (lambda p: _retensor(p, lambda t: t.update({"random/cpu": torch.ones(9)})), "no usable"),
