@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
+from prodial_kernels._extras import require_cli
 from prodial_kernels.cli import options
 from prodial_kernels.cli.messages import (
     explained,
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
+        require_cli(f"prodial {args.command_name}")
         return command.run(args)
     except KeyboardInterrupt as interrupt:
         _complain("interrupted" if not interrupt.args else f"interrupted by {interrupt}")

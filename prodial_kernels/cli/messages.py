@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from prodial_kernels._extras import MissingExtraError
 from prodial_kernels._suggestions import did_you_mean, option_meant
 from prodial_kernels.training.config import ConfigError, FinetuneConfig
 
@@ -20,7 +21,7 @@ _OWN_OR_BUILTIN = ("builtins", "prodial_kernels")
 
 def explained(error: Exception) -> str:
     """Say what went wrong; what the package does not raise on purpose is named by its class."""
-    expected = (ValueError, RuntimeError, OSError)
+    expected = (ValueError, RuntimeError, OSError, MissingExtraError)
     if isinstance(error, ConfigError):
         return error.renamed(flag_of)
     if isinstance(error, OSError) and error.strerror:

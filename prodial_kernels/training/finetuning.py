@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from prodial_kernels._extras import require_cli
 from prodial_kernels.checkpoint import save_adapter
 from prodial_kernels.files.atomic import atomic_file, atomic_text
 from prodial_kernels.files.json_values import finite_or_none
@@ -80,6 +81,7 @@ def finetune(
         What came out; prints as a table.
 
     Raises:
+        MissingExtraError: transformers, tqdm or matplotlib is not installed.
         ConfigError: An option that cannot be used.
         DataError: The data cannot be used.
         ModelError: The model or the device cannot be used.
@@ -97,6 +99,7 @@ def finetune(
         Interrupted: Ctrl-C, SIGTERM or the like; the state is saved.
         OSError: The disk is full, or a file cannot be written; the last saved state is kept.
     """
+    require_cli("finetune()")
     started = time.perf_counter()
     with StopSignals() as signals:
         config = config.resolved()

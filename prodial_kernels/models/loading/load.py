@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prodial_kernels._extras import require_cli
 from prodial_kernels.models.loading.completeness import (
     check_dense,
     check_merged,
@@ -79,8 +80,10 @@ def load_model(
             that the model is never dense as a whole.
 
     Raises:
+        MissingExtraError: transformers is not installed.
         ModelError: There is no such model, or it cannot be read; the message says what to do.
     """
+    require_cli("loading a model", ("transformers",))
     from transformers import AutoConfig, AutoTokenizer
 
     model: Any
