@@ -1,4 +1,8 @@
-"""``ProdialConfig``: what to adapt and how, its JSON form, and the paper's named presets."""
+"""``ProdialConfig``: what to adapt and how, its JSON form, and the paper's named presets.
+
+The options of an adapter, their defaults and their checks are written here once: the layer, the
+command line and PEFT's configuration take them from :class:`AdapterOptions`. Loads no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -9,62 +13,48 @@ from functools import lru_cache
 from re import Pattern
 from typing import Any
 
-from prodial_kernels._validation import (
+from prodial_kernels._checks import (
+    DIAGONALS,
     IMPLS,
     check_choice,
     check_dropout,
     check_finite,
     check_flag,
     check_integer,
+    divisors,
 )
 from prodial_kernels.module_patterns import compile_pattern, is_plain_name, matches_name
-from prodial_kernels.ops.diagonal import DIAGONALS
 
 
 @dataclass(frozen=True)
-class ProdialConfig:
-    """Which linear layers get a ProDiaL adapter, and its hyperparameters.
+class AdapterOptions:
+    """The adapter of one layer, but for its blocks, whose number depends on the layer's width.
 
     Attributes:
         r: Rank of the LoRA part (the paper's r_ε); 0 switches it off.
-        lora_alpha: α = lora_alpha / r. With the default, lora_alpha = r and α = 1 (Eq. 7).
-        lora_dropout: Dropout probability on the LoRA input, in [0, 1).
-        target_modules: As in PEFT: a list of names, each matching a module whose dotted path ends
-            with it, or one regular expression that must match whole dotted paths. A string that
-            is one plain name, such as ``"in_proj"``, is that name.
-        n_blocks: Number of diagonal blocks (the paper's r_b), one number or a number per target
-            name; must divide ``in_features``. Default: a pure diagonal (1×1 blocks).
-        block_size: Side P of a block instead of their number, one number or one per target name.
+        lora_alpha: LoRA's numerator: α = lora_alpha / r. Default: r, so that α = 1 (Eq. 7).
+        lora_dropout: Dropout probability on the LoRA input in training mode, in [0, 1).
         diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
         train_scale: Whether to have the output scale s.
         train_diagonal: Whether to have the block-diagonal factor.
-        modules_to_save: Names of other modules or parameters that stay trainable, such as a
-            classifier head or ``"A_log"``; each matches the end of a dotted path. What has 16 bits
-            is trained through fp32 masters; parameters that you thaw yourself are not.
-        allow_partial: Whether a target may match in only some of a model's layers.
         impl: As in :func:`prodial_kernels.prodial_linear`.
 
     Raises:
-        ValueError: A value out of range, a choice that does not exist, or a regular expression
-            that may take for ever.
+        ValueError: A value out of range or not finite, or a choice that does not exist.
         TypeError: A value of the wrong kind, as a hand-written JSON file may hold.
     """
 
     r: int = 16
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = ("in_proj", "out_proj")
-    n_blocks: int | Mapping[str, int] | None = None
-    block_size: int | Mapping[str, int] | None = None
     diagonal: str = "relu"
     train_scale: bool = True
     train_diagonal: bool = True
-    modules_to_save: tuple[str, ...] = ()
-    allow_partial: bool = False
     impl: str = "auto"
 
     def __post_init__(self) -> None:
-        self._check_kinds()
+        check_integer("r", self.r, least=0, hint=" (0 switches the LoRA part off)")
+        check_finite("r", self.r)
         alpha = float(self.r) if self.lora_alpha is None else self.lora_alpha
         check_finite("lora_alpha", alpha)
         # Not a number of NumPy's, which JSON cannot hold.
@@ -72,12 +62,47 @@ class ProdialConfig:
         check_dropout(self.lora_dropout)
         check_choice("diagonal", self.diagonal, DIAGONALS)
         check_choice("impl", self.impl, IMPLS)
-        if self.n_blocks is not None and self.block_size is not None:
-            raise ValueError("give n_blocks or block_size, not both")
+        check_flag("train_scale", self.train_scale)
+        check_flag("train_diagonal", self.train_diagonal)
         if self.r == 0 and not self.train_scale and not self.train_diagonal:
             raise ValueError(
                 "nothing would be trained: set r > 0, train_scale=True or train_diagonal=True"
             )
+
+
+@dataclass(frozen=True)
+class ProdialConfig(AdapterOptions):
+    """Which linear layers get a ProDiaL adapter, and its hyperparameters.
+
+    Attributes:
+        r: As in :class:`AdapterOptions`, like ``lora_alpha``, ``lora_dropout``, ``diagonal``,
+            ``train_scale``, ``train_diagonal`` and ``impl``.
+        target_modules: As in PEFT: a list of names, each matching a module whose dotted path ends
+            with it, or one regular expression that must match whole dotted paths. A string that
+            is one plain name, such as ``"in_proj"``, is that name.
+        n_blocks: Number of diagonal blocks (the paper's r_b), one number or a number per target
+            name; must divide ``in_features``. Default: a pure diagonal (1×1 blocks).
+        block_size: Side P of a block instead of their number, one number or one per target name.
+        modules_to_save: Names of other modules or parameters that stay trainable, such as a
+            classifier head or ``"A_log"``; each matches the end of a dotted path. What has 16 bits
+            is trained through fp32 masters; parameters that you thaw yourself are not.
+        allow_partial: Whether a target may match in only some of a model's layers.
+
+    Raises:
+        ValueError: A value out of range, a choice that does not exist, or a regular expression
+            that may take for ever.
+        TypeError: A value of the wrong kind, as a hand-written JSON file may hold.
+    """
+
+    target_modules: str | tuple[str, ...] = ("in_proj", "out_proj")
+    n_blocks: int | Mapping[str, int] | None = None
+    block_size: int | Mapping[str, int] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    allow_partial: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("allow_partial", self.allow_partial)
         self._freeze_names("target_modules", allow_pattern=True)
         self._freeze_names("modules_to_save", allow_pattern=False)
         if isinstance(self.target_modules, str):
@@ -87,34 +112,10 @@ class ProdialConfig:
                 _compiled(self.target_modules)
         elif not self.target_modules:
             raise ValueError("target_modules must name at least one module, got none")
-        for option in ("n_blocks", "block_size"):
-            value = getattr(self, option)
-            if isinstance(value, Mapping):
-                object.__setattr__(self, option, dict(value))
-                unknown = sorted(set(value) - set(self.target_modules))
-                if isinstance(self.target_modules, str) or unknown:
-                    raise ValueError(
-                        f"{option} given per target must use names from target_modules="
-                        f"{self.target_modules!r}, got {sorted(value)}"
-                    )
-
-    def _check_kinds(self) -> None:
-        check_integer("r", self.r, least=0, hint=" (0 switches the LoRA part off)")
-        check_finite("r", self.r)
-        for name in ("train_scale", "train_diagonal", "allow_partial"):
-            check_flag(name, getattr(self, name))
-        for name in ("n_blocks", "block_size"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
-                raise TypeError(f"{name} given per target must have names as keys, got {value!r}")
-            for count in value.values() if isinstance(value, Mapping) else [value]:
-                if not isinstance(count, int) or isinstance(count, bool):
-                    raise TypeError(
-                        f"{name} must be an integer, or an integer per target, got {count!r}"
-                    )
-                check_integer(name, count, least=1)
+        self._freeze_blocks("n_blocks")
+        self._freeze_blocks("block_size")
+        if self.n_blocks is not None and self.block_size is not None:
+            raise ValueError("give n_blocks or block_size, not both")
 
     def _freeze_names(self, option: str, *, allow_pattern: bool) -> None:
         value = getattr(self, option)
@@ -125,6 +126,33 @@ class ProdialConfig:
             kinds = "a list of names or a regular expression" if allow_pattern else "a list"
             raise TypeError(f"{option} must be {kinds}, got {value!r}")
         object.__setattr__(self, option, tuple(value))
+
+    def _freeze_blocks(self, option: str) -> None:
+        value = getattr(self, option)
+        if value is None:
+            return
+        if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+            raise TypeError(f"{option} given per target must have names as keys, got {value!r}")
+        for count in value.values() if isinstance(value, Mapping) else [value]:
+            if not isinstance(count, int) or isinstance(count, bool):
+                raise TypeError(
+                    f"{option} must be an integer, or an integer per target, got {count!r}"
+                )
+            check_integer(option, count, least=1)
+        if not isinstance(value, Mapping):
+            return
+        object.__setattr__(self, option, dict(value))
+        unknown = sorted(set(value) - set(self.target_modules))
+        if isinstance(self.target_modules, str) or unknown:
+            raise ValueError(
+                f"{option} given per target must use names from target_modules="
+                f"{self.target_modules!r}, got {sorted(value)}"
+            )
+
+    def layer_options(self, target: str) -> dict[str, Any]:
+        """Return what :class:`prodial_kernels.ProdialLinear` takes for a layer of one target."""
+        shared = {field.name: getattr(self, field.name) for field in fields(AdapterOptions)}
+        return {**shared, **self.blocks_of(target)}
 
     def target_of(self, module_name: str) -> str | None:
         """Return the target that matches a module's dotted path, or None."""
@@ -185,6 +213,31 @@ class ProdialConfig:
         if unknown:
             raise ValueError(f"unknown configuration keys {unknown}; known are {known}")
         return cls(**values)
+
+
+def resolve_block_size(in_features: int, n_blocks: int | None, block_size: int | None) -> int:
+    """Return the side P of a diagonal block; 1 when neither argument is given.
+
+    Raises:
+        TypeError: The one given is no integer.
+        ValueError: Both are given, or the one given does not divide ``in_features``.
+    """
+    if n_blocks is not None and block_size is not None:
+        raise ValueError(
+            f"give n_blocks or block_size, not both (got n_blocks={n_blocks}, "
+            f"block_size={block_size})"
+        )
+    name, value = ("n_blocks", n_blocks) if n_blocks is not None else ("block_size", block_size)
+    if value is None:
+        return 1
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1 or in_features % value:
+        raise ValueError(
+            f"{name}={value} must divide in_features={in_features}; "
+            f"its divisors are {divisors(in_features)}"
+        )
+    return in_features // value if name == "n_blocks" else value
 
 
 @lru_cache

@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prodial_kernels._validation import (
-    check_choice,
-    check_dropout,
-    check_finite,
-    check_frozen,
-    check_operands,
-    check_triton,
-)
+from prodial_kernels._checks import DIAGONALS, check_choice, check_dropout, check_finite
+from prodial_kernels._validation import check_frozen, check_operands, check_triton
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
-from prodial_kernels.ops.diagonal import DIAGONALS
 from prodial_kernels.ops.implementation import resolve_impl
 from prodial_kernels.ops.layout import direct_length, unit_stride_rows
 from prodial_kernels.ops.portable import TorchProdialLinear

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from prodial_kernels.config import AdapterOptions, ProdialConfig, resolve_block_size
 from prodial_kernels.functional import adapted_linear, lay_out
-from prodial_kernels.linear_options import check_adapter, check_base_layer, resolve_block_size
 from prodial_kernels.merged_weight import Marks, marks_of, merge_again
 from prodial_kernels.ops.implementation import described_impl
 from prodial_kernels.ops.reference import effective_weight
@@ -26,6 +27,7 @@ from prodial_kernels.scale_versions import KEPT_AS, NEWEST, refuse_newer, scale_
 from prodial_kernels.tuners import check_still_trained
 
 ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
+_ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ProdialLinear(nn.Module):
@@ -54,35 +56,25 @@ class ProdialLinear(nn.Module):
         self,
         base_layer: nn.Linear | QuantizedLinear,
         *,
-        r: int = 16,
         n_blocks: int | None = None,
         block_size: int | None = None,
-        lora_alpha: float | None = None,
-        lora_dropout: float = 0.0,
-        diagonal: str = "relu",
-        train_scale: bool = True,
-        train_diagonal: bool = True,
         adapter_dtype: torch.dtype = torch.float32,
-        impl: str = "auto",
+        **options: Any,
     ) -> None:
         """Wrap ``base_layer`` and freeze it. See :meth:`from_linear` for the arguments."""
         super().__init__()
-        check_base_layer(base_layer)
-        lora_alpha = r if lora_alpha is None else lora_alpha
-        check_adapter(
-            r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, diagonal=diagonal,
-            train_scale=train_scale, train_diagonal=train_diagonal, adapter_dtype=adapter_dtype,
-            impl=impl,
-        )  # fmt: skip
+        _check_base_layer(base_layer)
+        _check_adapter_dtype(adapter_dtype)
+        adapter = AdapterOptions(**options)
         self.in_features = base_layer.in_features
         self.out_features = base_layer.out_features
-        self.r = r
         self.block_size = resolve_block_size(self.in_features, n_blocks, block_size)
-        self.lora_alpha = float(lora_alpha)
-        self.lora_dropout = float(lora_dropout)
-        self.diagonal = diagonal
+        r = self.r = adapter.r
+        self.lora_alpha = float(r if adapter.lora_alpha is None else adapter.lora_alpha)
+        self.lora_dropout = float(adapter.lora_dropout)
+        self.diagonal = adapter.diagonal
         self.adapter_dtype = adapter_dtype
-        self.impl = impl
+        self.impl = adapter.impl
         self.adapter_enabled = True
         self.base_layer = base_layer.requires_grad_(False)
 
@@ -92,8 +84,10 @@ class ProdialLinear(nn.Module):
             )
 
         size, width = self.block_size, self.in_features
-        self.prodial_blocks = parameter(width // size, size, size) if train_diagonal else None
-        self.prodial_scale = parameter(self.out_features) if train_scale else None
+        self.prodial_blocks = (
+            parameter(width // size, size, size) if adapter.train_diagonal else None
+        )
+        self.prodial_scale = parameter(self.out_features) if adapter.train_scale else None
         self.prodial_a = parameter(r, width) if r else None
         self.prodial_b = parameter(self.out_features, r) if r else None
         self.register_buffer("_merged_weight", None, persistent=False)
@@ -106,31 +100,31 @@ class ProdialLinear(nn.Module):
         cls,
         linear: nn.Linear | QuantizedLinear,
         *,
-        r: int = 16,
+        r: int = AdapterOptions.r,
         n_blocks: int | None = None,
         block_size: int | None = None,
         lora_alpha: float | None = None,
-        lora_dropout: float = 0.0,
-        diagonal: str = "relu",
-        train_scale: bool = True,
-        train_diagonal: bool = True,
+        lora_dropout: float = AdapterOptions.lora_dropout,
+        diagonal: str = AdapterOptions.diagonal,
+        train_scale: bool = AdapterOptions.train_scale,
+        train_diagonal: bool = AdapterOptions.train_diagonal,
         adapter_dtype: torch.dtype = torch.float32,
-        impl: str = "auto",
+        impl: str = AdapterOptions.impl,
     ) -> ProdialLinear:
         """Wrap a linear layer. The layer itself is kept, frozen, as ``base_layer``.
 
         Args:
             linear: The pretrained layer, dense or quantised.
-            r: Rank of the LoRA part; 0 switches it off.
+            r: As in :class:`~prodial_kernels.config.AdapterOptions`, like the others below.
             n_blocks: Number of diagonal blocks (the paper's r_b); must divide ``in_features``.
             block_size: Side P of a block; give this or ``n_blocks``. Default: 1, a pure diagonal.
-            lora_alpha: LoRA's numerator: α = lora_alpha / r. Default: r, so that α = 1 (Eq. 7).
-            lora_dropout: Dropout on the LoRA input only, active in training mode.
-            diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
-            train_scale: Whether to have the output scale s.
-            train_diagonal: Whether to have the block-diagonal factor.
+            lora_alpha: See ``r``.
+            lora_dropout: See ``r``.
+            diagonal: See ``r``.
+            train_scale: See ``r``.
+            train_diagonal: See ``r``.
             adapter_dtype: Dtype of the trained tensors, and the narrowest they are ever cast to.
-            impl: As in :func:`prodial_kernels.prodial_linear`.
+            impl: See ``r``.
 
         Raises:
             TypeError: ``linear`` is neither an ``nn.Linear`` with a weight nor a
@@ -143,6 +137,27 @@ class ProdialLinear(nn.Module):
             lora_dropout=lora_dropout, diagonal=diagonal, train_scale=train_scale,
             train_diagonal=train_diagonal, adapter_dtype=adapter_dtype, impl=impl,
         )  # fmt: skip
+
+    @classmethod
+    def from_config(
+        cls, linear: nn.Linear | QuantizedLinear, config: ProdialConfig, target: str
+    ) -> ProdialLinear:
+        """Wrap a linear layer as a configuration says, in the layer's train or eval mode.
+
+        The trained tensors are fp32, and fp64 where the layer's weight is.
+
+        Args:
+            linear: The pretrained layer, dense or quantised.
+            config: The adapter.
+            target: The one of ``config.target_modules`` that the layer matches.
+
+        Raises:
+            TypeError: As for :meth:`from_linear`.
+            ValueError: As for :meth:`from_linear`.
+        """
+        wide = torch.promote_types(torch.float32, weight_like(linear).dtype)
+        layer = cls(linear, adapter_dtype=wide, **config.layer_options(target))
+        return layer.train(linear.training)
 
     @property
     def lora_scaling(self) -> float:
@@ -405,3 +420,29 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enable_adapter(enabled)
+
+
+def _check_base_layer(layer: object) -> None:
+    """Raise TypeError unless ``layer`` is a linear layer, ValueError unless it has a size."""
+    if not isinstance(layer, nn.Linear | QuantizedLinear):
+        raise TypeError(
+            f"base_layer must be an nn.Linear, got {type(layer).__name__}; a quantised "
+            "layer comes from prodial_kernels.quantization"
+        )
+    if isinstance(layer, nn.Linear) and is_lazy(layer.weight):
+        raise TypeError(
+            f"base_layer must have its weight already, got a {type(layer).__name__} that has no "
+            "shape yet; run the model once before it is adapted"
+        )
+    if layer.in_features < 1 or layer.out_features < 1:
+        raise ValueError(
+            "base_layer must have at least one feature in and out, got in_features="
+            f"{layer.in_features}, out_features={layer.out_features}"
+        )
+
+
+def _check_adapter_dtype(dtype: torch.dtype) -> None:
+    """Raise TypeError for a dtype that an optimiser cannot train in."""
+    if dtype not in _ADAPTER_DTYPES:
+        names = ", ".join(str(known) for known in _ADAPTER_DTYPES)
+        raise TypeError(f"adapter_dtype must be a dtype to train in ({names}), got {dtype}")

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.fingerprint import Values
-from prodial_kernels.config import ProdialConfig
+from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.linear import ADAPTER_PARAMETERS, adapted_layers
-from prodial_kernels.linear_options import resolve_block_size
 from prodial_kernels.models.adapt.names import adapter_parameters, base_state, plain_path
 from prodial_kernels.models.adapt.targets import Target, find_saved
 from prodial_kernels.quantization import QuantizedLinear

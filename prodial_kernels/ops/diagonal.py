@@ -11,8 +11,6 @@ from torch import Tensor
 
 from prodial_kernels.ops.products import wide_product
 
-DIAGONALS = ("relu", "free")
-
 
 def deviation(blocks: Tensor, diagonal: str) -> Tensor:
     """Return E = D_b − I for the trained blocks D_a.

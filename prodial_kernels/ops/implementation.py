@@ -9,12 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prodial_kernels._validation import (
-    IMPLS,
-    TRITON_DTYPES,
-    check_choice,
-    device_capability,
-)
+from prodial_kernels._checks import IMPLS, check_choice
+from prodial_kernels._validation import TRITON_DTYPES, device_capability
 from prodial_kernels.kernels.choices.tile_sizes import COMPILED_FOR
 from prodial_kernels.ops.self_check import difference
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-from prodial_kernels.config import ProdialConfig
+from prodial_kernels.config import AdapterOptions, ProdialConfig
 from prodial_kernels.module_patterns import compile_pattern
 from prodial_kernels.peft.register import PEFT_TYPE
 
-DEFAULT_TARGETS = ("in_proj", "out_proj")
+DEFAULT_TARGETS = ProdialConfig.target_modules
 
 
 @dataclass
@@ -26,16 +26,13 @@ class ProdialPeftConfig(PeftConfig):
         target_modules: As in PEFT: names that the dotted paths of linear layers end with, or one
             regular expression that matches whole paths. Default: ``in_proj`` and ``out_proj``.
         exclude_modules: Names or a regular expression of targets to leave out.
-        r: Rank of the LoRA part; 0 switches it off.
+        r: As in :class:`~prodial_kernels.config.AdapterOptions`, like ``lora_dropout``,
+            ``diagonal``, ``train_scale``, ``train_diagonal`` and ``impl``.
         lora_alpha: α = lora_alpha / r. Default: the rank of each layer, so that α = 1.
-        lora_dropout: Dropout probability on the LoRA input, in [0, 1).
         n_blocks: Number of diagonal blocks, one for all or a mapping from names of targets to
             numbers; must divide ``in_features``. Default: a pure diagonal (1×1 blocks). Names are
             matched as those of ``rank_pattern``; a target without one gets a pure diagonal.
         block_size: Side P of a block instead of their number.
-        diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
-        train_scale: Whether to have the output scale s.
-        train_diagonal: Whether to have the block-diagonal factor.
         modules_to_save: Names of other modules that are trained as a whole and saved.
         layers_to_transform: Numbers of the layers to adapt; default: all.
         layers_pattern: Name of the list of layers that these numbers count.
@@ -43,7 +40,6 @@ class ProdialPeftConfig(PeftConfig):
         alpha_pattern: Likewise for ``lora_alpha``.
         lora: PEFT's LoRA for other layers (attention, MLP), trained, saved, merged and loaded with
             this adapter as one. Needs PEFT 0.21 or newer.
-        impl: As in :func:`prodial_kernels.prodial_linear`.
 
     Raises:
         ValueError: A value out of range, a choice that does not exist, or options of ``lora``
@@ -53,21 +49,21 @@ class ProdialPeftConfig(PeftConfig):
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    r: int = 16
+    r: int = AdapterOptions.r
     lora_alpha: float | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: float = AdapterOptions.lora_dropout
     n_blocks: int | dict[str, int] | None = None
     block_size: int | dict[str, int] | None = None
-    diagonal: str = "relu"
-    train_scale: bool = True
-    train_diagonal: bool = True
+    diagonal: str = AdapterOptions.diagonal
+    train_scale: bool = AdapterOptions.train_scale
+    train_diagonal: bool = AdapterOptions.train_diagonal
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
     lora: LoraConfig | dict[str, Any] | None = None
-    impl: str = "auto"
+    impl: str = AdapterOptions.impl
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,11 +171,9 @@ class ProdialPeftConfig(PeftConfig):
         n_blocks: int | None,
         block_size: int | None,
     ) -> ProdialConfig:
-        return ProdialConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=self.lora_dropout, target_modules=(path,),
-            n_blocks=n_blocks, block_size=block_size, diagonal=self.diagonal,
-            train_scale=self.train_scale, train_diagonal=self.train_diagonal, impl=self.impl,
-        )  # fmt: skip
+        values = {field.name: getattr(self, field.name) for field in fields(AdapterOptions)}
+        values |= {"r": rank, "lora_alpha": alpha, "n_blocks": n_blocks, "block_size": block_size}
+        return ProdialConfig(**values, target_modules=(path,))
 
 
 def _check_lora(lora: LoraConfig) -> None:

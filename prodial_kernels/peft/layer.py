@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear, weight_like
 from prodial_kernels.merged_weight import merge_again
-from prodial_kernels.models.adapt.layers import adapted_layer
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.quantization import QuantizedLinear
 
@@ -117,7 +116,8 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         """
         if adapter_name in self._prodial_options:
             raise ValueError(f"this layer already has an adapter called {adapter_name!r}")
-        made = adapted_layer(self.base_layer, config, next(iter(config.target_modules)))
+        target = next(iter(config.target_modules))
+        made = ProdialLinear.from_config(self.base_layer, config, target)
         for name, parameter in made.adapter_parameters():
             self.factors(PARTS[name])[adapter_name] = Factor(parameter)
         self._prodial_options[adapter_name] = {

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from prodial_kernels.config import ProdialConfig
+from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.linear import ProdialLinear
-from prodial_kernels.linear_options import resolve_block_size
 from prodial_kernels.models.adapt.families import check_mixers
 from prodial_kernels.models.adapt.targets import (
     Target,

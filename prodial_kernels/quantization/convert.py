@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels._validation import check_choice
+from prodial_kernels._checks import check_choice
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.int8 import Int8Linear
 from prodial_kernels.quantization.layer import QuantizedLinear

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels._validation import check_choice
+from prodial_kernels._checks import check_choice
 from prodial_kernels.module_tree import module_paths, place
 from prodial_kernels.quantization.convert import (
     FORMATS,

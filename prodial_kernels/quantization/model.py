@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from prodial_kernels._validation import check_choice
+from prodial_kernels._checks import check_choice
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import module_paths, replace_each
 from prodial_kernels.quantization.convert import (

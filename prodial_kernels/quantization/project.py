@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from prodial_kernels._validation import check_finite, check_frozen, check_operands, check_triton
+from prodial_kernels._checks import check_finite
+from prodial_kernels._validation import check_frozen, check_operands, check_triton
 from prodial_kernels.functional import adapted_linear, contiguous, draw_seed, lay_out
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.ops.function import explicit_linear

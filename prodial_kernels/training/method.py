@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear_options import resolve_block_size
+from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.inject import apply_prodial
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.targets import find_targets

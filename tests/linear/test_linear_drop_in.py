@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from prodial_kernels import ProdialLinear
+from prodial_kernels.config import resolve_block_size
 from prodial_kernels.linear import ADAPTER_PARAMETERS
-from prodial_kernels.linear_options import resolve_block_size
 from support.trained_layers import plain, trained
 
 SHAPES = ((42, 29), (29, 42), (6, 1), (1, 6))

@@ -21,10 +21,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Each part may import itself and the parts before it. A new part goes where it belongs.
 ORDER = (
-    "_version", "_extras", "_suggestions", "files", "_validation", "module_patterns",
-    "module_tree", "upstream", "kernels", "ops", "config", "functional", "testing",
-    "quantization", "linear_options", "merged_weight", "scale_versions", "tuners", "linear",
-    "embedded", "models", "checkpoint", "peft", "training", "captured", "cli", "__main__",
+    "_version", "_extras", "_suggestions", "files", "_checks", "_validation", "module_patterns",
+    "module_tree", "config", "upstream", "kernels", "ops", "functional", "testing",
+    "quantization", "merged_weight", "scale_versions", "tuners", "linear", "embedded", "models",
+    "checkpoint", "peft", "training", "captured", "cli", "__main__",
 )  # fmt: skip
 
 

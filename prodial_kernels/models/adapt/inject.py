@@ -10,11 +10,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from prodial_kernels._validation import check_choice
+from prodial_kernels._checks import check_choice
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ProdialLinear, adapted_layers, weight_like
 from prodial_kernels.models.adapt.families import adapt_mixers, check_mixers
-from prodial_kernels.models.adapt.layers import adapted_layer
 from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
@@ -113,7 +112,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
     named = list(model.named_parameters(remove_duplicate=False))
     state = _State(config, {name: parameter.requires_grad for name, parameter in named})
     try:
-        layers = [adapted_layer(t.linear, config, t.name) for t in targets]
+        layers = [ProdialLinear.from_config(t.linear, config, t.name) for t in targets]
         model.requires_grad_(False)
         trained = [parameter for match in saved for parameter in match.parameters()]
         for parameter in trained:

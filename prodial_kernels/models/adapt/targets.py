@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear_options import resolve_block_size
+from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.aliases import second_name
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import module_paths

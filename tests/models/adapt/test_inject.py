@@ -248,15 +248,15 @@ def test_a_failure_while_building_leaves_the_model_untouched(
     model = Toy()
     before = snapshot(model)
     built: list[ProdialLinear] = []
-    original = ProdialLinear.from_linear
+    original = ProdialLinear.from_config
 
-    def fail_late(linear: nn.Linear, **options: object) -> ProdialLinear:
+    def fail_late(linear: nn.Linear, config: ProdialConfig, target: str) -> ProdialLinear:
         if len(built) == 3:
             raise MemoryError("no memory for the fourth layer")
-        built.append(original(linear, **options))
+        built.append(original(linear, config, target))
         return built[-1]
 
-    monkeypatch.setattr(ProdialLinear, "from_linear", fail_late)
+    monkeypatch.setattr(ProdialLinear, "from_config", fail_late)
     with pytest.raises(MemoryError, match="fourth"):
         apply_prodial(model, CONFIG)
     assert snapshot(model) == before
