@@ -36,7 +36,7 @@ from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.memory.run_plan import block_levels
 from prodial_kernels.training.method import prepare_method
 from prodial_kernels.training.run.loop import LoopOptions, learning_rate
-from prodial_kernels.training.step.choose import make_step
+from prodial_kernels.training.step.choose import decide, facts_of, make_step
 
 # A saving may deviate so many times as much as another order of the same sums does.
 NOISE_FACTOR = 2.0
@@ -154,10 +154,12 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     if variant.norms:
         fuse_norms(model)
     levels = block_levels(model, config.chosen_activations)
-    checkpoints = levels is not None and apply_levels(model, levels).checkpoints
+    if levels is not None:
+        apply_levels(model, levels)
     model.train()
     batches = PackedBatches(tokens, seq_len=LENGTH, batch_size=BATCH // variant.parts)
-    step = make_step(model, optimizer, config, device=torch.device(device), checkpoints=checkpoints)
+    choice = decide(config, facts_of(model), torch.device(device))
+    step = make_step(model, optimizer, config, choice, device=torch.device(device))
     options = LoopOptions(steps=steps, lr=LR, warmup=config.warmup)
     losses = []
     for number in range(steps):

@@ -27,8 +27,8 @@ from benchmarks.projector.measure import release
 from benchmarks.training.jobs import LEAST, MODELS, Job
 from benchmarks.training.random_weights import random_quantized
 from prodial_kernels import quantize_model
-from prodial_kernels.models.layers.levels import KEEP
-from prodial_kernels.models.layers.savings import apply_savings
+from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP
+from prodial_kernels.models.layers.recompute import prepare_blocks
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.memory.allocator import grow_segments
@@ -36,7 +36,7 @@ from prodial_kernels.training.memory.device import limited
 from prodial_kernels.training.memory.plan import MemoryPlanError
 from prodial_kernels.training.memory.run_plan import RunPlan, block_levels, plan_run
 from prodial_kernels.training.method import prepare_method
-from prodial_kernels.training.step.choose import make_step
+from prodial_kernels.training.step.choose import decide, facts_of, make_step
 from prodial_kernels.training.step.graphed import WARM_UP, GraphedStep
 
 LR = 1e-5
@@ -84,12 +84,12 @@ def plan_of(
             return config, None
         if least:
             config = replace(config, memory_budget=least_budget(config, place, dtype))
-        return config, plan_run(config, place, dtype)
+        return config, plan_run(config, place, dtype)[1]
 
 
 def least_budget(config: FinetuneConfig, place: torch.device, dtype: torch.dtype) -> str | None:
     """The smallest budget that a run's plan accepts, in steps of 0.1 GB; None without a plan."""
-    run = plan_run(replace(config, activations="checkpoint"), place, dtype)
+    _, run = plan_run(replace(config, activations="checkpoint"), place, dtype)
     if run is None:
         return None
     tenths = math.ceil((run.plan.total + run.plan.reserve) / 1e8)
@@ -121,11 +121,11 @@ class Training:
         layers = MODELS[job.model].layers
         levels = block_levels(self.model, config.chosen_activations, plan)
         self.levels = levels or (KEEP,) * layers
-        applied = apply_savings(self.model, self.levels, device=place)
+        prepare_blocks(self.model, self.levels, device=place)
+        choice = decide(config, facts_of(self.model), place, checkpoints=CHECKPOINT in self.levels)
         self._step = make_step(
-            self.model, method.optimizer, config, device=place, checkpoints=applied.checkpoints,
-            say=self._said.append,
-        )  # fmt: skip
+            self.model, method.optimizer, config, choice, device=place, say=self._said.append
+        )
         vocabulary = MODELS[job.model].vocabulary
         tokens = torch.randint(0, vocabulary, (job.batch * job.length * 4,), dtype=torch.int32)
         self._batches = PackedBatches(tokens, seq_len=job.length, batch_size=job.batch)

@@ -43,7 +43,7 @@ from prodial_kernels.training.run.directory import (
 from prodial_kernels.training.run.loop import NonFiniteLossError, StepRecord, train
 from prodial_kernels.training.run.metrics import MetricsLog, read_metrics
 from prodial_kernels.training.run.plot import plot_loss
-from prodial_kernels.training.run.preflight import check_fit, check_options
+from prodial_kernels.training.run.preflight import check_options
 from prodial_kernels.training.run.preparation import Run, prepare
 from prodial_kernels.training.run.progress import Progress
 from prodial_kernels.training.run.result_file import read_result
@@ -129,12 +129,11 @@ def finetune(
                     with suppress(FileNotFoundError):
                         own_files(path)
             display.say(f"loading model {config.model!r} and data {config.data!r}")
-            plan = plan_run(config, device, dtype)
+            choice, plan = plan_run(config, device, dtype)
             if config.quantize == "auto":
                 config = replace(config, quantize=None if plan is None else plan.plan.quantize)
-            check_fit(config, dtype)
             with limited(device, None if plan is None else plan.allowed):
-                run = prepare(config, folder, saved, plan, display)
+                run = prepare(config, folder, saved, choice, plan, display)
                 position = _train(run, folder, saved, signals, display)
                 return _finish(run, folder, position, started, display)
 
@@ -194,8 +193,8 @@ def _train(
     position = Position() if saved is None else _restore(run, folder, display)
     step = GuardedStep(
         make_step(
-            run.loaded.model, run.method.optimizer, run.config, device=run.device,
-            autocast_dtype=run.autocast_dtype, checkpoints=run.levels.checkpoints, say=display.say,
+            run.loaded.model, run.method.optimizer, run.config, run.choice, device=run.device,
+            autocast_dtype=run.autocast_dtype, say=display.say,
         ),
         run.method.optimizer,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from prodial_kernels.models.adapt.report import AdapterReport
 from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
 from prodial_kernels.ops.diagonal import deviation
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.method import check_rank, matched_lora_rank
+from prodial_kernels.training.method import adapter_for
 from prodial_kernels.training.results import two_columns
 
 
@@ -157,13 +157,10 @@ def inspect_model(name: str, options: Mapping[str, Any]) -> ModelInspection:
         ModelError: The model cannot be loaded.
         ValueError: The adapter does not fit the model.
     """
-    config = FinetuneConfig.from_dict(options)
+    config = FinetuneConfig.from_dict(options).resolved()
     device = resolve_device("cpu")
     model = load_model(name, device=device, dtype=resolve_dtype("float32", device)).model
-    rank = matched_lora_rank(model, config.reference_adapter()) if config.method == "lora" else None
-    adapter = config.adapter(r=rank)
-    if config.r is not None:
-        check_rank(model, adapter)
+    adapter = adapter_for(model, config)
     return ModelInspection(name, adapter.to_dict(), apply_prodial(model, adapter))
 
 

@@ -11,6 +11,7 @@ from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.inject import apply_prodial
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.targets import find_targets
+from prodial_kernels.models.loading.load import empty_model
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.step.optimizers import make_optimizer
@@ -44,19 +45,61 @@ def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
         ValueError: The adapter does not fit the model, or all of it is to be trained and some is
             quantised.
     """
-    adapter = None
     if config.method == "full":
         _check_dense(model)
         # Sixteen-bit weights would swallow an optimiser's small steps.
-        model.float().requires_grad_(True)
-    else:
-        rank = matched_lora_rank(model, config.reference_adapter()) if config.r is None else None
-        adapter = config.adapter(r=rank)
-        apply_prodial(model, adapter)
+        model.float()
+    adapter = make_trainable(model, config)
     groups = adapter_parameter_groups(model, weight_decay=config.weight_decay or 0.0)
     device = next(model.parameters()).device
     optimizer = make_optimizer(config.optimizer, groups, lr=config.lr or 0.0, device=device)
     return PreparedMethod(adapter, optimizer, adapter_report(model))
+
+
+def trained_on_meta(config: FinetuneConfig, dtype: torch.dtype) -> nn.Module:
+    """Build a run's model as it will be trained, on the ``meta`` device: shapes, no weights.
+
+    Args:
+        config: A resolved configuration.
+        dtype: Of the frozen weights.
+
+    Raises:
+        ModelError: There is no such model, or its configuration cannot be read.
+        ValueError: The adapter does not fit the model.
+    """
+    model = empty_model(config.model, dtype=torch.float32 if config.method == "full" else dtype)
+    make_trainable(model, config)
+    return model
+
+
+def make_trainable(model: nn.Module, config: FinetuneConfig) -> ProdialConfig | None:
+    """Freeze and adapt the model's parameters, or free all of them, in place.
+
+    Returns:
+        The adapter's configuration; None for full fine-tuning.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
+    """
+    if config.method == "full":
+        model.requires_grad_(True)
+        return None
+    adapter = adapter_for(model, config)
+    apply_prodial(model, adapter)
+    return adapter
+
+
+def adapter_for(model: nn.Module, config: FinetuneConfig) -> ProdialConfig:
+    """Return the adapter that a configuration means for a model, its rank matched or checked.
+
+    Raises:
+        ValueError: The adapter does not fit the model, or its rank is more than any layer can use.
+    """
+    if config.r is None:
+        return config.adapter(r=matched_lora_rank(model, config.reference_adapter()))
+    adapter = config.adapter()
+    check_rank(model, adapter)
+    return adapter
 
 
 def check_rank(model: nn.Module, adapter: ProdialConfig) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from prodial_kernels.training.data.batches import IGNORED
-from prodial_kernels.training.step import loss as loss_module
 from prodial_kernels.training.step.loss import ChunkedLoss
 
 
@@ -53,13 +50,13 @@ def run(loss: Any, model: HeadOnly, labels: Tensor, weight: Any = 0.01) -> dict[
 
 
 class Static(ChunkedLoss):
-    """Computes every position, as it does for labels on a device."""
+    """Computes every position, as in a CUDA graph."""
 
-    def __call__(self, input_ids: Tensor, labels: Tensor, weight: Any = 1.0, **inputs: Any) -> Any:
-        targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss_module, "_targets", lambda labels, device: (targets, None))
-            return super().__call__(input_ids, labels, weight, **inputs)
+    def __call__(
+        self, input_ids: Tensor, labels: Tensor, weight: Any = 1.0, *,
+        every_position: bool = True, **inputs: Any,
+    ) -> Any:  # fmt: skip
+        return super().__call__(input_ids, labels, weight, every_position=True, **inputs)
 
 
 def half_dtype(by_kernel: bool) -> torch.dtype:

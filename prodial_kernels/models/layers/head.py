@@ -9,7 +9,7 @@ the model does before its head stays the model's own, and no table of architectu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,26 +71,46 @@ def find_head(model: nn.Module) -> OutputHead:
         HeadError: There is no head that can be taken out; the message says why.
     """
     layer = _last_layer(model)
-    # In fp64, or the factor would be rounded to the model's dtype.
-    values = torch.tensor(_PROBE, device=next(model.parameters()).device, dtype=torch.float64)
-    ids = torch.zeros(1, _PROBE_LENGTH, dtype=torch.int64, device=values.device)
+    ids, values = _probe(next(model.parameters()).device)
     with torch.no_grad(), eval_mode(model):
         _, output = _run_to_head(model, layer, ids, values.view(1, 1, -1))
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.numel() != values.numel():
-        raise HeadError(
-            f"{type(model).__name__} does not return what its head {type(layer).__name__} gives as "
-            "output.logits"
-        )
-    logits = logits.flatten().to(values)
-    scale = float(logits[1])
-    if not torch.allclose(logits, scale * values, rtol=1e-5, atol=0) or scale == 0:
-        pairs = ", ".join(f"{x:g} -> {y:.4g}" for x, y in zip(_PROBE, logits.tolist(), strict=True))
-        raise HeadError(
-            f"{type(model).__name__} changes its logits by more than a factor ({pairs}), such as a "
-            "soft cap"
-        )
-    return OutputHead(model, layer, scale)
+    return OutputHead(model, layer, _factor(model, layer, output, values))
+
+
+def head_obstacle(model: nn.Module) -> str | None:
+    """Say why :func:`find_head` will raise for a model, told without its weights; None if it won't.
+
+    Of a model on the ``meta`` device only what lies behind its base model runs: what other models'
+    blocks do may depend on values. Where even that needs them, the answer is None, and
+    :func:`find_head` tells when the weights are there.
+
+    Args:
+        model: A causal language model, on any device.
+    """
+    try:
+        if not next(model.parameters()).is_meta:
+            find_head(model)
+            return None
+        layer = _last_layer(model)
+        base = getattr(model, "base_model", model)
+        if base is model:
+            return None
+        ids, values = _probe(torch.device("cpu"))
+        hidden = torch.zeros(1, _PROBE_LENGTH, layer.in_features, device="meta")
+        with (
+            torch.no_grad(),
+            eval_mode(model),
+            _forward(base, lambda *_, **__: _BaseOutput(hidden)),
+        ):
+            # Left on the CPU, so that what the model makes of them can be read.
+            _, output = _run_to_head(model, layer, ids, values.view(1, 1, -1))
+        _factor(model, layer, output, values)
+    except HeadError as error:
+        return str(error)
+    # Any model's own code, which asked more of its base model's output than there is.
+    except Exception:
+        return None
+    return None
 
 
 def run_model(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Any:
@@ -113,6 +133,49 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(modes[0][1])
         for module, mode in modes:
             module.training = mode
+
+
+class _BaseOutput:
+    """Hidden states, as whatever class of output a base model has; all else in it is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids to run a model on, and what its head is to return."""
+    # In fp64, or the factor would be rounded to the model's dtype.
+    values = torch.tensor(_PROBE, device=device, dtype=torch.float64)
+    return torch.zeros(1, _PROBE_LENGTH, dtype=torch.int64, device=device), values
+
+
+def _factor(model: nn.Module, layer: nn.Module, output: Any, values: Tensor) -> float:
+    """What a model multiplies ``values`` by, which its head has returned.
+
+    Raises:
+        HeadError: It does more than that to them.
+    """
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.numel() != values.numel():
+        raise HeadError(
+            f"{type(model).__name__} does not return what its head {type(layer).__name__} gives as "
+            "output.logits"
+        )
+    logits = logits.flatten().to(values)
+    scale = float(logits[1])
+    if not torch.allclose(logits, scale * values, rtol=1e-5, atol=0) or scale == 0:
+        pairs = ", ".join(f"{x:g} -> {y:.4g}" for x, y in zip(_PROBE, logits.tolist(), strict=True))
+        raise HeadError(
+            f"{type(model).__name__} changes its logits by more than a factor ({pairs}), such as a "
+            "soft cap"
+        )
+    return scale
 
 
 def _last_layer(model: nn.Module) -> nn.Linear | QuantizedLinear:
@@ -149,16 +212,23 @@ def _run_to_head(
         seen.append(hidden)
         return hidden.new_zeros(1, 1, 1) if answer is None else answer
 
-    vars(layer)["forward"] = note
-    try:
+    with _forward(layer, note):
         output = run_model(model, input_ids, **inputs)
-    finally:
-        del vars(layer)["forward"]
     if len(seen) != 1:
         raise HeadError(
             f"{type(model).__name__} called its head {len(seen)} times in a forward pass"
         )
     return seen[0], output
+
+
+@contextmanager
+def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a module without hooks be another function for a while."""
+    vars(module)["forward"] = function
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
 
 
 def _takes_use_cache(model: nn.Module) -> bool:

@@ -30,7 +30,7 @@ from prodial_kernels.models.layers.blocks import (
     mixer_of,
     plain_forward,
 )
-from prodial_kernels.models.layers.fused_norms import is_fused
+from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms, is_fused
 from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, LEVELS, NORM, RECOMPUTE
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import RECOMPUTE_XZ
@@ -40,15 +40,9 @@ from prodial_kernels.models.patch_point import AdaptedMixer, Undo, View
 class AppliedLevels:
     """Levels that a model's blocks have, until :meth:`remove`."""
 
-    def __init__(self, changes: Sequence[Undo], *, checkpoints: bool = False) -> None:
-        """Remember what to undo; made by :func:`apply_levels`.
-
-        Args:
-            changes: In the order in which they were made.
-            checkpoints: Whether a block runs again in backward.
-        """
+    def __init__(self, changes: Sequence[Undo]) -> None:
+        """Remember what to undo, in the order in which it was done."""
         self._changes = list(changes)
-        self.checkpoints = checkpoints
 
     def __enter__(self) -> AppliedLevels:
         """Leave the levels on for a block of code."""
@@ -62,6 +56,37 @@ class AppliedLevels:
         """Give every block back what it was; a second call does nothing."""
         while self._changes:
             self._changes.pop().remove()
+
+
+def prepare_blocks(
+    model: nn.Module,
+    levels: Sequence[str] | None,
+    *,
+    device: torch.device,
+    say: Callable[[str], None] = lambda message: None,
+) -> AppliedLevels:
+    """Fuse a model's norms where there is a kernel for them, then give its blocks their levels.
+
+    Call it after ``apply_prodial``, and take it back before adapters are removed or merged.
+
+    Args:
+        model: A model of transformers or mamba_ssm.
+        levels: One for each block, as :func:`apply_levels` takes them; None to keep everything, in
+            a model without a list of blocks too.
+        device: Where the model runs.
+        say: Told which norms were fused, if any.
+
+    Returns:
+        The levels; removing them gives the norms back as well.
+
+    Raises:
+        ValueError: Levels that do not fit the blocks; see :func:`apply_levels`.
+    """
+    norms = fuse_norms(model) if device.type in KERNEL_ON else FusedNorms()
+    if len(norms):
+        say(str(norms))
+    # Removed in reverse: a block gets back the class that it had before.
+    return AppliedLevels([norms] if levels is None else [norms, apply_levels(model, levels)])
 
 
 def apply_levels(model: nn.Module, levels: Sequence[str]) -> AppliedLevels:
@@ -81,7 +106,7 @@ def apply_levels(model: nn.Module, levels: Sequence[str]) -> AppliedLevels:
     blocks = blocks_of(model)
     if len(levels) != len(blocks):
         raise ValueError(f"the model has {len(blocks)} blocks, got {len(levels)} levels")
-    applied = AppliedLevels([], checkpoints=CHECKPOINT in levels)
+    applied = AppliedLevels([])
     try:
         for index, (block, level) in enumerate(zip(blocks, levels, strict=True)):
             if level not in LEVELS:
@@ -119,7 +144,7 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
     def run(*others: Any) -> Any:
         return forward(target, hidden.get(), *others, **kwargs)
 
-    output = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=_draws_numbers(block))
+    output = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=draws_numbers(block))
     hidden.shrink()
     return output
 
@@ -133,6 +158,13 @@ def norm_again_forward(block: nn.Module, upstream: Callable[..., Any], *args: An
     again = _NormAgain(norm, mixer)
     view = View(block, norm=Calling(norm, again.norm), mixer=Calling(mixer, again.mixer))
     return plain_forward(upstream)(view, *args, **kwargs)
+
+
+def draws_numbers(block: nn.Module) -> bool:
+    """Whether a block draws random numbers, which must be drawn alike when it runs again."""
+    return any(
+        getattr(module, "lora_dropout", 0) or getattr(module, "p", 0) for module in block.modules()
+    )
 
 
 def _changes(block: nn.Module, level: str, index: int) -> list[Undo]:
@@ -262,10 +294,3 @@ class _View:
 
     def of(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous().as_strided(self.size, self.stride, self.offset)
-
-
-def _draws_numbers(block: nn.Module) -> bool:
-    """Whether a block draws random numbers, which must be drawn alike when it runs again."""
-    return any(
-        getattr(module, "lora_dropout", 0) or getattr(module, "p", 0) for module in block.modules()
-    )

@@ -1,18 +1,16 @@
-"""The memory plan of a run: made from its options before any weight is loaded."""
+"""How a run takes its steps and what memory it plans with, before any weight is loaded."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from prodial_kernels.models.adapt.inject import apply_prodial
 from prodial_kernels.models.layers.fused_norms import fuse_norms
-from prodial_kernels.models.layers.levels import KEEP
-from prodial_kernels.models.loading.load import empty_model
+from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.memory.allocator import SETTING, VARIABLE, segments_grow
@@ -28,10 +26,10 @@ from prodial_kernels.training.memory.plan import (
     what_would_fit,
 )
 from prodial_kernels.training.memory.shapes import ModelShape, describe_model
-from prodial_kernels.training.method import matched_lora_rank
+from prodial_kernels.training.method import trained_on_meta
 from prodial_kernels.training.sizes import parse_budget, size_text
+from prodial_kernels.training.step.choose import StepChoice, decide, facts_of
 from prodial_kernels.training.step.chunked_loss import chunk_rows
-from prodial_kernels.training.step.graphed import choose_graph
 
 # cuBLAS keeps 32 MiB for a thread and stream from Hopper on, about 8 MiB before.
 _WORKSPACE = {True: 32 * 2**20, False: 8 * 2**20}
@@ -90,8 +88,10 @@ class RunPlan:
         }
 
 
-def plan_run(config: FinetuneConfig, device: torch.device, dtype: torch.dtype) -> RunPlan | None:
-    """Plan a run's memory.
+def plan_run(
+    config: FinetuneConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[StepChoice, RunPlan | None]:
+    """Decide how a run takes its steps, and plan its memory.
 
     The budget is ``config.memory_budget``, else what the device has free; without a
     ``memory_budget`` a plan that does not fit is returned all the same.
@@ -102,32 +102,55 @@ def plan_run(config: FinetuneConfig, device: torch.device, dtype: torch.dtype) -
         dtype: What it will compute in.
 
     Returns:
-        None where nothing can be predicted and no budget asks for it: on a CPU, for mixers whose
-        kernels are not installed, and for models without a list of blocks.
+        The choice, and the plan of it; None where nothing can be predicted and no budget asks for
+        it: on a CPU, for mixers whose kernels are not installed, and for models without a list of
+        blocks.
 
     Raises:
+        GraphError: ``cuda_graph="on"``, and it cannot be.
+        LossError: ``loss`` cannot be used on this model or machine.
         MemoryPlanError: The job does not fit into ``memory_budget``, or its memory cannot be
             predicted here.
         ModelError: The model's configuration cannot be read.
         ValueError: The adapter does not fit the model.
     """
     kernels = device.type == "cuda" and kernels_available()
-    if device.type != "cuda" or not kernels:
-        if config.memory_budget is None:
-            return None
+    if not kernels and config.memory_budget is not None:
         raise MemoryPlanError(
             f"memory_budget {config.memory_budget!r} cannot be kept: {_why_unknown(device)}"
         )
+    model = trained_on_meta(config, dtype)
+    facts = facts_of(model)
+    choice = decide(config, facts, device)
+    if not kernels:
+        return choice, None
+    fuse_norms(model)
     try:
-        model = shape_of(config, dtype, kernels=kernels)
+        shape = describe_model(model, kernels=kernels)
     except ValueError:
         if config.memory_budget is None:
-            # What is wrong with an adapter is said when it is applied.
-            return None
+            return choice, None
         raise
+    if choice.graphed and facts.draws_numbers:
+        with suppress(MemoryPlanError):
+            plan = _plan_of(config, shape, choice, device, dtype)
+            if CHECKPOINT not in plan.plan.levels:
+                return choice, plan
+        # Blocks that draw numbers cannot be captured where they run again in backward.
+        choice = decide(config, facts, device, checkpoints=True)
+    return choice, _plan_of(config, shape, choice, device, dtype)
+
+
+def _plan_of(
+    config: FinetuneConfig,
+    model: ModelShape,
+    choice: StepChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> RunPlan:
     major, _ = torch.cuda.get_device_capability(device)
     constants = DeviceMemory(library_workspace=_WORKSPACE[major >= 9])
-    job = job_of(config, model, device, dtype)
+    job = job_of(config, model, choice, device, dtype)
     usable = usable_bytes(device, context=constants.context)
     limit = None if config.memory_budget is None else parse_budget(config.memory_budget)
     plan = plan_memory(
@@ -165,50 +188,21 @@ def _why_unknown(device: torch.device) -> str:
     )
 
 
-def shape_of(config: FinetuneConfig, dtype: torch.dtype, *, kernels: bool) -> ModelShape:
-    """Describe the model of a run, adapted, without loading a weight.
-
-    Args:
-        config: A resolved configuration.
-        dtype: Of the frozen weights.
-        kernels: Whether it runs on CUDA, with mamba_ssm's and causal_conv1d's kernels.
-
-    Raises:
-        ModelError: The model's configuration cannot be read.
-        ValueError: The adapter does not fit the model, or its parts are not found.
-    """
-    full = config.method == "full"
-    model = empty_model(config.model, dtype=torch.float32 if full else dtype)
-    if full:
-        model.requires_grad_(True)
-    else:
-        rank = matched_lora_rank(model, config.reference_adapter()) if config.r is None else None
-        apply_prodial(model, config.adapter(r=rank))
-    if kernels:
-        fuse_norms(model)
-    return describe_model(model, kernels=kernels)
-
-
 def job_of(
-    config: FinetuneConfig, model: ModelShape, device: torch.device, dtype: torch.dtype
+    config: FinetuneConfig,
+    model: ModelShape,
+    choice: StepChoice,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Job:
     """Return what of a configuration the memory depends on."""
-    batch, length = config.batch_size or 1, config.seq_len or 2
-    choice = choose_graph(
-        "auto" if config.cuda_graph == "on" and device.type != "cuda" else config.cuda_graph,
-        device=device, tokens=batch * length, parts=config.grad_accumulation,
-    )  # fmt: skip
-    loss = config.loss
-    if loss == AUTO:
-        liger = device.type == "cuda" and find_spec("liger_kernel") is not None
-        loss = "liger" if liger and not choice.graphed else "chunked"
     return Job(
-        batch=batch,
-        length=length,
+        batch=config.batch_size or 1,
+        length=config.seq_len or 2,
         itemsize=dtype.itemsize,
         quantize=config.quantize,
         optimizer=config.optimizer,
-        loss=loss,
+        loss=choice.loss,
         loss_rows=chunk_rows(model.vocabulary, dtype, device),
         graph=choice.graphed,
         accumulates=config.grad_accumulation > 1,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from prodial_kernels.models.adapt.inject import apply_prodial
-from prodial_kernels.models.loading.load import empty_model, resolve_dtype
+from prodial_kernels.models.loading.load import resolve_dtype
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.method import check_rank, matched_lora_rank
 from prodial_kernels.training.run.projectors import check_implementation
-from prodial_kernels.training.step.choose import check_step
+from prodial_kernels.training.step.choose import ModelFacts, decide
 from prodial_kernels.training.step.optimizers import check_optimizer
 
 
@@ -32,25 +30,5 @@ def check_options(config: FinetuneConfig, device: torch.device) -> None:
         config.adapter(r=1)
     check_implementation(config.impl, device, resolve_dtype(config.dtype, device))
     check_optimizer(config.optimizer, device)
-    check_step(config, device)
-
-
-def check_fit(config: FinetuneConfig, dtype: torch.dtype) -> None:
-    """Raise unless the adapter fits the model, by the shapes that its configuration gives.
-
-    Args:
-        config: A resolved configuration.
-        dtype: Dtype of the model's weights.
-
-    Raises:
-        ModelError: There is no such model, or its configuration cannot be read.
-        ValueError: The adapter does not fit the model.
-    """
-    if config.method == "full":
-        return
-    model = empty_model(config.model, dtype=dtype)
-    rank = matched_lora_rank(model, config.reference_adapter()) if config.r is None else None
-    adapter = config.adapter(r=rank)
-    if config.r is not None:
-        check_rank(model, adapter)
-    apply_prodial(model, adapter)
+    # Of the model no more is known yet.
+    decide(config, ModelFacts(draws_numbers=bool(config.lora_dropout)), device)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from prodial_kernels.checkpoint import model_fingerprint
-from prodial_kernels.models.layers.recompute import AppliedLevels
-from prodial_kernels.models.layers.savings import apply_savings
+from prodial_kernels.models.layers.recompute import AppliedLevels, prepare_blocks
 from prodial_kernels.models.loading.load import (
     LoadedModel,
     load_model,
@@ -32,6 +31,7 @@ from prodial_kernels.training.run.directory import RunDirectory, RunIdentity, ch
 from prodial_kernels.training.run.loop import LoopOptions, cut_warm_up
 from prodial_kernels.training.run.progress import Progress
 from prodial_kernels.training.run.projectors import implementation_of
+from prodial_kernels.training.step.choose import StepChoice
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Run:
     options: LoopOptions
     device: torch.device
     dtype: torch.dtype
+    choice: StepChoice
     plan: RunPlan | None
     levels: AppliedLevels
     identity: RunIdentity
@@ -92,6 +93,7 @@ def prepare(
     config: FinetuneConfig,
     folder: RunDirectory,
     saved: RunIdentity | None,
+    choice: StepChoice,
     plan: RunPlan | None,
     display: Progress,
 ) -> Run:
@@ -101,6 +103,7 @@ def prepare(
         config: A resolved configuration.
         folder: The run's directory.
         saved: What run is there already; None for a new one.
+        choice: How the run takes its steps.
         plan: The run's memory plan, if it has one.
         display: Told what is found.
 
@@ -155,14 +158,14 @@ def prepare(
     if plan is not None:
         display.say(str(plan))
     chosen = block_levels(loaded.model, config.chosen_activations, plan)
-    levels = apply_savings(loaded.model, chosen, device=device, say=display.say)
+    levels = prepare_blocks(loaded.model, chosen, device=device, say=display.say)
     options = _loop_options(config, batches)
     cut = cut_warm_up(options)
     if cut is not None:
         display.say(cut)
     return Run(
-        config, loaded, split, batches, method, options, device, dtype, plan, levels, identity,
-        implementation,
+        config, loaded, split, batches, method, options, device, dtype, choice, plan, levels,
+        identity, implementation,
     )  # fmt: skip
 
 

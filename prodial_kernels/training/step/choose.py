@@ -1,27 +1,114 @@
-"""Which kind of step a run takes: graphed or eager, with which loss."""
+"""How a run takes its steps, decided once: captured or launched one by one, and with which loss.
+
+:func:`decide` needs no weights, so the memory plan counts what :func:`make_step` then makes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from prodial_kernels.models.layers.blocks import blocks_of
+from prodial_kernels.models.layers.head import head_obstacle
+from prodial_kernels.models.layers.recompute import draws_numbers
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.step.buckets import Buckets
 from prodial_kernels.training.step.eager import EagerStep, TrainingStep
-from prodial_kernels.training.step.graphed import GraphChoice, GraphedStep, choose_graph
-from prodial_kernels.training.step.loss import check_loss, make_loss
+from prodial_kernels.training.step.graphed import GraphedStep, choose_graph
+from prodial_kernels.training.step.loss import choose_loss, make_loss
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What of a model its steps depend on.
+
+    Attributes:
+        head_obstacle: Why its logits cannot be computed a few at a time; None if they can.
+        draws_numbers: Whether a block draws random numbers in training, as dropout does.
+    """
+
+    head_obstacle: str | None = None
+    draws_numbers: bool = False
+
+
+@dataclass(frozen=True)
+class StepChoice:
+    """How the steps of a run are taken.
+
+    Attributes:
+        graphed: Whether a step is captured in a CUDA graph.
+        loss: ``"chunked"``, ``"liger"`` or ``"full"``.
+        graph_reason: Why it is captured or not.
+        loss_reason: Why this loss.
+    """
+
+    graphed: bool
+    loss: str
+    graph_reason: str = "as asked for"
+    loss_reason: str = "as asked for"
+
+    def __str__(self) -> str:
+        steps = "in one CUDA graph" if self.graphed else "launched one by one"
+        return f"loss {self.loss} ({self.loss_reason}); steps {steps} ({self.graph_reason})"
+
+
+def facts_of(model: nn.Module) -> ModelFacts:
+    """Read off a model, adapted and ready for training, what :func:`decide` asks of it.
+
+    Args:
+        model: A causal language model; on the ``meta`` device too.
+    """
+    try:
+        random = any(map(draws_numbers, blocks_of(model)))
+    except ValueError:
+        # Without a list of blocks none of it is ever run again in backward.
+        random = False
+    return ModelFacts(head_obstacle(model), random)
+
+
+def decide(
+    config: FinetuneConfig, model: ModelFacts, device: torch.device, *, checkpoints: bool = False
+) -> StepChoice:
+    """Decide how a run takes its steps; a pure function but for whether liger-kernel is installed.
+
+    Args:
+        config: A resolved configuration.
+        model: Of the model as it will be trained.
+        device: Where the run will be.
+        checkpoints: Whether a memory plan lets blocks run again in backward; those that
+            ``config`` asks for are counted in any case.
+
+    Raises:
+        GraphError: ``cuda_graph="on"``, and it cannot be.
+        LossError: ``loss`` cannot be used on this model or machine.
+    """
+    obstacles = []
+    if config.loss == "liger":
+        obstacles.append("loss 'liger' waits for the device")
+    if model.draws_numbers and (checkpoints or config.chosen_activations == "checkpoint"):
+        obstacles.append("recomputing dropout reads the random generator's state on the host")
+    graph = choose_graph(
+        config.cuda_graph, device=device,
+        tokens=(config.batch_size or 1) * (config.seq_len or 2), parts=config.grad_accumulation,
+        obstacles=obstacles,
+    )  # fmt: skip
+    loss, why = choose_loss(
+        config.loss, device, graphed=graph.graphed, head_obstacle=model.head_obstacle
+    )
+    return StepChoice(graph.graphed, loss, graph.reason, why)
 
 
 def make_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     config: FinetuneConfig,
+    choice: StepChoice,
     *,
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
-    checkpoints: bool = False,
     say: Callable[[str], None] = lambda message: None,
 ) -> TrainingStep:
     """Make what takes the steps of a run.
@@ -30,22 +117,19 @@ def make_step(
         model: The model, ready for training, on ``device``.
         optimizer: Over its trained parameters, with the state to begin with.
         config: A resolved configuration.
+        choice: What :func:`decide` returned for it.
         device: Where the model is.
         autocast_dtype: Run forward under autocast to this dtype.
-        checkpoints: Whether blocks run again in backward.
         say: Told what was chosen and why, where it is not simply what was asked for.
 
     Raises:
-        GraphError: ``cuda_graph="on"``, and it cannot be.
-        LossError: ``loss`` cannot be used on this model or machine.
+        LossError: The loaded model's head cannot be used as the choice has it.
     """
-    choice = _choose(config, device, checkpoints)
-    loss, why = make_loss(model, config.loss, graphed=choice.graphed)
-    if loss.name == "full" and config.loss != "full":
-        say(f"loss: {why}")
+    loss = make_loss(model, choice.loss)
+    if choice.loss == "full" != config.loss:
+        say(f"loss: {choice.loss_reason}")
     if device.type == "cuda":
-        graphed = "in one CUDA graph" if choice.graphed else "launched one by one"
-        say(f"loss {loss.name} ({why}); steps {graphed} ({choice.reason})")
+        say(str(choice))
     if not choice.graphed:
         return EagerStep(loss, optimizer, clip=config.clip, autocast_dtype=autocast_dtype)
     from prodial_kernels.training.step.cuda_graphs import CudaGraphs
@@ -60,34 +144,3 @@ def make_step(
         required=config.cuda_graph == "on",
         say=say,
     )
-
-
-def check_step(config: FinetuneConfig, device: torch.device) -> None:
-    """Raise where :func:`make_step` would whatever the model.
-
-    Raises:
-        GraphError: As :func:`make_step`.
-        LossError: As :func:`make_step`.
-    """
-    choice = _choose(config, device, checkpoints=False)
-    check_loss(config.loss, device, graphed=choice.graphed)
-
-
-def _choose(config: FinetuneConfig, device: torch.device, checkpoints: bool) -> GraphChoice:
-    return choose_graph(
-        config.cuda_graph,
-        device=device,
-        tokens=(config.batch_size or 1) * (config.seq_len or 2),
-        parts=config.grad_accumulation,
-        obstacles=_obstacles(config, checkpoints),
-    )
-
-
-def _obstacles(config: FinetuneConfig, checkpoints: bool) -> list[str]:
-    """What a run asks for that no graph can hold."""
-    obstacles = []
-    if config.loss == "liger":
-        obstacles.append("loss 'liger' waits for the device")
-    if (checkpoints or config.chosen_activations == "checkpoint") and config.lora_dropout:
-        obstacles.append("recomputing dropout reads the random generator's state on the host")
-    return obstacles

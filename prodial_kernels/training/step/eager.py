@@ -76,6 +76,7 @@ class EagerStep:
             self._trained,
             clip=self._clip,
             autocast_dtype=self._autocast_dtype,
+            every_position=False,
         )
         set_learning_rate(self._optimizer, lr)
 
@@ -103,16 +104,18 @@ def accumulate(
     *,
     clip: float,
     autocast_dtype: torch.dtype | None,
+    every_position: bool,
 ) -> Tensor:
     """Run forward and backward of micro-batches and clip; wait for nothing.
 
     Args:
         loss: Of a micro-batch.
-        parts: Their inputs are on the device, their labels where the loss takes them.
+        parts: Their inputs are on the device; with ``every_position`` their labels too.
         weight: Of every label.
         trained: All that is trained.
         clip: Largest gradient norm; 0 for no clipping.
         autocast_dtype: Run forward under autocast to this dtype.
+        every_position: As the loss takes it.
 
     Returns:
         ``[2]``: the loss and the norm of the whole gradient before clipping.
@@ -122,7 +125,9 @@ def accumulate(
     for part in parts:
         inputs = {} if part.seq_idx is None else {"seq_idx": part.seq_idx}
         with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            value = loss(part.input_ids, part.labels, weight, **inputs)
+            value = loss(
+                part.input_ids, part.labels, weight, every_position=every_position, **inputs
+            )
         value.backward()
         total += value.detach()
     norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else math.inf)

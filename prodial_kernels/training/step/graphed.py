@@ -291,6 +291,7 @@ class GraphedStep:
             self._trained,
             clip=self._clip,
             autocast_dtype=self._autocast_dtype,
+            every_position=True,
         )
         self._result.copy_(result)
         if not self._whole:

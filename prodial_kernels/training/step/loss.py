@@ -45,17 +45,19 @@ class Loss(Protocol):
     name: str
 
     def __call__(
-        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
-    ) -> Tensor:
+        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, *,
+        every_position: bool = False, **inputs: Any,
+    ) -> Tensor:  # fmt: skip
         """Return ``weight · Σ −log p(label)``.
 
         Args:
             input_ids: int64 ``[b, l]``, where the model is.
-            labels: int64 ``[b, l]``, not shifted; :data:`IGNORED` where nothing is learned. Left
-                on the CPU, ignored positions are dropped before any logits are made; on the device
-                all positions are computed, in a shape that does not depend on the labels.
+            labels: int64 ``[b, l]``, not shifted; :data:`IGNORED` where nothing is learned.
             weight: Of the sum, such as one by the number of labels; a tensor must be on the
                 device. Applied in fp32, which a factor on the result would not be.
+            every_position: Compute all positions, in a shape that does not depend on the labels,
+                as a CUDA graph needs. Else ignored ones may be dropped before any logits are made,
+                for which the labels are best left on the CPU: nothing waits for the device then.
             inputs: Further inputs of the model.
 
         Returns:
@@ -73,8 +75,9 @@ class FullLoss:
         self.model = model
 
     def __call__(
-        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
-    ) -> Tensor:
+        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, *,
+        every_position: bool = False, **inputs: Any,
+    ) -> Tensor:  # fmt: skip
         """See :class:`Loss`."""
         targets = to_device(labels[:, 1:].flatten(), input_ids.device)
         logits = run_model(self.model, input_ids, **inputs).logits
@@ -99,10 +102,11 @@ class ChunkedLoss:
         self.rows = rows
 
     def __call__(
-        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
-    ) -> Tensor:
+        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, *,
+        every_position: bool = False, **inputs: Any,
+    ) -> Tensor:  # fmt: skip
         """See :class:`Loss`."""
-        targets, positions = _targets(labels, input_ids.device)
+        targets, positions = _targets(labels, input_ids.device, every_position)
         hidden = self.head.hidden(input_ids, **inputs).flatten(0, 1)
         matrix, bias = self.head.operands()
         rows = self.rows or chunk_rows(len(matrix), matrix.dtype, matrix.device)
@@ -127,10 +131,11 @@ class LigerLoss:
         self._loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")
 
     def __call__(
-        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, **inputs: Any
-    ) -> Tensor:
+        self, input_ids: Tensor, labels: Tensor, weight: Weight = 1.0, *,
+        every_position: bool = False, **inputs: Any,
+    ) -> Tensor:  # fmt: skip
         """See :class:`Loss`."""
-        targets, positions = _targets(labels, input_ids.device)
+        targets, positions = _targets(labels, input_ids.device, every_position)
         hidden = self.head.hidden(input_ids, **inputs).flatten(0, 1)
         if positions is not None:
             hidden = hidden[positions]
@@ -141,18 +146,21 @@ class LigerLoss:
         return weight * self._loss(matrix, hidden.to(matrix.dtype) * self.head.scale, targets, bias)
 
 
-def make_loss(model: nn.Module, kind: str = "auto", *, graphed: bool = False) -> tuple[Loss, str]:
+def choose_loss(
+    kind: str, device: torch.device, *, graphed: bool = False, head_obstacle: str | None = None
+) -> tuple[str, str]:
     """Choose how the loss is computed.
 
     Args:
-        model: A causal language model of transformers or mamba_ssm, on its device.
         kind: ``"auto"``, ``"chunked"``, ``"liger"`` or ``"full"``. ``"auto"`` is liger-kernel's on
             CUDA where it is installed and the step is not graphed, else the chunked one; ``"full"``
             only where the model's head cannot be taken out.
+        device: Where the model is.
         graphed: Whether steps are captured in a CUDA graph.
+        head_obstacle: Why the model's head cannot be taken out; None if it can.
 
     Returns:
-        The loss, and why it was chosen, in a few words.
+        ``"chunked"``, ``"liger"`` or ``"full"``, and why, in a few words.
 
     Raises:
         LossError: ``kind`` cannot be used here.
@@ -161,31 +169,38 @@ def make_loss(model: nn.Module, kind: str = "auto", *, graphed: bool = False) ->
     if kind not in LOSSES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, LOSSES))}, got {kind!r}")
     if kind == "full":
-        return FullLoss(model), "as asked for"
+        return kind, "as asked for"
+    if head_obstacle is not None:
+        if kind == "auto":
+            return "full", f"the logits are whole in memory: {head_obstacle}"
+        raise LossError(f"loss {kind!r} cannot be used: {head_obstacle}; use loss 'full'")
+    without_liger = _without_liger(device, graphed)
+    if kind == "liger" and without_liger:
+        raise LossError(f"loss 'liger' cannot be used: {without_liger}")
+    if kind == "auto":
+        if without_liger:
+            return "chunked", "the logits are never whole"
+        return "liger", "liger-kernel is installed"
+    return kind, "as asked for"
+
+
+def make_loss(model: nn.Module, name: str) -> Loss:
+    """Make the loss that :func:`choose_loss` has named.
+
+    Args:
+        model: A causal language model of transformers or mamba_ssm, on its device.
+        name: ``"chunked"``, ``"liger"`` or ``"full"``.
+
+    Raises:
+        LossError: The model's head cannot be taken out.
+    """
+    if name == "full":
+        return FullLoss(model)
     try:
         head = find_head(model)
     except HeadError as error:
-        if kind == "auto":
-            return FullLoss(model), f"the logits are whole in memory: {error}"
-        raise LossError(f"loss {kind!r} cannot be used: {error}; use loss 'full'") from error
-    device = head.layer.weight.device
-    if kind == "liger":
-        check_loss(kind, device, graphed=graphed)
-        return LigerLoss(head), "as asked for"
-    if kind == "auto" and not _without_liger(device, graphed):
-        return LigerLoss(head), "liger-kernel is installed"
-    return ChunkedLoss(head), "as asked for" if kind == "chunked" else "the logits are never whole"
-
-
-def check_loss(kind: str, device: torch.device, *, graphed: bool = False) -> None:
-    """Raise where :func:`make_loss` would whatever the model.
-
-    Raises:
-        LossError: ``kind`` cannot be used on this machine.
-    """
-    reason = _without_liger(device, graphed) if kind == "liger" else ""
-    if reason:
-        raise LossError(f"loss 'liger' cannot be used: {reason}")
+        raise LossError(f"loss {name!r} cannot be used: {error}; use loss 'full'") from error
+    return LigerLoss(head) if name == "liger" else ChunkedLoss(head)
 
 
 def _without_liger(device: torch.device, graphed: bool) -> str:
@@ -216,15 +231,17 @@ def negative_log_likelihoods(head: OutputHead, hidden: Tensor, targets: Tensor) 
     )  # fmt: skip
 
 
-def _targets(labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _targets(
+    labels: Tensor, device: torch.device, every_position: bool
+) -> tuple[Tensor, Tensor | None]:
     """What each hidden state is to predict, and which of them are to predict anything.
 
     Returns:
-        From labels on the CPU: targets ``[m]`` without ignored ones, and their places ``[m]``
-        among all ``b·l``. Else: targets ``[b·l]`` and None. Both are on ``device``.
+        With ``every_position``: targets ``[b·l]`` and None. Else: targets ``[m]`` without ignored
+        ones, and their places ``[m]`` among all ``b·l``. Both are on ``device``.
     """
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    if labels.device.type != "cpu":
-        return targets, None
+    if every_position:
+        return to_device(targets, device), None
     positions = (targets != IGNORED).nonzero().squeeze(1)
     return to_device(targets[positions], device), to_device(positions, device)

@@ -71,7 +71,7 @@ def step(model: _Head, loss: Loss, labels: Tensor, weight: Any) -> dict[str, Ten
     """One forward and backward: the loss and every gradient."""
     model.zero_grad(set_to_none=True)
     ids = torch.zeros(labels.shape, dtype=torch.int64, device=DEVICE)
-    value = loss(ids, labels, weight)
+    value = loss(ids, labels, weight, every_position=labels.is_cuda)
     value.backward()
     named = model.named_parameters()
     gradients = {f"d_{name}": p.grad for name, p in named if p.grad is not None}

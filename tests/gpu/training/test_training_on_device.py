@@ -61,14 +61,14 @@ def optimizer_of(model: nn.Module, kind: str = "adamw") -> torch.optim.Optimizer
 
 
 def graphed(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> GraphedStep:
-    loss: Loss = options.pop("loss", None) or make_loss(model, graphed=True)[0]
+    loss: Loss = options.pop("loss", None) or make_loss(model, "chunked")
     options = {"required": True, **options}
     graphs = options.pop("graphs", None) or CudaGraphs(DEVICE)
     return GraphedStep(loss, optimizer, Buckets(BATCH, LENGTH), graphs, clip=1.0, **options)
 
 
 def eager(model: nn.Module, optimizer: torch.optim.Optimizer) -> EagerStep:
-    return EagerStep(make_loss(model, "full")[0], optimizer, clip=1.0)
+    return EagerStep(make_loss(model, "full"), optimizer, clip=1.0)
 
 
 def train(
@@ -90,7 +90,7 @@ def assert_same_curve(found: list[StepResult], expected: list[StepResult], rel: 
 
 def loss_over(model: nn.Module, batches: list[Batch]) -> float:
     """Sum of their losses without dropout."""
-    loss = make_loss(model, "full")[0]
+    loss = make_loss(model, "full")
     with eval_mode(model), torch.no_grad():
         return sum(float(loss(b.input_ids.to(DEVICE), b.labels)) for b in batches)
 
@@ -114,7 +114,7 @@ def test_liger_gives_the_same_loss() -> None:
     values, gradients = [], []
     for kind in ("full", "liger"):
         model.zero_grad(set_to_none=True)
-        value = make_loss(model, kind)[0](tokens.input_ids.to(DEVICE), tokens.labels, 0.01)
+        value = make_loss(model, kind)(tokens.input_ids.to(DEVICE), tokens.labels, 0.01)
         value.backward()
         values.append(float(value.detach()))
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -252,8 +252,10 @@ class _Waiting(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def forward(self, input_ids: Tensor, labels: Tensor, weight: Any = 1.0) -> Tensor:
-        value = self.loss(input_ids, labels, weight)
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, weight: Any = 1.0, **options: bool
+    ) -> Tensor:
+        value = self.loss(input_ids, labels, weight, **options)
         return value if value.item() < 1e9 else value * 0
 
 
@@ -261,7 +263,7 @@ class _Waiting(nn.Module):
 def test_a_step_that_waits_is_noticed(required: bool) -> None:
     model = adapted(dtype=torch.float32)
     said: list[str] = []
-    loss: Any = _Waiting(make_loss(model, graphed=True)[0])
+    loss: Any = _Waiting(make_loss(model, "chunked"))
     step = graphed(model, optimizer_of(model), loss=loss, required=required, say=said.append)
     if required:
         with pytest.raises(GraphError, match=f"waits for the device in .*{Path(__file__).name}"):

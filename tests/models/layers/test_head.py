@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
-from prodial_kernels.models.layers.head import HeadError, OutputHead, find_head
-from prodial_kernels.training.step.loss import LossError, make_loss
+from prodial_kernels.models.layers.head import HeadError, OutputHead, find_head, head_obstacle
+from prodial_kernels.training.step.loss import LossError, choose_loss, make_loss
 from support.loss_cases import HeadOnly, Output
-from support.models import build, token_ids
+from support.models import FAMILIES, build, token_ids
 
 
 def test_head_of_any_dtype_scales_as_the_model_does() -> None:
@@ -72,8 +72,40 @@ def test_a_head_that_cannot_be_taken_out(make: Any, reason: str) -> None:
     model = make()
     with pytest.raises(HeadError, match=reason):
         find_head(model)
-    loss, why = make_loss(model)
-    assert loss.name == "full"
-    assert "whole in memory" in why
+    obstacle = head_obstacle(model)
+    name, why = choose_loss("auto", torch.device("cpu"), head_obstacle=obstacle)
+    assert name == "full"
+    assert f"whole in memory: {obstacle}" in why
+    with pytest.raises(LossError, match=r"'chunked' cannot be used.*use loss 'full'"):
+        choose_loss("chunked", torch.device("cpu"), head_obstacle=obstacle)
     with pytest.raises(LossError, match=r"'chunked' cannot be used.*use loss 'full'"):
         make_loss(model, "chunked")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_model_does_to_its_logits_is_told_without_weights(family: str) -> None:
+    model = build(family).to("meta")
+    assert head_obstacle(model) is None
+    plain: Any = type(model)
+
+    class Capped(plain):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            output = super().forward(*args, **options)
+            output.logits = 30 * torch.tanh(output.logits / 30)
+            return output
+
+    model.__class__ = Capped
+    assert "changes its logits by more than a factor" in str(head_obstacle(model))
+
+
+@pytest.mark.parametrize("make", [_headless, _adapted, _hooked])
+def test_a_head_that_cannot_be_taken_out_is_told_without_weights(make: Any) -> None:
+    model = make()
+    expected = head_obstacle(model)
+    assert expected is not None
+    assert head_obstacle(model.to("meta")) == expected
+
+
+def test_what_only_weights_can_tell_is_no_obstacle_yet() -> None:
+    """It has no base model that could be left out."""
+    assert head_obstacle(_capped().to("meta")) is None

@@ -309,7 +309,7 @@ def test_compiles_without_a_break() -> None:
 def test_a_run_trains_with_them_and_leaves_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from prodial_kernels.models.layers import savings
+    from prodial_kernels.models.layers import recompute
     from prodial_kernels.training import finetuning
 
     write_tiny_model(tmp_path / "model")
@@ -337,7 +337,7 @@ def test_a_run_trains_with_them_and_leaves_without(
     finetune(config)
     assert not calls
     assert "norms:" not in capsys.readouterr().err
-    monkeypatch.setattr(savings, "KERNEL_ON", (*fused_norms.KERNEL_ON, "cpu"))
+    monkeypatch.setattr(recompute, "KERNEL_ON", (*fused_norms.KERNEL_ON, "cpu"))
     finetune(FinetuneConfig(**{**config.to_dict(), "output": str(tmp_path / "fused")}))
     assert calls.count(True) == 3
     assert "norms: 3 run as one kernel each" in capsys.readouterr().err

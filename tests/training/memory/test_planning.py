@@ -27,6 +27,8 @@ from prodial_kernels.training.memory.run_plan import (
     plan_run,
 )
 from prodial_kernels.training.run.directory import RunDirectory
+from prodial_kernels.training.step import loss as loss_module
+from prodial_kernels.training.step.graphed import GraphError
 from support.tiny_model import tiny_mamba2
 
 GIB = 2**30
@@ -62,7 +64,7 @@ def config(place: Path, **options: Any) -> FinetuneConfig:
 
 
 def planned(place: Path, **options: Any) -> RunPlan:
-    plan = plan_run(config(place, **options), CUDA, torch.bfloat16)
+    _, plan = plan_run(config(place, **options), CUDA, torch.bfloat16)
     assert plan is not None
     return plan
 
@@ -118,21 +120,56 @@ def test_a_run_is_described_as_it_will_be(place: Path, device: dict[str, Any]) -
     assert 0.8 < lora.model.trained / planned(place).model.trained < 1.2
 
 
+@pytest.mark.parametrize(
+    ("options", "graphed", "loss"),
+    [
+        ({}, True, "chunked"),
+        # Each of these was planned as a captured step with the chunked loss, and run otherwise.
+        ({"lora_dropout": 0.1, "activations": "checkpoint"}, False, "chunked"),
+        ({"loss": "liger"}, False, "liger"),
+        ({"target_modules": ("in_proj", "out_proj", "lm_head")}, True, "full"),
+    ],
+)
+def test_the_plan_counts_what_the_run_does(
+    place: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], graphed: bool, loss: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(loss_module, "find_spec", lambda name: loss == "liger" or None)
+    choice, plan = plan_run(config(place, batch_size=2, **options), CUDA, torch.bfloat16)
+    assert plan is not None
+    assert (choice.graphed, choice.loss) == (plan.job.graph, plan.job.loss) == (graphed, loss)
+
+
+def test_dropout_that_a_plan_recomputes_is_launched_and_counted_eagerly(
+    place: Path, device: dict[str, Any]
+) -> None:
+    options = {"lora_dropout": 0.1, "batch_size": 2}
+    lean = planned(place, activations="checkpoint", **options).plan
+    budget = str(lean.total + lean.reserve)
+    choice, plan = plan_run(config(place, memory_budget=budget, **options), CUDA, torch.bfloat16)
+    assert plan is not None
+    assert not choice.graphed
+    assert not plan.job.graph
+    with pytest.raises(GraphError, match="recomputing dropout"):
+        planned(place, memory_budget=budget, cuda_graph="on", **options)
+
+
 def test_cannot_keep_a_budget_that_nothing_is_known_about(
     place: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(MemoryPlanError, match=r"8GiB.*this run is on the CPU"):
         plan_run(config(place, memory_budget="8GiB"), torch.device("cpu"), torch.float32)
-    assert plan_run(config(place), torch.device("cpu"), torch.float32) is None
+    assert plan_run(config(place), torch.device("cpu"), torch.float32)[1] is None
     with monkeypatch.context() as patch:
-        patch.setattr(run_plan, "empty_model", lambda name, dtype: torch.nn.Linear(2, 2))
-        with pytest.raises(ValueError, match="no parent"):
+        patch.setattr(run_plan, "trained_on_meta", lambda *_: torch.nn.Linear(2, 2, device="meta"))
+        with pytest.raises(ValueError, match="Linear has no embedding"):
             planned(place, memory_budget="8GiB")
-        assert plan_run(config(place), CUDA, torch.bfloat16) is None
+        choice, plan = plan_run(config(place), CUDA, torch.bfloat16)
+        assert (choice.loss, plan) == ("full", None)
     monkeypatch.setattr(run_plan, "kernels_available", lambda: False)
     with pytest.raises(MemoryPlanError, match="mamba-ssm and causal-conv1d are not installed"):
         plan_run(config(place, memory_budget="8GiB"), CUDA, torch.bfloat16)
-    assert plan_run(config(place), CUDA, torch.bfloat16) is None
+    assert plan_run(config(place), CUDA, torch.bfloat16)[1] is None
 
 
 def test_advice_is_below_the_plan(place: Path, device: dict[str, Any]) -> None:
@@ -248,7 +285,7 @@ def test_a_planned_run_prints_and_reports(
     from prodial_kernels.training import finetuning
 
     def plan(config: FinetuneConfig, where: torch.device, dtype: torch.dtype) -> Any:
-        return plan_run(config, CUDA, dtype)
+        return plan_run(replace(config, cuda_graph="off"), CUDA, dtype)
 
     monkeypatch.setattr(finetuning, "plan_run", plan)
     monkeypatch.setattr(finetuning, "measure", lambda where: MeasuredMemory(GIB, GIB, 0))
@@ -285,10 +322,12 @@ def test_quantises_only_where_nothing_else_fits(
     assert plan.plan.quantize == "nf4"
 
     # A run does what the plan chose, and goes on with it without choosing again.
-    chosen = iter([plan_run(config(place, quantize="nf4"), CUDA, torch.bfloat16)])
+    options = {"quantize": "nf4", "cuda_graph": "off"}
+    choice, chosen_plan = plan_run(config(place, **options), CUDA, torch.bfloat16)
+    chosen = iter([(choice, chosen_plan), (choice, None)])
 
     def choose(config: FinetuneConfig, where: torch.device, dtype: torch.dtype) -> Any:
-        return next(chosen, None)
+        return next(chosen)
 
     monkeypatch.setattr(finetuning, "plan_run", choose)
     monkeypatch.setattr(finetuning, "measure", lambda where: MeasuredMemory(GIB, GIB, 0))

@@ -16,7 +16,7 @@ from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data.batches import IGNORED, Batch
 from prodial_kernels.training.run.state import Position, load_state, save_state
 from prodial_kernels.training.step.buckets import MAX_BUCKETS, Buckets, Shape, buffers, fill
-from prodial_kernels.training.step.choose import make_step
+from prodial_kernels.training.step.choose import ModelFacts, decide, facts_of, make_step
 from prodial_kernels.training.step.eager import EagerStep
 from prodial_kernels.training.step.graphed import (
     MOST_PARTS,
@@ -26,7 +26,7 @@ from prodial_kernels.training.step.graphed import (
     GraphError,
     choose_graph,
 )
-from prodial_kernels.training.step.loss import ChunkedLoss, find_head
+from prodial_kernels.training.step.loss import ChunkedLoss, LossError, find_head
 from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
 from support.models import build, randomise_adapters
 
@@ -110,7 +110,7 @@ def _graphed(
 
 
 class _Static(ChunkedLoss):
-    """The chunked loss; it is told that labels are given on the device, in a fixed shape."""
+    """The chunked loss; it notes the shapes that it is given."""
 
     shapes: list[tuple[int, ...]]
 
@@ -296,22 +296,53 @@ def test_on_needs_what_graphs_need() -> None:
     ],
 )
 def test_what_a_run_asks_for_that_no_graph_can_hold(options: Any, reason: str) -> None:
-    model = _model()
+    facts = ModelFacts(draws_numbers="lora_dropout" in options)
     config = FinetuneConfig(cuda_graph="on", **options).resolved()
     with pytest.raises(GraphError, match=reason):
-        make_step(model, _optimizer(model), config, device=CUDA)
+        decide(config, facts, CUDA)
+
+
+def test_dropout_is_an_obstacle_only_where_blocks_run_again() -> None:
+    config = FinetuneConfig(lora_dropout=0.1).resolved()
+    facts = ModelFacts(draws_numbers=True)
+    assert decide(config, facts, CUDA).graphed
+    assert not decide(config, facts, CUDA, checkpoints=True).graphed
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_facts_of_a_model(dropout: float) -> None:
+    model = build("mamba2")
+    apply_prodial(model, ProdialConfig(r=2, lora_dropout=dropout))
+    assert facts_of(model) == ModelFacts(None, draws_numbers=dropout > 0)
+    assert facts_of(model.to("meta")) == ModelFacts(None, draws_numbers=dropout > 0)
+    assert not facts_of(nn.Linear(2, 2)).draws_numbers
 
 
 def test_a_cpu_takes_eager_steps_and_says_what_it_falls_back_to() -> None:
     model, said = _model(), []
     config = FinetuneConfig().resolved()
     device = torch.device("cpu")
-    step = make_step(model, _optimizer(model), config, device=device, say=said.append)
-    assert isinstance(step, EagerStep)
+
+    def made() -> Any:
+        choice = decide(config, facts_of(model), device)
+        optimizer = _optimizer(model)
+        return make_step(model, optimizer, config, choice, device=device, say=said.append)
+
+    assert isinstance(made(), EagerStep)
     assert said == []
     model.lm_head.register_forward_hook(lambda module, inputs, output: output)
-    make_step(model, _optimizer(model), config, device=device, say=said.append)
+    made()
     assert "whole in memory" in said[0]
+
+
+def test_a_head_that_turns_out_otherwise_is_an_error() -> None:
+    """A plan has counted with the choice: it is not made again in silence."""
+    model = _model()
+    config = FinetuneConfig().resolved()
+    choice = decide(config, facts_of(model), torch.device("cpu"))
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(LossError, match=r"loss 'chunked' cannot be used.*use loss 'full'"):
+        make_step(model, _optimizer(model), config, choice, device=torch.device("cpu"))
 
 
 # --- Buckets. -------------------------------------------------------------------------------------

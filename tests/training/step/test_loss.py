@@ -155,7 +155,7 @@ def test_a_model_of_mamba_ssm_is_not_given_use_cache() -> None:
 
     model = MambaLMHeadModel()
     ids = torch.randint(0, 8, (2, 6))
-    loss, _ = make_loss(model)
+    loss = make_loss(model, "chunked")
     assert loss.name == "chunked"
     torch.testing.assert_close(loss(ids, ids), FullLoss(model)(ids, ids))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
@@ -12,19 +13,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prodial_kernels.models.layers.head import find_head
-from prodial_kernels.training.step.loss import FullLoss, LossError, make_loss
+from prodial_kernels.training.step.loss import FullLoss, LossError, choose_loss
 from support.loss_cases import HeadOnly, labels_of, run
-from support.models import build
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="'auto', 'chunked', 'liger', 'full', got 'fast'"):
-        make_loss(build("mamba2"), "fast")
+        choose_loss("fast", CPU)
 
 
 def test_liger_needs_cuda() -> None:
     with pytest.raises(LossError, match="it needs a CUDA device"):
-        make_loss(build("mamba2"), "liger")
+        choose_loss("liger", CPU)
+
+
+def test_liger_is_taken_where_it_is_installed_and_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert choose_loss("auto", CUDA)[0] == "chunked"
+    with pytest.raises(LossError, match="not installed: pip install liger-kernel"):
+        choose_loss("liger", CUDA)
+    found = types.ModuleType("liger_kernel")
+    found.__spec__ = ModuleSpec("liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel", found)
+    assert choose_loss("auto", CUDA) == ("liger", "liger-kernel is installed")
+    assert choose_loss("auto", CUDA, graphed=True)[0] == "chunked"
+    assert choose_loss("auto", CPU)[0] == "chunked"
+    with pytest.raises(LossError, match="waits for the device; use 'chunked'"):
+        choose_loss("liger", CUDA, graphed=True)
 
 
 def test_liger_is_called_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

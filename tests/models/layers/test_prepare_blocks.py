@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
-from prodial_kernels.models.layers import savings
+from prodial_kernels.models.layers import recompute
 from prodial_kernels.models.layers.fused_norms import is_fused
 from prodial_kernels.models.layers.levels import CHECKPOINT, NORM
-from prodial_kernels.models.layers.savings import apply_savings
+from prodial_kernels.models.layers.recompute import prepare_blocks
 from support.models import build
 
 CPU = torch.device("cpu")
@@ -27,11 +27,10 @@ def fused(model: nn.Module) -> int:
 
 
 def test_both_are_applied_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(savings, "KERNEL_ON", ("cpu",))
+    monkeypatch.setattr(recompute, "KERNEL_ON", ("cpu",))
     model, said = adapted(), []
     before = [type(module) for module in model.modules()]
-    applied = apply_savings(model, [NORM, CHECKPOINT], device=CPU, say=said.append)
-    assert applied.checkpoints
+    applied = prepare_blocks(model, [NORM, CHECKPOINT], device=CPU, say=said.append)
     assert said == [f"norms: {fused(model)} run as one kernel each"]
     applied.remove()
     assert [type(module) for module in model.modules()] == before
@@ -40,10 +39,10 @@ def test_both_are_applied_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_where_there_is_no_kernel_norms_stay_as_they_are() -> None:
     model, said = adapted(), []
-    assert apply_savings(model, [CHECKPOINT] * 2, device=CPU, say=said.append).checkpoints
+    prepare_blocks(model, [CHECKPOINT] * 2, device=CPU, say=said.append)
     assert not fused(model)
     assert not said
 
 
 def test_without_levels_a_list_of_blocks_is_not_needed() -> None:
-    assert not apply_savings(nn.Linear(2, 2), None, device=CPU).checkpoints
+    prepare_blocks(nn.Linear(2, 2), None, device=CPU).remove()
