@@ -30,8 +30,8 @@ from support.kernels.launch_recorder import DEVICES, Recorder
 
 FIRST, OTHERS = 2**31 - 1, 2**16 - 1
 MODULES = [
-    importlib.import_module(f"{kernels.__name__}.{found.name}")
-    for found in pkgutil.iter_modules(kernels.__path__)
+    importlib.import_module(found.name)
+    for found in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
 ]
 LAUNCHERS = [module for module in MODULES if hasattr(module, "launch")]
 

@@ -391,7 +391,7 @@ def test_memory_is_used_again() -> None:
 
 
 def test_every_kernel_is_launched_by_launch() -> None:
-    for path in Path(kernels.__path__[0]).glob("*.py"):
+    for path in Path(kernels.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 launched = ast.unparse(node.func.value)
