@@ -15,8 +15,8 @@ from prodial_kernels.captured.model import Captured, capture
 class CaptureCallback(TrainerCallback):
     """Captures the model's blocks while ``trainer.train()`` runs.
 
-    ``Trainer(..., callbacks=[CaptureCallback()])``. Batches should come in one shape or a few: fill
-    them up to one length, and set ``dataloader_drop_last=True`` for the last one of an epoch.
+    ``Trainer(..., callbacks=[CaptureCallback()])``. Batches should have one shape or a few: pad
+    them to one length, and set ``dataloader_drop_last=True`` to drop an epoch's short last batch.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class CaptureCallback(TrainerCallback):
         self.captured: Captured | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the blocks over."""
+        """Capture the blocks."""
         self.release()
         self.captured = capture(kwargs["model"], **self._options)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give them back."""
+        """Release them."""
         self.release()
 
     def release(self) -> None:
-        """Give the blocks back, also where training has ended with an error."""
+        """Release the blocks; call it where training ended with an error."""
         if self.captured is not None:
             self.captured.release()
             self.captured = None

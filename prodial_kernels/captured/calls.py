@@ -1,4 +1,4 @@
-"""What two calls of a block have in common: the same structure, and tensors of the same kind."""
+"""A call of a block as a structure and a list of tensors, to compare calls and to repeat them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prodial_kernels.captured.deferred import Deferred
 
 IRRELEVANT = frozenset(("num_items_in_batch",))
-"""What transformers hands to every block and none reads; it differs from step to step."""
+"""Arguments that transformers gives every block and no block reads; they differ by step."""
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _LEAF = "tensor"
@@ -22,7 +22,7 @@ class Uncapturable(Exception):
 
 
 class Kind(NamedTuple):
-    """What of a tensor must be the same in every call that a graph stands for."""
+    """The properties of a tensor that every call replayed by one graph must share."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(tensor: Tensor) -> Kind:
-    """Describe a tensor."""
+    """Return the properties of a tensor."""
     if type(tensor) is Deferred:
         kind: Kind = tensor.kind
         return kind

@@ -1,19 +1,19 @@
-"""Which call of a block is replayed, and which runs as it is.
+"""Which call of a block is replayed, and which runs eagerly.
 
-The blocks of a model are called one after the other, over and over. The first calls of a shape run
-as they are, and are looked at: what goes in, what comes out, whether the device is waited for.
-Then all blocks are captured, in the order in which they run, and from then on each call that is
-like the one captured replays its graph.
+The blocks of a model are called one after the other in every step. The first calls of a shape run
+eagerly and are recorded: arguments, results, whether the host waits for the device. Then all blocks
+are captured, in the order in which they run; afterwards each call equal in kind to the recorded one
+replays its graph.
 
-Blocks that only hand on share a graph, which runs when the last of them is called; see
-:mod:`prodial_kernels.captured.deferred`. What is not like it runs as before, and is said once:
+Consecutive blocks that only pass results on share a graph, which is replayed when the last of them
+is called; see :mod:`prodial_kernels.captured.deferred`. Eager, with one warning, remain:
 
-* another shape (each of :data:`SHAPES` gets graphs of its own, in the same memory), another
+* another shape (up to :data:`SHAPES` get graphs of their own, in the same memory), another
   structure, an input that is not what the block before returned;
-* a forward while an earlier one still waits for its backward, whose activations it would overwrite;
+* a forward before the backward of an earlier one, whose activations a replay would overwrite;
 * a block that waits for the device, such as a mixture of experts.
 
-Evaluation, generation and whatever else runs without gradients is never replayed.
+Evaluation, generation and anything else without gradients is never replayed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.captured.calls import (
-    Uncapturable,
-    flatten,
-    flatten_call,
-    kind_of,
-)
+from prodial_kernels.captured.calls import Uncapturable, flatten, flatten_call, kind_of
 from prodial_kernels.captured.checkpointing import (
     checkpoints_otherwise,
     checkpoints_outside,
@@ -38,19 +33,19 @@ from prodial_kernels.captured.checkpointing import (
 )
 from prodial_kernels.captured.deferred import with_content
 from prodial_kernels.captured.engine import Engine
-from prodial_kernels.captured.program import Pass, Program, Record, name_of
+from prodial_kernels.captured.program import Given, Pass, Program, Record, Taken, name_of
 from prodial_kernels.captured.replay import Pending
-from prodial_kernels.captured.running import between, defer, difference, replay, run_as_it_is
+from prodial_kernels.captured.running import between, call_eagerly, defer, difference, replay
 from prodial_kernels.captured.state import BlockState
 
 WARM_UP = 2
-"""Steps of a shape before it is captured: one that compiles, one that is watched."""
+"""Eager steps of a shape before it is captured: one compiles, in one host waits are recorded."""
 
 SHAPES = 4
-"""Shapes that are captured; further ones are launched as before."""
+"""Shapes that are captured; further ones stay eager."""
 
 CHANGES = 3
-"""How often a model may change and be captured again."""
+"""How often a changed model is captured anew."""
 
 Function = Callable[..., Any]
 
@@ -60,11 +55,11 @@ class CaptureError(RuntimeError):
 
 
 class CaptureWarning(UserWarning):
-    """Some call of a captured block is launched as before."""
+    """Some call of a captured block runs eagerly."""
 
 
 class Chain:
-    """The blocks of a model, and the graphs that stand for them."""
+    """The blocks of a model and their graphs."""
 
     def __init__(
         self,
@@ -76,15 +71,15 @@ class Chain:
         together: bool = True,
         say: Callable[[str], None],
     ) -> None:
-        """Make it; nothing is captured yet.
+        """Prepare; nothing is captured yet.
 
         Args:
             blocks: In the order in which they run.
-            engine: What captures.
-            batch_size: Capture this one only.
+            engine: Captures and replays.
+            batch_size: The only one to capture; None for any.
             seq_len: Likewise.
-            together: Let blocks share a graph.
-            say: Told once why something is launched as before.
+            together: Whether consecutive blocks may share a graph.
+            say: Called once with each reason for an eager call.
         """
         self.blocks = list(blocks)
         self.engine = engine
@@ -103,7 +98,7 @@ class Chain:
         self._outside = any(map(checkpoints_outside, self.blocks))
 
     def call(self, index: int, upstream: Function, args: Any, kwargs: Any) -> Any:
-        """``upstream(*args, **kwargs)``, the call of block ``index``, replayed if it can be.
+        """Return ``upstream(*args, **kwargs)`` of block ``index``, by replay where possible.
 
         Raises:
             CaptureError: Capturing failed, or the call is on another device.
@@ -148,7 +143,7 @@ class Chain:
         obstacle = difference(run, index, key, leaves) or self._change(index)
         seen = between(self.blocks, run, index, last) if obstacle is None else None
         if obstacle is not None or seen is not None:
-            # What follows reads what this block would have left.
+            # The graphs after this one read what its replay would have written.
             self._replaying = None
             if run.deferral is not None:
                 run.deferral.read = None
@@ -160,19 +155,19 @@ class Chain:
         run.cursor += 1
         if last:
             return replay(run, index, leaves, self._pending)
-        return defer(run, index, partial(run_as_it_is, upstream, structure), leaves, self._read)
+        return defer(run, index, partial(call_eagerly, upstream, structure), leaves, self._read)
 
     def forget(self) -> None:
-        """Drop every graph and what is known of every shape."""
+        """Drop every graph and every record."""
         self.programs.clear()
         self._states.clear()
         self._replaying = self._recording = None
         self.engine.release()
 
-    # --- The first block of a pass. ---------------------------------------------------------
+    # --- The first block of a forward. --------------------------------------------------------
 
     def _begin(self, key: Hashable, leaves: list[Tensor]) -> None:
-        """Decide what this forward through the blocks will be."""
+        """Decide whether this forward through the blocks is replayed, recorded or plain."""
         if self._pending:
             self._once(
                 "pending",
@@ -221,12 +216,12 @@ class Chain:
         return self.programs.setdefault(key, Program())
 
     def _separate(self, reason: str) -> None:
-        """Give each block a graph of its own from the next forward on."""
+        """Capture each block on its own from the next forward on."""
         self._separating = True
         self._once("together", f"{reason}: from now on each block is captured on its own")
 
     def _changed(self, reason: str) -> None:
-        """Begin anew, a few times."""
+        """Forget all graphs of the model as it was, up to :data:`CHANGES` times."""
         self._stale = None
         self._changes += 1
         self.forget()
@@ -236,15 +231,13 @@ class Chain:
             message = f"blocks have changed since they were captured ({reason}): captured again"
         self._once(f"changed {self._changes > CHANGES}", message)
 
-    # --- Steps that run as they are and are looked at. ----------------------------------------
+    # --- Eager calls that are recorded. ------------------------------------------------------
 
     def _record(
         self, run: Pass, index: int, record: Record, leaves: list[Tensor], call: Callable[[], Any]
     ) -> Any:
         program = run.program
-        record.leaves = [*map(kind_of, leaves)]
-        record.strides = [leaf.stride() for leaf in leaves]
-        record.places = [run.place_of(leaf) for leaf in leaves]
+        record.leaves = [Taken(kind_of(x), x.stride(), run.origin_of(x)) for x in leaves]
         if index in program.records:
             record.obstacle = "it runs more than once in a forward"
         if checkpoints_otherwise(self.blocks[index]):
@@ -266,10 +259,9 @@ class Chain:
             record.result = flatten(result, results)
         except Uncapturable as reason:
             record.obstacle = str(reason)
-        record.results = [*map(kind_of, results)]
-        record.result_strides = [result.stride() for result in results]
+        record.results = [Given(kind_of(result), result.stride()) for result in results]
         for number, tensor in enumerate(results):
-            run.meet(tensor, (index, number))
+            run.note_origin(tensor, (index, number))
             if tensor.requires_grad:
                 tensor.register_hook(_Finished(program))
         program.records[index] = record
@@ -339,7 +331,7 @@ def _plain(upstream: Function, args: Any, kwargs: Any) -> Any:
 
 
 class _Finished:
-    """A hook that tells a program when a backward runs."""
+    """A tensor hook that notes in a program that its backward has run."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -354,7 +346,7 @@ def _autocast(device: torch.device) -> tuple[bool, torch.dtype]:
 
 
 def _watched_by_others() -> str | None:
-    """What is around this call that would not see what a graph does."""
+    """Say which observer of operations is active here that a graph would bypass, if any."""
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is active"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:

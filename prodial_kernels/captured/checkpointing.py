@@ -1,4 +1,4 @@
-"""Gradient checkpointing of transformers, which a captured block does by itself."""
+"""Gradient checkpointing of transformers, which captured sections do themselves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FLAG = "gradient_checkpointing"
 
 
 def is_checkpointed(block: nn.Module) -> bool:
-    """Whether a block keeps its input only and runs again in backward.
+    """Whether a block keeps only its input and is recomputed in backward.
 
     ``model.gradient_checkpointing_enable()`` sets this on every ``GradientCheckpointingLayer``.
     """
@@ -20,9 +20,9 @@ def is_checkpointed(block: nn.Module) -> bool:
 
 
 def checkpoints_outside(block: nn.Module) -> bool:
-    """Whether a block is checkpointed around its hooks rather than within its ``forward``.
+    """Whether a block's checkpointing wraps its hooks too, rather than its ``forward`` alone.
 
-    As transformers did until 5.17 at least; 5.24 does not.
+    In transformers 5.17 it does, in 5.24 it does not.
     """
     classes = [cls for cls in type(block).__mro__ if cls is not nn.Module]
     return any("__call__" in vars(cls) for cls in classes)
@@ -31,7 +31,7 @@ def checkpoints_outside(block: nn.Module) -> bool:
 def checkpoints_otherwise(block: nn.Module) -> bool:
     """Whether a block's checkpointing does more than :func:`torch.utils.checkpoint.checkpoint`.
 
-    Such as offloading activations to the host.
+    It may offload activations to the host, for example.
     """
     if not is_checkpointed(block):
         return False
@@ -41,9 +41,9 @@ def checkpoints_otherwise(block: nn.Module) -> bool:
 
 @contextmanager
 def not_checkpointing(block: nn.Module) -> Iterator[None]:
-    """Leave checkpointing to whoever calls.
+    """Switch the block's own checkpointing off.
 
-    That of transformers saves the generator's state, which no graph can.
+    It saves the random generator's state, which no graph can.
     """
     changed = [module for module in block.modules() if is_checkpointed(module)]
     for module in changed:

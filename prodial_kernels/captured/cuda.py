@@ -1,13 +1,12 @@
-"""Sections as CUDA graphs in one memory pool, alive exactly as long as an eager step has them.
+"""Sections as CUDA graphs in one memory pool, in which a replayed step needs no more than an eager.
 
-Everything is captured in the order in which it will run: forwards, then backwards in reverse. What
-a section leaves is held until the last one that reads it is captured, and then dropped; what is
-captured later takes its memory. So a replayed step needs what the eager one needs. All that stays
-of a tensor is where it was: :func:`alias`.
+Sections are captured in the order of execution: forwards, then backwards in reverse. A tensor is
+held until the last section that reads it has been captured; then the allocator reuses its memory
+for what is captured later, as in an eager step. Afterwards a tensor is known by its address only:
+:func:`alias`.
 
-A block's input is not a leaf of autograd while it is captured, nor its result a root: both would
-hold on to their memory. Two nodes stand at the block's ends instead (:class:`_Enter`,
-:class:`_Leave`), which hold none.
+During capture a block's input is no leaf of autograd and its result no root, since both would keep
+their memory. Two nodes that keep none take their places (:class:`_Enter`, :class:`_Leave`).
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from prodial_kernels.captured.engine import Flat, Graphed, Leaf, Section, Source
 Result = TypeVar("Result")
 
 _SYNCHRONISES = "called a synchronizing CUDA operation"
-# What torch says of the check itself, once in a process.
+# Torch's own warning about the check, once in a process.
 _PROTOTYPE = "Synchronization debug mode is a prototype feature"
 
 
 class CudaEngine:
-    """Captures on a stream of its own, into one pool for all shapes: they never run at a time."""
+    """Captures on its own stream, into one pool for all shapes, which never run concurrently."""
 
     def __init__(self, device: torch.device) -> None:
-        """Make the stream."""
+        """Create the stream."""
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self._stream = torch.cuda.Stream(self.device)
@@ -83,13 +82,13 @@ class CudaEngine:
         """See :class:`Engine`."""
         torch.cuda.synchronize(self.device)
         self._pool = self._reserving = None
-        # Some of them are in the pool.
+        # Some of cuBLAS's workspaces lie in the pool.
         torch._C._cuda_clearCublasWorkspaces()
         gc.collect()
         torch.cuda.empty_cache()
 
     def pool_bytes(self) -> int:
-        """Bytes of the device that the graphs have for themselves."""
+        """Bytes of the pool."""
         if self._pool is None:
             return 0
         return sum(
@@ -101,7 +100,7 @@ class CudaEngine:
     def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Graphed]:
         """See :class:`Engine`."""
         torch.cuda.synchronize(self.device)
-        # What the steps before have left would stay beside the pool.
+        # Memory cached by earlier steps would stay allocated beside the pool.
         gc.collect()
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
@@ -109,7 +108,7 @@ class CudaEngine:
         if fresh:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            # So that no kernel is loaded while it is captured.
+            # Kernels are loaded here, since loading one during capture is an error.
             for section in sections:
                 _flattened([p.detach() for p in section.parameters], section.parameters)
             torch.cuda.synchronize(self.device)
@@ -125,9 +124,9 @@ class CudaEngine:
         return list(capturing.graphs)
 
     def _reserve(self, size: int) -> None:
-        """Take so many bytes into the pool at once.
+        """Reserve so many bytes of the pool in one segment.
 
-        One by one, each large tensor would be rounded up to 2 MiB of its own.
+        In segments of their own, large tensors would each be rounded up to 2 MiB.
         """
         self._reserving = torch.cuda.CUDAGraph()
         with self.recording(self._reserving):
@@ -136,10 +135,10 @@ class CudaEngine:
 
     @contextmanager
     def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Capture into a graph. Other threads may call what they like meanwhile."""
+        """Capture into a graph; other threads may call CUDA meanwhile."""
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
-            # Another thread would have a cuBLAS workspace (32 MiB) of its own.
+            # A backward thread would allocate its own cuBLAS workspace (32 MiB).
             with torch.autograd.set_multithreading_enabled(False):
                 yield
         except BaseException:
@@ -147,15 +146,15 @@ class CudaEngine:
                 graph.capture_end()
             raise
         graph.capture_end()
-        # It is in the pool, where only this graph needs it: the next one may write over it.
+        # The workspace lies in the pool, and only this graph uses it: the next may overwrite it.
         torch._C._cuda_clearCublasWorkspaces()
 
 
 class CudaGraphed:
-    """One section's graphs; see :class:`Graphed`."""
+    """The graphs of one section; see :class:`Graphed`."""
 
     def __init__(self, section: Section, generator: torch.Generator) -> None:
-        """Make it empty."""
+        """Create empty graphs."""
         self.inputs: list[Tensor] = []
         self.results: list[Tensor] = []
         self.result_gradients: list[Tensor | None] = []
@@ -163,7 +162,7 @@ class CudaGraphed:
         self.parameter_gradients: list[Flat] = []
         self.forward_graph = torch.cuda.CUDAGraph()
         self.backward_graph: torch.cuda.CUDAGraph | None = None
-        # Of a section that runs again in backward: with the numbers that it drew.
+        # A section that is recomputed in backward draws the same numbers there.
         self._generator = generator if section.checkpointed and section.draws else None
 
     def forward(self) -> Any:
@@ -186,14 +185,14 @@ class CudaGraphed:
 
 
 class _Capturing:
-    """Captures section by section, and knows what of each is still needed."""
+    """Captures section by section, holding the tensors that later captures still read."""
 
     def __init__(self, engine: CudaEngine, sections: Sequence[Section]) -> None:
         self._engine = engine
         self._sections = sections
         self.graphs = [CudaGraphed(section, engine._generator) for section in sections]
         self._anchor = torch.empty((), device=engine.device, requires_grad=True)
-        # What later sections read: results, and tensors that are written before a replay.
+        # Results and slots that later sections read, and the last section that reads each.
         self._held: dict[Source | int, Tensor] = {}
         self._last: dict[Source | int, int] = {}
         self._readers: dict[Source, list[tuple[int, int]]] = {}
@@ -202,7 +201,7 @@ class _Capturing:
                 self._last[leaf.place] = position
                 if isinstance(leaf.place, Source):
                     self._readers.setdefault(leaf.place, []).append((position, number))
-        # Of each section until its backward is captured.
+        # Of each section until its backward is captured: what the backward starts from.
         self._ends: dict[int, tuple[_Ends, Tensor]] = {}
         self._again: dict[int, list[Tensor]] = {}
         self._gradients: dict[tuple[int, int], Tensor] = {}
@@ -223,7 +222,7 @@ class _Capturing:
                     self._ends[position] = ends, root
         graphed.inputs = [alias(tensor) for tensor in data]
         graphed.results = [alias(result) for result in results]
-        # Their places are known when the backward is captured.
+        # Their addresses are known when the backward is captured.
         graphed.result_gradients = [
             result if one else None
             for result, one in zip(graphed.results, differentiable, strict=True)
@@ -269,7 +268,7 @@ class _Capturing:
             for number in range(len(section.leaves))
         ]
         graphed.parameter_gradients = [Flat(alias(flat.tensor), flat.parameters) for flat in flats]
-        # The section before takes them as they are; then their memory is free.
+        # The section before reads them in place; after its capture their memory is free.
         self._gradients = {(position, number): g for number, g in ends.found.items()}
 
     def _leaf(self, leaf: Leaf) -> Tensor:
@@ -296,7 +295,7 @@ class _Capturing:
         return ends, results, root
 
     def _result_gradient(self, position: int, number: int, like: Tensor) -> Tensor:
-        """Where the gradient of a result is read: where its one reader has left it, if it has."""
+        """Where a result's gradient is read: as its only reader wrote it, else in a new tensor."""
         readers = self._readers.get(Source(position, number), [])
         if len(readers) == 1:
             left = self._gradients.get(readers[0])
@@ -306,7 +305,7 @@ class _Capturing:
 
 
 class _Ends:
-    """The gradients at a block's ends: given at its results, found at its leaves."""
+    """The gradients at a section's ends: given at its results, found at its leaves."""
 
     def __init__(self) -> None:
         self.given: list[Tensor | None] = []
@@ -314,12 +313,12 @@ class _Ends:
 
 
 class _Enter(torch.autograd.Function):
-    """A leaf as a block takes it; the gradient that arrives is put down."""
+    """A leaf as a section takes it; its backward stores the gradient."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, ends: _Ends, number: int, data: Tensor) -> Tensor:
         ctx.ends, ctx.number = ends, number
-        # Not a view for autograd, to which a block may do in place what it likes.
+        # No view for autograd, so that a block may change it in place.
         return torch.ops.aten._unsafe_view(data, data.shape)
 
     @staticmethod
@@ -329,7 +328,7 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """A root for a block's results that holds none of them."""
+    """A root over a section's results that keeps none of them."""
 
     @staticmethod
     def forward(ctx: Any, ends: _Ends, *results: Tensor) -> Tensor:
@@ -342,7 +341,7 @@ class _Leave(torch.autograd.Function):
 
 
 def _flattened(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Flat]:
-    """Put gradients one behind the other, those of a dtype together."""
+    """Concatenate gradients, one tensor for each dtype."""
     groups: dict[torch.dtype, list[int]] = {}
     for index, gradient in enumerate(found):
         if gradient is not None:
@@ -358,7 +357,7 @@ def _flattened(found: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> 
 
 
 class _Memory:
-    """Bytes of the device that someone else takes care of."""
+    """Bytes of the device without ownership."""
 
     def __init__(self, address: int, size: int) -> None:
         self.__cuda_array_interface__ = {
@@ -367,10 +366,10 @@ class _Memory:
 
 
 def alias(tensor: Tensor) -> Tensor:
-    """Return a tensor at the same place that does not keep its memory alive.
+    """Return a tensor at the same address that does not keep its memory allocated.
 
-    To the allocator that memory is free once nothing else holds it; it stays what the graphs of the
-    pool make of it as long as one of them is alive.
+    The allocator reuses that memory once nothing else refers to it; while a graph of the pool is
+    alive, only the pool's graphs write there.
     """
     if tensor.numel() == 0:
         return tensor.detach()

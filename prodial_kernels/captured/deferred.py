@@ -1,8 +1,8 @@
-"""Blocks that run as one graph: what is known of the result of one before the last has been called.
+"""Results between blocks that share one graph: tensors without content until somebody reads them.
 
-The call of a block that is captured together with the next returns a :class:`Deferred`, a tensor
-without content. The next block's call takes it, and that of the last replays the graph of them all.
-Whatever else reads one gets its content: the blocks until there run as they are, late.
+A block that shares its graph with the next returns a :class:`Deferred`, a tensor with metadata and
+without content. The next block takes it, and the call of the last one replays the graph. If
+anything else reads a deferred tensor, the deferred calls run eagerly and give its content.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What may be asked of a tensor without content.
+# Metadata that a tensor without content has.
 _KNOWN = frozenset(
     [
         *(
@@ -36,14 +36,14 @@ _KNOWN = frozenset(
 
 
 class Unreadable(RuntimeError):
-    """The content of a block's result was not kept, or not in a way that a gradient would need."""
+    """The content of a block's result was not kept, or cannot be given with its gradient."""
 
 
 class Deferral:
-    """Calls of blocks that wait for that of the last one that is captured with them.
+    """The deferred calls of one section, until its last block is called.
 
     Attributes:
-        over: Why nothing can be read any more: the graph has run instead.
+        over: Whether the graph has been replayed instead, so that nothing can be read any more.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Deferral:
         autocast: tuple[bool, torch.dtype],
         read: Callable[[], None] | None = None,
     ) -> None:
-        """Begin with none.
+        """Begin without calls.
 
         Args:
-            name: Of the blocks, for messages.
+            name: Of the section, for messages.
             device_type: Of autocast.
-            autocast: Whether it is on, and to which dtype.
+            autocast: Whether autocast is on, and its dtype.
             read: Called when a result is read.
         """
         self.name = name
@@ -73,39 +73,36 @@ class Deferral:
     def add(
         self, function: Callable[[Sequence[Any]], list[Tensor]], leaves: Sequence[Tensor]
     ) -> None:
-        """A block is called; its own function would turn ``leaves`` into its results."""
-        self.watch(leaves)
+        """Defer ``function(leaves)``, the call of the next block."""
+        # What is read later must be what it is now.
+        self._versions += [(leaf, leaf._version) for leaf in leaves if type(leaf) is not Deferred]
         self._calls.append(
             (function, [leaf.number if type(leaf) is Deferred else leaf for leaf in leaves])
         )
 
-    def watch(self, leaves: Sequence[Tensor]) -> None:
-        """What is read later must be what it is now."""
-        self._versions += [(leaf, leaf._version) for leaf in leaves if type(leaf) is not Deferred]
-
-    def results(self, kinds: Sequence[Any], strides: Sequence[tuple[int, ...]]) -> list[Tensor]:
-        """What that block returns."""
+    def results(self, given: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Tensor]:
+        """Return deferred tensors for the call added last, one for each (kind, stride)."""
         block = len(self._given)
         found: list[Tensor] = [
             Deferred.make(self, block, number, kind, stride)
-            for number, (kind, stride) in enumerate(zip(kinds, strides, strict=True))
+            for number, (kind, stride) in enumerate(given)
         ]
         self._given.append([weakref.ref(one) for one in found])
         return found
 
     def is_last(self, leaf: Tensor, number: int) -> bool:
-        """Whether this is a result of the last block that was called."""
+        """Whether ``leaf`` is result ``number`` of the call added last."""
         return self._values is None and self._given[-1][number]() is leaf
 
     def kept(self) -> bool:
-        """Whether someone holds on to a result of a block before the last that was called."""
+        """Whether somebody still refers to a result of a call before the last."""
         return any(one() is not None for found in self._given[:-1] for one in found)
 
     def begin(self) -> None:
-        """The graph runs.
+        """Drop the deferred calls: the graph is replayed instead.
 
         Raises:
-            Unreadable: What it is given was changed in place since.
+            Unreadable: One of the tensors they were given has been changed in place.
         """
         self._check()
         self.over = True
@@ -113,7 +110,7 @@ class Deferral:
         self._versions.clear()
 
     def value(self, block: int, number: int) -> Tensor:
-        """Return a result, for which the blocks run as they are if they have not.
+        """Return a result; the deferred calls run eagerly at the first read.
 
         Raises:
             Unreadable: The graph has run, or a tensor was changed in place.
@@ -148,7 +145,7 @@ class Deferral:
 
 
 class Deferred(Tensor):
-    """A result of a block that has not run; shape, dtype and device are known."""
+    """A result of a block that has not run; shape, strides, dtype and device are known."""
 
     deferral: Deferral
     block: int
@@ -171,10 +168,10 @@ class Deferred(Tensor):
         return made
 
     def content(self) -> Tensor:
-        """Return a tensor with content instead.
+        """Return the tensor with its content.
 
         Raises:
-            Unreadable: There is none any more.
+            Unreadable: The content was not kept.
         """
         return self.deferral.value(self.block, self.number)
 
@@ -182,7 +179,7 @@ class Deferred(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """What is known is answered, anything else asks for the content."""
+        """Answer what metadata answers; anything else takes the content."""
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -192,7 +189,7 @@ class Deferred(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Below autograd it is too late: the gradient would be lost."""
+        """Refuse: content given below autograd would have no gradient."""
         raise Unreadable(_LOST)
 
 
@@ -210,7 +207,7 @@ def with_content(value: Any) -> Any:
     """Return nested tuples, lists and dictionaries with content in place of each deferred tensor.
 
     Raises:
-        Unreadable: There is none any more.
+        Unreadable: The content was not kept.
     """
     if type(value) is Deferred:
         return value.content()

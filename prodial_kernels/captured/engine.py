@@ -1,4 +1,4 @@
-"""What captures, as :mod:`prodial_kernels.captured.chain` asks for it."""
+"""The interface of a capturing engine, and the description of what it captures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class Source(NamedTuple):
-    """A result of an earlier section, which a section reads where that one left it."""
+    """A result of an earlier section, read in place."""
 
     position: int
     result: int
@@ -23,8 +23,8 @@ class Leaf(NamedTuple):
     """A tensor that a section takes.
 
     Attributes:
-        place: Where it comes from: an earlier section, or a tensor of this number that is written
-            before the replay. Sections that take the same one share its number.
+        place: Where the section reads it: the result of an earlier section, or the slot of this
+            number, which is written before the replay. Sections that take one tensor share a slot.
     """
 
     shape: torch.Size
@@ -36,16 +36,16 @@ class Leaf(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """One block's call, or those of several in a row, to be captured.
+    """The call of one block, or the calls of several consecutive ones, to be captured.
 
     Attributes:
         name: For messages.
         function: Takes the leaves, returns the results.
-        leaves: What it takes.
-        parameters: What is trained in it.
-        checkpointed: Keep nothing but the leaves, and run it again in backward.
+        leaves: The tensors it takes.
+        parameters: The tensors that are trained in it.
+        checkpointed: Keep nothing but the leaves, and recompute in backward.
         draws: Whether it draws random numbers.
-        blocks: How many blocks it stands for.
+        blocks: Number of blocks.
     """
 
     name: str
@@ -58,21 +58,21 @@ class Section:
 
 
 class Flat(NamedTuple):
-    """Gradients of some parameters of one dtype, one behind the other."""
+    """Gradients of some parameters of one dtype, concatenated."""
 
     tensor: Tensor
     parameters: tuple[int, ...]
 
 
 class Graphed(Protocol):
-    """A captured section. Its tensors stay where they are, and later replays write over them.
+    """A captured section. Its tensors keep their addresses; later replays overwrite them.
 
     Attributes:
-        inputs: The leaves, to be written where they have a number.
-        results: What the forward leaves; whoever wants to keep one copies it at once.
-        result_gradients: To be written before the backward; None where there is none.
-        leaf_gradients: What the backward leaves; valid until the next backward but one.
-        parameter_gradients: Likewise; valid until the next backward.
+        inputs: The leaves; those in slots are written before the forward.
+        results: Written by the forward; valid until its backward, so to be copied at once.
+        result_gradients: Written before the backward; None where a result has no gradient.
+        leaf_gradients: Written by the backward; valid until the next backward but one.
+        parameter_gradients: Written by the backward; valid until the next backward.
     """
 
     inputs: list[Tensor]
@@ -82,37 +82,36 @@ class Graphed(Protocol):
     parameter_gradients: list[Flat]
 
     def forward(self) -> Any:
-        """Replay the forward; return what the backward has to be given."""
+        """Replay the forward; return the argument of its :meth:`backward`."""
 
     def backward(self, given: Any) -> None:
         """Replay the backward."""
 
 
 class Engine(Protocol):
-    """What captures; :class:`prodial_kernels.captured.cuda.CudaEngine`."""
+    """Captures sections; :class:`prodial_kernels.captured.cuda.CudaEngine`."""
 
     device: torch.device
 
     def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Graphed]:
         """Capture forwards in order and backwards in reverse order, as they will be replayed.
 
-        ``kept`` are the bytes that the forwards leave for the backwards, about; 0 if unknown.
+        ``kept`` is about the number of bytes that forwards keep for backwards; 0 if unknown.
 
-        Any one forward may be the last that is replayed, if then the backwards of those that were
-        are replayed in reverse order.
+        A replay may stop after any forward; the backwards of those replayed follow in reverse.
         """
 
     def watched(self, function: Callable[[], Result]) -> tuple[Result, list[str]]:
-        """Run a function; return where it waits for the device, which no graph can do."""
+        """Run a function; return where in it the host waits for the device, which no graph can."""
 
     def allocated(self) -> int:
-        """Bytes of the device that tensors take."""
+        """Bytes of the device that are allocated."""
 
     def drawn(self) -> Any:
-        """Something that changes when random numbers are drawn."""
+        """The state of the random generator; comparable."""
 
     def busy(self) -> bool:
-        """Whether someone is capturing already."""
+        """Whether the current stream is being captured by somebody else."""
 
     def release(self) -> None:
-        """Give memory back."""
+        """Free the graphs' memory."""

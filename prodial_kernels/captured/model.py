@@ -20,7 +20,7 @@ from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fus
 
 
 class Captured:
-    """Captured blocks, until :meth:`release`; prints as a line."""
+    """The handle of captured blocks, until :meth:`release`; prints as a line."""
 
     def __init__(self, chain: Chain, norms: FusedNorms) -> None:
         """Take over the blocks; made by :func:`capture`."""
@@ -43,14 +43,12 @@ class Captured:
         n_blocks = len(self._chain.blocks)
         if not captured:
             return f"captured blocks: none of {n_blocks} yet; the first steps run as they are"
-        shapes = ", ".join(
-            f"{list(program.records[0].leaves[0].shape[:2])}: {len(program.order)} of {n_blocks}"
-            for program in captured
-        )
+        first = [(program.records[0].leaves[0].kind, len(program.order)) for program in captured]
+        shapes = ", ".join(f"{list(kind.shape[:2])}: {n} of {n_blocks}" for kind, n in first)
         return f"captured blocks: {shapes}"
 
     def release(self) -> None:
-        """Give every block its own forward back, and the graphs' memory; again does nothing."""
+        """Restore every block's own forward and free the graphs; a second call does nothing."""
         for forward in self._forwards:
             forward.remove()
         self._forwards = []
@@ -61,8 +59,8 @@ class Captured:
 class BlockForward:
     """A block's ``forward`` while it is captured.
 
-    An attribute of the block rather than of its class, so that hooks of the block run around it and
-    transformers' checkpointing within. A copy or a pickle of the model has its own forward again.
+    An instance attribute rather than a method of the class: hooks of the block run around it, and
+    transformers' checkpointing inside. Copies and pickles of the model hold the own forward.
     """
 
     def __init__(self, block: nn.Module, chain: Chain, index: int) -> None:
@@ -82,15 +80,15 @@ class BlockForward:
         return type(block).forward(block, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward, replayed if it can be."""
+        """The block's forward, replayed where possible."""
         return self._chain.call(self._index, self.upstream, args, kwargs)
 
     def __reduce__(self) -> Any:
-        """Copied and pickled as what it stands before."""
-        return _own_forward, (self._block(),)
+        """Copied and pickled as the block's own forward."""
+        return _OwnForward, (self._block(),)
 
     def remove(self) -> None:
-        """Give the block its own forward back."""
+        """Restore the block's own forward."""
         block = self._block()
         if block is None or vars(block).get("forward") is not self:
             return
@@ -100,11 +98,7 @@ class BlockForward:
             block.forward = self._before
 
 
-def _own_forward(block: nn.Module) -> Any:
-    return _Own(block)
-
-
-class _Own:
+class _OwnForward:
     """The forward of a block's class, as an attribute of a copied block."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -124,19 +118,19 @@ def capture(
 ) -> Captured:
     """Launch forward and backward of every block of a model as CUDA graphs, in any training loop.
 
-    The host then launches a few graphs instead of some hundred kernels a block, which is what a
-    step of a small model waits for: blocks that take nothing but what the one before returned share
-    one, unless something reads or hooks what is between them. Call it before training, with
-    adapters in place. The first two steps of a shape run as they are, then its blocks are captured,
-    all in one memory pool.
-    Gradients arrive in ``.grad`` as ever: accumulation, clipping, ``GradScaler``, any optimiser
-    and ``zero_grad`` work. Dropout draws the numbers that it would have drawn; autocast and
-    transformers' gradient checkpointing are captured as they are set; evaluation, generation,
-    state dicts and saving do not change.
+    The host then launches a few graphs instead of some hundred kernels a block, and those launches
+    are what bounds a step of a small model. Consecutive blocks share one graph if each takes only
+    what the one before returned and nothing reads or hooks what passes between them. Call it before
+    training, with adapters in place. The first two steps of a shape run eagerly, then its blocks
+    are captured, all in one memory pool.
+    Gradients accumulate in ``.grad`` as in eager training: clipping, ``GradScaler``, any optimiser
+    and ``zero_grad`` work. Dropout draws the same numbers as eagerly; autocast and transformers'
+    gradient checkpointing are captured as they are set; evaluation, generation, state dicts and
+    saving do not change.
 
-    What is not like the captured calls is launched as before, and a :class:`CaptureWarning` says so
-    once: other shapes, a cache in training, blocks that wait for the device. A model that changes
-    (adapters merged, switched off or exchanged, weights frozen) is captured again.
+    A call that differs from the captured ones runs eagerly, and a :class:`CaptureWarning` says so
+    once: another shape, a cache in training, a block that waits for the device. A model that
+    changes (adapters merged, switched off or exchanged, weights frozen) is captured anew.
 
     Args:
         model: Any module with a list of blocks, on a CUDA device: transformers', mamba_ssm's,
@@ -147,7 +141,7 @@ def capture(
             rounds once instead of thrice.
 
     Returns:
-        What was taken over; leaving its ``with`` block or calling ``release()`` undoes it.
+        A handle; leaving its ``with`` block or calling ``release()`` restores the model.
 
     Raises:
         CaptureError: The model is not on one CUDA device, its blocks are not found, captured
@@ -174,7 +168,7 @@ def capture_with(
     norms: bool = True,
     together: bool = True,
 ) -> Captured:
-    """:func:`capture`, by an engine of the caller's; ``together=False`` gives each block a graph.
+    """:func:`capture` with the caller's engine; ``together=False`` gives each block its own graph.
 
     Raises:
         CaptureError: See there.
@@ -192,10 +186,10 @@ def capture_with(
 
 
 def _blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The blocks of a model that can be captured.
+    """Return the blocks to capture, each once, in order.
 
     Raises:
-        CaptureError: It cannot.
+        CaptureError: The model cannot be captured.
     """
     processes = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():

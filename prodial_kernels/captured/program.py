@@ -1,4 +1,4 @@
-"""What is known of one kind of batch: how its blocks were called, then the graphs of them."""
+"""What is known of one shape of batches: how each block was called, then the blocks' graphs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from prodial_kernels.captured.deferred import Deferral
 from prodial_kernels.captured.engine import Graphed, Leaf, Section, Source
 from prodial_kernels.captured.state import BlockState
 
-Place = tuple[int, int] | int
-"""Where a tensor was first met: as a result (block, number), or as the nth other tensor."""
+Origin = tuple[int, int] | int
+"""Where a tensor comes from: result (block, number), or the nth tensor from outside the blocks."""
 
 
 class Before(NamedTuple):
@@ -27,31 +27,44 @@ class Before(NamedTuple):
     result: int
 
 
+class Taken(NamedTuple):
+    """A tensor among the arguments of a recorded call."""
+
+    kind: Kind
+    stride: tuple[int, ...]
+    origin: Origin
+
+    def is_result_of(self, block: int) -> bool:
+        """Whether the block of this number returned it."""
+        return isinstance(self.origin, tuple) and self.origin[0] == block
+
+
+class Given(NamedTuple):
+    """A tensor in the result of a recorded call."""
+
+    kind: Kind
+    stride: tuple[int, ...]
+
+
 @dataclass
 class Record:
-    """What one call of a block was like.
+    """One eager call of a block, as a graph of it would have to repeat it.
 
     Attributes:
-        key: What must be the same in every call that the graph stands for: the structure of the
-            arguments, the kinds of the tensors in them, autocast, and whether it is checkpointed.
+        key: What every replayed call must share: the structure of the arguments, the kinds of the
+            tensors in them, autocast, and whether the block is checkpointed.
         leaves: The tensors in the arguments.
-        strides: Of each.
-        places: Where each was first met.
         result: The structure of the result.
         results: The tensors in it.
-        result_strides: Of each.
-        drawn: The state of the generator before and after.
-        memory: Bytes that tensors took before and after.
-        obstacle: Why it cannot be captured, if so.
+        drawn: State of the random generator before and after.
+        memory: Bytes allocated before and after.
+        obstacle: Why the block cannot be captured; None if it can.
     """
 
     key: Any
-    leaves: list[Kind] = field(default_factory=list)
-    strides: list[tuple[int, ...]] = field(default_factory=list)
-    places: list[Place] = field(default_factory=list)
+    leaves: list[Taken] = field(default_factory=list)
     result: Any = None
-    results: list[Kind] = field(default_factory=list)
-    result_strides: list[tuple[int, ...]] = field(default_factory=list)
+    results: list[Given] = field(default_factory=list)
     drawn: tuple[Any, Any] = (0, 0)
     memory: tuple[int, int] = (0, 0)
     obstacle: str | None = None
@@ -64,20 +77,23 @@ class Record:
 
 @dataclass
 class Program:
-    """Records by block, then the graphs of those that can be captured.
+    """The records of one shape by block, then the graphs of the blocks that can be captured.
 
     Attributes:
-        warm: Steps that were taken as they are, backward included.
-        finished: Whether the last one's backward has been.
+        warm: Eager steps so far, backward included.
+        finished: Whether the backward of the last step has run.
+        records: The last eager call of each block.
+        sections: What is captured, in order.
+        graphs: Of each section.
         order: The blocks that are captured.
-        members: Of each section, its blocks.
-        positions: Of blocks among the sections.
-        takes: Where each block's leaves are.
-        early: Sections of several blocks that need nothing but what the first is given, and draw no
-            random numbers: they may be replayed for nothing.
-        numbers: Of the tensors that are written before a replay.
-        shared: Which of these several sections read.
-        plain: Nothing of it can be captured.
+        members: The blocks of each section.
+        positions: The section of each captured block.
+        takes: For each captured block, where its tensors are read from.
+        speculative: Sections whose forward may be replayed at their first block's call, in vain if
+            the next call differs: it takes only that block's tensors and draws no random numbers.
+        numbers: Slot of each tensor from outside, which is written before a replay.
+        shared: Slots that several sections read.
+        plain: Whether nothing can be captured.
     """
 
     warm: int = 0
@@ -89,8 +105,8 @@ class Program:
     members: list[list[int]] = field(default_factory=list)
     positions: dict[int, int] = field(default_factory=dict)
     takes: dict[int, list[Leaf | Before]] = field(default_factory=dict)
-    early: set[int] = field(default_factory=set)
-    numbers: dict[Place, int] = field(default_factory=dict)
+    speculative: set[int] = field(default_factory=set)
+    numbers: dict[Origin, int] = field(default_factory=dict)
     shared: frozenset[int] = frozenset()
     plain: bool = False
 
@@ -102,10 +118,10 @@ class Program:
         *,
         together: bool,
     ) -> list[Section]:
-        """Return what to capture: the blocks without an obstacle, in order.
+        """Return the sections to capture: the blocks without an obstacle, in order.
 
-        With ``together``, those that take nothing but what the one before returned, and what needs
-        no gradient, make one section.
+        With ``together``, consecutive blocks of which each takes only results of the one before and
+        tensors without a gradient make one section.
         """
         for index, record in self.records.items():
             if any(parameter._backward_hooks for parameter in states[index].parameters):
@@ -130,7 +146,7 @@ class Program:
             section = self._section(members, blocks, states, device)
             first = {leaf.place for leaf in self.takes[members[0]] if isinstance(leaf, Leaf)}
             if not section.draws and all(leaf.place in first for leaf in section.leaves):
-                self.early.add(len(sections))
+                self.speculative.add(len(sections))
             sections.append(section)
         uses = [leaf.place for section in sections for leaf in section.leaves]
         self.shared = frozenset(
@@ -139,7 +155,7 @@ class Program:
         return sections
 
     def kept(self) -> int:
-        """Bytes that the forwards of all blocks leave; 0 if some are not captured."""
+        """Bytes that the forwards of all blocks keep for backward; 0 if some are not captured."""
         if len(self.order) < len(self.records):
             return 0
         first, last = self.records[self.order[0]], self.records[self.order[-1]]
@@ -151,18 +167,18 @@ class Program:
             return False
         if first.key[2] != second.key[2] or first.drawn[1] != second.drawn[0]:
             return False
-        for kind, place in zip(second.leaves, second.places, strict=True):
-            comes = isinstance(place, tuple) and place[0] == before
-            # Of what comes from elsewhere, a later block of the section reads no result.
-            if not comes and (kind.requires_grad or isinstance(place, tuple)):
+        for taken in second.leaves:
+            # Besides results of the block before, a later block of a section takes only tensors
+            # from outside the blocks, without a gradient.
+            outside = not isinstance(taken.origin, tuple) and not taken.kind.requires_grad
+            if not (outside or taken.is_result_of(before)):
                 return False
-        of_first = any(isinstance(place, tuple) and place[0] == before for place in second.places)
-        others = (record for number, record in self.records.items() if number != index)
-        return of_first and not any(
-            isinstance(place, tuple) and place[0] == before
-            for record in others
-            for place in record.places
-        )
+        readers = {
+            number
+            for number, record in self.records.items()
+            if any(taken.is_result_of(before) for taken in record.leaves)
+        }
+        return readers == {index}
 
     def _section(
         self,
@@ -189,17 +205,17 @@ class Program:
 
     def _leaves(self, record: Record, position: int) -> list[Leaf | Before]:
         leaves: list[Leaf | Before] = []
-        for kind, stride, place in zip(record.leaves, record.strides, record.places, strict=True):
-            where: Source | int
-            if isinstance(place, tuple) and place[0] in self.positions:
-                if self.positions[place[0]] == position:
-                    leaves.append(Before(place[1]))
+        for kind, stride, origin in record.leaves:
+            place: Source | int
+            if isinstance(origin, tuple) and origin[0] in self.positions:
+                if self.positions[origin[0]] == position:
+                    leaves.append(Before(origin[1]))
                     continue
-                where = Source(self.positions[place[0]], place[1])
+                place = Source(self.positions[origin[0]], origin[1])
             else:
-                # Also what a block returns that is not captured.
-                where = self.numbers.setdefault(place, len(self.numbers))
-            leaves.append(Leaf(kind.shape, stride, kind.dtype, kind.requires_grad, where))
+                # Results of blocks that are not captured too.
+                place = self.numbers.setdefault(origin, len(self.numbers))
+            leaves.append(Leaf(kind.shape, stride, kind.dtype, kind.requires_grad, place))
         return leaves
 
 
@@ -207,17 +223,18 @@ class Pass:
     """One forward through the blocks.
 
     Attributes:
-        cursor: Of the captured blocks, the one whose turn it is.
-        deferral: The calls of the section whose turn it is, but for the last.
-        leaves: What it takes, so far.
-        placed: Which of these is read from where.
-        started: Whether its forward has been replayed.
-        returned: What sections have returned in it, as long as it lives, and its version.
-        written: What was written for several sections, and its version.
+        program: Of its shape.
+        cursor: Position in ``program.order`` of the next call.
+        deferral: The deferred calls of the current section; None before its first.
+        leaves: The tensors that the current section was given so far.
+        placed: The tensor for each slot of the current section.
+        started: Whether the current section's forward was replayed already, speculatively.
+        returned: A weak reference to each section's result, and its version.
+        written: The tensor in each slot that several sections read, and its version.
     """
 
     def __init__(self, program: Program) -> None:
-        """Begin it."""
+        """Begin."""
         self.program = program
         self.cursor = 0
         self.deferral: Deferral | None = None
@@ -226,33 +243,33 @@ class Pass:
         self.started = False
         self.returned: dict[Source, tuple[weakref.ref[Tensor], int]] = {}
         self.written: dict[int, tuple[Tensor, int]] = {}
-        self._met: dict[int, tuple[weakref.ref[Tensor], Place]] = {}
+        self._origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
         self._numbers = 0
 
-    def place_of(self, leaf: Tensor) -> Place:
-        """Where a tensor was met first: now, if never."""
-        met = self._met.get(id(leaf))
-        # Another tensor may have had its identity.
-        if met is not None and met[0]() is leaf:
-            return met[1]
-        self.meet(leaf, self._numbers)
+    def origin_of(self, leaf: Tensor) -> Origin:
+        """Return where a tensor comes from; one that is new comes from outside the blocks."""
+        noted = self._origins.get(id(leaf))
+        # A tensor that is gone may have had the same id.
+        if noted is not None and noted[0]() is leaf:
+            return noted[1]
+        self.note_origin(leaf, self._numbers)
         self._numbers += 1
         return self._numbers - 1
 
-    def meet(self, tensor: Tensor, place: Place) -> None:
-        """Remember a tensor."""
-        self._met[id(tensor)] = (weakref.ref(tensor), place)
+    def note_origin(self, tensor: Tensor, origin: Origin) -> None:
+        """Remember where a tensor comes from."""
+        self._origins[id(tensor)] = (weakref.ref(tensor), origin)
 
 
 def name_of(index: int, block: nn.Module, last: int | None = None) -> str:
-    """A block, or one and those until the last, in a message."""
+    """Return what messages call a block, or a range of them."""
     if last is not None and last != index:
         return f"blocks {index} to {last} ({type(block).__name__} and so on)"
     return f"block {index}, a {type(block).__name__},"
 
 
 def hooked(block: nn.Module) -> bool:
-    """Whether something would see what a block is given or returns."""
+    """Whether a hook would see what a block is given or returns."""
     return bool(
         block._forward_hooks
         or block._forward_pre_hooks
@@ -289,7 +306,7 @@ def _function(
 
     def function(tensors: Sequence[Tensor]) -> list[Tensor]:
         args, kwargs = rebuild_call(structure, tensors)
-        # What autocast has cast elsewhere must not be read here.
+        # Casts that autocast has cached outside the graph must not be read inside.
         autocast = torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
         upstream: Any = block.forward
         with not_checkpointing(block), autocast:

@@ -1,4 +1,4 @@
-"""A captured block in autograd: one node, whose forward and backward are graphs."""
+"""A captured section as one node of autograd, whose forward and backward replay graphs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from prodial_kernels.captured.engine import Graphed, Section
 
 
 class Pending:
-    """The forwards that were replayed and whose backward is still to come, first to last."""
+    """Replayed forwards without their backward yet, in order."""
 
     def __init__(self) -> None:
         self._runs: list[weakref.ref[Run]] = []
 
     def __bool__(self) -> bool:
-        """Whether there is one; those that nothing can run backward any more do not count."""
+        """Whether there is one whose backward can still come: its node is alive."""
         while self._runs:
             last = self._runs[-1]()
             if last is not None and not last.done:
@@ -30,14 +30,14 @@ class Pending:
         return False
 
     def add(self, run: Run) -> None:
-        """A forward is being replayed."""
+        """Add a replayed forward."""
         self._runs.append(weakref.ref(run))
 
     def finish(self, run: Run) -> None:
-        """Its backward is about to be.
+        """Remove a forward whose backward is about to be replayed.
 
         Raises:
-            RuntimeError: It has been already, or another one must come first.
+            RuntimeError: The backward has run already, or that of another forward must come first.
         """
         if run.done:
             raise RuntimeError(
@@ -57,31 +57,31 @@ class Pending:
 
 
 class Run:
-    """One replay of a section: what its backward has to know."""
+    """One replay of a section, and what its backward needs to know."""
 
     def __init__(
         self,
         graphed: Graphed,
         section: Section,
         pending: Pending,
-        direct: Sequence[weakref.ref[Tensor] | None],
+        internal: Sequence[weakref.ref[Tensor] | None],
         started: bool = False,
     ) -> None:
-        """Note a replay that is about to be.
+        """Prepare a replay.
 
         Args:
             graphed: The graphs.
             section: What was captured.
-            pending: Where to put it down.
-            direct: For each leaf that requires a gradient, the tensor itself if it is what another
-                captured block has just returned: unless someone holds on to it, its gradient goes
-                straight to that block's graph.
-            started: The forward has been replayed already.
+            pending: Gets this replay, until its backward.
+            internal: For each leaf that requires a gradient, a reference to it if the section
+                before returned it, else None. Once it is gone, only that section's graph reads its
+                gradient, which then needs no copy.
+            started: Whether the forward has been replayed already.
         """
         self.graphed = graphed
         self.section = section
         self.pending = pending
-        self.direct = direct
+        self.internal = internal
         self.started = started
         self.given: Any = None
         self.done = False
@@ -90,13 +90,13 @@ class Run:
 class Replay(torch.autograd.Function):
     """``(run, *leaves that require a gradient, *parameters) -> results``.
 
-    The results are copies, so that they may be kept, and gradients of parameters too: they become
+    Results are copied, so that a caller may keep them; so are gradients of parameters, which become
     ``.grad`` itself, to which a later backward adds.
     """
 
     @staticmethod
     def forward(ctx: Any, run: Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Replay the forward; the tensors are there for autograd only."""
+        """Replay the forward; the tensors only connect the node to its inputs."""
         if not run.started:
             run.given = run.graphed.forward()
         run.pending.add(run)
@@ -131,7 +131,7 @@ class Replay(torch.autograd.Function):
             for leaf, gradient in zip(section.leaves, graphed.leaf_gradients, strict=True)
             if leaf.requires_grad
         ]
-        for gradient, source in zip(wanted, run.direct, strict=True):
+        for gradient, source in zip(wanted, run.internal, strict=True):
             kept = gradient is not None and (source is None or source() is not None)
             found.append(gradient.clone() if kept and gradient is not None else gradient)
         of_parameters: list[Tensor | None] = [None] * len(section.parameters)

@@ -1,4 +1,4 @@
-"""One forward through captured blocks: whether a call is the one captured, and its replay."""
+"""One forward through captured blocks: whether a call equals the recorded one, and its replay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prodial_kernels.captured.replay import Pending, Replay, Run
 
 
 def difference(run: Pass, index: int, key: Any, leaves: list[Tensor]) -> str | None:
-    """Why this call is not the one that was captured, if it is not."""
+    """Say how this call differs from the recorded one; None if it does not."""
     program = run.program
     record = program.records[index]
     if run.cursor >= len(program.order) or program.order[run.cursor] != index:
@@ -31,7 +31,7 @@ def difference(run: Pass, index: int, key: Any, leaves: list[Tensor]) -> str | N
             same = reference is not None and reference() is leaf and leaf._version == version
         else:
             same = type(leaf) is not Deferred
-            # In one graph it is read from one place.
+            # Blocks of one section that were given the same tensor read one slot.
             if same and run.placed.setdefault(expected.place, leaf) is not leaf:
                 return "it is given another tensor than the block before"
         if not same:
@@ -40,7 +40,7 @@ def difference(run: Pass, index: int, key: Any, leaves: list[Tensor]) -> str | N
 
 
 def between(blocks: Sequence[nn.Module], run: Pass, index: int, last: bool) -> str | None:
-    """What would see the result of a block that is captured together with the next."""
+    """Say what would see a result between two blocks of one section; None if nothing would."""
     program = run.program
     if last and run.deferral is None:
         return None
@@ -60,7 +60,15 @@ def defer(
     leaves: list[Tensor],
     read: Callable[[], None],
 ) -> Any:
-    """Leave a block to the graph that it shares with the next; ``read`` is called if need be."""
+    """Return deferred results of a block; the graph that it shares with the next is replayed later.
+
+    Args:
+        run: The forward that this call is of.
+        index: Of the block.
+        function: Calls the block eagerly, if a result is read before.
+        leaves: The tensors in its arguments.
+        read: Called when a result is read before the graph is replayed.
+    """
     program = run.program
     record = program.records[index]
     if run.deferral is None:
@@ -69,9 +77,9 @@ def defer(
             section.name, program.graphs[0].inputs[0].device.type, record.key[2], read
         )
         position = program.positions[index]
-        if position in program.early:
-            # So that the device does not wait for the calls that follow. If one of them turns
-            # out to be another, this was for nothing.
+        if position in program.speculative:
+            # The device need not wait for the calls that follow. If one of them differs, this
+            # replay was in vain.
             graphed = program.graphs[position]
             for leaf, expected, static in zip(leaves, section.leaves, graphed.inputs, strict=False):
                 if isinstance(expected.place, int):
@@ -80,12 +88,12 @@ def defer(
             run.started = True
     run.leaves += [leaf for leaf in leaves if type(leaf) is not Deferred]
     run.deferral.add(function, leaves)
-    results = run.deferral.results(record.results, record.result_strides)
+    results = run.deferral.results(record.results)
     return rebuild(record.result, iter(results))
 
 
 def replay(run: Pass, index: int, leaves: list[Tensor], pending: Pending) -> Any:
-    """Replay the section that ends with a block; return what the block would."""
+    """Replay the section that ends with this block; return the block's result."""
     program = run.program
     position = program.positions[index]
     graphed, section = program.graphs[position], program.sections[position]
@@ -96,7 +104,7 @@ def replay(run: Pass, index: int, leaves: list[Tensor], pending: Pending) -> Any
         leaves = run.leaves + [leaf for leaf in leaves if type(leaf) is not Deferred]
         run.deferral.begin()
         run.deferral, run.leaves = None, []
-    direct: list[weakref.ref[Tensor] | None] = []
+    internal: list[weakref.ref[Tensor] | None] = []
     wanted: list[Tensor] = []
     for leaf, expected, static in zip(leaves, section.leaves, graphed.inputs, strict=True):
         place = expected.place
@@ -104,22 +112,22 @@ def replay(run: Pass, index: int, leaves: list[Tensor], pending: Pending) -> Any
             _write(run, place, static, leaf)
         if expected.requires_grad:
             wanted.append(leaf)
-            # Only the next backward leaves the gradient alone.
+            # A gradient keeps its memory until the next section's backward only.
             tracked = isinstance(place, Source) and place.position == position - 1
             tracked = tracked and not (leaf._backward_hooks or leaf.retains_grad)
-            direct.append(weakref.ref(leaf) if tracked else None)
+            internal.append(weakref.ref(leaf) if tracked else None)
     results = Replay.apply(
-        Run(graphed, section, pending, direct, started), *wanted, *section.parameters
+        Run(graphed, section, pending, internal, started), *wanted, *section.parameters
     )
     for number, result in enumerate(results):
         run.returned[Source(position, number)] = (weakref.ref(result), result._version)
     return rebuild(program.records[index].result, iter(results))
 
 
-def run_as_it_is(
+def call_eagerly(
     upstream: Callable[..., Any], structure: Any, leaves: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Call a block's own function; return the tensors in its result."""
+    """Call a block's own forward; return the tensors in its result."""
     args, kwargs = rebuild_call(structure, leaves)
     results: list[Tensor] = []
     flatten(upstream(*args, **kwargs), results)
@@ -127,7 +135,7 @@ def run_as_it_is(
 
 
 def _write(run: Pass, place: int, static: Tensor, leaf: Tensor) -> None:
-    """Write a leaf where the graph reads it, unless an earlier block of this pass has."""
+    """Copy a leaf to the slot that the graph reads, unless an earlier block of this pass has."""
     if place in run.program.shared:
         written = run.written.get(place)
         if written is not None and written[0] is leaf and written[1] == leaf._version:

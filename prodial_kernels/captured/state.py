@@ -1,4 +1,4 @@
-"""What a block was when it was captured, and whether it still is."""
+"""The modules, tensors and options of a block when it was captured, and what has changed since."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _OPTIONS = (
 
 
 class BlockState:
-    """The modules, tensors and options of a block; a graph is right only while they stay.
+    """The modules, tensors and options of a block; its graph is valid while they stay the same.
 
-    Values may change, in place: a graph reads them where they are.
+    Values may change in place, since a graph reads them from memory.
     """
 
     def __init__(self, block: nn.Module) -> None:
-        """Remember what ``block`` is now."""
+        """Remember the state of ``block``."""
         self._modules = list(block.modules())
         self._classes = [*map(type, self._modules)]
-        # Read in every call of the block, so as few steps as can be.
+        # Compared in every call of the block, so in few Python steps.
         self._held: list[dict[str, Any]] = [
             held for m in self._modules for held in (m._modules, m._parameters, m._buffers)
         ]
@@ -45,10 +45,10 @@ class BlockState:
         self._trained = [tensor.requires_grad for tensor in self._tensors]
         trained = {id(t): t for t in self._tensors if t.requires_grad}
         self.parameters = [*trained.values()]
-        """What is trained, each tensor once, in order."""
+        """The tensors that are trained, each once, in order."""
 
     def change(self) -> str | None:
-        """Say what has changed since, if anything has."""
+        """Say what has changed since; None if nothing has."""
         if [*map(type, self._modules)] != self._classes:
             return "the class of a module was changed"
         if [*map(id, chain.from_iterable(map(_values, self._held)))] != self._identities:
@@ -68,7 +68,7 @@ class BlockState:
 def _options(module: nn.Module) -> dict[str, Any]:
     found = vars(module)
     options = {name: found[name] for name in _OPTIONS if name in found}
-    # What is changed in place must not change here.
+    # Copies, since lists are changed in place.
     return {
         name: type(value)(value) if isinstance(value, list | dict) else value
         for name, value in options.items()

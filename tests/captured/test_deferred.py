@@ -23,7 +23,7 @@ def deferral(x: Tensor) -> tuple[Deferral, list[Tensor]]:
     found = []
     for function in (lambda t: [t[0] * 2], lambda t: [t[0] + 1]):
         made.add(function, results)
-        results = made.results([kind_of(x)], [x.stride()])
+        results = made.results([(kind_of(x), x.stride())])
         found += results
     return made, found
 
