@@ -6,16 +6,14 @@ import argparse
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from prodial_kernels._extras import MissingExtraError
 from prodial_kernels._suggestions import did_you_mean, option_meant
-from prodial_kernels.training.config import ConfigError, FinetuneConfig
+from prodial_kernels.training.config import OPTIONS, ConfigError
 
-# Flags whose names are not their options'.
-_FLAGS = {"train_scale": "--no-scale", "train_diagonal": "--no-diagonal"}
-_OPTIONS = (*(field.name for field in fields(FinetuneConfig)), "max_tokens", "num_fewshot")
+# With those that only 'prodial evaluate' has.
+_OPTIONS = (*OPTIONS, "max_tokens", "num_fewshot")
 _OWN_OR_BUILTIN = ("builtins", "prodial_kernels")
 
 
@@ -42,7 +40,7 @@ def printable(message: str) -> str:
 
 def flag_of(option: str) -> str:
     """Return the flag that sets an option."""
-    return _FLAGS.get(option) or "--" + option.replace("_", "-")
+    return OPTIONS[option].flags[0] if option in OPTIONS else "--" + option.replace("_", "-")
 
 
 def in_flags(message: str) -> str:

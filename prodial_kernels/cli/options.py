@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from prodial_kernels.cli.values import (
@@ -16,167 +18,35 @@ from prodial_kernels.cli.values import (
     share_or_count,
 )
 from prodial_kernels.training.config import (
-    ACTIVATIONS,
-    CUDA_GRAPHS,
-    DEFAULT_LR,
+    ADAPTER_OPTIONS,
     DEFAULTS,
-    DEVICES,
-    DTYPES,
-    IMPLS,
-    LOSSES,
-    METHODS,
-    OPTIMIZERS,
-    PACKINGS,
+    OPTIONS,
     QUANTIZE,
-    SCHEDULES,
     STDLIB_EVAL_TOKENS,
-    STDLIB_MAX_BYTES,
-    FinetuneConfig,
 )
+from prodial_kernels.training.options import Option
 
-LANGUAGE_PRESETS = ("arc-easy", "arc-challenge", "hellaswag", "winogrande")
-_LRS = ", ".join(f"{lr:g} for {method}" for method, lr in DEFAULT_LR.items())
+# The first option of each group of 'prodial finetune --help'.
+_GROUPS = {
+    "model": "what to train, and on what",
+    "method": "method",
+    "lr": "training",
+    "eval_every": "how often",
+}
 
 
 def add_finetune_options(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for every field of ``FinetuneConfig``, by the field's name."""
-    what = parser.add_argument_group("what to train, and on what")
-    _add_model(what, "embedded: a small one in this package")
-    _add_data(what)
-    what.add_argument("--held-out", metavar="DATA", help="evaluate on this instead of splitting")
-    what.add_argument(
-        "--held-out-fraction",
-        type=number,
-        metavar="F",
-        help=f"share of the data to hold out ({FinetuneConfig.held_out_fraction})",
-    )
-    what.add_argument(
-        "--max-bytes",
-        type=count,
-        metavar="N",
-        help=f"use so much of the data (stdlib: {STDLIB_MAX_BYTES:,}, else all)",
-    )
-    what.add_argument(
-        "--eval-tokens", type=count, metavar="N",
-        help=f"evaluate on so many held-out tokens (stdlib: {STDLIB_EVAL_TOKENS:,}, else all)",
-    )  # fmt: skip
-    what.add_argument(
-        "--output",
-        metavar="DIR",
-        help=f"where the run is kept ({FinetuneConfig.output}); must be empty or new",
-    )
-    what.add_argument(
-        "--resume", action="store_true",
-        help="continue the run in --output; options that are not given are the run's own",
-    )  # fmt: skip
-
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--method", choices=METHODS,
-        help="prodial (default); lora: without --r the rank whose parameter count comes closest "
-        "to ProDiaL's; full: every parameter",
-    )  # fmt: skip
-    add_adapter_options(method)
-
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--lr", "--learning-rate", type=number, metavar="LR", help=f"peak learning rate ({_LRS})"
-    )
-    training.add_argument(
-        "--steps", type=count, metavar="N", help=f"optimiser steps ({DEFAULTS['steps']})"
-    )
-    training.add_argument(
-        "--epochs", type=number, metavar="N", help="passes over the data, instead of --steps"
-    )
-    training.add_argument(
-        "--batch-size",
-        type=integer,
-        metavar="N",
-        help=f"sequences in a batch ({DEFAULTS['batch_size']})",
-    )
-    training.add_argument(
-        "--seq-len", type=integer, metavar="N", help=f"tokens in a sequence ({DEFAULTS['seq_len']})"
-    )
-    training.add_argument(
-        "--packing", choices=PACKINGS,
-        help="texts in a row (stream, default), or each by itself (documents)",
-    )  # fmt: skip
-    training.add_argument(
-        "--grad-accumulation",
-        type=integer,
-        metavar="N",
-        help=f"batches in an optimiser step ({FinetuneConfig.grad_accumulation})",
-    )
-    training.add_argument(
-        "--weight-decay", type=number, metavar="W", help=f"of AdamW ({DEFAULTS['weight_decay']})"
-    )
-    training.add_argument(
-        "--schedule",
-        choices=SCHEDULES,
-        help=f"learning rate after the warm-up ({DEFAULTS['schedule']})",
-    )
-    training.add_argument(
-        "--warmup",
-        type=integer,
-        metavar="N",
-        help=f"steps of linear warm-up ({FinetuneConfig.warmup})",
-    )
-    training.add_argument(
-        "--clip",
-        type=number,
-        metavar="NORM",
-        help=f"largest gradient norm ({FinetuneConfig.clip:g}); 0: no clipping",
-    )
-    training.add_argument(
-        "--seed",
-        type=integer,
-        help=f"of initial values, data order, dropout ({FinetuneConfig.seed})",
-    )
-    training.add_argument(
-        "--memory-budget", metavar="SIZE",
-        help="fit into so much GPU memory, such as 8GiB or 6GB; the plan is printed first",
-    )  # fmt: skip
-    training.add_argument(
-        "--activations", choices=ACTIVATIONS,
-        help="what layers keep for backward, from fast to small; auto (default): what fits",
-    )  # fmt: skip
-    training.add_argument(
-        "--gradient-checkpointing", action="store_true", help="the same as --activations checkpoint"
-    )
-    training.add_argument(
-        "--optimizer", choices=OPTIMIZERS,
-        help="adamw (default), or with moments in 8 bits, which needs bitsandbytes",
-    )  # fmt: skip
-    training.add_argument(
-        "--loss", choices=LOSSES,
-        help="chunked and liger never hold all logits, full does; auto (default): one of the first",
-    )  # fmt: skip
-    training.add_argument(
-        "--cuda-graph", choices=CUDA_GRAPHS,
-        help="launch a step as one CUDA graph; auto (default): where the GPU would wait otherwise",
-    )  # fmt: skip
-    add_impl_option(training)
-    add_device_options(training, formats=(*QUANTIZE, "auto"))
-
-    records = parser.add_argument_group("how often")
-    records.add_argument(
-        "--eval-every",
-        type=integer,
-        metavar="N",
-        help=f"steps between evaluations ({FinetuneConfig.eval_every}); 0: before and after",
-    )
-    records.add_argument(
-        "--save-every",
-        type=integer,
-        metavar="N",
-        help=f"steps between saved states ({FinetuneConfig.save_every}); 0: at the end",
-    )
-    records.add_argument(
-        "--log-every",
-        type=integer,
-        metavar="N",
-        help=f"steps between metric lines ({FinetuneConfig.log_every})",
-    )
+    """Add the flags of every option of ``FinetuneConfig``."""
+    group: Any = parser
+    for name in OPTIONS:
+        if name in _GROUPS:
+            group = parser.add_argument_group(_GROUPS[name])
+        add_option(group, name)
+        if name == "output":
+            group.add_argument(
+                "--resume", action="store_true",
+                help="continue the run in --output; options that are not given are the run's own",
+            )  # fmt: skip
     parser.add_argument(
         "--config", metavar="FILE", help="options in a JSON or TOML file, such as batch_size = 4; "
         "flags win over it",
@@ -185,9 +55,9 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prodial evaluate``."""
-    _add_model(parser, "the adapter's base model, or embedded")
+    add_option(parser, "model", shown="the adapter's base model, or embedded")
     _add_adapter(parser, required=False)
-    _add_data(parser)
+    add_option(parser, "data")
     parser.add_argument(
         "--split", choices=("held-out", "all"),
         help="evaluate on the part that 'prodial finetune' holds out (default for stdlib), or on "
@@ -216,13 +86,13 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="evaluate so many examples (of each task), or, under 1, such a share of them",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    add_impl_option(parser)
-    add_device_options(parser)
+    add_option(parser, "impl")
+    _add_device_options(parser)
 
 
 def add_merge_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prodial merge``."""
-    _add_model(parser, "the adapter's base model")
+    add_option(parser, "model", shown="the adapter's base model")
     _add_adapter(parser, required=True)
     parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
     parser.add_argument(
@@ -230,7 +100,7 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an empty directory, or a model that prodial wrote and nobody changed since",
     )
-    add_device_options(parser)
+    _add_device_options(parser)
 
 
 def add_inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +109,9 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
         "path", help="directory of an adapter or a run; or a model: directory, hub id, embedded"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    add_adapter_options(parser.add_argument_group("for a model: the adapter to plan"))
+    group = parser.add_argument_group("for a model: the adapter to plan")
+    for name in ("preset", *ADAPTER_OPTIONS):
+        add_option(group, name)
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
@@ -252,82 +124,43 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
         help="ProDiaL for PEFT, plain LoRA for PEFT, or from either of them to this package's form",
     )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", required=True, help="new directory to write")
-    _add_model(parser, "for --to prodial: the adapter's base model")
+    add_option(parser, "model", shown="for --to prodial: the adapter's base model")
 
 
-def add_adapter_options(group: Any) -> None:
-    """Add the options of ``ProdialConfig``."""
-    group.add_argument(
-        "--preset", metavar="NAME",
-        help=f"a setting of the paper ({', '.join(LANGUAGE_PRESETS)}); other flags win over it",
-    )  # fmt: skip
-    group.add_argument(
-        "--r", "--rank", type=integer, metavar="R", help="rank of the LoRA part (16); 0: none"
-    )
-    group.add_argument("--lora-alpha", type=number, metavar="A", help="LoRA is scaled by A / R (R)")
-    group.add_argument("--lora-dropout", type=number, metavar="P", help="on LoRA's input (0)")
-    group.add_argument(
-        "--n-blocks", type=per_target, nargs="+", metavar="N",
-        help="diagonal blocks: one number, or in_proj=64 out_proj=32 (default: 1×1 blocks)",
-    )  # fmt: skip
-    group.add_argument(
-        "--block-size", type=per_target, nargs="+", metavar="P", help="side of a block instead"
-    )
-    group.add_argument(
-        "--diagonal", metavar="KIND", help="relu (the paper's Eq. 7) or free (two-sided)"
-    )
-    group.add_argument(
-        "--target-modules", nargs="+", metavar="NAME",
-        help="layers to adapt (in_proj out_proj), or one regular expression for whole paths",
-    )  # fmt: skip
-    group.add_argument(
-        "--allow-partial", action="store_const", const=True,
-        help="adapt what matches, also where only some of the layers do",
-    )  # fmt: skip
-    group.add_argument(
-        "--modules-to-save", nargs="+", metavar="NAME",
-        help="other modules to train and save as a whole, such as a head",
-    )  # fmt: skip
-    group.add_argument(
-        "--no-scale", dest="train_scale", action="store_const", const=False,
-        help="without the output scale s",
-    )  # fmt: skip
-    group.add_argument(
-        "--no-diagonal", dest="train_diagonal", action="store_const", const=False,
-        help="without the block-diagonal factor",
-    )  # fmt: skip
+def add_option(group: Any, name: str, **changes: Any) -> None:
+    """Add the flags of one option of ``FinetuneConfig``.
+
+    Args:
+        group: A parser, or a group of one.
+        name: The option.
+        changes: What of the :class:`Option` is different for this command.
+    """
+    option = replace(OPTIONS[name], **changes)
+    details: dict[str, Any] = {"dest": name, "help": option.help_text}
+    if option.type.startswith("bool"):
+        details |= {"action": "store_const", "const": not option.flags[0].startswith("--no-")}
+    else:
+        details |= {"metavar": option.metavar, "type": _parser_of(option)}
+        if "tuple" in option.type or "Mapping" in option.type:
+            details["nargs"] = "+"
+        # Where the help names values by one word, the configuration checks the choices.
+        if option.metavar is None:
+            details["choices"] = option.choices
+    group.add_argument(*option.flags, **details)
 
 
-def add_impl_option(group: Any) -> None:
-    """Add ``--impl``."""
-    group.add_argument(
-        "--impl", choices=IMPLS,
-        help="what computes the adapted projectors; auto (default): the Triton kernels on GPUs "
-        "that they are compiled for, after comparing one product, else PyTorch",
-    )  # fmt: skip
-
-
-def add_device_options(group: Any, *, formats: tuple[str, ...] = QUANTIZE) -> None:
-    """Add ``--device``, ``--dtype`` and ``--quantize``, which takes ``formats``."""
-    automatic = "; auto: in nf4 if they do not fit otherwise" if "auto" in formats else ""
-    group.add_argument(
-        "--quantize", choices=formats,
-        help="store the base model's projectors so while it is used (not in what is written); an "
-        f"adapter keeps to what it was trained on{automatic}",
-    )  # fmt: skip
-    group.add_argument("--device", choices=DEVICES, help="auto: CUDA where there is one")
-    group.add_argument(
-        "--dtype", choices=DTYPES, help="compute dtype; auto: bfloat16 on CUDA, float32 on a CPU"
-    )
+def _parser_of(option: Option) -> Callable[[str], Any]:
+    """Return what makes a value of a word of the command line."""
+    if "Mapping" in option.type:
+        return per_target
+    if option.type.startswith("int"):
+        return count if option.unit else integer
+    return number if option.type.startswith("float") else str
 
 
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of a namespace that belong to ``FinetuneConfig``, in its terms."""
-    values = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("command", "command_name", "debug", "config", "resume", "path", "json")
-    }
+    values = {name: value for name, value in vars(args).items() if name in OPTIONS}
     for name in ("n_blocks", "block_size"):
         if name in values:
             values[name] = merged_blocks(name, values[name])
@@ -337,22 +170,12 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def _add_model(group: Any, default: str) -> None:
-    group.add_argument(
-        "--model",
-        metavar="MODEL",
-        help=f"directory in transformers' format or hub id ({default})",
-    )
-
-
-def _add_data(group: Any) -> None:
-    group.add_argument(
-        "--data", metavar="DATA",
-        help="text file, directory of texts, rows (JSONL, JSON, CSV, TSV, Parquet: text; prompt, "
-        "completion; instruction, output; messages; context, choices, label; or HellaSwag, "
-        "Winogrande, ARC), or hub data set NAME[:CONFIGURATION] (stdlib: the source of Python's "
-        "own library)",
-    )  # fmt: skip
+def _add_device_options(group: Any) -> None:
+    """Add ``--quantize``, which has nothing to choose by itself here, ``--device``, ``--dtype``."""
+    help, _, _ = OPTIONS["quantize"].help.partition("; auto")
+    add_option(group, "quantize", choices=QUANTIZE, help=help)
+    add_option(group, "device")
+    add_option(group, "dtype")
 
 
 def _add_adapter(group: Any, *, required: bool) -> None:

@@ -12,18 +12,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from prodial_kernels._checks import DIAGONALS, IMPLS
 from prodial_kernels._suggestions import option_meant
-from prodial_kernels.training.config_checks import check_together
-from prodial_kernels.training.config_values import ConfigError as ConfigError
-from prodial_kernels.training.config_values import (
-    check_choice,
-    checked_value,
-)
-
-if TYPE_CHECKING:
-    from prodial_kernels.config import Preset, ProdialConfig
+from prodial_kernels.config import PRESETS, Preset, ProdialConfig
+from prodial_kernels.training.options import ConfigError as ConfigError
+from prodial_kernels.training.options import check_choice, checked_value, option, options_of
+from prodial_kernels.training.sizes import parse_budget
 
 METHODS = ("prodial", "lora", "full")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -31,31 +27,18 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LOSSES = ("auto", "chunked", "liger", "full")
-IMPLS = ("auto", "triton", "torch", "reference")
 CUDA_GRAPHS = ("auto", "on", "off")
 PACKINGS = ("stream", "documents")
 QUANTIZE = ("nf4", "int8", "fp8")
 ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint")
-ADAPTER_OPTIONS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "n_blocks",
-    "block_size",
-    "diagonal",
-    "target_modules",
-    "train_scale",
-    "train_diagonal",
-)
-# Options of the adapter that no preset and no method decides.
-OTHER_ADAPTER_OPTIONS = ("modules_to_save", "allow_partial")
+LANGUAGE_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.seq_len is not None)
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
 # the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
 # than an adapter.
 DEFAULT_LR = {"prodial": 3e-3, "lora": 3e-3, "full": 3e-4}
 # What no preset and no method decides: with the embedded model and the default data, one to two
 # minutes on two CPU cores.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "steps": 150,
     "batch_size": 4,
     "seq_len": 256,
@@ -64,152 +47,207 @@ DEFAULTS = {
 }
 STDLIB_MAX_BYTES = 4_000_000
 STDLIB_EVAL_TOKENS = 32_768
+MOST_TOKENS_IN_A_STEP = 2**26
+"""The largest product of batch_size, seq_len and grad_accumulation."""
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
     """What to fine-tune, on what, how, and where to keep it.
 
+    Each option is described where it is defined, in the words of ``prodial finetune --help``; those
+    from ``r`` to ``train_diagonal`` are an adapter's, as in :class:`prodial_kernels.ProdialConfig`.
+    None stands for the default, or for nothing. Beyond that:
+
     Attributes:
-        model: ``"embedded"``, a directory in transformers' format, or a hub id.
-        data: ``"stdlib"``, a file, a directory or a hub data set, as ``load_documents`` takes it.
-        held_out: A held-out source of its own; None splits ``data``.
-        held_out_fraction: Share of ``data`` to hold out.
-        max_bytes: UTF-8 bytes of data to use; None for all (of ``"stdlib"``, 4 MB).
-        eval_tokens: Held-out tokens to evaluate on; None for all (of ``"stdlib"``, 32,768).
-            Multiple choice and completions are always evaluated whole.
-        output: Directory of the run.
-        method: ``"prodial"``, ``"lora"`` (no scale, no diagonal; without ``r`` the rank whose
-            parameter count is closest to ProDiaL's) or ``"full"`` (every parameter).
-        preset: A setting of the paper; fills in options that are None.
-        r: Adapter option as in :class:`prodial_kernels.ProdialConfig`, like the next ten.
-        lora_alpha: See ``r``.
-        lora_dropout: See ``r``.
-        n_blocks: See ``r``.
-        block_size: See ``r``.
-        diagonal: See ``r``.
-        target_modules: See ``r``.
-        train_scale: See ``r``.
-        train_diagonal: See ``r``.
-        modules_to_save: See ``r``.
-        allow_partial: See ``r``.
-        lr: Peak learning rate; the default is the method's (:data:`DEFAULT_LR`).
-        steps: Optimiser steps; give this or ``epochs``.
-        epochs: Passes over the training data; may be a fraction.
-        batch_size: Sequences in a micro-batch.
-        seq_len: Tokens in a sequence.
-        packing: Of texts: ``"stream"``: in a row, cut into windows, the state running on from each
+        data: As :func:`~prodial_kernels.training.data.splits.load_documents` takes it.
+        eval_tokens: Multiple choice and completions are always evaluated whole.
+        method: ``"lora"`` has no scale and no diagonal.
+        preset: Fills in options that are None.
+        lr: The default is the method's (:data:`DEFAULT_LR`).
+        epochs: May be a fraction.
+        packing: ``"stream"``: texts in a row, cut into windows, the state running on from each
             document into the next; ``"documents"``: none sees another one, padded where the model
             cannot reset its state.
-        grad_accumulation: Micro-batches in an optimiser step.
-        weight_decay: AdamW's decay; it never pulls the scale s toward 0.
-        schedule: After the warm-up: ``"constant"``, or ``"cosine"`` or ``"linear"`` decay to 0.
-        warmup: Steps of linear warm-up.
-        optimizer: ``"adamw"`` (fused on CUDA), or bitsandbytes' ``"adamw8bit"`` or
-            ``"paged_adamw8bit"`` on CUDA.
-        clip: Largest gradient norm over the trained parameters; 0 switches clipping off.
-        seed: Decides initial values, data order and dropout.
-        eval_every: Steps between evaluations; 0 for before and after only.
-        save_every: Steps between saved training states; 0 for the end only.
-        log_every: Steps between lines in ``metrics.jsonl``.
-        quantize: Format of the frozen projectors, quantised while they are loaded one by one;
-            ``"auto"``: ``"nf4"`` if nothing else fits the run into memory.
-        memory_budget: Fit the run into so much memory of a CUDA device, such as ``"8GiB"``,
-            ``"6GB"`` or a number of bytes, and allow PyTorch no more; None: what is free, as far as
-            it can be.
-        activations: What layers keep for the backward pass: ``"keep"`` what the fused operations
-            need, ``"recompute"`` less (the norm, and Mamba-1's in_proj output, are computed
-            again), ``"checkpoint"`` one residual each; ``"auto"``: the first that fits, layer by
-            layer. On a CPU ``"auto"`` is ``"keep"``.
-        gradient_checkpointing: The same as ``activations="checkpoint"``.
-        loss: ``"chunked"`` and ``"liger"`` (liger-kernel's, on CUDA) never hold the logits of a
-            whole batch; ``"full"`` does; ``"auto"``: one that does not, where the model allows.
-        impl: How adapted projectors are computed: ``"triton"``, ``"torch"``, ``"reference"``, or
-            ``"auto"``, which says what it takes (see :func:`prodial_kernels.resolve_impl`).
-        cuda_graph: Capture whole steps in CUDA graphs: ``"on"``, ``"off"``, or ``"auto"``, which
-            does where launching a step takes longer than running it.
-        device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
-        dtype: Compute dtype; ``"auto"`` is bfloat16 on CUDA and float32 on a CPU. Trained
-            parameters are float32 in either case.
+        weight_decay: It never pulls the scale s toward 0.
+        schedule: ``"cosine"`` and ``"linear"`` decay to 0.
+        optimizer: ``"adamw"`` is fused on CUDA; the others are bitsandbytes' and need CUDA.
+        quantize: Projectors are quantised while they are loaded one by one.
+        memory_budget: Such as ``"8GiB"``, ``"6GB"`` or a number of bytes; PyTorch is allowed no
+            more. None: what is free, as far as it can be.
+        activations: ``"keep"``: what the fused operations need; ``"recompute"``: less (the norm,
+            and Mamba-1's in_proj output, are computed again); ``"checkpoint"``: one residual each;
+            ``"auto"``: the first that fits, layer by layer, and on a CPU ``"keep"``.
+        loss: ``"liger"`` is liger-kernel's, on CUDA.
+        impl: See :func:`prodial_kernels.resolve_impl`.
+        dtype: Trained parameters are float32 in either case.
 
     Raises:
         ConfigError: An option out of range or of the wrong type, or two that exclude each other.
     """
 
-    model: str = "embedded"
-    data: str = "stdlib"
-    held_out: str | None = None
-    held_out_fraction: float = 0.1
-    max_bytes: int | None = None
-    eval_tokens: int | None = None
-    output: str = "prodial-output"
-    method: str = "prodial"
-    preset: str | None = None
-    r: int | None = None
-    lora_alpha: float | None = None
-    lora_dropout: float | None = None
-    n_blocks: int | Mapping[str, int] | None = None
-    block_size: int | Mapping[str, int] | None = None
-    diagonal: str | None = None
-    target_modules: str | tuple[str, ...] | None = None
-    train_scale: bool | None = None
-    train_diagonal: bool | None = None
-    modules_to_save: tuple[str, ...] | None = None
-    allow_partial: bool | None = None
-    lr: float | None = None
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int | None = None
-    seq_len: int | None = None
-    packing: str = "stream"
-    grad_accumulation: int = 1
-    weight_decay: float | None = None
-    schedule: str | None = None
-    warmup: int = 10
-    clip: float = 1.0
-    seed: int = 0
-    eval_every: int = 50
-    save_every: int = 50
-    log_every: int = 1
-    quantize: str | None = None
-    memory_budget: str | None = None
-    activations: str = "auto"
-    gradient_checkpointing: bool = False
-    optimizer: str = "adamw"
-    loss: str = "auto"
-    impl: str = "auto"
-    cuda_graph: str = "auto"
-    device: str = "auto"
-    dtype: str = "auto"
+    # What to train, and on what.
+    model: str = option(
+        "embedded", "directory in transformers' format or hub id ({default})", metavar="MODEL",
+        shown="embedded: a small one in this package",
+    )  # fmt: skip
+    data: str = option(
+        "stdlib", "text file, directory of texts, rows (JSONL, JSON, CSV, TSV, Parquet: text; "
+        "prompt, completion; instruction, output; messages; context, choices, label; or HellaSwag, "
+        "Winogrande, ARC), or hub data set NAME[:CONFIGURATION] (stdlib: the source of Python's "
+        "own library)", metavar="DATA",
+    )  # fmt: skip
+    held_out: str | None = option(None, "evaluate on this instead of splitting", metavar="DATA")
+    held_out_fraction: float = option(0.1, "share of the data to hold out ({default})", metavar="F")
+    max_bytes: int | None = option(
+        None, "use so much of the data ({default})", metavar="N", range=(2, 2**50), unit=True,
+        shown=f"stdlib: {STDLIB_MAX_BYTES:,}, else all",
+    )  # fmt: skip
+    eval_tokens: int | None = option(
+        None, "evaluate on so many held-out tokens ({default})", metavar="N", range=(1, 2**50),
+        unit=True, shown=f"stdlib: {STDLIB_EVAL_TOKENS:,}, else all",
+    )  # fmt: skip
+    output: str = option(
+        "prodial-output", "where the run is kept ({default}); must be empty or new", metavar="DIR"
+    )
+    # The method.
+    method: str = option(
+        "prodial", "{default} (default); lora: without --r the rank whose parameter count comes "
+        "closest to ProDiaL's; full: every parameter", choices=METHODS,
+    )  # fmt: skip
+    preset: str | None = option(
+        None, "a setting of the paper ({default}); other flags win over it", metavar="NAME",
+        shown=", ".join(LANGUAGE_PRESETS),
+    )  # fmt: skip
+    r: int | None = option(
+        None, "rank of the LoRA part ({default}); 0: none", metavar="R", range=(0, 2**16),
+        flags=("--r", "--rank"),
+    )  # fmt: skip
+    lora_alpha: float | None = option(
+        None, "LoRA is scaled by A / R (R)", metavar="A", range=(-1e6, 1e6)
+    )
+    lora_dropout: float | None = option(None, "on LoRA's input ({default:g})", metavar="P")
+    n_blocks: int | Mapping[str, int] | None = option(
+        None, "diagonal blocks: one number, or in_proj=64 out_proj=32 (default: 1×1 blocks)",
+        metavar="N",
+    )  # fmt: skip
+    block_size: int | Mapping[str, int] | None = option(
+        None, "side of a block instead", metavar="P"
+    )
+    diagonal: str | None = option(
+        None, "relu (the paper's Eq. 7) or free (two-sided)", metavar="KIND", choices=DIAGONALS
+    )
+    target_modules: str | tuple[str, ...] | None = option(
+        None, "layers to adapt ({default}), or one regular expression for whole paths",
+        metavar="NAME", shown=" ".join(ProdialConfig.target_modules),
+    )  # fmt: skip
+    allow_partial: bool | None = option(
+        None, "adapt what matches, also where only some of the layers do"
+    )
+    modules_to_save: tuple[str, ...] | None = option(
+        None, "other modules to train and save as a whole, such as a head", metavar="NAME"
+    )
+    train_scale: bool | None = option(None, "without the output scale s", flags=("--no-scale",))
+    train_diagonal: bool | None = option(
+        None, "without the block-diagonal factor", flags=("--no-diagonal",)
+    )
+    # Training.
+    lr: float | None = option(
+        None, "peak learning rate ({default})", metavar="LR", range=(0, 100), positive=True,
+        flags=("--lr", "--learning-rate"),
+        shown=", ".join(f"{lr:g} for {method}" for method, lr in DEFAULT_LR.items()),
+    )  # fmt: skip
+    steps: int | None = option(
+        None, "optimiser steps ({default})", metavar="N", range=(1, 10**9), unit=True
+    )
+    epochs: float | None = option(
+        None, "passes over the data, instead of --steps", metavar="N", range=(0, 1e6), positive=True
+    )
+    batch_size: int | None = option(
+        None, "sequences in a batch ({default})", metavar="N", range=(1, 2**26)
+    )
+    seq_len: int | None = option(
+        None, "tokens in a sequence ({default})", metavar="N", range=(2, 2**26)
+    )
+    packing: str = option(
+        "stream", "texts in a row ({default}, default), or each by itself (documents)",
+        choices=PACKINGS,
+    )  # fmt: skip
+    grad_accumulation: int = option(
+        1, "batches in an optimiser step ({default})", metavar="N", range=(1, 2**26)
+    )
+    weight_decay: float | None = option(None, "of AdamW ({default})", metavar="W", range=(0, 1000))
+    schedule: str | None = option(
+        None, "learning rate after the warm-up ({default})", choices=SCHEDULES
+    )
+    warmup: int = option(10, "steps of linear warm-up ({default})", metavar="N", range=(0, 10**9))
+    clip: float = option(
+        1.0, "largest gradient norm ({default:g}); 0: no clipping", metavar="NORM", range=(0, 1e9)
+    )
+    seed: int = option(
+        0, "of initial values, data order, dropout ({default})", range=(-(2**63), 2**64 - 1)
+    )
+    memory_budget: str | None = option(
+        None, "fit into so much GPU memory, such as 8GiB or 6GB; the plan is printed first",
+        metavar="SIZE",
+    )  # fmt: skip
+    activations: str = option(
+        "auto", "what layers keep for backward, from fast to small; {default} (default): what fits",
+        choices=ACTIVATIONS,
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(False, "the same as --activations checkpoint")
+    optimizer: str = option(
+        "adamw", "{default} (default), or with moments in 8 bits, which needs bitsandbytes",
+        choices=OPTIMIZERS,
+    )  # fmt: skip
+    loss: str = option(
+        "auto", "chunked and liger never hold all logits, full does; {default} (default): one of "
+        "the first", choices=LOSSES,
+    )  # fmt: skip
+    cuda_graph: str = option(
+        "auto", "launch a step as one CUDA graph; {default} (default): where the GPU would wait "
+        "otherwise", choices=CUDA_GRAPHS,
+    )  # fmt: skip
+    impl: str = option(
+        "auto", "what computes the adapted projectors; {default} (default): the Triton kernels on "
+        "GPUs that they are compiled for, after comparing one product, else PyTorch", choices=IMPLS,
+    )  # fmt: skip
+    quantize: str | None = option(
+        None, "store the base model's projectors so while it is used (not in what is written); an "
+        "adapter keeps to what it was trained on; auto: in nf4 if they do not fit otherwise",
+        choices=(*QUANTIZE, "auto"),
+    )  # fmt: skip
+    device: str = option("auto", "{default}: CUDA where there is one", choices=DEVICES)
+    dtype: str = option(
+        "auto", "compute dtype; {default}: bfloat16 on CUDA, float32 on a CPU", choices=DTYPES
+    )
+    # How often.
+    eval_every: int = option(
+        50, "steps between evaluations ({default}); 0: before and after", metavar="N",
+        range=(0, 10**9),
+    )  # fmt: skip
+    save_every: int = option(
+        50, "steps between saved states ({default}); 0: at the end", metavar="N", range=(0, 10**9)
+    )
+    log_every: int = option(
+        1, "steps between metric lines ({default})", metavar="N", range=(1, 10**9)
+    )
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = checked_value(field.name, getattr(self, field.name), str(field.type))
-            object.__setattr__(self, field.name, value)
-        for name, choices in (
-            ("method", METHODS),
-            ("schedule", SCHEDULES),
-            ("device", DEVICES),
-            ("dtype", DTYPES),
-            ("optimizer", OPTIMIZERS),
-            ("loss", LOSSES),
-            ("impl", IMPLS),
-            ("cuda_graph", CUDA_GRAPHS),
-            ("packing", PACKINGS),
-            ("activations", ACTIVATIONS),
-            ("quantize", (*QUANTIZE, "auto")),
-        ):
-            if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), choices)
-        if self.preset is not None and self._preset().seq_len is None:
-            raise ConfigError(
-                f"`preset` {self.preset!r} is for image classification, which is not trained here; "
-                "take its adapter with prodial_kernels.config.get_preset() in your own training "
-                "loop"
-            )
-        check_together(
-            self, sizes=DEFAULTS, adapter_options=(*ADAPTER_OPTIONS, *OTHER_ADAPTER_OPTIONS)
-        )
+            value, required = getattr(self, field.name), "None" not in str(field.type)
+            checked = checked_value(OPTIONS[field.name], value, required=required)
+            object.__setattr__(self, field.name, checked)
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                check_choice("preset", self.preset, LANGUAGE_PRESETS)
+            if self.preset not in LANGUAGE_PRESETS:
+                raise ConfigError(
+                    f"`preset` {self.preset!r} is for image classification, which is not trained "
+                    "here; take its adapter with prodial_kernels.config.get_preset() in your own "
+                    "training loop"
+                )
+        self._check_together()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
@@ -228,13 +266,12 @@ class FinetuneConfig:
         Raises:
             ConfigError: Lists the unknown and the known names.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(names) - set(known))
+        unknown = sorted(set(names) - set(OPTIONS))
         if not unknown:
             return
-        meant = {name: option_meant(name, known) for name in unknown}
+        meant = {name: option_meant(name, OPTIONS) for name in unknown}
         hints = [f"{name!r}: did you mean {found!r}?" for name, found in meant.items() if found]
-        listed = "" if len(hints) == len(unknown) else f"; known are {', '.join(known)}"
+        listed = "" if len(hints) == len(unknown) else f"; known are {', '.join(OPTIONS)}"
         raise ConfigError("; ".join([f"{source}: unknown keys {unknown}", *hints]) + listed)
 
     @classmethod
@@ -244,9 +281,8 @@ class FinetuneConfig:
         Raises:
             ConfigError: Names the option, what is expected and what came.
         """
-        for field in fields(cls):
-            if field.name in values:
-                checked_value(field.name, values[field.name], str(field.type))
+        for name, value in values.items():
+            checked_value(OPTIONS[name], value)
 
     @property
     def chosen_activations(self) -> str:
@@ -263,7 +299,7 @@ class FinetuneConfig:
         Returns:
             A configuration that resolves to itself.
         """
-        preset = None if self.preset is None else self._preset()
+        preset = self._preset
         values: dict[str, Any] = {"lr": DEFAULT_LR[self.method], **DEFAULTS}
         if preset is not None:
             values |= {
@@ -301,20 +337,20 @@ class FinetuneConfig:
             ConfigError: ``method="full"``, or no rank.
             ValueError: Adapter options that do not fit together.
         """
-        from prodial_kernels.config import ProdialConfig
-
         if self.method == "full":
             raise ConfigError("`method` 'full' has no adapter")
         resolved = self.resolved()
         values = {name: getattr(resolved, name) for name in ADAPTER_OPTIONS}
+        # Not given, they are the adapter's own defaults: no preset and no method decides them.
+        for name in ("modules_to_save", "allow_partial"):
+            if values[name] is None:
+                del values[name]
         if values["r"] is None:
             values["r"] = r
         if values["r"] is None:
             raise ConfigError("`method` 'lora' without `r` needs the model to choose its rank")
         if not values["train_diagonal"]:
             values["n_blocks"] = values["block_size"] = None
-        others = {name: getattr(self, name) for name in OTHER_ADAPTER_OPTIONS}
-        values |= {name: value for name, value in others.items() if value is not None}
         return ProdialConfig(**values, impl=self.impl)
 
     def reference_adapter(self) -> ProdialConfig:
@@ -327,20 +363,15 @@ class FinetuneConfig:
         values |= {"train_scale": None, "train_diagonal": None, "preset": self.preset}
         return FinetuneConfig.from_dict(values).adapter()
 
-    def _preset(self) -> Preset:
-        # Imported here, like the rest: the command line reads this module before PyTorch is loaded.
-        from prodial_kernels.config import PRESETS, get_preset
-
-        if self.preset not in PRESETS:
-            trained_here = (name for name, preset in PRESETS.items() if preset.seq_len is not None)
-            check_choice("preset", self.preset, trained_here)
-        return get_preset(self.preset or "")
+    @property
+    def _preset(self) -> Preset | None:
+        return None if self.preset is None else PRESETS[self.preset]
 
     def _adapter_defaults(self) -> dict[str, Any]:
-        from prodial_kernels.config import ProdialConfig
-
-        base = ProdialConfig() if self.preset is None else self._preset().adapter
+        base = ProdialConfig() if self._preset is None else self._preset.adapter
         values = {name: getattr(base, name) for name in ADAPTER_OPTIONS}
+        # A run of a version that did not know them had neither.
+        del values["modules_to_save"], values["allow_partial"]
         if self.n_blocks is not None or self.block_size is not None:
             values["n_blocks"] = values["block_size"] = None
         if self.target_modules is not None and self.target_modules != base.target_modules:
@@ -352,6 +383,82 @@ class FinetuneConfig:
         if self.method == "lora":
             values |= {"train_scale": False, "train_diagonal": False, "r": None}
         return values
+
+    def _check_together(self) -> None:
+        """Raise where options contradict each other, as far as no model is needed to tell.
+
+        Raises:
+            ConfigError: Names the options, and what to do.
+        """
+        if not 0.0 < self.held_out_fraction < 1.0:
+            raise ConfigError(
+                f"`held_out_fraction` must lie between 0 and 1, got {self.held_out_fraction}"
+            )
+        if self.lora_dropout is not None and not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(
+                f"`lora_dropout` must be at least 0 and less than 1, got {self.lora_dropout}"
+            )
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"give `steps` or `epochs`, not both (got {self.steps} and {self.epochs:g})"
+            )
+        if self.n_blocks is not None and self.block_size is not None:
+            raise ConfigError("give `n_blocks` or `block_size`, not both")
+        if self.memory_budget is not None:
+            try:
+                parse_budget(self.memory_budget)
+            except ValueError as error:
+                raise ConfigError(f"`memory_budget`: {error}") from error
+        if self.gradient_checkpointing and self.activations not in ("auto", "checkpoint"):
+            raise ConfigError(
+                "`gradient_checkpointing` means `activations` 'checkpoint', and contradicts "
+                f"`activations` {self.activations!r}; give one of them"
+            )
+        self._check_step()
+        if self.method == "full":
+            self._check_without_adapter()
+        else:
+            self._check_adapter()
+
+    def _check_without_adapter(self) -> None:
+        if self.impl != "auto":
+            raise ConfigError(
+                "`impl` says how adapted projectors are computed, and `method` 'full' adapts none; "
+                "leave it out"
+            )
+        options = (*ADAPTER_OPTIONS, "quantize")
+        given = [f"`{name}`" for name in options if getattr(self, name) is not None]
+        if given:
+            raise ConfigError(
+                "`method` 'full' trains every weight and has no adapter: leave out "
+                f"{', '.join(given)}, or take another method"
+            )
+
+    def _check_adapter(self) -> None:
+        lora = self.method == "lora"
+        without = lora or (self.train_scale is False and self.train_diagonal is False)
+        if self.r == 0 and without:
+            raise ConfigError(
+                "nothing would be trained: `r` is 0, and there is neither an output scale nor a "
+                "diagonal factor; give a larger `r`" + ("" if lora else ", or leave one of them on")
+            )
+        if self.lora_alpha == 0 and self.r != 0:
+            raise ConfigError(
+                "`lora_alpha` 0 multiplies A and B by 0, and they would learn nothing: leave it out"
+                + ("" if lora else ", or leave A and B out with `r` 0")
+            )
+
+    def _check_step(self) -> None:
+        names = ("batch_size", "seq_len", "grad_accumulation")
+        given = {name: getattr(self, name) for name in names}
+        step = {n: DEFAULTS[n] if value is None else value for n, value in given.items()}
+        tokens = math.prod(step.values())
+        if tokens > MOST_TOKENS_IN_A_STEP:
+            product = " × ".join(f"`{name}` {size:,}" for name, size in step.items())
+            raise ConfigError(
+                f"{product} are {tokens:,} tokens in a step; it must be at most "
+                f"{MOST_TOKENS_IN_A_STEP:,}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,3 +493,10 @@ class ResolvedConfig(FinetuneConfig):
             raise ConfigError("give `steps` or `epochs`")
         micro_batches = math.ceil(self.epochs * batches_per_epoch)
         return math.ceil(micro_batches / self.grad_accumulation)
+
+
+_OF_AN_ADAPTER = {field.name: field.default for field in fields(ProdialConfig)}
+OPTIONS = options_of(FinetuneConfig, {**_OF_AN_ADAPTER, **DEFAULTS})
+"""Every option by name."""
+ADAPTER_OPTIONS = tuple(name for name in OPTIONS if name in _OF_AN_ADAPTER and name != "impl")
+"""Names of the options that an adapter has."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from prodial_kernels.cli.options import LANGUAGE_PRESETS
 from prodial_kernels.config import PRESETS
 from prodial_kernels.files import reading
 from prodial_kernels.training.config import DEFAULT_LR, ConfigError, FinetuneConfig, ResolvedConfig
@@ -215,8 +214,3 @@ def test_other_adapter_options_reach_the_adapter() -> None:
     assert config.adapter().allow_partial
     # A run of an earlier version does not know them: not given, they stay so.
     assert FinetuneConfig().resolved().modules_to_save is None
-
-
-def test_the_help_lists_every_preset_for_language() -> None:
-    language = {name for name, preset in PRESETS.items() if preset.seq_len is not None}
-    assert set(LANGUAGE_PRESETS) == language

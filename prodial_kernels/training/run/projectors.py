@@ -8,7 +8,7 @@ from torch import nn
 from prodial_kernels._validation import triton_obstacle
 from prodial_kernels.linear import adapted_layers, weight_like
 from prodial_kernels.ops.implementation import choose_impl
-from prodial_kernels.training.config_values import ConfigError
+from prodial_kernels.training.options import ConfigError
 
 
 def check_implementation(impl: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -10,7 +10,7 @@ import torch
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
 from prodial_kernels.training import FinetuneConfig
 from prodial_kernels.training.adapted import load_adapted
-from prodial_kernels.training.config_values import ConfigError
+from prodial_kernels.training.options import ConfigError
 from prodial_kernels.training.run.projectors import (
     check_implementation,
     implementation_of,

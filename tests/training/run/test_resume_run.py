@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from prodial_kernels.training import FinetuneResult, config_values, finetuning
+from prodial_kernels.training import FinetuneResult, finetuning
+from prodial_kernels.training.config import OPTIONS
 from prodial_kernels.training.run.directory import RunError
 from prodial_kernels.training.run.loop import NonFiniteLossError
 from prodial_kernels.training.run.metrics import read_metrics
@@ -217,7 +219,7 @@ def test_divergence_stops_and_keeps_the_last_good_state(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What overflows within a few steps is refused as a slip of the keyboard.
-    monkeypatch.setitem(config_values.RANGES, "lr", (0, 1e40))
+    monkeypatch.setitem(OPTIONS, "lr", replace(OPTIONS["lr"], range=(0, 1e40)))
     with pytest.raises(NonFiniteLossError, match=r"at step \d+ .*lower.*learning rate") as caught:
         run(place, tmp_path / "run", lr=1e30, clip=0.0, save_every=1, eval_every=0)
     states = sorted(p.name for p in (tmp_path / "run/state").iterdir())

@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prodial_kernels.training import config_values, finetuning
+from prodial_kernels.training import finetuning
+from prodial_kernels.training.config import OPTIONS
 from prodial_kernels.training.run import preparation
 from prodial_kernels.training.run.directory import RunDirectory, RunError
 from prodial_kernels.training.run.loop import NonFiniteLossError
@@ -135,7 +137,7 @@ def test_a_run_that_saved_nothing_makes_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # Such a rate is refused at once otherwise.
-    monkeypatch.setitem(config_values.RANGES, "lr", (0, 1e40))
+    monkeypatch.setitem(OPTIONS, "lr", replace(OPTIONS["lr"], range=(0, 1e40)))
     output = tmp_path / "run"
     with pytest.raises(NonFiniteLossError):
         run(place, output, lr=1e30, clip=0.0, eval_tokens=64, save_every=0)

@@ -1,0 +1,186 @@
+"""What an option of a run is: its help, its flags, and the values that it may have.
+
+An option is written once, as a field of :class:`~prodial_kernels.training.config.FinetuneConfig`
+made by :func:`option`. The command line makes its flags from that, and a file's and a caller's
+values are checked by it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from prodial_kernels._suggestions import did_you_mean
+
+
+class ConfigError(ValueError):
+    """An option is unknown, contradicts another, or has a value that cannot be used.
+
+    In the message that it is made with, names of options stand in back quotes. ``str()`` leaves
+    the quotes out; whoever calls options by other names asks for those.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Take a message with names of options in back quotes."""
+        super().__init__(message.replace("`", ""))
+        self._marked = message
+
+    def renamed(self, rename: Callable[[str], str]) -> str:
+        """Return the message with each name of an option replaced by ``rename(name)``."""
+        return re.sub(r"`(\w+)`", lambda match: rename(match.group(1)), self._marked)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        help: One phrase for the help, in which ``{default}`` stands for the default.
+        metavar: What the help calls a value.
+        choices: All possible values; None for any.
+        range: The smallest and the largest possible number. The largest is far from what anybody
+            trains with: a value over it is a slip of the keyboard, and would end in an overflow, a
+            loss of NaN or a wait for ever.
+        positive: Whether a number must be more than 0.
+        shown: The default as the help shows it, where that is more than the value.
+        flags: The flags, the first of which errors name; by default the name as a flag. One that
+            begins with ``--no-`` sets false.
+        unit: Whether a flag's number may end in k, M or G.
+        name: The field's name.
+        type: The field's annotation.
+        default: What an option that is not given stands for.
+    """
+
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None
+    range: tuple[float, float] = (-math.inf, math.inf)
+    positive: bool = False
+    shown: str = ""
+    flags: tuple[str, ...] = ()
+    unit: bool = False
+    name: str = ""
+    type: str = ""
+    default: Any = None
+
+    @property
+    def help_text(self) -> str:
+        """The help with the default."""
+        return self.help.format(default=self.shown or self.default)
+
+
+def option(default: Any, help: str, **details: Any) -> Any:
+    """Return a dataclass field that is an option; ``details`` are those of :class:`Option`."""
+    return field(default=default, metadata={"option": Option(help, **details)})
+
+
+def options_of(config: type, defaults: Mapping[str, Any]) -> dict[str, Option]:
+    """Return the options of a dataclass by name, in its order.
+
+    Args:
+        config: The dataclass, each of whose fields is made by :func:`option`.
+        defaults: What options whose default is None stand for.
+    """
+    options = {}
+    for each in fields(config):
+        flags = each.metadata["option"].flags or ("--" + each.name.replace("_", "-"),)
+        options[each.name] = replace(
+            each.metadata["option"], name=each.name, type=str(each.type), flags=flags,
+            default=defaults.get(each.name, each.default),
+        )  # fmt: skip
+    return options
+
+
+_EXPECTED = {
+    "str": "a name",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+}
+
+
+def checked_value(option: Option, value: Any, *, required: bool = False) -> Any:
+    """Check one value by itself; integers pass as floats, lists as tuples.
+
+    Args:
+        option: The option.
+        value: Its value; None where it is not given.
+        required: Whether it must be given.
+
+    Raises:
+        ConfigError: It is of another type, not finite, out of range or none of the choices.
+    """
+    name, expected = option.name, option.type.split(" | ")[0]
+    if value is None and not required and "None" in option.type:
+        return None
+    if name == "memory_budget" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if "tuple" in option.type:
+        if isinstance(value, str):
+            return value if expected == "str" else (value,)
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise ConfigError(f"`{name}` must be a string or a list of strings, got {value!r:.60}")
+    if isinstance(value, Mapping) and "Mapping" in option.type:
+        for target, number in value.items():
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise ConfigError(
+                    f"`{name}` for {target!r} must be a whole number, got {number!r:.60}"
+                )
+        return dict(value)
+    if not _fits(value, expected):
+        others = ", or one for each target" if "Mapping" in option.type else ""
+        raise ConfigError(f"`{name}` must be {_EXPECTED[expected]}{others}, got {_shown(value)}")
+    if option.choices is not None:
+        check_choice(name, value, option.choices)
+    elif isinstance(value, str) and not value.strip():
+        raise ConfigError(f"`{name}` must not be empty")
+    if expected in ("int", "float"):
+        _check_range(option, value)
+    return float(value) if expected == "float" else value
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise unless a value is one of ``choices``.
+
+    Raises:
+        ConfigError: Lists the choices, and names the one that may be meant.
+    """
+    listed = tuple(choices)
+    if value not in listed:
+        raise ConfigError(
+            f"`{name}` must be one of {', '.join(map(repr, listed))}, got {value!r:.60}"
+            f"{did_you_mean(str(value), listed)}"
+        )
+
+
+def _fits(value: Any, expected: str) -> bool:
+    if expected in ("str", "bool"):
+        return isinstance(value, str if expected == "str" else bool)
+    kinds = (int,) if expected == "int" else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
+    # Integers are always finite, and may be too large to be asked.
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _check_range(option: Option, value: float) -> None:
+    least, most = option.range
+    if option.positive and value <= 0:
+        raise ConfigError(f"`{option.name}` must be positive, got {_shown(value)}")
+    if value < least:
+        raise ConfigError(f"`{option.name}` must be at least {_shown(least)}, got {_shown(value)}")
+    if value > most:
+        raise ConfigError(f"`{option.name}` must be at most {_shown(most)}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message; of an endless number, how long it is."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"a number of about {int(value.bit_length() * math.log10(2)) + 1} digits"
+    if isinstance(value, str) and len(value) > 60:
+        return f"{value[:60]!r}…"
+    return repr(value)[:200]

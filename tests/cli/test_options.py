@@ -1,0 +1,49 @@
+"""The flags of every command are frozen: a script that works today works tomorrow."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from prodial_kernels.cli import options
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.training.config import ADAPTER_OPTIONS, OPTIONS, FinetuneConfig
+
+ADAPTER = (
+    "--preset --r --rank --lora-alpha --lora-dropout --n-blocks --block-size --diagonal "
+    "--target-modules --allow-partial --modules-to-save --no-scale --no-diagonal"
+)
+FROZEN = {
+    "finetune": "--model --data --held-out --held-out-fraction --max-bytes --eval-tokens --output "
+    f"--resume --method {ADAPTER} --lr --learning-rate --steps --epochs --batch-size --seq-len "
+    "--packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
+    "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
+    "--impl --quantize --device --dtype --eval-every --save-every --log-every --config",
+    "evaluate": "--model --adapter --data --split --max-tokens --seq-len --batch-size --lm-eval "
+    "--num-fewshot --limit --json --impl --quantize --device --dtype",
+    "merge": "--model --adapter --output --force --quantize --device --dtype",
+    "inspect": f"--json {ADAPTER}",
+    "convert": "--to --output --model",
+}
+
+
+@pytest.mark.parametrize("command", FROZEN)
+def test_command_line_options_are_frozen(command: str) -> None:
+    """Add to the list what is new; what is in it stays, with its meaning."""
+    parser = argparse.ArgumentParser(add_help=False)
+    getattr(options, f"add_{command}_options")(parser)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    assert sorted(flags) == sorted(FROZEN[command].split())
+
+
+def test_every_default_is_one_that_its_option_may_have() -> None:
+    for option in OPTIONS.values():
+        if option.default is None or option.type.startswith("bool"):
+            continue
+        FinetuneConfig(**{option.name: option.default})
+        assert "{" not in option.help_text
+
+
+def test_an_adapters_options_are_those_of_its_configuration() -> None:
+    assert {*ADAPTER_OPTIONS, "impl"} == set(ProdialConfig.__dataclass_fields__)
