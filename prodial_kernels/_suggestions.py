@@ -1,8 +1,8 @@
-"""What somebody may have meant who wrote a name that does not exist."""
+"""Names in messages: what somebody may have meant by an unknown one, and the first of many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +26,12 @@ _ELSEWHERE = {
 
 # A directory of more files is not searched whole for a name like the one that was given.
 _MOST_NAMES = 10_000
+
+
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return at most so many of the names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

@@ -1,10 +1,10 @@
 """Two files that change together: a kill at any moment leaves the old or the new adapter.
 
 ``adapter_config.json`` holds the SHA-256 of the tensors it belongs to, and replacing it is the
-commit. New tensors first become ``adapter_model.<sha256>.<unique>.pending``, then the configuration
-is replaced, then the pending file takes its final name. A kill before the commit leaves the old
-pair untouched; a kill after it leaves tensors that a reader finds under their pending name. Of
-several processes that save to one directory each waits for the others.
+commit. New tensors are first written to ``adapter_model.<sha256>.<unique>.pending``, then the
+configuration is replaced, then the pending file is renamed to its final name. A kill before the
+commit leaves the old pair untouched; a kill after it leaves tensors that a reader finds under their
+pending name. Of several processes that save to one directory each waits for the others.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from prodial_kernels.checkpoint.error import AdapterError
-from prodial_kernels.files.disk import beside, flush, left_beside, write_new
+from prodial_kernels.files.atomic import atomic_text, flush, left_beside, write_new
 from prodial_kernels.files.locking import AlreadyLocked, locked
-from prodial_kernels.files.sha256 import sha256_of_file
-from prodial_kernels.files.sha256 import sha256_of_values as _checksum
+from prodial_kernels.files.sha256 import sha256_of_file, sha256_of_values
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -54,25 +53,21 @@ def write_files(directory: Path, header: Mapping[str, Any], payload: bytes) -> N
     directory.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(payload).hexdigest()
     content = {"format_version": FORMAT_VERSION, **header, "tensors_sha256": digest}
-    text = json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
+    text = json.dumps({**content, "checksum": sha256_of_values(content)}, indent=2) + "\n"
     pending = directory / f"adapter_model.{digest}.{secrets.token_hex(8)}.pending"
     config = directory / CONFIG_FILE
-    temporary = beside(config, "tmp")
     with _settle(directory):
         _check_own(config)
         try:
             write_new(pending, payload)
-            write_new(temporary, text.encode())
             flush(directory)
-            os.replace(temporary, config)
+            atomic_text(config, text)
         except BaseException:
             # Asked of the disk, not of a variable: an interrupt may arrive just after the commit.
             with suppress(OSError):
                 if _committed_digest(directory) != digest:
                     pending.unlink(missing_ok=True)
-                temporary.unlink(missing_ok=True)
             raise
-        flush(directory)
         os.replace(pending, directory / TENSOR_FILE)
         flush(directory)
 
@@ -144,13 +139,12 @@ def _read_header(directory: Path) -> dict[str, Any]:
             f"{' and '.join(map(str, _READABLE))}: install one that reads it"
         )
     checksum = header.pop("checksum", None)
-    if checksum != _checksum(header):
+    if checksum != sha256_of_values(header):
         raise AdapterError(
             f"{path} was changed after it was saved: its checksum does not match; copy it again "
             "from where it was saved, or load it unchanged and save it with other options"
         )
-    digest = header.get("tensors_sha256")
-    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+    if _named_digest(header) is None:
         raise AdapterError(f"{path} has no SHA-256 in tensors_sha256; save the adapter again")
     return header
 
@@ -202,20 +196,17 @@ def _settle(directory: Path) -> Iterator[None]:
 def _leftovers(directory: Path) -> list[Path]:
     form = re.compile(r"adapter_model\.[0-9a-f]{64}(\.[0-9a-f]{16})?\.pending")
     found = [path for path in directory.iterdir() if form.fullmatch(path.name)]
-    # Earlier versions had one name for all temporary files.
-    found += [*left_beside(directory / CONFIG_FILE, "tmp"), directory / f".{CONFIG_FILE}.tmp"]
+    config = directory / CONFIG_FILE
+    found += left_beside(config, "partial")
+    # What earlier versions called their temporary files.
+    found += [*left_beside(config, "tmp"), directory / f".{CONFIG_FILE}.tmp"]
     return [path for path in found if path.is_file() or path.is_symlink()]
 
 
 def _check_own(path: Path) -> None:
     """Raise where a save would replace what is not ours; what cannot be read is nobody's."""
-    if not path.is_file():
-        return
-    try:
-        header = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        return
-    if not isinstance(header, dict) or "format_version" not in header:
+    header = _readable(path)
+    if header is not None and "format_version" not in header:
         raise AdapterError(
             f"{path} is of another library, such as PEFT, and is left alone; save to another "
             "directory"
@@ -224,15 +215,23 @@ def _check_own(path: Path) -> None:
 
 def _committed_digest(directory: Path) -> str | None:
     """The SHA-256 that the JSON file names, or None where there is no readable one."""
-    path = directory / CONFIG_FILE
+    return _named_digest(_readable(directory / CONFIG_FILE) or {})
+
+
+def _named_digest(header: Mapping[str, Any]) -> str | None:
+    digest = header.get("tensors_sha256")
+    return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
+
+
+def _readable(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file, {} where it is no object; None for no file or no JSON."""
     if not path.is_file():
         return None
     try:
         header = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    digest = header.get("tensors_sha256") if isinstance(header, dict) else None
-    return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
+    return header if isinstance(header, dict) else {}
 
 
 def _has_digest(path: Path, digest: str) -> bool:

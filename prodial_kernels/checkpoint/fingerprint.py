@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels._suggestions import some_of
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.hashing import hash_tensor
 from prodial_kernels.quantization import QuantizedLinear
@@ -95,8 +96,9 @@ def check_values(
     extra = sorted(tensors.keys() - before.keys())
     if lacking or extra:
         raise AdapterError(
-            f"{origin} belongs to a model of other tensors: this one lacks {_few(lacking)} and has "
-            f"{_few(extra)} beside. Load the very base model, in the class, it was trained in"
+            f"{origin} belongs to a model of other tensors: this one lacks "
+            f"{some_of(lacking, 4) or 'none'} and has {some_of(extra, 4) or 'none'} beside. Load "
+            "the very base model, in the class, it was trained in"
         )
     hashes = _Hashes()
     wrong = [
@@ -263,8 +265,3 @@ def _roundings_of_one(a: list[float], b: list[float]) -> bool:
     close = difference <= largest * 2**-7
     tiny = (largest <= 2**-14) & (difference <= 2**-24)
     return bool((close | tiny).all())
-
-
-def _few(names: list[str]) -> str:
-    listed = ", ".join(names[:4]) or "none"
-    return listed if len(names) <= 4 else f"{listed} and {len(names) - 4} more"

@@ -10,17 +10,16 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from prodial_kernels.files.atomic import remove_files
-from prodial_kernels.files.disk import left_beside
+from prodial_kernels._suggestions import some_of
+from prodial_kernels.files.atomic import left_beside, remove_files
 from prodial_kernels.files.sha256 import sha256_of_file
 
 MARKER = "prodial_files.json"
 FORMAT_VERSION = 1
-_NAMED = 3
 
 
 class PlaceError(RuntimeError):
@@ -61,19 +60,20 @@ def own_files(path: Path) -> list[str]:
     listed = _listed(path)
     if listed is None:
         raise PlaceError(
-            f"{path} holds {_some(sorted(found) or empty_folders)}, and is no model that 'prodial' "
-            "wrote: only such a one, or an empty directory, is replaced. Choose another place"
+            f"{path} holds {some_of(sorted(found) or empty_folders)}, and is no model that "
+            "'prodial' wrote: only such a one, or an empty directory, is replaced. Choose another "
+            "place"
         )
     foreign = sorted(found - listed.keys() - {MARKER}) + empty_folders
     if foreign:
         raise PlaceError(
-            f"{path} was written by 'prodial', but {_some(foreign)} in it was not: move that "
+            f"{path} was written by 'prodial', but {some_of(foreign)} in it was not: move that "
             "away, or choose another place"
         )
     changed = [name for name in sorted(found - {MARKER}) if not _is(path / name, listed[name])]
     if changed:
         raise PlaceError(
-            f"{_some(changed)} in {path} was changed since 'prodial' wrote it: move the "
+            f"{some_of(changed)} in {path} was changed since 'prodial' wrote it: move the "
             "directory away, or choose another place"
         )
     return [*sorted(found - {MARKER}), MARKER]
@@ -156,8 +156,3 @@ def _is_in(path: Path, folder: Path) -> bool:
     if path == folder or folder in path.parents:
         return True
     return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
+from prodial_kernels._suggestions import some_of
+
 _SHOWN = 6
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _OF_ADAPTER = re.compile(r"(.+)\.(?:prodial_[a-z_]+|base_layer\..+)")
@@ -47,8 +49,7 @@ def listed(names: Iterable[str]) -> str:
     if len(ordered) > _SHOWN:
         folded = Counter(_NUMBER.sub("*", name) for name in ordered)
         ordered = [f"{name} (×{n})" if n > 1 else name for name, n in folded.items()]
-    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return ", ".join(ordered[:_SHOWN]) + more
+    return some_of(ordered, _SHOWN)
 
 
 def is_part_of_adapter(name: str, weights: Collection[str]) -> bool:

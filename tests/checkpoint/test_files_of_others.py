@@ -14,7 +14,7 @@ import pytest
 from prodial_kernels.checkpoint import files
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE, read_files, write_files
-from prodial_kernels.files.disk import beside
+from prodial_kernels.files.atomic import beside
 from prodial_kernels.files.locking import locked
 from prodial_kernels.files.sha256 import sha256_of_values
 

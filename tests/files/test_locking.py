@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from prodial_kernels.files import locking
-from prodial_kernels.files.disk import beside, left_beside
+from prodial_kernels.files.atomic import beside, left_beside
 from prodial_kernels.files.locking import LOCK_FILE, AlreadyLocked, locked
 from prodial_kernels.files.process import has_ended, process_name
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from prodial_kernels.files import atomic
-from prodial_kernels.files.atomic import atomic_directory
-from prodial_kernels.files.disk import beside
+from prodial_kernels.files.atomic import atomic_directory, beside
 from prodial_kernels.files.written import (
     MARKER,
     PlaceError,

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prodial_kernels.files.atomic import atomic_text
-from prodial_kernels.files.disk import beside, left_beside
+from prodial_kernels.files.atomic import atomic_text, beside, left_beside
 from prodial_kernels.files.locking import LOCK_FILE, AlreadyLocked, locked
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.run.versions import versions

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prodial_kernels.files import atomic
-from prodial_kernels.files.disk import beside
+from prodial_kernels.files.atomic import beside
 from prodial_kernels.files.sha256 import sha256_of_file, sha256_of_values
 from prodial_kernels.training.run import state
 from prodial_kernels.training.run.loop import LoopOptions
