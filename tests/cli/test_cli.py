@@ -386,6 +386,7 @@ def test_inspect_an_adapter_and_a_model(
         (["inspect", "MODEL", "--rank", "65"], 1, "--r must be at most 32.*got 65"),
         ([*_ON_TEXT, "--n-blocks", "in_porj=4"], 1, "--n-blocks given per target must use names"),
         ([*_ON_TEXT, "--target-modules", "q"], 1, "matches nothing"),
+        ([*_ON_TEXT, "--target-modules", "q,p"], 1, "--target-modules holds.*by itself: 'q' 'p'"),
         (["evaluate", "--adapter", "./none"], 1, "none: no such directory"),
         (["evaluate", "--adapter", "EMPTY"], 1, "it is a file, and no adapter lies beside it"),
         (["evaluate", "--adapter", "MODEL"], 1, "it holds a model, not an adapter"),

@@ -212,5 +212,6 @@ def test_other_adapter_options_reach_the_adapter() -> None:
     config = FinetuneConfig(modules_to_save=["head"], allow_partial=True).resolved()
     assert config.adapter().modules_to_save == ("head",)
     assert config.adapter().allow_partial
+    assert FinetuneConfig(method="lora", allow_partial=True).reference_adapter().allow_partial
     # A run of an earlier version does not know them: not given, they stay so.
     assert FinetuneConfig().resolved().modules_to_save is None

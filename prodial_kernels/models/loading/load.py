@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,12 +238,26 @@ def _explain(name: str, source: Path | str, error: Exception) -> str:
                 f"cannot load the model in {source}: {', '.join(damaged)} is cut off or damaged "
                 f"({reason}); fetch or copy it again"
             )
+        stored = _stored_quantization(source)
+        if not isinstance(stored, dict):
+            reason = (
+                "quantization_config in its config.json must be an object of fields, got "
+                f"{stored!r:.60}; leave it out if the weights are dense"
+            )
         return f"cannot load the model in {source}: {reason}"
     return (
         f"cannot load model {name!r}: there is no such directory here, and the hub did not give "
         f"it ({reason}). Check the name and the network, or give a local directory; "
         f"'{EMBEDDED}' always works offline"
     )
+
+
+def _stored_quantization(directory: Path) -> Any:
+    """What ``config.json`` says of a quantisation; an empty object where nothing can be read."""
+    try:
+        return json.loads((directory / "config.json").read_bytes()).get("quantization_config", {})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _damaged_files(directory: Path) -> list[str]:
