@@ -218,17 +218,17 @@ def test_quantised_formats_that_are_not_understood(
     ],
 )
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_a_quantisation_that_is_no_object_is_refused(folder: Path) -> None:
-    set_config(folder, quantization_config=["nf4"])
-    assert r"must be an object of fields, got ['nf4']" in refused(folder)
-
-
 def test_entries_of_other_formats_are_recognised(
     folder: Path, entry: str, whose: str, quantize: str | None
 ) -> None:
     path = IN_PROJ.removesuffix(".weight")
     rewrite(folder, lambda tensors: tensors.update({f"{path}.{entry}": torch.ones(2).int()}))
     assert whose in refused(folder, quantize)
+
+
+def test_a_quantisation_that_is_no_object_is_refused(folder: Path) -> None:
+    set_config(folder, quantization_config=["nf4"])
+    assert "must be an object of fields, got ['nf4']" in refused(folder)
 
 
 def test_directory_without_a_tokenizer(folder: Path) -> None:
