@@ -1,4 +1,4 @@
-"""The parts of README.md that are made from committed results: a picture, and tables.
+"""The parts of the README files that are made from committed results: pictures, and tables.
 
 ``python -m benchmarks.run --render`` writes them; a test compares them with the results.
 """
@@ -17,30 +17,34 @@ from benchmarks.harness.environment import ROOT
 from benchmarks.harness.store import RESULTS, find
 from benchmarks.projector import views
 from benchmarks.projector.rivals import FLOOR, OURS
-from benchmarks.report import report
+from benchmarks.report import charts, report
 from benchmarks.training import table
 
-README = ROOT / "README.md"
 # What a reader is likely to use today; the best of the others has a column of its own.
 SHOWN = ("peft-lora", "authors")
+# Of the fine-tuning jobs, those on the front page.
+FRONT_JOBS = ("1.4b-bf16", "7b-nf4")
 
 
 def render(paths: Sequence[Path]) -> int:
-    """Draw results, print their tables, and put what is committed into README.md.
+    """Draw results, print their tables, and put what is committed into the README files.
 
     Args:
         paths: Results of ``benchmarks.run``; none for all that are committed.
 
     Raises:
-        ValueError: A file that is no result, or a README without the markers.
+        ValueError: A file that is no result, or a README file without the markers.
     """
     for path in paths or committed("full.json"):
         record = store.read(path)
         page = report.tables(record)
         print(page)
         print(*store.write(record, path.parent, page), *report.draw(record, path.parent), sep="\n")
-    README.write_text(rendered(README.read_text()))
-    print(README)
+    overview()
+    for name in PAGES:
+        file = ROOT / name
+        file.write_text(rendered(file.read_text(), name))
+        print(file)
     return 0
 
 
@@ -49,14 +53,14 @@ def committed(name: str) -> list[Path]:
     return sorted(RESULTS.glob(f"*/{name}"))
 
 
-def rendered(text: str) -> str:
-    """README.md's text with every part of :data:`PARTS` as the committed results have it.
+def rendered(text: str, page: str) -> str:
+    """The text with every part of a page of :data:`PAGES` as the committed results have it.
 
     Raises:
         ValueError: The markers of a part are not there, once each.
     """
-    for name, part in PARTS.items():
-        text = replaced(text, name, part())
+    for name, part in PAGES[page].items():
+        text = replaced(text, name, part((ROOT / page).parent))
     return text
 
 
@@ -68,12 +72,53 @@ def replaced(text: str, name: str, new: str) -> str:
     """
     begin, end = (f"<!-- {name}: {edge} -->" for edge in ("begin", "end"))
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"README.md: expected {begin} and {end}, once each")
+        raise ValueError(f"expected {begin} and {end}, once each")
     head, rest = text.split(begin)
     return f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}"
 
 
-def costs() -> str:
+def overview() -> Path | None:
+    """Draw the front page's picture beside the results that it shows; None without any."""
+    for path in committed("mixers.json"):
+        jobs = path.with_name("finetune.json")
+        if jobs.exists():
+            picture = path.with_name("overview.svg")
+            charts.overview(json.loads(path.read_text()), json.loads(jobs.read_text()), picture)
+            return picture
+    return None
+
+
+def largest(folder: Path) -> str:
+    """The front page's table: of every whole model the case with the most tokens."""
+    del folder
+    record = _first("mixers.json")
+    most: dict[str, int] = {}
+    for row in record["rows"]:
+        most[row["model"]] = max(most.get(row["model"], 0), row["batch"] * row["length"])
+    rows = [row for row in record["rows"] if row["batch"] * row["length"] == most[row["model"]]]
+    return (
+        f"{models_table(rows)}\n\nForward and backward of the whole model, r = 16, 1×1 blocks, "
+        f"bf16, replayed as a CUDA graph, on an {record['device']}: the frozen model on "
+        f"mamba_ssm's own fast path, and multiples of its time and peak memory. *LoRA today* is "
+        f"LoRA in plain PyTorch, for which that path must be off. {provenance(record)}"
+    )
+
+
+def smallest(folder: Path) -> str:
+    """The front page's jobs within a budget: one with weights in 16 bits, one in 4."""
+    del folder
+    record = _first("finetune.json")
+    rows = [row for row in record["rows"] if row["name"] in FRONT_JOBS and "error" not in row]
+    return f"{table.jobs_table(rows)}\n\nWhole steps on an {record['device']}, {record['date']}."
+
+
+def _first(name: str) -> Mapping[str, Any]:
+    """This result of the first device that has it."""
+    record: Mapping[str, Any] = json.loads(committed(name)[0].read_text())
+    return record
+
+
+def costs(folder: Path) -> str:
     """What one projector and whole models cost."""
     parts: list[str] = []
     for path in committed("full.json"):
@@ -82,25 +127,30 @@ def costs() -> str:
         if picture.exists() and not parts:
             parts.append(
                 "![Forward and backward of one trained projector over the frozen one's, for "
-                f"ProDiaL and its rivals, by shape]({_link(picture)})"
+                f"ProDiaL and its rivals, by shape]({_link(picture, folder)})"
             )
         parts.append(projectors(record))
-        page = path.with_suffix(".md")
-        parts.append(f"Every figure, and more pictures: [`{_link(page)}`]({_link(page)}).")
+        page = _link(path.with_suffix(".md"), folder)
+        parts.append(f"Every figure, and more pictures: [`{page}`]({page}).")
     parts += [models(json.loads(path.read_text())) for path in committed("mixers.json")]
     return "\n\n".join(parts)
 
 
-def fine_tuning() -> str:
+def fine_tuning(folder: Path) -> str:
     """What whole fine-tuning steps take."""
+    del folder
     records = [json.loads(path.read_text()) for path in committed("finetune.json")]
     return "\n\n".join(
         text for record in records for text in (table.page(record), provenance(record))
     )
 
 
-PARTS: Mapping[str, Callable[[], str]] = {"benchmarks": costs, "fine-tuning": fine_tuning}
-"""What is rendered, by the name in its markers."""
+PAGES: Mapping[str, Mapping[str, Callable[[Path], str]]] = {
+    "README.md": {"speed": largest, "memory": smallest},
+    "benchmarks/results/README.md": {"benchmarks": costs},
+    "prodial_kernels/training/README.md": {"fine-tuning": fine_tuning},
+}
+"""What is rendered: by the page, and by the name in its markers; given the folder of the page."""
 
 
 def projectors(record: Mapping[str, Any]) -> str:
@@ -136,8 +186,22 @@ def projectors(record: Mapping[str, Any]) -> str:
 
 def models(record: Mapping[str, Any]) -> str:
     """One line for each whole model; × is over the frozen model on its own fast path."""
+    notes = "".join(f" {note}" for note in record.get("notes", ()))
+    if record.get("dropped"):
+        notes += f" Dropped, as the time was over: {'; '.join(record['dropped'])}."
+    return (
+        f"**A whole model**, both projectors adapted with r = 16 and 1×1 blocks, forward and "
+        f"backward of mamba_ssm's `MambaLMHeadModel` backbone, CUDA-graph replay, on an "
+        f"{record['device']}: the same model frozen on mamba_ssm's own fast path, and multiples "
+        f"of its time and peak memory.{notes}\n\n"
+        f"{models_table(record['rows'])}\n\n{provenance(record)}"
+    )
+
+
+def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The lines of :func:`models`; variants that none of the rows has get no column."""
     shapes: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
-    for row in record["rows"]:
+    for row in rows:
         if row.get("status", "ok") == "ok":
             shape = (row["model"], row["batch"], row["length"])
             shapes.setdefault(shape, {})[row["variant"]] = row
@@ -162,16 +226,7 @@ def models(record: Mapping[str, Any]) -> str:
         "model", "batch × length", "frozen", "ProDiaL, time, memory",
         *(titles[name] for name in variants),
     ]  # fmt: skip
-    notes = "".join(f" {note}" for note in record.get("notes", ()))
-    if record.get("dropped"):
-        notes += f" Dropped, as the time was over: {'; '.join(record['dropped'])}."
-    return (
-        f"**A whole model**, both projectors adapted with r = 16 and 1×1 blocks, forward and "
-        f"backward of mamba_ssm's `MambaLMHeadModel` backbone, CUDA-graph replay, on an "
-        f"{record['device']}: the same model frozen on mamba_ssm's own fast path, and multiples "
-        f"of its time and peak memory.{notes}\n\n"
-        f"{views.text_table(headers, lines)}\n\n{provenance(record)}"
-    )
+    return views.text_table(headers, lines)
 
 
 def provenance(environment: Mapping[str, Any]) -> str:
@@ -189,8 +244,8 @@ def _ratios(row: Mapping[str, Any] | None) -> str:
     return f"{row['time_ratio']:.2f}, {row['memory_ratio']:.2f}" if row else "–"
 
 
-def _link(path: Path) -> str:
-    return Path(os.path.relpath(path, ROOT)).as_posix()
+def _link(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         merge_quantized,
         remove_prodial,
     )
+    from prodial_kernels.models.layers.fused_norms import fuse_norms
     from prodial_kernels.models.vision_mamba import VisionMamba
     from prodial_kernels.ops.implementation import resolve_impl
     from prodial_kernels.quantization import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         quantize_linear,
         quantize_model,
     )
+    from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
 
 __all__ = [
     "ProdialConfig",
@@ -34,8 +36,10 @@ __all__ = [
     "VisionMamba",
     "__version__",
     "adapter_disabled",
+    "adapter_parameter_groups",
     "apply_prodial",
     "capture",
+    "fuse_norms",
     "load_adapter",
     "load_quantized",
     "merge_prodial",
@@ -54,8 +58,10 @@ _HOMES = {
     "QuantizedLinear": "quantization",
     "VisionMamba": "models.vision_mamba",
     "adapter_disabled": "linear",
+    "adapter_parameter_groups": "training.step.parameter_groups",
     "apply_prodial": "models.adapt.inject",
     "capture": "captured",
+    "fuse_norms": "models.layers.fused_norms",
     "load_adapter": "checkpoint",
     "load_quantized": "quantization",
     "merge_prodial": "models.adapt.inject",

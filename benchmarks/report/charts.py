@@ -28,6 +28,14 @@ COLOURS = (
     "#8B4513", "#009E73", "#9AD8C4", "#56B4E9", "#A9D6F2", "#C9B037",
 )  # fmt: skip
 
+OVERVIEW = {
+    "frozen": ("frozen model, its own fast path", FLOOR_COLOUR),
+    "prodial": ("ProDiaL, this package", OURS_COLOUR),
+    "lora-slow": ("LoRA in plain PyTorch, fast path off", "#56B4E9"),
+    "authors": ("ProDiaL, the authors' code", "#E69F00"),
+}
+"""Of the front page's picture: label and colour of every variant, in the order of the bars."""
+
 
 def colour_of(rival: str) -> str:
     """The same colour for a rival in every picture."""
@@ -59,6 +67,56 @@ def draw_all(
         _save(figure, path)
         made.append(path)
     return made
+
+
+def overview(models: Mapping[str, Any], jobs: Mapping[str, Any], path: Path) -> None:
+    """Draw the front page's picture: four bars of a step's time, and a line of its memory.
+
+    Args:
+        models: A record of ``benchmarks.mixers``. The first case that all four variants ran is
+            shown.
+        jobs: A record of ``benchmarks.finetune``. The first job that says what LoRA took before.
+        path: The SVG to write; drawn again from the same records it has the same bytes.
+
+    Raises:
+        ValueError: No such case, or no such job.
+    """
+    cases: dict[tuple[str, int, int], dict[str, float]] = {}
+    for row in models["rows"]:
+        if row.get("status", "ok") == "ok":
+            at = (row["model"], row["batch"], row["length"])
+            cases.setdefault(at, {})[row["variant"]] = row["ms"]
+    case = next((at for at, took in cases.items() if set(took) >= set(OVERVIEW)), None)
+    job = next((row for row in jobs["rows"] if all(row.get("before", [None]))), None)
+    if case is None or job is None:
+        raise ValueError("the overview needs a case of all four variants, and a job with a before")
+    times = [cases[case][variant] for variant in OVERVIEW]
+    settings = {"svg.hashsalt": "prodial-kernels", "font.size": 9}
+    with plt.rc_context(settings):
+        figure, axes = plt.subplots(figsize=(8, 2.3), layout="constrained")
+        labels, colours = zip(*OVERVIEW.values(), strict=True)
+        bars = axes.barh(range(len(times)), times, 0.68, color=colours)
+        axes.bar_label(bars, [f" {ms:.1f} ms, {ms / times[0]:.2f} ×" for ms in times], padding=1)
+        axes.set_yticks(range(len(times)), labels)
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(times) * 1.17)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        name, batch, length = case
+        figure.suptitle(
+            f"{name}, {batch} × {length} tokens, bf16: forward and backward on an "
+            f"{models['device']}",
+            fontsize=9, x=0.01, ha="left",
+        )  # fmt: skip
+        ms, gb = job["before"]
+        figure.supxlabel(
+            f"A training step of {job['model']}, {job['batch']} × {job['length']} tokens: LoRA "
+            f"{gb:.1f} GB, {ms:.0f} ms; here {job['peak_bytes'] / 1e9:.1f} GB, {job['ms']:.0f} ms "
+            f"(--memory-budget {job['memory_budget']})",
+            fontsize=9, x=0.01, ha="left",
+        )  # fmt: skip
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -15,17 +15,6 @@ Row = Mapping[str, Any]
 def page(record: Mapping[str, Any]) -> str:
     """The table of a ``finetune.json`` and, in the same order, the commands."""
     rows = [row for row in record["rows"] if "error" not in row]
-    headers = [
-        "job", "LoRA before", "ms a step", "peak, GB (planned)", "budget", "what the layers keep",
-    ]  # fmt: skip
-    lines = [
-        [
-            _title(row), _before(row["before"]), f"{row['ms']:.{1 if row['ms'] < 100 else 0}f}",
-            gigabytes(row).replace(" GB", ""), row["memory_budget"] or "–",
-            levels_text(row["levels"]),
-        ]
-        for row in rows
-    ]  # fmt: skip
     # What the least budget is depends on what the plan of the day leaves free.
     commands = [
         row["command"] for row in rows if row["command"] and not row["name"].endswith(LEAST)
@@ -38,7 +27,7 @@ def page(record: Mapping[str, Any]) -> str:
             f"bytes; a budget holds the CUDA context as well. `norm` is `recompute` with "
             f"`in_proj`'s output kept. *LoRA before* is LoRA on the same projectors of "
             f"mamba_ssm's blocks, whose fast path must then be off.",
-            views.text_table(headers, lines),
+            jobs_table(rows),
             *record.get("notes", ()),
             "The lines in the same order, without those of mamba_ssm's own blocks, which Python "
             "code trains, and of the smallest budgets: a smaller one is refused with the least "
@@ -46,6 +35,22 @@ def page(record: Mapping[str, Any]) -> str:
             "\n".join(["```bash", *commands, "```"]),
         ]
     )
+
+
+def jobs_table(rows: Sequence[Row]) -> str:
+    """One line for each job that ran."""
+    headers = [
+        "job", "LoRA before", "ms a step", "peak, GB (planned)", "budget", "what the layers keep",
+    ]  # fmt: skip
+    lines = [
+        [
+            _title(row), _before(row["before"]), f"{row['ms']:.{1 if row['ms'] < 100 else 0}f}",
+            gigabytes(row).replace(" GB", ""), row["memory_budget"] or "–",
+            levels_text(row["levels"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return views.text_table(headers, lines)
 
 
 def gigabytes(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""README.md shows what the committed results say."""
+"""The README files show what the committed results say."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from benchmarks import readme
 from benchmarks.harness import store
 from benchmarks.projector.cases import TABLE_SHAPES
+from benchmarks.report import charts
 from benchmarks.training import table
 from benchmarks.training.jobs import JOBS, TINY_JOBS
 
@@ -42,16 +43,6 @@ RECORD = {
 }  # fmt: skip
 
 
-MARKED = """\
-<!-- benchmarks: begin -->
-before this run
-<!-- benchmarks: end -->
-between
-<!-- fine-tuning: begin -->
-<!-- fine-tuning: end -->
-"""
-
-
 def trained(name: str = "tiny", budget: str | None = None, **more: Any) -> dict[str, Any]:
     job = next(job for job in (*TINY_JOBS, *JOBS) if job.name == name)
     return {
@@ -61,9 +52,17 @@ def trained(name: str = "tiny", budget: str | None = None, **more: Any) -> dict[
     }  # fmt: skip
 
 
-def test_readme_shows_the_committed_results() -> None:
-    text = readme.README.read_text()
-    assert readme.rendered(text) == text, "run python -m benchmarks.run --render"
+def model(variant: str, ms: float, length: int = 512) -> dict[str, Any]:
+    return {
+        "model": "mamba-130m", "batch": 4, "length": length, "variant": variant, "status": "ok",
+        "ms": ms, "mib": 100 * ms, "time_ratio": ms / 10, "memory_ratio": ms / 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_pages_show_the_committed_results(page: str) -> None:
+    text = (readme.ROOT / page).read_text()
+    assert readme.rendered(text, page) == text, "run python -m benchmarks.run --render"
 
 
 def test_one_line_for_each_projector_of_the_table() -> None:
@@ -78,12 +77,6 @@ def test_one_line_for_each_projector_of_the_table() -> None:
 
 
 def test_one_line_for_each_model() -> None:
-    def model(variant: str, ms: float) -> dict[str, Any]:
-        return {
-            "model": "mamba-130m", "batch": 4, "length": 512, "variant": variant, "status": "ok",
-            "ms": ms, "mib": 100 * ms, "time_ratio": ms / 10, "memory_ratio": ms / 10,
-        }  # fmt: skip
-
     rows = [model("frozen", 10), model("prodial", 12), model("lora-slow", 20)]
     rows.append({**model("authors", 1), "status": "failed: x"})
     text = readme.models({**ENVIRONMENT, "rows": rows, "notes": ["A note."], "dropped": ["a", "b"]})
@@ -100,24 +93,44 @@ def test_render_draws_and_replaces(
 ) -> None:
     folder = tmp_path / "benchmarks" / "results" / "a-gpu"
     store.write(RECORD, folder, "")
-    (folder / "finetune.json").write_text(json.dumps({**ENVIRONMENT, "rows": [trained()]}))
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{MARKED}after\n")
+    steps = [model(variant, 10, 256) for variant in ("frozen", "prodial")]
+    steps += [model(variant, 11) for variant in ("frozen", "prodial", "lora-slow", "authors")]
+    (folder / "mixers.json").write_text(json.dumps({**ENVIRONMENT, "rows": steps}))
+    jobs = [trained("tiny", "6GB"), trained("1.4b-bf16", "8GB")]
+    (folder / "finetune.json").write_text(json.dumps({**ENVIRONMENT, "rows": jobs}))
+    for name, parts in readme.PAGES.items():
+        page = tmp_path / name
+        page.parent.mkdir(parents=True, exist_ok=True)
+        marked = (f"<!-- {part}: begin -->\nOLD\n<!-- {part}: end -->" for part in parts)
+        page.write_text("\n".join(["before", *marked, "after"]))
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "RESULTS", folder.parent)
-    monkeypatch.setattr(readme, "README", page)
     assert readme.render([]) == 0
-    text = page.read_text()
-    assert "before this run" not in text
-    assert "](benchmarks/results/a-gpu/full-cost.png)" in text
-    assert "](benchmarks/results/a-gpu/full.md)" in text
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
+    texts = {name: (tmp_path / name).read_text() for name in readme.PAGES}
+    for name, text in texts.items():
+        assert "OLD" not in text
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter")
+        assert readme.rendered(text, name) == text
+    front, results, training = texts.values()
+    assert "](a-gpu/full-cost.png)" in results
+    assert "](a-gpu/full.md)" in results
+    assert "| mamba-130m in_proj" in results
+    assert "| tiny 2×32 bf16 " in training
+    assert "| mamba-1.4b 4×2048 bf16 " in front
+    assert "tiny" not in front
+    (line,) = [line for line in front.splitlines() if line.startswith("| mamba-130m")]
+    assert "4 × 512" in line
     assert (folder / "full-cost.png").stat().st_size < 150_000
     assert "| prodial " in (folder / "full.md").read_text()
-    assert "| tiny 2×32 bf16 " in text
-    assert text.index("| mamba-130m in_proj") < text.index("between") < text.index("| tiny 2×32")
-    assert readme.rendered(text) == text
+    drawn = (folder / "overview.svg").read_bytes()
+    assert readme.overview() == folder / "overview.svg"
+    assert (folder / "overview.svg").read_bytes() == drawn
+
+
+def test_an_overview_needs_all_that_it_shows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a case of all four variants"):
+        charts.overview({"rows": [model("frozen", 10)]}, {"rows": []}, tmp_path / "overview.svg")
 
 
 def test_one_line_for_each_job_and_its_command() -> None:
@@ -143,6 +156,6 @@ def test_one_line_for_each_job_and_its_command() -> None:
     )
 
 
-def test_a_readme_without_the_markers_is_refused() -> None:
+def test_a_page_without_the_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="once each"):
         readme.replaced("nothing", "benchmarks", "new")

@@ -1,7 +1,8 @@
-"""What the README shows works: its Python runs, its commands parse, its files exist."""
+"""What the README files show works: Python runs, commands parse, links lead somewhere."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -11,37 +12,62 @@ import pytest
 from prodial_kernels.cli import commands
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+FRONT = ROOT / "README.md"
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "benchmarks/**/*.md", "prodial_kernels/**/*.md")
+    for path in ROOT.glob(pattern)
+)
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+def code_blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def prodial_lines(page: Path) -> list[str]:
+    lines = (line for block in code_blocks(page, "bash") for line in block.splitlines())
+    return [line for line in lines if line.startswith("prodial ")]
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if code_blocks(page, "python")], ids=name_of
+)
 def test_python_blocks_run_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    blocks = code_blocks("python")
-    assert len(blocks) >= 4
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert "in_proj" in capsys.readouterr().out  # the report
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
-    assert type(names["plain"]).__name__ == "Linear"
+    for block in code_blocks(page, "python"):
+        exec(compile(block, name_of(page), "exec"), names)
+    if page == FRONT:
+        assert "in_proj" in capsys.readouterr().out  # the report
+        assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+        assert type(names["plain"]).__name__ == "Linear"
 
 
-def test_prodial_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [
-        line
-        for block in code_blocks("bash")
-        for line in block.splitlines()
-        if line.startswith("prodial ")
-    ]
-    assert len(lines) >= 5
-    for line in lines:
+def test_the_pages_that_have_code_are_found() -> None:
+    shown = {name_of(page) for page in PAGES if code_blocks(page, "python")}
+    assert shown >= {
+        "README.md", "prodial_kernels/peft/README.md", "prodial_kernels/quantization/README.md"
+    }  # fmt: skip
+    assert len(code_blocks(FRONT, "python")) == 3
+    assert sum(len(prodial_lines(page)) for page in PAGES) >= 12
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if prodial_lines(page)], ids=name_of)
+def test_prodial_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in prodial_lines(page):
         _, command, *options = shlex.split(line, comments=True)
         ran: list[str] = []
         entry = commands._COMMANDS[command]
@@ -51,14 +77,27 @@ def test_prodial_commands_parse(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ran, line
 
 
-def test_local_links_exist() -> None:
-    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_local_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
 
 
 def test_ci_runs_the_readme_test_command() -> None:
-    commands = [block.strip() for block in code_blocks("bash") if "pytest" in block]
+    commands = [block.strip() for block in code_blocks(FRONT, "bash") if "pytest" in block]
     assert len(commands) == 1
     assert "\n" not in commands[0]
+
+
+def test_the_first_sentence_gives_what_was_measured() -> None:
+    results = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+    rows = json.loads((results / "mixers.json").read_text())["rows"]
+    ratios = [row["time_ratio"] for row in rows if row["variant"] == "prodial"]
+    text = FRONT.read_text().split("![")[0].replace("\n", " ")
+    assert f"in {min(ratios):.2f} to {max(ratios):.2f} times the frozen model's time" in text
+    jobs = {row["name"]: row for row in json.loads((results / "finetune.json").read_text())["rows"]}
+    here, before = jobs["1.4b-bf16"]["peak_bytes"] / 1e9, jobs["1.4b-bf16"]["before"][1]
+    assert f"Mamba-1.4B in {here:.0f} GB where LoRA takes {before:.0f} (H100)" in text

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from prodial_kernels.embedded import embedded_model_path
-from prodial_kernels.peft import ProdialPeftConfig
+import prodial_kernels.peft
 from support.models import token_ids
 from support.peft_models import MIXES_METHODS, config, layers, logits
 from support.tiny_model import byte_tokenizer, tiny_mamba2, write_tiny_model
@@ -200,17 +199,11 @@ def test_dpo_after_sft_measures_against_sft(
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
-def test_the_readmes_example(
+def test_the_example_of_the_page(
     trl: Any, datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    blocks = re.findall(r"^```py\n(.*?)^```$", readme.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
+    page = Path(prodial_kernels.peft.__file__).with_name("README.md")
+    (block,) = re.findall(r"^```py\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    names = {
-        "AutoModelForCausalLM": AutoModelForCausalLM,
-        "ProdialPeftConfig": ProdialPeftConfig,
-        "embedded_model_path": embedded_model_path,
-    }
-    exec(compile(blocks[0], "README.md", "exec"), names)
+    exec(compile(block, "peft/README.md", "exec"), {})
     assert len(load_file(tmp_path / "sft-adapter" / "adapter_model.safetensors")) == 8 * 2 * 4
