@@ -380,18 +380,26 @@ class ProdialLinear(nn.Module):
         if recurse:
             self.base_layer._apply(fn)
 
-        def keep_master(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            wide = torch.promote_types(applied.dtype, self.adapter_dtype)
-            if applied.dtype == wide:
-                return applied
-            # Cast from the original, not from the narrowed copy: nothing is lost on the way.
-            return tensor.to(device=applied.device, dtype=wide)
-
-        super()._apply(keep_master, recurse=False)
+        super()._apply(never_narrower(fn, self.adapter_dtype), recurse=False)
         if merged:
             self.merge()
         return self
+
+
+def never_narrower(
+    fn: Callable[[Tensor], Tensor], narrowest: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """Return ``fn``, which moves or casts a tensor, without casts below ``narrowest``."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        applied = fn(tensor)
+        wide = torch.promote_types(applied.dtype, narrowest)
+        if applied.dtype == wide:
+            return applied
+        # Cast from the original, not from the narrowed copy: nothing is lost on the way.
+        return tensor.to(device=applied.device, dtype=wide)
+
+    return apply
 
 
 def weight_like(layer: nn.Linear | QuantizedLinear) -> Tensor:

@@ -88,7 +88,7 @@ class ProdialPeftConfig(PeftConfig):
             self.lora = LoraConfig(**self.lora)
         if self.lora is not None:
             _check_lora(self.lora)
-        # Every value is looked at here and not in the middle of changing a model.
+        # Every value is checked here, before a model is changed.
         for rank in {self.r, *self.rank_pattern.values()}:
             for alpha in {self.lora_alpha, *self.alpha_pattern.values()}:
                 for blocks in _values(self.n_blocks):
@@ -96,7 +96,7 @@ class ProdialPeftConfig(PeftConfig):
                         self._prodial_config("layer", rank, alpha, blocks, size)
 
     def _check_patterns(self) -> None:
-        """Refuse expressions that may never end: a file of somebody else's may name them."""
+        """Refuse expressions whose search may not end: the configuration may be somebody else's."""
         targets = self.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
             raise ValueError(

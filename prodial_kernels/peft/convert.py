@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.checkpoint import AdapterError, SavedAdapter, read_adapter
 from prodial_kernels.checkpoint.contents import is_adapter_tensor
-from prodial_kernels.config import ProdialConfig
+from prodial_kernels.config import AdapterOptions, ProdialConfig
 from prodial_kernels.models.adapt.inject import apply_prodial, remove_prodial
 from prodial_kernels.models.adapt.names import adapter_parameters
 from prodial_kernels.models.adapt.report import AdapterReport
@@ -142,7 +143,7 @@ def _lora(saved: SavedAdapter, directory: object) -> LoraConfig:
         )
     return LoraConfig(
         r=config.r,
-        lora_alpha=config.r if config.lora_alpha is None else config.lora_alpha,
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=paths,
     )
@@ -159,27 +160,23 @@ def _own_config(config: Any, directory: Path) -> tuple[ProdialConfig, Mapping[st
     unlike += ["bias"] if getattr(config, "bias", "none") != "none" else []
     if unlike:
         raise AdapterError(f"{directory} has {', '.join(unlike)}, which is not converted")
-    targets = config.target_modules
-    partial = bool(config.exclude_modules) or config.layers_to_transform is not None
-    shared: dict[str, Any] = {
-        "r": config.r,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": targets if isinstance(targets, str) else tuple(sorted(targets or ())),
-        "allow_partial": True,
-    }
-    if partial:
+    if config.exclude_modules or config.layers_to_transform is not None:
         raise AdapterError(
             f"{directory} leaves out layers by exclude_modules or layers_to_transform, which is "
             "not converted"
         )
+    targets = config.target_modules
+    names = targets if isinstance(targets, str) else tuple(sorted(targets or ()))
     if lora:
         alpha = config.lora_alpha * (config.r**0.5 if config.use_rslora else 1)
-        own = ProdialConfig(lora_alpha=alpha, train_scale=False, train_diagonal=False, **shared)
-        return own, _LORA_PARTS
+        return ProdialConfig(
+            r=config.r, lora_alpha=alpha, lora_dropout=config.lora_dropout, train_scale=False,
+            train_diagonal=False, target_modules=names, allow_partial=True,
+        ), _LORA_PARTS  # fmt: skip
+    shared = {field.name: getattr(config, field.name) for field in fields(AdapterOptions)}
     return ProdialConfig(
-        lora_alpha=config.lora_alpha, n_blocks=config.n_blocks, block_size=config.block_size,
-        diagonal=config.diagonal, train_scale=config.train_scale,
-        train_diagonal=config.train_diagonal, impl=config.impl, **shared,
+        n_blocks=config.n_blocks, block_size=config.block_size, target_modules=names,
+        allow_partial=True, **shared,
     ), PARTS  # fmt: skip
 
 

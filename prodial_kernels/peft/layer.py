@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear, weight_like
+from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear, never_narrower, weight_like
 from prodial_kernels.merged_weight import merge_again
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.quantization import QuantizedLinear
@@ -41,15 +40,7 @@ class Factor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factor:
         """Move or cast, but never narrow: 16 bits lose an optimiser's small updates."""
-
-        def keep_master(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            wide = torch.promote_types(applied.dtype, self.widest)
-            if applied.dtype == wide:
-                return applied
-            return tensor.to(device=applied.device, dtype=wide)
-
-        super()._apply(keep_master, recurse=recurse)
+        super()._apply(never_narrower(fn, self.widest), recurse=recurse)
         return self
 
 

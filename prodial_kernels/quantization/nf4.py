@@ -6,7 +6,7 @@ Checked against bitsandbytes 0.50.2 on the CPU: what it stores is read to the sa
 bit, and without double quantisation the bytes made here are its own. With it the codes are; but the
 mean of the scales is taken in fp64, so that every device makes the same bytes, and can be an ulp
 from bitsandbytes' fp32 mean, and 2 in 1,000 of the 8-bit scales are the entry beside the one that
-bitsandbytes takes, which is not always the nearest (:mod:`prodial_kernels.quantization.blocks`).
+bitsandbytes takes, which is not always the nearest (:mod:`prodial_kernels.quantization.blockwise`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prodial_kernels.quantization.blocks import (
-    dequantize_blocks,
+from prodial_kernels.quantization.blockwise import (
+    dequantize_blockwise,
     dynamic_map,
-    quantize_blocks,
+    quantize_blockwise,
 )
 from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, check_scales
 
@@ -95,7 +95,9 @@ class NF4Linear(QuantizedLinear):
         flat = weight.reshape(-1)
         packed, scales = [], []
         for start in range(0, flat.numel(), CHUNK):
-            codes, absmax = quantize_blocks(flat[start : start + CHUNK].float(), table, BLOCKSIZE)
+            codes, absmax = quantize_blockwise(
+                flat[start : start + CHUNK].float(), table, BLOCKSIZE
+            )
             if codes.numel() % 2:
                 # The code of 0 fills the last byte.
                 codes = torch.cat([codes, codes.new_full((1,), NF4_TABLE.index(0.0))])
@@ -107,7 +109,7 @@ class NF4Linear(QuantizedLinear):
             # In fp64, where the order of the sum, which devices choose, rounds away.
             offset = absmax.double().mean().float()
             nested_map = dynamic_map().to(weight.device)
-            absmax, outer = quantize_blocks(absmax - offset, nested_map, NESTED_BLOCKSIZE)
+            absmax, outer = quantize_blockwise(absmax - offset, nested_map, NESTED_BLOCKSIZE)
             nested = (outer, nested_map, offset)
         return cls(
             weight.shape[1], weight.shape[0], bias, weight.dtype,
@@ -189,7 +191,7 @@ class NF4Linear(QuantizedLinear):
         codes, absmax, quant_map, *nested = packed
         if nested:
             outer, nested_map, offset = nested
-            absmax = dequantize_blocks(absmax, outer, nested_map, self.nested_blocksize) + offset
+            absmax = dequantize_blockwise(absmax, outer, nested_map, self.nested_blocksize) + offset
         flat = out.view(-1)
         # Both weights of a byte at once: row c holds the values of c's high and low half.
         pairs = torch.cartesian_prod(quant_map, quant_map)

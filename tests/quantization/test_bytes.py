@@ -7,7 +7,7 @@ import math
 import torch
 
 from prodial_kernels.quantization import from_state_dict, quantize_linear
-from prodial_kernels.quantization.blocks import dynamic_map
+from prodial_kernels.quantization.blockwise import dynamic_map
 from prodial_kernels.quantization.nf4 import NF4_TABLE, NF4Linear
 from support.stored_weights import NF4_STATE, assert_same_bytes, dense, stored, waves
 

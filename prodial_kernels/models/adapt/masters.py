@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.linear import never_narrower
 from prodial_kernels.models.patch_point import AdaptedMixer, Policy
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -76,14 +77,8 @@ def apply_keeping_masters(
         kept |= {id(t): t for t in (master, master.grad) if t is not None}
         read_as[name] = fn(torch.empty(0, dtype=dtype, device=master.device)).dtype
 
-    def keep(tensor: Tensor) -> Tensor:
-        applied = fn(tensor)
-        wide = torch.promote_types(applied.dtype, torch.float32)
-        if id(tensor) not in kept or applied.dtype == wide:
-            return applied
-        return tensor.to(device=applied.device, dtype=wide)
-
-    return upstream(module, keep, recurse)
+    widened = never_narrower(fn, torch.float32)
+    return upstream(module, lambda t: widened(t) if id(t) in kept else fn(t), recurse)
 
 
 def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:

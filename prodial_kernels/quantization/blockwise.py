@@ -15,7 +15,7 @@ from torch import Tensor
 _TINY = 1e-38
 
 
-def quantize_blocks(values: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def quantize_blockwise(values: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """[n] fp32 -> indices [n] uint8 and absmax [⌈n / blocksize⌉] fp32; ``table`` is sorted."""
     bounds = (table[:-1] + table[1:]) / 2
     full = values.numel() // blocksize * blocksize
@@ -35,7 +35,7 @@ def quantize_blocks(values: Tensor, table: Tensor, blocksize: int) -> tuple[Tens
     )
 
 
-def dequantize_blocks(indices: Tensor, absmax: Tensor, table: Tensor, blocksize: int) -> Tensor:
+def dequantize_blockwise(indices: Tensor, absmax: Tensor, table: Tensor, blocksize: int) -> Tensor:
     """Indices [n] uint8 -> values [n] fp32."""
     values = table[indices.int()]
     return values.mul_(absmax.repeat_interleave(blocksize)[: values.numel()])
