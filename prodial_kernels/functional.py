@@ -1,18 +1,20 @@
-"""``prodial_linear``: validate, choose an implementation, dispatch. Everything calls this."""
+"""The front door: check, choose an implementation, compute. Every projection comes through here."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from prodial_kernels._checks import DIAGONALS, check_choice, check_dropout, check_finite
 from prodial_kernels._validation import check_frozen, check_operands, check_triton
+from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
+from prodial_kernels.ops.function import differentiable_projection
 from prodial_kernels.ops.implementation import resolve_impl
-from prodial_kernels.ops.layout import direct_length, unit_stride_rows
-from prodial_kernels.ops.portable import TorchProdialLinear
+from prodial_kernels.ops.layout import lay_out, unit_stride_rows
 from prodial_kernels.ops.reference import reference_linear, scale_deviation_of
-from prodial_kernels.ops.triton_autograd import TritonProdialLinear
 
 
 def prodial_linear(
@@ -72,105 +74,106 @@ def prodial_linear(
         if not scale.is_floating_point():
             raise TypeError(f"scale must have a floating-point dtype, got {scale.dtype}")
         deviation = scale_deviation_of(scale)
-    return adapted_linear(
-        x, weight, blocks=blocks, scale_deviation=deviation, lora_a=lora_a, lora_b=lora_b,
-        bias=bias, lora_scaling=lora_scaling, lora_dropout=lora_dropout,
-        training=training, diagonal=diagonal, impl=impl, channel_first=channel_first,
-    )  # fmt: skip
+    operands = Operands(weight, blocks, deviation, lora_a, lora_b, bias)
+    options = ProjectionOptions(cast(Impl, impl), lora_scaling, lora_dropout, diagonal)
+    return checked_linear(x, operands, options, training=training, channel_first=channel_first)
 
 
-def adapted_linear(
+def checked_linear(
     x: Tensor,
-    weight: Tensor,
+    operands: Operands,
+    options: ProjectionOptions,
     *,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    lora_scaling: float,
-    lora_dropout: float,
-    training: bool,
-    diagonal: str,
-    impl: str,
+    training: bool = False,
     channel_first: bool = False,
 ) -> Tensor:
-    """:func:`prodial_linear` of an adapter as a layer keeps it: with s − 1 in the place of s.
+    """:func:`prodial_linear` of a projector as a layer keeps it: with s − 1, and maybe packed.
 
-    ``scale_deviation`` is s − 1, [out_features]: zero where nothing is trained, as ``blocks``,
-    which holds D_a and not D_b, is. The rest is as there.
+    Args:
+        x: [..., in_features].
+        operands: Of a packed weight, a stand-in with its shape, dtype and device. ``noise`` is
+            drawn in here.
+        options: As they were asked for, ``impl="auto"`` included. ``"reference"`` keeps the dense
+            weight until backward, the others keep packed tensors packed.
+        training: Whether dropout is active.
+        channel_first: Return contiguous [..., out_features, l].
+
+    Raises:
+        RuntimeError, TypeError, ValueError: As :func:`prepared`.
     """
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.is_floating_point():
+        x = x.to(dtype)
+    operands, options = prepared(x, operands, options, training=training)
+    if options.impl == "reference":
+        with autocast_off(x.device.type):
+            return lay_out(reference_linear(x, operands, options), channel_first)
+    return differentiable_projection(x, operands, options, channel_first=channel_first)
+
+
+def prepared(
+    x: Tensor, operands: Operands, options: ProjectionOptions, *, training: bool = False
+) -> tuple[Operands, ProjectionOptions]:
+    """Check what is asked for, and return what is computed with: dtypes, choice and dropout.
+
+    Under autocast the weight and the bias are cast; the adapter keeps its dtype. A packed weight
+    becomes a shape without values (meta device), unless ``impl="reference"`` unpacks it.
+
+    Args:
+        x: [..., in_features]; shape, dtype and device count, so that a call can be prepared before
+            its input exists.
+        operands: As in :func:`checked_linear`, and so are the others.
+        options: As they were asked for.
+        training: Whether dropout is active, and so drawn.
+
+    Raises:
+        RuntimeError: The kernels cannot run on this device.
+        TypeError: A dtype that cannot be used, or an option of the wrong kind.
+        ValueError: A shape, device or choice that does not fit, or a weight that requires a
+            gradient (``"reference"`` and ``"plain"`` give one).
+    """
+    impl, lora_scaling, lora_dropout, diagonal, packed = options
     check_choice("diagonal", diagonal, DIAGONALS)
     check_dropout(lora_dropout)
     if not torch.compiler.is_compiling():
         check_finite("lora_scaling", lora_scaling)
-    dtype = autocast_dtype(x)
-    check_operands(
-        x, weight, blocks, scale_deviation, lora_a, lora_b, bias, autocast=dtype is not None
-    )  # fmt: skip
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-
-    chosen = resolve_impl(impl, x)
-    drop = training and lora_dropout > 0.0 and lora_a is not None
-    with autocast_off(x.device.type):
-        if chosen == "triton":
-            if impl == "triton":
-                check_triton(x)
+    cast_to = autocast_dtype(x)
+    check_operands(x, *operands[:6], autocast=cast_to is not None)
+    dtype = cast_to or x.dtype
+    if x.dtype != dtype:
+        x = x.new_empty(1, dtype=dtype).expand(x.shape)
+    chosen = impl if impl == "plain" else resolve_impl(impl, x)
+    if impl == "triton":
+        check_triton(x)
+    weight, blocks, scale_deviation, lora_a, lora_b, bias, _ = operands
+    if bias is not None and (cast_to is not None or packed is not None):
+        bias = bias.to(dtype)
+    if packed is None:
+        if chosen in ("torch", "triton"):
             check_frozen(weight)
-            y = _triton_linear(
-                x, weight, blocks, scale_deviation, lora_a, lora_b, bias,
-                draw_seed(x) if drop else None, lora_scaling, lora_dropout, diagonal,
-                channel_first,
-            )  # fmt: skip
-            return y
-        mask = torch.rand(x.shape, device=x.device) >= lora_dropout if drop else None
-        arguments = (
-            x, weight, blocks, scale_deviation, lora_a, lora_b, bias, mask,
-            float(lora_scaling), float(lora_dropout), diagonal,
-        )  # fmt: skip
-        if chosen == "reference":
-            return lay_out(reference_linear(*arguments), channel_first)
-        check_frozen(weight)
-        return lay_out(TorchProdialLinear.apply(*arguments), channel_first)
+        weight = weight if cast_to is None else weight.to(dtype)
+    elif chosen == "reference":
+        weight, packed = packed.dense(dtype), None
+    else:
+        weight = torch.empty(weight.shape, dtype=dtype, device="meta")
+    noise = None
+    dropped = training and lora_dropout > 0.0 and lora_a is not None
+    if chosen == "triton":
+        # The kernels take one stride per matrix and none per vector; what has others is copied.
+        weight = unit_stride_rows(weight)
+        blocks, scale_deviation, lora_a, lora_b, bias = map(
+            _contiguous, (blocks, scale_deviation, lora_a, lora_b, bias)
+        )
+        if dropped:
+            # Drawn on the device, so that checkpointing and graphs replay it.
+            noise = torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
+    elif dropped:
+        noise = torch.rand(x.shape, device=x.device) >= lora_dropout
+    return (
+        Operands(weight, blocks, scale_deviation, lora_a, lora_b, bias, noise),
+        ProjectionOptions(chosen, float(lora_scaling), float(lora_dropout), diagonal, packed),
+    )
 
 
-def lay_out(y: Tensor, channel_first: bool) -> Tensor:
-    """[..., l, N] -> contiguous [..., N, l] where ``channel_first``, else ``y`` itself."""
-    return y.transpose(-1, -2).contiguous() if channel_first else y
-
-
-def draw_seed(x: Tensor) -> Tensor:
-    """Draw the dropout mask's seed on the device, so that checkpointing and graphs replay it."""
-    return torch.randint(2**31 - 1, (1,), device=x.device, dtype=torch.int64)
-
-
-def _triton_linear(
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    lora_scaling: float,
-    lora_dropout: float,
-    diagonal: str,
-    channel_first: bool,
-) -> Tensor:
-    """Bring the operands into layouts that the kernels take, and the result into the one asked."""
-    length = x.shape[-2] if channel_first and direct_length(x.shape[-2]) else 0
-    # The kernels take one stride per matrix and none per vector; what has others is copied here.
-    y = TritonProdialLinear.apply(
-        x, unit_stride_rows(weight), contiguous(blocks),
-        contiguous(scale_deviation), contiguous(lora_a), contiguous(lora_b), contiguous(bias),
-        seed, float(lora_scaling), float(lora_dropout), diagonal == "relu", length,
-    )  # fmt: skip
-    return y if length else lay_out(y, channel_first)
-
-
-def contiguous(part: Tensor | None) -> Tensor | None:
-    """Return a part of the adapter as the kernels take it: without strides, or None."""
+def _contiguous(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.contiguous()

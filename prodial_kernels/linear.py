@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from prodial_kernels.config import AdapterOptions, ProdialConfig, resolve_block_size
-from prodial_kernels.functional import adapted_linear, lay_out
+from prodial_kernels.functional import checked_linear
+from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
 from prodial_kernels.merged_weight import Marks, marks_of, merge_again
 from prodial_kernels.ops.implementation import described_impl
+from prodial_kernels.ops.layout import lay_out
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.quantization import (
     QuantizationError,
@@ -22,7 +24,6 @@ from prodial_kernels.quantization import (
     quantization_error,
     quantize_linear,
 )
-from prodial_kernels.quantization.project import quantized_prodial_linear
 from prodial_kernels.scale_versions import KEPT_AS, NEWEST, refuse_newer, scale_to_load, unpickled
 from prodial_kernels.tuners import check_still_trained
 
@@ -218,31 +219,30 @@ class ProdialLinear(nn.Module):
 
     def adapted(self, x: Tensor, bias: Tensor | None, channel_first: bool = False) -> Tensor:
         """``x W'ᵀ + bias`` with the adapter as it is, merged or not; shapes as in ``forward``."""
-        base, options = self.base_layer, self.operation(bias)
-        if isinstance(base, QuantizedLinear):
-            return quantized_prodial_linear(x, base, channel_first=channel_first, **options)
-        return adapted_linear(x, base.weight, channel_first=channel_first, **options)
+        return checked_linear(
+            x, *self.projection(bias), training=self.training, channel_first=channel_first
+        )
 
-    def operation(self, bias: Tensor | None) -> dict[str, Any]:
-        """What ``adapted_linear`` takes beside the input, the weight and the layout.
+    def projection(self, bias: Tensor | None) -> tuple[Operands, ProjectionOptions]:
+        """What :func:`prodial_kernels.functional.prepared` takes; a packed weight stays packed.
 
         Raises:
             RuntimeError: PEFT has frozen the adapter, and this call is for training.
         """
         if self.training and torch.is_grad_enabled():
             check_still_trained(self, [parameter for _, parameter in self.adapter_parameters()])
-        return {
-            "blocks": self.prodial_blocks,
-            "scale_deviation": self.prodial_scale,
-            "lora_a": self.prodial_a,
-            "lora_b": self.prodial_b,
-            "bias": bias,
-            "lora_scaling": self.lora_scaling,
-            "lora_dropout": self.lora_dropout,
-            "training": self.training,
-            "diagonal": self.diagonal,
-            "impl": self.impl,
-        }
+        base, packed = self.base_layer, None
+        if isinstance(base, QuantizedLinear):
+            weight, packed = base.stand_in(), base.packed_weight()
+        else:
+            weight = base.weight
+        operands = Operands(
+            weight, self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b, bias
+        )
+        options = ProjectionOptions(
+            cast(Impl, self.impl), self.lora_scaling, self.lora_dropout, self.diagonal, packed
+        )
+        return operands, options
 
     @torch.no_grad()
     def reset_adapter(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
 from prodial_kernels.ops.reference import reference_linear, scale_deviation_of
 
 
@@ -97,10 +98,19 @@ class LinearCase:
 
     def reference(self) -> Tensor:
         """The definition on these operands."""
-        return reference_linear(
-            self.x, self.weight, self.blocks, self.scale_deviation, self.lora_a, self.lora_b,
-            self.bias, self.dropout_mask, self.lora_scaling, self.lora_dropout, self.diagonal,
+        return reference_linear(self.x, self.operands, self.options("reference"))
+
+    @property
+    def operands(self) -> Operands:
+        """The tensors beside ``x``, as the package's functions take them."""
+        return Operands(
+            self.weight, self.blocks, self.scale_deviation, self.lora_a, self.lora_b, self.bias,
+            self.dropout_mask,
         )  # fmt: skip
+
+    def options(self, impl: Impl) -> ProjectionOptions:
+        """What is not a tensor, for an implementation."""
+        return ProjectionOptions(impl, self.lora_scaling, self.lora_dropout, self.diagonal)
 
     @property
     def scale_deviation(self) -> Tensor | None:

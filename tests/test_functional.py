@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from prodial_kernels import prodial_linear, resolve_impl
-from prodial_kernels.ops.portable import TorchProdialLinear
+from prodial_kernels.ops.function import ProdialLinearFunction
 from prodial_kernels.testing import LinearCase, assert_all_accurate, make_case
 
 IMPLS = ("reference", "torch")
@@ -46,8 +46,8 @@ def test_auto_is_torch_on_the_cpu() -> None:
     assert resolve_impl("auto") == "torch"
     case = make_case(3, 6, 5)
     case.x.requires_grad_()
-    assert type(apply(case).grad_fn).__name__ == "TorchProdialLinearBackward"
-    assert type(apply(case, impl="torch").grad_fn).__name__ == "TorchProdialLinearBackward"
+    assert type(apply(case).grad_fn).__name__ == "ProdialLinearFunctionBackward"
+    assert type(apply(case, impl="torch").grad_fn).__name__ == "ProdialLinearFunctionBackward"
 
 
 def test_an_explicit_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_an_explicit_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> Tensor:
         raise RuntimeError("the torch implementation was called")
 
-    monkeypatch.setattr(TorchProdialLinear, "apply", refuse)
+    monkeypatch.setattr(ProdialLinearFunction, "apply", refuse)
     torch.testing.assert_close(apply(case, impl="reference"), case.reference())
     for impl in ("torch", "auto"):
         with pytest.raises(RuntimeError, match="torch implementation was called"):

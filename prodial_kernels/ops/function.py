@@ -1,4 +1,4 @@
-"""A projector as an autograd.Function on plain forward and backward functions."""
+"""A projector as an autograd.Function: what is kept for backward, whatever computes it."""
 
 from __future__ import annotations
 
@@ -8,49 +8,51 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from prodial_kernels.ops.autocast import autocast_off
-from prodial_kernels.ops.projection import (
-    Needs,
-    Operands,
-    Rule,
-    project,
-    project_backward,
-    takes_output,
-)
+from prodial_kernels.ops.layout import direct_length, lay_out, token_matrix, unit_stride_rows
+from prodial_kernels.ops.projection import backward, forward, takes_output
 
 
 class Remade(Protocol):
     """What of a projector's backward somebody else makes."""
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        """Return X [..., K] once more, and ``project_backward``'s ``scaled``."""
+        """Return X [..., K] once more, and s ⊙ W where that has been made."""
 
 
-def explicit_linear(
-    x: Tensor, operands: Operands, rule: Rule, remade: Remade | None = None
+def differentiable_projection(
+    x: Tensor,
+    operands: Operands,
+    options: ProjectionOptions,
+    *,
+    channel_first: bool = False,
+    remade: Remade | None = None,
 ) -> Tensor:
-    """``x W'ᵀ + bias``, where the weight may be packed and the input made again.
+    """``x W'ᵀ + bias`` as one node of autograd's graph.
 
     Args:
         x: [..., in_features].
         operands: In the dtype that is computed in.
-        rule: What of the projector is not a tensor.
+        options: Of any ``impl`` but ``"reference"``.
+        channel_first: Return contiguous [..., out_features, l] instead of [..., out_features].
         remade: Makes ``x`` once more in backward, so that it is not kept.
-
-    Returns:
-        [..., out_features].
     """
+    kernels = options.impl == "triton"
+    length = x.shape[-2] if kernels and channel_first and direct_length(x.shape[-2]) else 0
     with autocast_off(x.device.type):
-        y: Tensor = ExplicitProdialLinear.apply(
-            x.to(operands.weight.dtype), remade, rule, *operands
-        )
-    return y
+        x = x if x.dtype == operands.weight.dtype else x.to(operands.weight.dtype)
+        y: Tensor = ProdialLinearFunction.apply(x, remade, options, length, *operands)
+        return y if length else lay_out(y, channel_first)
 
 
-class ExplicitProdialLinear(torch.autograd.Function):
-    """Keeps X, H and aliases of the adapter; with ``"triton"`` Y where s trains.
+class ProdialLinearFunction(torch.autograd.Function):
+    """Keeps what the asked gradients need of X, H and Y, and aliases of the adapter.
 
-    What is not asked for is not kept: a layer without an adapter keeps its packed weight alone.
+    Of X it keeps the matrix that the kernels take; Y only with ``"triton"``, where s trains and the
+    output may therefore not be changed in place. A packed weight stays packed; the weight is not
+    copied. Derivation: ``ops/README.md``. Reshaping happens in here, where autograd makes no node
+    of it.
     """
 
     @staticmethod
@@ -58,47 +60,89 @@ class ExplicitProdialLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         remade: Remade | None,
-        rule: Rule,
+        options: ProjectionOptions,
+        length: int,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """X [..., K] -> Y [..., N]; ``tensors`` are the fields of ``Operands``."""
+        """X [..., l, K] -> Y [..., l, N], or channel-first [..., N, l] where ``length`` is l.
+
+        Args:
+            ctx: Autograd's.
+            x: In the dtype that is computed in.
+            remade: Makes ``x`` once more in backward, so that it is not kept.
+            options: Of any ``impl`` but ``"reference"``.
+            length: Not 0 with ``"triton"`` only.
+            tensors: The fields of ``Operands``.
+        """
         operands = Operands(*tensors)  # type: ignore[arg-type]
-        y, h = project(_tokens(x), operands, rule)
-        # view() would make the output a view, and autograd lets nobody change that in place.
-        y = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[3:9])
-        if rule.impl != "triton" and not needs.bias:
-            operands = operands._replace(bias=None)  # only the kernels' gradient of s asks for it
+        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[4:10])
+        kernels = options.impl == "triton"
+        if kernels:
+            x_shape, x = x.shape, token_matrix(x)
+        else:
+            x_shape = x.shape
+        y, h = forward(x, operands, options, length)
+        n = operands.weight.shape[0]
+        shape = (*x_shape[:-2], n, length) if length else (*x_shape[:-1], n)
+        if y.ndim != len(shape) or options.impl == "plain":
+            # A view made in here could not be changed in place by whoever receives it.
+            y = torch.ops.aten._unsafe_view(y, shape)
+        keeps_x = needs.input and remade is None
+        ctx.shape = None if keeps_x else x.shape
         ctx.save_for_backward(
-            x if needs.input and remade is None else None,
-            y if needs.scale and takes_output(operands, rule) else None,
-            h if needs.scale or needs.lora_b else None,
-            *operands,
+            x if keeps_x else None,
+            y if needs.scale and takes_output(operands, options) else None,
+            h if needs.lora_b or (kernels and needs.scale) else None,
+            *operands[:5],
+            operands.bias if kernels else None,  # which the gradient of s asks for
+            operands.noise,
         )
-        ctx.remade, ctx.rule, ctx.needs = remade, rule, needs
+        ctx.remade, ctx.options, ctx.needs, ctx.length = remade, options, needs, length
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        x, y, h, *tensors = ctx.saved_tensors
-        operands = Operands(*tensors)
-        with autocast_off(grad_output.device.type):
-            scaled = None
-            if ctx.needs.input and ctx.remade is not None:
-                x, scaled = ctx.remade.take()
-            dx, *rest = project_backward(
-                _tokens(grad_output),
-                None if x is None else _tokens(x),
-                None if y is None else _tokens(y),
-                h, operands, ctx.rule, ctx.needs, scaled=scaled,
-            )  # fmt: skip
-        if dx is not None:
-            dx = dx.reshape(*grad_output.shape[:-1], operands.weight.shape[1])
-        return dx, None, None, *rest, None
+        # Gradients are recorded here for create_graph=True alone, which is what the other refuses;
+        # asking costs less than its no_grad().
+        rule = _refusing_twice if torch.is_grad_enabled() else _backward
+        return rule(ctx, grad_output)
 
 
-def _tokens(x: Tensor) -> Tensor:
-    """[..., features] -> [b, l, features]; three dimensions keep their strides."""
-    return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, h, *tensors = ctx.saved_tensors
+    operands, options, needs, length = Operands(*tensors), ctx.options, ctx.needs, ctx.length
+    kernels = options.impl == "triton"
+    with autocast_off(grad_output.device.type):
+        scaled = None
+        if needs.input and ctx.remade is not None:
+            x, scaled = ctx.remade.take()
+            x = token_matrix(x) if kernels else x
+        if x is None:  # its layout is enough, and without the kernels its shape
+            blank = grad_output.new_empty
+            x = blank(ctx.shape) if kernels else blank(()).expand(ctx.shape)
+        dy = grad_output
+        if kernels:
+            dy, y = _matrix(dy, length), None if y is None else _matrix(y, length)
+        dx, *adapter = backward(dy, x, operands, Kept(y, h, scaled), options, needs)
+    if dx is not None:
+        if kernels and dx.ndim == 3:
+            dx = dx.mT
+        elif dx.ndim != grad_output.ndim:
+            dx = dx.view(_input_shape(grad_output, operands, length))
+    return dx, None, None, None, *adapter, None
+
+
+_refusing_twice = once_differentiable(_backward)
+
+
+def _input_shape(dy: Tensor, operands: Operands, length: int) -> tuple[int, ...]:
+    tokens = (*dy.shape[:-2], length) if length else dy.shape[:-1]
+    return *tokens, operands.weight.shape[1]
+
+
+def _matrix(y: Tensor, length: int) -> Tensor:
+    """Y or dY, [..., l, N] -> [M, N], or channel-first [..., N, l] -> [b, N, l]."""
+    if length:
+        return unit_stride_rows(y if y.ndim == 3 else y.reshape(-1, *y.shape[-2:]))
+    return unit_stride_rows(y if y.ndim == 2 else y.reshape(-1, y.shape[-1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from prodial_kernels._checks import IMPLS, check_choice
 from prodial_kernels._validation import TRITON_DTYPES, device_capability
 from prodial_kernels.kernels.choices.tile_sizes import COMPILED_FOR
+from prodial_kernels.kernels.projector.operands import Impl
 from prodial_kernels.ops.self_check import difference
 
 _MEASURED = (9, 0)
@@ -21,7 +23,7 @@ _MEASURED = (9, 0)
 class Choice:
     """An implementation, and what was in the way of the kernels, empty where nothing was."""
 
-    impl: str
+    impl: Impl
     obstacle: str = ""
 
     def __str__(self) -> str:
@@ -33,7 +35,7 @@ _lock = threading.RLock()
 _checked: dict[tuple[torch.device, torch.dtype], Choice] = {}
 
 
-def resolve_impl(impl: str, x: Tensor | None = None) -> str:
+def resolve_impl(impl: str, x: Tensor | None = None) -> Impl:
     """Return the implementation that ``impl`` stands for on ``x``.
 
     ``"auto"`` is ``"triton"`` for a 16-bit tensor on a GPU of an architecture that the kernels are
@@ -70,7 +72,7 @@ def choose_impl(impl: str, x: Tensor | None = None, *, check: bool = True) -> Ch
     """
     check_choice("impl", impl, IMPLS)
     if impl != "auto":
-        return Choice(impl)
+        return Choice(cast(Impl, impl))
     if x is None:
         return Choice("torch", "the kernels need a CUDA device")
     if not x.is_cuda:
@@ -135,7 +137,7 @@ def _checked_choice(device: torch.device, dtype: torch.dtype) -> Choice:
     return choice
 
 
-def _impl_while_compiling(device: torch.device, dtype: torch.dtype) -> str:
+def _impl_while_compiling(device: torch.device, dtype: torch.dtype) -> Impl:
     """The same, asked by torch.compile, which does not trace the check but keeps its answer."""
     return _checked_choice(device, dtype).impl
 

@@ -19,6 +19,11 @@ def transposed(x: Tensor) -> Tensor:
     return x.mT.contiguous()
 
 
+def lay_out(y: Tensor, channel_first: bool) -> Tensor:
+    """[..., l, N] -> contiguous [..., N, l] where ``channel_first``, else ``y`` itself."""
+    return y.transpose(-1, -2).contiguous() if channel_first else y
+
+
 def token_matrix(x: Tensor) -> Tensor:
     """[..., l, F] of any strides -> the matrix of tokens that the kernels take.
 

@@ -6,7 +6,7 @@ the kernels are imported when an operator first runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -15,13 +15,22 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.tile_sizes import padded_rank
-from prodial_kernels.ops.dense_blocks import dense_blocks_gradient, is_dense, turned_weight
-from prodial_kernels.ops.wide_rank import (
+from prodial_kernels.kernels.projector.operands import (
+    Gradients,
+    Kept,
+    Needs,
+    Operands,
+    ProjectionOptions,
+)
+from prodial_kernels.ops.detours import (
     add_low_rank,
     add_low_rank_gradient,
+    dense_blocks_gradient,
+    is_dense,
     is_wide,
     low_rank_gradients,
     product_of,
+    tiled,
     tokens_of,
 )
 
@@ -40,22 +49,44 @@ _library.define(
 )
 
 
-def linear_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The operator ``linear_forward``, past the dispatcher where no one listens there."""
-    if _dispatched(arguments):
-        return torch.ops.prodial_kernels.linear_forward(*arguments)
-    return _linear_forward(*arguments)
+def linear_forward(
+    x: Tensor, operands: Operands, options: ProjectionOptions, length: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The operator ``linear_forward``: X -> Y and H [M, padded r], empty without LoRA.
+
+    Past the dispatcher where no one listens there. X is [M, K] or channel-first [b, K, l];
+    Y [M, N], or with a ``length`` [M / length, N, length].
+    """
+    tensors = (x, *operands)
+    if _dispatched(tensors):
+        return torch.ops.prodial_kernels.linear_forward(*tensors, *_scalars(options), length)
+    return _forward(x, operands, options, length)
 
 
-def linear_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+def linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
+    needs: Needs,
+) -> Gradients:
     """The operator ``linear_backward``, past the dispatcher where no one listens there.
 
-    What was not asked for is None or empty.
+    dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
     """
-    if _dispatched(arguments):
-        gradients: tuple[Tensor, ...] = torch.ops.prodial_kernels.linear_backward(*arguments)
-        return gradients
-    return _gradients(*arguments)
+    tensors = (dy, x, *operands, *kept)
+    if not _dispatched(tensors):
+        return _backward(dy, x, operands, kept, options, needs)
+    asked = (needs.x, *needs[2:])
+    dx, *adapter = (
+        gradient if need else None
+        for gradient, need in zip(
+            torch.ops.prodial_kernels.linear_backward(*tensors, *_scalars(options), *asked),
+            asked, strict=True,
+        )
+    )  # fmt: skip
+    return Gradients(dx, None, *adapter)
 
 
 def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> Tensor:
@@ -72,7 +103,7 @@ def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> Tensor:
 _DISPATCH_MODES: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
-def _dispatched(arguments: tuple[Any, ...]) -> bool:
+def _dispatched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass has to see the operator.
 
     Selective checkpointing, FLOP counters, FakeTensorMode and torch.compile are such. Otherwise
@@ -80,10 +111,10 @@ def _dispatched(arguments: tuple[Any, ...]) -> bool:
     """
     if torch.compiler.is_compiling() or _DISPATCH_MODES is None or _DISPATCH_MODES():
         return True
-    return not _PLAIN.issuperset(map(type, arguments))
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 @cache
@@ -95,13 +126,6 @@ def _projector() -> ModuleType:
 
 
 @cache
-def _needs(*needs: bool) -> Hashable:
-    """What the kernels' ``backward`` takes; one object for one choice."""
-    made: Hashable = _projector().Needs(*needs)
-    return made
-
-
-@cache
 def _taped() -> Callable[..., Sequence[Any]]:
     """:func:`prodial_kernels.kernels.replay.recorded_calls.taped`, imported likewise."""
     from prodial_kernels.kernels.replay.recorded_calls import taped
@@ -109,161 +133,116 @@ def _taped() -> Callable[..., Sequence[Any]]:
     return taped
 
 
-def _linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    lora_scaling: float,
-    lora_dropout: float,
-    relu: bool,
-    length: int,
+def _forward(
+    x: Tensor, operands: Operands, options: ProjectionOptions, length: int
 ) -> tuple[Tensor, Tensor]:
-    """X -> Y and H [M, padded r], empty without LoRA.
-
-    X is [M, K] or channel-first [b, K, l]; Y [M, N], or with a ``length`` [M / length, N, length].
-    """
-    passes = _projector()
-    if blocks is not None and is_dense(blocks):
-        weight, blocks = turned_weight(weight, blocks, relu), None
-    wide = None
-    if lora_a is not None and lora_b is not None and is_wide(lora_a, seed):
-        wide, lora_a, lora_b = (lora_a, lora_b), None, None
-    y, h = _taped()(
-        passes.forward, (x, weight, blocks, scale_deviation, lora_a, lora_b, bias, seed),
-        (lora_scaling, lora_dropout, relu, length),
-    )  # fmt: skip
-    if wide is not None:
-        h = add_low_rank(y, x, *wide, lora_scaling)
+    operands = tiled(operands, options)
+    wide = is_wide(operands)
+    given = operands._replace(lora_a=None, lora_b=None) if wide else operands
+    y, h = _taped()(_projector().recorded_forward, (x, *given), (options, length))
+    if wide:
+        h = add_low_rank(y, x, operands, options.lora_scaling)
     return y, x.new_empty(0) if h is None else h
 
 
-def _linear_forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    lora_scaling: float,
-    lora_dropout: float,
-    relu: bool,
-    length: int,
-) -> tuple[Tensor, Tensor]:
-    m, n = x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2], weight.shape[0]
-    y = x.new_empty(m // length, n, length) if length else x.new_empty(m, n)
-    if lora_a is None:
-        return y, x.new_empty(0)
-    return y, x.new_empty(m, padded_rank(lora_a.shape[0]))
-
-
-def _gradients(
+def _backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    y: Tensor | None,
-    h: Tensor | None,
-    scaled: Tensor | None,
-    lora_scaling: float,
-    lora_dropout: float,
-    relu: bool,
-    need_x: bool,
-    need_blocks: bool,
-    need_scale: bool,
-    need_a: bool,
-    need_b: bool,
-    need_bias: bool,
-) -> tuple[Tensor | None, ...]:
-    """The six gradients; None for each that is not asked for.
-
-    dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
-    ``scaled``: what :func:`scaled_weight` made, or None.
-    """
-    passes = _projector()
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
+    needs: Needs,
+) -> Gradients:
+    dense = is_dense(operands.blocks)
     dblocks = None
-    if blocks is not None and is_dense(blocks):
-        if need_blocks:
-            dblocks = dense_blocks_gradient(
-                tokens_of(dy), tokens_of(x), weight, blocks, scale_deviation, relu
-            )
-        weight, blocks, need_blocks = turned_weight(weight, blocks, relu), None, False
-    if lora_a is not None and lora_b is not None and is_wide(lora_a, seed):
-        da = db = dscale = wide_dblocks = None
-        if need_blocks or need_scale or need_a or need_b:
-            product = product_of(dy, x)
-            da, db = low_rank_gradients(
-                product, lora_a, lora_b, lora_scaling, need_a=need_a, need_b=need_b
-            )
-            dscale, wide_dblocks = _taped()(
-                passes.weight_sums, (product, weight, blocks, scale_deviation),
-                (relu, need_scale, need_blocks),
-            )  # fmt: skip
-        dx, *_, dbias = _gradients(
-            dy, x, weight, blocks, scale_deviation, None, None, bias, None, None, None, scaled,
-            lora_scaling, 0.0, relu, need_x, False, False, False, False, need_bias,
-        )  # fmt: skip
-        if dx is not None:
-            add_low_rank_gradient(dx, dy, lora_a, lora_b, lora_scaling)
-        return dx, wide_dblocks if dblocks is None else dblocks, dscale, da, db, dbias
-    needs = _needs(need_x, need_blocks, need_scale, need_a, need_b, need_bias)
-    dx, tiled_dblocks, *rest = _taped()(
-        passes.backward,
-        (dy, x, weight, blocks, scale_deviation, lora_a, lora_b, bias, seed, y, h, scaled),
-        (lora_scaling, lora_dropout, relu, needs),
-    )
-    return dx, tiled_dblocks if dblocks is None else dblocks, *rest
+    if dense and needs.blocks:
+        dblocks = dense_blocks_gradient(tokens_of(dy), tokens_of(x), operands, options)
+        needs = needs._replace(blocks=False)
+    operands = tiled(operands, options)
+    backward = _backward_by_products if is_wide(operands) else _backward_by_kernels
+    gradients = backward(dy, x, operands, kept, options, needs)
+    return gradients._replace(blocks=dblocks) if dense else gradients
 
 
-def _linear_backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The same as an operator may return it: empty where there is nothing."""
-    gradients = _gradients(dy, *arguments)
-    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in gradients)
-
-
-def _linear_backward_fake(
+def _backward_by_kernels(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    y: Tensor | None,
-    h: Tensor | None,
-    scaled: Tensor | None,
-    lora_scaling: float,
-    lora_dropout: float,
-    relu: bool,
-    need_x: bool,
-    need_blocks: bool,
-    need_scale: bool,
-    need_a: bool,
-    need_b: bool,
-    need_bias: bool,
-) -> tuple[Tensor, ...]:
-    def like(part: Tensor | None, need: bool) -> Tensor:
-        if part is None or not need:
-            return dy.new_empty(0)
-        return torch.empty_like(part, memory_format=torch.contiguous_format)
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
+    needs: Needs,
+) -> Gradients:
+    tensors = (dy, x, *operands, *kept)
+    return Gradients(*_taped()(_projector().recorded_backward, tensors, (options, needs)))
 
-    return (
-        like(x, need_x), like(blocks, need_blocks), like(scale_deviation, need_scale),
-        like(lora_a, need_a), like(lora_b, need_b), like(bias, need_bias),
+
+def _backward_by_products(
+    dy: Tensor,
+    x: Tensor,
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
+    needs: Needs,
+) -> Gradients:
+    """The plan of wide ranks: the adapter's gradients from F = dYᵀ X, dX without LoRA at first."""
+    da = db = dscale = dblocks = None
+    if any(needs[2:-1]):
+        product = product_of(dy, x)
+        da, db = low_rank_gradients(product, operands, options.lora_scaling, needs)
+        dscale, dblocks = _taped()(
+            _projector().recorded_weight_sums, (product, *operands[:3]), (options, needs)
+        )
+    dx, *_, dbias = _backward_by_kernels(
+        dy, x, operands._replace(lora_a=None, lora_b=None), Kept(scaled=kept.scaled), options,
+        Needs(needs.x, False, False, False, False, False, needs.bias),
     )  # fmt: skip
+    if dx is not None:
+        add_low_rank_gradient(dx, dy, operands, options.lora_scaling)
+    return Gradients(dx, None, dblocks, dscale, da, db, dbias)
+
+
+# --- The operators as they are registered: flat, without None among the results. ----------------
+
+
+def _scalars(options: ProjectionOptions) -> tuple[float, float, bool]:
+    return options.lora_scaling, options.lora_dropout, options.diagonal == "relu"
+
+
+def _options(lora_scaling: float, lora_dropout: float, relu: bool) -> ProjectionOptions:
+    return ProjectionOptions("triton", lora_scaling, lora_dropout, "relu" if relu else "free")
+
+
+def _linear_forward(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    *operands, alpha, dropout, relu, length = flat
+    return _forward(x, Operands(*operands), _options(alpha, dropout, relu), length)
+
+
+def _linear_forward_fake(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    operands, length = Operands(*flat[:7]), flat[-1]
+    m, n = x.shape[0] if x.ndim == 2 else x.shape[0] * x.shape[2], operands.weight.shape[0]
+    y = x.new_empty(m // length, n, length) if length else x.new_empty(m, n)
+    if operands.lora_a is None:
+        return y, x.new_empty(0)
+    return y, x.new_empty(m, padded_rank(operands.lora_a.shape[0]))
+
+
+def _linear_backward(dy: Tensor, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    operands, kept = Operands(*flat[:7]), Kept(*flat[7:10])
+    need_x, *need_adapter = flat[13:]
+    dx, _, *adapter = _backward(
+        dy, x, operands, kept, _options(*flat[10:13]), Needs(need_x, False, *need_adapter)
+    )
+    return tuple(dy.new_empty(0) if part is None else part for part in (dx, *adapter))
+
+
+def _linear_backward_fake(dy: Tensor, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
+    _, *adapter = Operands(*flat[:7])
+    return tuple(
+        dy.new_empty(0)
+        if part is None or not need
+        else torch.empty_like(part, memory_format=torch.contiguous_format)
+        for part, need in zip((x, *adapter[:-1]), flat[13:], strict=True)
+    )
 
 
 # The CPU kernels run under the Triton interpreter only; functional.py refuses them otherwise.

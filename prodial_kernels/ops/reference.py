@@ -5,22 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.ops.diagonal import deviation, rotate, rotate_weight
 
 
-def reference_linear(
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    dropout_mask: Tensor | None,
-    lora_scaling: float,
-    lora_dropout: float,
-    diagonal: str,
-) -> Tensor:
+def reference_linear(x: Tensor, operands: Operands, options: ProjectionOptions) -> Tensor:
     """``Y = s ⊙ ((X D_bᵀ) Wᵀ) + α dropout(X) Aᵀ Bᵀ + bias`` (Eq. 7 of the paper).
 
     Products of matrices run in the dtype of ``x``; the scale and a pure diagonal are applied in
@@ -29,30 +18,21 @@ def reference_linear(
 
     Args:
         x: [..., K].
-        weight: W, [N, K], frozen, dtype of ``x``.
-        blocks: D_a, [n_blocks, P, P], or None for no diagonal factor.
-        scale_deviation: s − 1, [N], or None for s = 1.
-        lora_a: A, [R, K], or None.
-        lora_b: B, [N, R], or None.
-        bias: [N], or None.
-        dropout_mask: Which elements of ``x`` the LoRA branch keeps, bool, shape of ``x``; or None.
-        lora_scaling: α.
-        lora_dropout: Probability with which ``dropout_mask`` was drawn.
-        diagonal: ``"relu"`` or ``"free"``.
+        operands: The weight in the dtype of ``x``; ``noise`` a mask like ``x``, or None.
+        options: α, the probability with which the mask was drawn, and the kind of diagonal.
 
     Returns:
         [..., N], dtype of ``x``.
     """
-    u = x if blocks is None else rotate(x, deviation(blocks, diagonal))
+    weight, blocks, scale_deviation, lora_a, lora_b, bias, mask = operands
+    u = x if blocks is None else rotate(x, deviation(blocks, options.diagonal))
     y = u @ weight.T
     if scale_deviation is not None:
         y = (y * scale_of(scale_deviation)).to(x.dtype)
     if lora_a is not None and lora_b is not None:
-        kept = x
-        if dropout_mask is not None:
-            kept = x * dropout_mask / (1 - lora_dropout)
+        kept = x if mask is None else x * mask / (1 - options.lora_dropout)
         low_rank = (kept @ lora_a.T.to(x.dtype)) @ lora_b.T.to(x.dtype)
-        y = y + lora_scaling * low_rank
+        y = y + options.lora_scaling * low_rank
     if bias is not None:
         y = y + bias.to(x.dtype)
     return y
@@ -79,7 +59,8 @@ def effective_weight(
 ) -> Tensor:
     """``W' = s ⊙ (W D_b) + α B A``, [N, K], rounded once to the dtype of ``weight``.
 
-    Differentiable towards the adapter. Arguments as in :func:`reference_linear`.
+    Differentiable towards the adapter. Arguments as in
+    :class:`~prodial_kernels.kernels.projector.operands.Operands`.
     """
     scale = None if scale_deviation is None else scale_of(scale_deviation)
     masters = [part for part in (blocks, scale, lora_a, lora_b) if part is not None]

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
+from prodial_kernels.kernels.projector.operands import (
+    Gradients,
+    Kept,
+    Needs,
+    Operands,
+    ProjectionOptions,
+)
 from prodial_kernels.ops.operators import linear_backward, linear_forward
 from prodial_kernels.ops.portable import torch_backward, torch_forward
 
 # Several tiles with a rest in either direction, and otherwise what layers have by default: on most
 # devices these are the kernels that the caller's own product takes, compiled once for both.
 _M, _K, _N, _R = 160, 96, 80, 16
-_ALPHA = 0.5
+_OPTIONS = ProjectionOptions("triton", lora_scaling=0.5)
+_NEEDS = Needs(True, False, True, True, True, True, False)
 _RESULTS = ("y", "dx", "dblocks", "dscale", "da", "db")
 # Relative to the rounding unit: rounding costs about 0.4 of it as a root mean square.
 _TYPICAL, _LARGEST = 2.0, 8.0
@@ -72,7 +80,7 @@ def _compared(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """X, W, D_a, s − 1, A, B and dY on the CPU, always the same."""
+    """X, dY, W, D_a, s − 1, A and B on the CPU, always the same."""
 
     def wave(*shape: int, size: float, phase: float, dtype: torch.dtype = dtype) -> Tensor:
         count = torch.Size(shape).numel()
@@ -83,34 +91,28 @@ def _operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
     single = torch.float32
     return (
         wave(_M, _K, size=1.4, phase=0.1),
+        wave(_M, _N, size=1.4, phase=0.7),
         wave(_N, _K, size=1.4 * _K**-0.5, phase=0.2),
         wave(_K, 1, 1, size=0.3, phase=0.3, dtype=single),
         wave(_N, size=0.3, phase=0.4, dtype=single),
         wave(_R, _K, size=1.4 * _K**-0.5, phase=0.5, dtype=single),
         wave(_N, _R, size=0.7 * _R**-0.5, phase=0.6, dtype=single),
-        wave(_M, _N, size=1.4, phase=0.7),
     )
 
 
-def _by_definition(
-    x: Tensor, weight: Tensor, blocks: Tensor, deviation: Tensor, a: Tensor, b: Tensor, dy: Tensor
-) -> list[Tensor]:
+def _by_definition(x: Tensor, dy: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Y and the gradients in fp64."""
-    y, h = torch_forward(x, weight, blocks, deviation, a, b, None, None, _ALPHA, 0.0, "relu")
-    needs = (True,) * 5 + (False,)
-    gradients = torch_backward(
-        needs, dy, x, weight, blocks, deviation, a, b, h, None, _ALPHA, 0.0, "relu", None
-    )
-    return [y, *(gradient for gradient in gradients if gradient is not None)]
+    operands = Operands(*tensors)
+    y, h = torch_forward(x, operands, _OPTIONS)
+    return _there(y, torch_backward(dy, x, operands, h, _OPTIONS, _NEEDS))
 
 
-def _by_kernels(
-    x: Tensor, weight: Tensor, blocks: Tensor, deviation: Tensor, a: Tensor, b: Tensor, dy: Tensor
-) -> list[Tensor]:
+def _by_kernels(x: Tensor, dy: Tensor, *tensors: Tensor) -> list[Tensor]:
     """The same by the kernels."""
-    adapter = (blocks, deviation, a, b, None, None)
-    y, h = linear_forward(x, weight, *adapter, _ALPHA, 0.0, True, 0)
-    gradients = linear_backward(
-        dy, x, weight, *adapter, y, h, None, _ALPHA, 0.0, True, *(True,) * 5, False
-    )
-    return [y, *(gradient for gradient in gradients[:5] if gradient is not None)]
+    operands = Operands(*tensors)
+    y, h = linear_forward(x, operands, _OPTIONS)
+    return _there(y, linear_backward(dy, x, operands, Kept(y, h), _OPTIONS, _NEEDS))
+
+
+def _there(y: Tensor, gradients: Gradients) -> list[Tensor]:
+    return [y, *(gradient for gradient in gradients if gradient is not None)]

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.functional import checked_linear
+from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.ops.packed import PackedWeight
-from prodial_kernels.quantization.project import quantized_linear
 
 CHUNK = 2**22
 """Elements dequantised at a time, which bounds the fp32 temporaries to a few 16 MiB."""
@@ -100,6 +101,11 @@ class QuantizedLinear(nn.Module, ABC):
         """The weight as the operation takes it: aliases of the stored tensors, and how to read."""
         return PackedWeight(self.packed(), self.unpack)
 
+    def stand_in(self) -> Tensor:
+        """A tensor with the shape, dtype and device of the dense weight, and one element."""
+        one = torch.empty(1, dtype=self.dtype, device=self.device)
+        return one.expand(self.out_features, self.in_features)
+
     @property
     def device(self) -> torch.device:
         """Where the stored weight is."""
@@ -152,7 +158,12 @@ class QuantizedLinear(nn.Module, ABC):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]; the argument is named as in ``nn.Linear``."""
-        return quantized_linear(input, self, bias=self.bias)
+        return checked_linear(input, *self.projection(self.bias))
+
+    def projection(self, bias: Tensor | None) -> tuple[Operands, ProjectionOptions]:
+        """What ``x Wᵀ + bias`` computes with; see :func:`prodial_kernels.functional.prepared`."""
+        options = ProjectionOptions("plain", packed=self.packed_weight())
+        return Operands(self.stand_in(), bias=bias), options
 
     def extra_repr(self) -> str:
         """The shape, the dtype computed in, and what a weight costs."""

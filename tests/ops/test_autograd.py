@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.ops.diagonal import block_outer_product, deviation_backward
-from prodial_kernels.ops.portable import TorchProdialLinear
+from prodial_kernels.ops.function import differentiable_projection
 from prodial_kernels.ops.reference import effective_weight
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
 
@@ -26,10 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def hand_written(case: LinearCase) -> Tensor:
-    return TorchProdialLinear.apply(
-        case.x, case.weight, case.blocks, case.scale_deviation, case.lora_a, case.lora_b, case.bias,
-        case.dropout_mask, case.lora_scaling, case.lora_dropout, case.diagonal,
-    )  # fmt: skip
+    return differentiable_projection(case.x, case.operands, case.options("torch"))
 
 
 def with_dropout(case: LinearCase, probability: float) -> LinearCase:
@@ -160,7 +157,7 @@ def test_only_the_gradients_asked_for_are_computed() -> None:
             output = hand_written(replace(whole, **leaves))
             # Autograd drops what was not asked for; the node itself must not compute it either.
             gradients = output.grad_fn.apply(whole.grad_output)
-            positions = {"x": 0, "blocks": 2, "scale": 3, "lora_a": 4, "lora_b": 5, "bias": 6}
+            positions = {"x": 0, "blocks": 5, "scale": 6, "lora_a": 7, "lora_b": 8, "bias": 9}
             for name in LinearCase.TRAINED:
                 gradient = gradients[positions[name]]
                 assert (gradient is not None) == (name in asked), f"{name}, asked for {asked}"

@@ -10,7 +10,7 @@ import torch
 
 from prodial_kernels import adapter_disabled, prodial_linear
 from prodial_kernels.models.mixers.projection import operands_of
-from prodial_kernels.ops.function import explicit_linear
+from prodial_kernels.ops.function import differentiable_projection
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.testing import assert_case_accurate
 from support.quantized_layers import K, N, adapted, case_on, quantised, runner
@@ -105,7 +105,7 @@ def test_autocast_meets_an_input_of_its_own_dtype(packed: bool, active: bool) ->
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)
         operands, rule = operands_of(layer, x)
-        found = explicit_linear(x, operands, rule)
+        found = differentiable_projection(x, operands, rule)
     assert operands.weight.dtype == torch.bfloat16
     assert torch.equal(found, expected)
     with pytest.raises((TypeError, RuntimeError), match="must have the same dtype"):

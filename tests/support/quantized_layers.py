@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialLinear
+from prodial_kernels.functional import checked_linear
+from prodial_kernels.kernels.projector.operands import Impl
 from prodial_kernels.quantization import QuantizedLinear, quantize_linear
-from prodial_kernels.quantization.project import quantized_prodial_linear
 from prodial_kernels.testing import LinearCase, make_case
 from support.models import randomise_adapters
 
@@ -38,14 +39,11 @@ def case_on(layer: QuantizedLinear, tokens: int | tuple[int, ...], **options: An
     return replace(case, weight=layer.dequantize().double())
 
 
-def runner(layer: QuantizedLinear, **changes: Any) -> Any:
+def runner(layer: QuantizedLinear, impl: Impl = "auto", **changes: Any) -> Any:
     def run(case: LinearCase) -> Tensor:
-        options = {
-            "blocks": case.blocks, "scale_deviation": case.scale_deviation, "lora_a": case.lora_a,
-            "lora_b": case.lora_b, "bias": case.bias, "lora_scaling": case.lora_scaling,
-            "diagonal": case.diagonal, **changes,
-        }  # fmt: skip
-        return quantized_prodial_linear(case.x, layer, **options)
+        operands = case.operands._replace(weight=layer.stand_in(), noise=None)
+        options = replace(case, **changes).options(impl)._replace(packed=layer.packed_weight())
+        return checked_linear(case.x, operands, options, training=True)
 
     return run
 
@@ -70,4 +68,5 @@ def is_dense(shape: tuple[int, ...], o: object) -> bool:
         and o.is_floating_point()
         and o.itemsize > 1
         and not o.is_meta
+        and o.untyped_storage().nbytes() >= o.nbytes
     )

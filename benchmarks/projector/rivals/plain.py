@@ -11,7 +11,8 @@ from torch import Tensor
 
 from benchmarks.projector.rivals.layer import Layer, leaves
 from benchmarks.projector.rivals.methods import ADAPTER
-from prodial_kernels.functional import adapted_linear
+from prodial_kernels.functional import checked_linear
+from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
 from prodial_kernels.ops.diagonal import deviation, rotate
 from prodial_kernels.ops.reference import scale_deviation_of
 from prodial_kernels.testing import LinearCase
@@ -28,15 +29,10 @@ def ours(case: LinearCase) -> Layer:
     # As a layer keeps it; the gradient is the scale's.
     trained["scale"] = scale_deviation_of(trained["scale"].detach()).requires_grad_()
     blocks, deviation, a, b = trained.values()
-    impl = "triton" if case.x.is_cuda else "torch"
-    return Layer(
-        lambda x: adapted_linear(
-            x, case.weight, blocks=blocks, scale_deviation=deviation, lora_a=a, lora_b=b,
-            bias=None, lora_scaling=case.lora_scaling, lora_dropout=0.0, training=True,
-            diagonal=case.diagonal, impl=impl,
-        ),
-        trained,
-    )  # fmt: skip
+    impl: Impl = "triton" if case.x.is_cuda else "torch"
+    operands = Operands(case.weight, blocks, deviation, a, b)
+    options = ProjectionOptions(impl, case.lora_scaling, diagonal=case.diagonal)
+    return Layer(lambda x: checked_linear(x, operands, options, training=True), trained)
 
 
 def formula(

@@ -1,8 +1,8 @@
 """The order in which the kernels are launched, forward and backward."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,13 @@ from prodial_kernels.kernels.choices.tile_sizes import (
 from prodial_kernels.kernels.projector.early_launch import overlaps
 from prodial_kernels.kernels.projector.gemm import launch_gemm
 from prodial_kernels.kernels.projector.input_sums import launch_input_sums
+from prodial_kernels.kernels.projector.operands import (
+    Gradients,
+    Kept,
+    Needs,
+    Operands,
+    ProjectionOptions,
+)
 from prodial_kernels.kernels.projector.output_sums import OutputSums, launch_output_sums
 from prodial_kernels.kernels.projector.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.projector.reduce import launch_reduce
@@ -33,36 +40,15 @@ from prodial_kernels.kernels.projector.weight_side import launch_weight_side
 from prodial_kernels.kernels.replay.recorder import fork, join
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients backward computes."""
-
-    x: bool
-    blocks: bool
-    scale: bool
-    lora_a: bool
-    lora_b: bool
-    bias: bool
-
-
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    alpha: float,
-    dropout: float,
-    relu: bool,
-    length: int = 0,
+    x: Tensor, operands: Operands, options: ProjectionOptions, length: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """Return Y and H [M, R_PAD] (None without LoRA) for X, [M, K] or channel-first [b, K, l].
 
     Y is channel-first [M / length, N, length] where a ``length`` is given, else [M, N].
     """
+    weight, blocks, scale_deviation, lora_a, lora_b, bias, seed = operands
+    alpha, dropout, relu = options.lora_scaling, options.lora_dropout, options.diagonal == "relu"
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     limits = device_limits(x.device)
     m, n = token_shape(x)[0], weight.shape[0]
@@ -129,33 +115,24 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    y: Tensor | None,
-    h: Tensor | None,
-    scaled: Tensor | None,
-    alpha: float,
-    dropout: float,
-    relu: bool,
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
     needs: Needs,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients towards x, blocks, s, lora_a, lora_b and bias, or None for each.
+) -> Gradients:
+    """Return the gradients that are asked for; W is frozen and gets none.
 
     dY and Y are [M, N] or both channel-first [b, N, l]; X and dX are [M, K] or [b, K, l].
-    ``scaled`` is :func:`scaled_weight` where that has been made already.
     """
+    weight, blocks, scale_deviation, lora_a, lora_b, bias, seed = operands
+    y, h, scaled = kept
+    alpha, dropout, relu = options.lora_scaling, options.lora_dropout, options.diagonal == "relu"
     m, n = token_shape(dy)
     k = token_shape(x)[1]
     if m == 0:
-        parts = ((x, needs.x), (blocks, needs.blocks), (scale_deviation, needs.scale),
-                 (lora_a, needs.lora_a), (lora_b, needs.lora_b), (bias, needs.bias))  # fmt: skip
-        return tuple(
-            torch.zeros_like(part) if need and part is not None else None for part, need in parts
+        parts = zip((x, *operands[:-1]), needs, strict=True)
+        return Gradients(
+            *(torch.zeros_like(part) if part is not None and need else None for part, need in parts)
         )
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     limits = device_limits(dy.device)
@@ -238,7 +215,7 @@ def backward(
         alpha=alpha, relu=relu,
         early=opens and inputs.launched and not late,
     )  # fmt: skip
-    return du if needs.x else None, dblocks, dscale, da, db, dbias
+    return Gradients(du if needs.x else None, None, dblocks, dscale, da, db, dbias)
 
 
 def _even(*matrices: Tensor) -> bool:
@@ -271,16 +248,12 @@ def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> tuple[Tensor]:
 
 
 def weight_sums(
-    f: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    relu: bool,
-    need_scale: bool,
-    need_blocks: bool,
+    f: Tensor, operands: Operands, options: ProjectionOptions, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return ds and dD_a, those asked for, from F = dYᵀ X [N, K]."""
-    dscale, dblocks = _like(scale_deviation, need_scale), _like(blocks, need_blocks)
+    weight, blocks, scale_deviation, *_ = operands
+    relu = options.diagonal == "relu"
+    dscale, dblocks = _like(scale_deviation, needs.scale), _like(blocks, needs.blocks)
     if dscale is None and dblocks is None:
         return None, None
     partial_scale, partial_e = launch_weight_side(
@@ -293,6 +266,29 @@ def weight_sums(
         n=weight.shape[0], k=weight.shape[1], r=0, r_pad=16, alpha=1.0, relu=relu,
     )  # fmt: skip
     return dscale, dblocks
+
+
+# The same of flat operands, as the recording of launches takes them.
+
+
+def recorded_forward(x: Tensor, *operands_options_length: Any) -> tuple[Tensor, Tensor | None]:
+    """:func:`forward` of X, the fields of ``Operands``, the options and the length."""
+    *operands, options, length = operands_options_length
+    return forward(x, Operands(*operands), options, length)
+
+
+def recorded_backward(dy: Tensor, x: Tensor, *operands_kept_options_needs: Any) -> Gradients:
+    """:func:`backward` of dY, X, the fields of ``Operands`` and of ``Kept``, options and needs."""
+    *tensors, options, needs = operands_kept_options_needs
+    return backward(dy, x, Operands(*tensors[:7]), Kept(*tensors[7:]), options, needs)
+
+
+def recorded_weight_sums(
+    f: Tensor, weight: Tensor, blocks: Tensor | None, scale_deviation: Tensor | None,
+    options: ProjectionOptions, needs: Needs,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """:func:`weight_sums` of F and what it reads of ``Operands``."""
+    return weight_sums(f, Operands(weight, blocks, scale_deviation), options, needs)
 
 
 class DeviceLimits(TypedDict):

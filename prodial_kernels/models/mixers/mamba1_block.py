@@ -27,6 +27,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels.kernels.projector.operands import (
+    Kept,
+    Needs,
+    Operands,
+    ProjectionOptions,
+)
 from prodial_kernels.models.mixers.cuda_functions import (
     convolve,
     convolve_backward,
@@ -39,9 +45,6 @@ from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.layout import gated_channels
 from prodial_kernels.ops.projection import (
-    Needs,
-    Operands,
-    Rule,
     has_work_ahead,
     project,
     project_backward,
@@ -53,13 +56,13 @@ MAMBA_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "A_log", "D
 """What a Mamba-1 mixer consists of, and all that :func:`fused_mamba` computes with."""
 
 
-class Rules(NamedTuple):
+class Options(NamedTuple):
     """What of the four projections is not a tensor."""
 
-    in_proj: Rule
-    x_proj: Rule
-    dt_proj: Rule
-    out_proj: Rule
+    in_proj: ProjectionOptions
+    x_proj: ProjectionOptions
+    dt_proj: ProjectionOptions
+    out_proj: ProjectionOptions
 
 
 class Keeping(NamedTuple):
@@ -76,16 +79,16 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
         RuntimeError, TypeError, ValueError: As from calling the projectors.
     """
     inner = mixer.conv1d.weight.shape[0]
-    in_proj, in_rule = operands_of(mixer.in_proj, hidden)
-    x_proj, x_rule = operands_of(mixer.x_proj, placeholder(hidden, inner))
+    in_proj, in_options = operands_of(mixer.in_proj, hidden)
+    x_proj, x_options = operands_of(mixer.x_proj, placeholder(hidden, inner))
     rank = mixer.dt_proj.in_features
-    dt_proj, dt_rule = operands_of(mixer.dt_proj, placeholder(hidden, rank))
-    out_proj, out_rule = operands_of(mixer.out_proj, placeholder(hidden, inner))
+    dt_proj, dt_options = operands_of(mixer.dt_proj, placeholder(hidden, rank))
+    out_proj, out_options = operands_of(mixer.out_proj, placeholder(hidden, inner))
     bias = mixer.conv1d.bias
     hidden = hidden.to(in_proj.weight.dtype)
     return MambaBlock.apply(
         hidden,
-        Rules(in_rule, x_rule, dt_rule, out_rule),
+        Options(in_options, x_options, dt_options, out_options),
         Keeping(getattr(mixer, RECOMPUTE_XZ, False), normed_again(hidden)),
         mixer.conv1d.weight.squeeze(1),
         None if bias is None else bias.contiguous(),
@@ -111,7 +114,7 @@ class MambaBlock(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        rules: Rules,
+        options: Options,
         keeping: Keeping,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
@@ -123,21 +126,21 @@ class MambaBlock(torch.autograd.Function):
         """Tensors as upstream's; ``projections`` are the ``Operands`` of the four, in order."""
         in_proj, x_proj, dt_proj, out_proj = _split(projections)
         with autocast_off(hidden.device.type):
-            xz, in_h = project(hidden, in_proj, rules.in_proj, channel_first=True)
+            xz, in_h = project(hidden, in_proj, options.in_proj, channel_first=True)
             x, z = xz.chunk(2, dim=1)
             u = convolve(x, conv_weight, conv_bias)
-            dbc, x_h = project(u.mT, x_proj, rules.x_proj, channel_first=True)
+            dbc, x_h = project(u.mT, x_proj, options.x_proj, channel_first=True)
             dt, B, C = _parts(dbc, dt_proj, A)
-            delta, dt_h = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
+            delta, dt_h = project(dt.mT, dt_proj, options.dt_proj, channel_first=True)
             out, states, gated = scan(u, delta, A, B, C, D, z, dt_bias, True)
             del u, delta
-            y, out_h = project(gated.mT, out_proj, rules.out_proj)
+            y, out_h = project(gated.mT, out_proj, options.out_proj)
             del gated
         again = keeping.hidden_again
         keeps_y = (
             again is not None
             and not keeping.recompute_xz
-            and takes_output(out_proj, rules.out_proj)
+            and takes_output(out_proj, options.out_proj)
             and ctx.needs_input_grad[_SCALE_OF_OUT_PROJ]
         )
         ctx.save_for_backward(
@@ -145,7 +148,7 @@ class MambaBlock(torch.autograd.Function):
             states, y if keeps_y else None, in_h, x_h, dt_h, out_h, conv_weight, conv_bias, A, D,
             dt_bias, *projections,
         )  # fmt: skip
-        ctx.rules, ctx.hidden_again = rules, again
+        ctx.options, ctx.hidden_again = options, again
         return y
 
     @staticmethod
@@ -155,12 +158,12 @@ class MambaBlock(torch.autograd.Function):
         (hidden, xz, dbc, out, states, y, in_h, x_h, dt_h, out_h, conv_weight, conv_bias, A, D,
          dt_bias, *projections) = ctx.saved_tensors  # fmt: skip
         in_proj, x_proj, dt_proj, out_proj = _split(projections)
-        rules: Rules = ctx.rules
+        options: Options = ctx.options
         asked = _Asked.of(ctx.needs_input_grad)
         with autocast_off(dy.device.type):
             if xz is None:
                 hidden = ctx.hidden_again() if hidden is None else hidden
-                xz, in_h = project(hidden, in_proj, rules.in_proj, channel_first=True)
+                xz, in_h = project(hidden, in_proj, options.in_proj, channel_first=True)
             x, z = xz.chunk(2, dim=1)
 
             def hidden_again() -> Tensor | None:
@@ -168,12 +171,12 @@ class MambaBlock(torch.autograd.Function):
                 return ctx.hidden_again() if remade else hidden
 
             ahead = None
-            if asked.x_proj.x and has_work_ahead(in_proj, rules.in_proj):
+            if asked.x_proj.x and has_work_ahead(in_proj, options.in_proj):
                 # Beside out_proj's product and the scan, which leave bandwidth over.
                 ahead = Ahead(dy.device, lambda: (scaled_weight(in_proj), hidden_again()))
             gated = gated_channels(out, z).mT if asked.out_proj.input else None
             dgated, *d_out_proj = project_backward(
-                dy, gated, y, out_h, out_proj, rules.out_proj, asked.out_proj,
+                dy, gated, Kept(y, out_h), out_proj, options.out_proj, asked.out_proj,
                 channel_first=True,
             )  # fmt: skip
             del gated
@@ -184,7 +187,7 @@ class MambaBlock(torch.autograd.Function):
                 ahead.begin()
             u = convolve(x, conv_weight, conv_bias)
             dt, B, C = _parts(dbc, dt_proj, A)
-            delta, _ = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
+            delta, _ = project(dt.mT, dt_proj, options.dt_proj, channel_first=True)
             # Its halves side by side: what in_proj's backward takes.
             dxz = torch.empty_like(xz)
             dx, dz = dxz.chunk(2, dim=1)
@@ -194,7 +197,7 @@ class MambaBlock(torch.autograd.Function):
             del dgated
 
             ddt, *d_dt_proj = project_backward(
-                ddelta.mT, dt.mT, delta.mT, dt_h, dt_proj, rules.dt_proj, asked.dt_proj,
+                ddelta.mT, dt.mT, Kept(delta.mT, dt_h), dt_proj, options.dt_proj, asked.dt_proj,
                 channel_first=True,
             )  # fmt: skip
             del ddelta, delta
@@ -204,7 +207,7 @@ class MambaBlock(torch.autograd.Function):
                 for part, gradient in zip(_parts(ddbc, dt_proj, A), (ddt, dB, dC), strict=True):
                     part.copy_(gradient)
                 _, *d_x_proj = project_backward(
-                    ddbc.mT, u.mT, dbc.mT, x_h, x_proj, rules.x_proj, asked.x_proj,
+                    ddbc.mT, u.mT, Kept(dbc.mT, x_h), x_proj, options.x_proj, asked.x_proj,
                     channel_first=True, into=du,
                 )  # fmt: skip
             d_conv_weight = d_conv_bias = d_hidden = None
@@ -214,8 +217,8 @@ class MambaBlock(torch.autograd.Function):
                 del du, u
                 scaled, hidden = (None, hidden_again()) if ahead is None else ahead.take()
                 d_hidden, *d_in_proj = project_backward(
-                    dxz.mT, hidden, xz.mT, in_h, in_proj, rules.in_proj, asked.in_proj,
-                    scaled=scaled,
+                    dxz.mT, hidden, Kept(xz.mT, in_h, scaled), in_proj, options.in_proj,
+                    asked.in_proj,
                 )  # fmt: skip
         gradients = (
             d_hidden, None, None, d_conv_weight, d_conv_bias, dA, dD, d_dt_bias,

@@ -20,18 +20,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from prodial_kernels import upstream as libraries
+from prodial_kernels.kernels.projector.operands import (
+    Kept,
+    Needs,
+    Operands,
+    ProjectionOptions,
+)
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.projection import operands_of, placeholder
 from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.autocast import autocast_off
-from prodial_kernels.ops.projection import (
-    Needs,
-    Operands,
-    Rule,
-    project,
-    project_backward,
-    takes_output,
-)
+from prodial_kernels.ops.projection import project, project_backward, takes_output
 
 _OPERANDS = len(Operands._fields)
 # Where the projector's operands begin among the arguments of the rule, and its scale.
@@ -101,8 +100,8 @@ def scan_and_project(
     bound = inspect.signature(upstream).bind(*args, **kwargs)
     bound.apply_defaults()
     zxbcdt = bound.args[0]
-    operands, rule = operands_of(out_proj, placeholder(zxbcdt, out_proj.in_features))
-    return ScanAndProject.apply(upstream.__globals__, rule, keeping, *operands, *bound.args)
+    operands, options = operands_of(out_proj, placeholder(zxbcdt, out_proj.in_features))
+    return ScanAndProject.apply(upstream.__globals__, options, keeping, *operands, *bound.args)
 
 
 class ScanAndProject(torch.autograd.Function):
@@ -110,7 +109,11 @@ class ScanAndProject(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, module: dict[str, Any], rule: Rule, keeping: Keeping, *inputs: Any
+        ctx: Any,
+        module: dict[str, Any],
+        options: ProjectionOptions,
+        keeping: Keeping,
+        *inputs: Any,
     ) -> Tensor:
         """``inputs``: the projector's ``Operands``, then the arguments of upstream's rule."""
         operands, arguments = Operands(*inputs[:_OPERANDS]), inputs[_OPERANDS:]
@@ -130,11 +133,11 @@ class ScanAndProject(torch.autograd.Function):
                 "use_mem_eff_path=False on the mixer, or install mamba_ssm 2.3",
             )
         with autocast_off(y.device.type):
-            output, h = project(y.to(operands.weight.dtype), operands, rule)
-        keeps = keeping.output and takes_output(operands, rule) and ctx.needs_input_grad[_SCALE]
+            output, h = project(y.to(operands.weight.dtype), operands, options)
+        keeps = keeping.output and takes_output(operands, options) and ctx.needs_input_grad[_SCALE]
         ctx.save_for_backward(output if keeps else None, h, *operands, *saved)
         kept.saved_tensors = ()
-        ctx.module, ctx.rule, ctx.kept = module, rule, kept
+        ctx.module, ctx.options, ctx.kept = module, options, kept
         ctx.ahead = keeping.ahead
         return output
 
@@ -152,7 +155,7 @@ class ScanAndProject(torch.autograd.Function):
             x = None
             if needs.input:
                 x = _out_proj_input(ctx.module, ctx.kept, saved).to(operands.weight.dtype)
-            dx, *adapter = project_backward(dy, x, output, h, operands, ctx.rule, needs)
+            dx, *adapter = project_backward(dy, x, Kept(output, h), operands, ctx.options, needs)
             del x
         through: tuple[Tensor | None, ...] = (None,) * len(below)
         if dx is not None:

@@ -36,7 +36,7 @@ from prodial_kernels.models.mixers.remade_norm import normed_again
 from prodial_kernels.models.mixers.structure import global_of, names_in, unknown_in
 from prodial_kernels.models.patch_point import AdaptedMixer, Policy, Undo, View, rebound
 from prodial_kernels.ops.ahead import Ahead
-from prodial_kernels.ops.function import explicit_linear
+from prodial_kernels.ops.function import differentiable_projection
 from prodial_kernels.ops.projection import has_work_ahead, scaled_weight
 
 Method = Any
@@ -176,13 +176,13 @@ class _Remade:
         self._prepared: Ahead[_Prepared] | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
-        operands, rule = operands_of(self.layer, u)
+        operands, options = operands_of(self.layer, u)
         trains = any(part is not None and part.requires_grad for part in operands[1:])
-        if trains and has_work_ahead(operands, rule):
+        if trains and has_work_ahead(operands, options):
             # Holds no reference to this object, which would keep the graph until it is collected.
             again, device = self.again, u.device
             self._prepare = lambda: Ahead(device, lambda: (again(), scaled_weight(operands)))
-        return explicit_linear(u, operands, rule, self)
+        return differentiable_projection(u, operands, options, remade=self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)

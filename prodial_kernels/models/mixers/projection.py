@@ -1,4 +1,4 @@
-"""A mixer's projection, adapted or not, as what :mod:`prodial_kernels.ops.projection` takes."""
+"""A mixer's projection, adapted or not, as :mod:`prodial_kernels.ops.projection` takes it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prodial_kernels.functional import checked_linear, prepared
+from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.linear import ProdialLinear, weight_like
 from prodial_kernels.ops.autocast import autocast_dtype
-from prodial_kernels.ops.projection import Operands, Rule
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.quantization.project import (
-    adapted_operands,
-    plain_operands,
-    quantized_linear,
-)
 
 
 def operands_of(
     layer: nn.Linear | QuantizedLinear | ProdialLinear, x: Tensor
-) -> tuple[Operands, Rule]:
+) -> tuple[Operands, ProjectionOptions]:
     """Return what a call of ``layer`` on ``x`` would compute with, and draw its dropout.
 
     Args:
@@ -37,7 +33,7 @@ def operands_of(
             answers False for.
     """
     if isinstance(layer, QuantizedLinear):
-        return plain_operands(x, layer, layer.bias)
+        return prepared(x, *layer.projection(layer.bias))
     if not isinstance(layer, ProdialLinear):
         return _dense_operands(x, layer.weight, layer.bias)
     base = layer.base_layer
@@ -50,14 +46,17 @@ def operands_of(
                 "unmerge() before training, or eval() for inference"
             )
         return _dense_operands(x, layer.effective_weight(), layer.bias)
-    return adapted_operands(
-        x, base if isinstance(base, QuantizedLinear) else base.weight, **layer.operation(layer.bias)
-    )
+    if not is_explicit(layer):
+        raise ValueError("a projector with impl='reference' has no explicit backward; call it")
+    return prepared(x, *layer.projection(layer.bias), training=layer.training)
 
 
-def _dense_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Operands, Rule]:
+def _dense_operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Operands, ProjectionOptions]:
     dtype = autocast_dtype(x) or x.dtype
-    return Operands(weight.to(dtype), bias=None if bias is None else bias.to(dtype)), Rule("plain")
+    operands = Operands(weight.to(dtype), bias=None if bias is None else bias.to(dtype))
+    return operands, ProjectionOptions("plain")
 
 
 def placeholder(x: Tensor, features: int) -> Tensor:
@@ -81,7 +80,7 @@ def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:
     """``x W'ᵀ``, [..., in_features] -> [..., out_features]."""
     base = layer.base_layer
     if not layer.adapter_enabled and isinstance(base, QuantizedLinear):
-        return quantized_linear(x, base, bias=None)
+        return checked_linear(x, *base.projection(None))
     if not layer.adapter_enabled or layer.merged:
         return F.linear(x, layer.effective_weight())
     return layer.adapted(x, None)

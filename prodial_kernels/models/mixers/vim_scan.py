@@ -20,6 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels.kernels.projector.operands import (
+    Kept,
+    Needs,
+    Operands,
+    ProjectionOptions,
+)
 from prodial_kernels.models.mixers.cuda_functions import (
     convolve,
     convolve_backward,
@@ -29,7 +35,7 @@ from prodial_kernels.models.mixers.cuda_functions import (
 from prodial_kernels.models.mixers.cuda_functions import scan as cuda_scan
 from prodial_kernels.models.mixers.projection import is_explicit, operands_of, placeholder
 from prodial_kernels.ops.autocast import autocast_off
-from prodial_kernels.ops.projection import Needs, Operands, Rule, project, project_backward
+from prodial_kernels.ops.projection import project, project_backward
 
 SCANS = ("auto", "cuda", "torch")
 
@@ -85,11 +91,11 @@ def directed_scan(mixer: Any, xz: Tensor, direction: Direction, scan: str = "aut
         if not is_explicit(layer):
             raise ValueError(f'{name} has impl="reference", which only scan="torch" can run')
     tokens = xz.mT
-    x_operands, x_rule = operands_of(x_proj, placeholder(tokens, x_proj.in_features))
-    dt_operands, dt_rule = operands_of(dt_proj, placeholder(tokens, dt_proj.in_features))
+    x_operands, x_options = operands_of(x_proj, placeholder(tokens, x_proj.in_features))
+    dt_operands, dt_options = operands_of(dt_proj, placeholder(tokens, dt_proj.in_features))
     return _DirectedScan.apply(
         xz.to(x_operands.weight.dtype),
-        Rules(x_rule, dt_rule),
+        Options(x_options, dt_options),
         direction.reverse,
         conv1d.weight.squeeze(1),
         conv1d.bias,
@@ -160,11 +166,11 @@ def _recurrence(decay: Tensor, update: Tensor) -> Tensor:
     return states.flatten(-2)[..., :length]
 
 
-class Rules(NamedTuple):
+class Options(NamedTuple):
     """What of the two inner projections is not a tensor."""
 
-    x_proj: Rule
-    dt_proj: Rule
+    x_proj: ProjectionOptions
+    dt_proj: ProjectionOptions
 
 
 _FIRST = 8
@@ -178,7 +184,7 @@ class _DirectedScan(torch.autograd.Function):
     def forward(
         ctx: Any,
         xz: Tensor,
-        rules: Rules,
+        options: Options,
         reverse: bool,
         conv_weight: Tensor,
         conv_bias: Tensor | None,
@@ -194,14 +200,14 @@ class _DirectedScan(torch.autograd.Function):
             kept = xz
             x, z = _oriented(xz, reverse).chunk(2, dim=1)
             u = convolve(x, conv_weight, conv_bias)
-            dbc, x_h = project(u.mT, x_proj, rules.x_proj, channel_first=True)
+            dbc, x_h = project(u.mT, x_proj, options.x_proj, channel_first=True)
             dt, B, C = _parts(dbc, dt_proj, A)
-            delta, dt_h = project(dt.mT, dt_proj, rules.dt_proj, channel_first=True)
+            delta, dt_h = project(dt.mT, dt_proj, options.dt_proj, channel_first=True)
             out, states, y = cuda_scan(u, delta, A, B, C, D, z, dt_bias, True)
         ctx.save_for_backward(
             kept, dbc, out, states, x_h, dt_h, conv_weight, conv_bias, A, D, dt_bias, *projections
         )
-        ctx.rules, ctx.reverse = rules, reverse
+        ctx.options, ctx.reverse = options, reverse
         return y.flip(-1) if reverse else y
 
     @staticmethod
@@ -219,7 +225,7 @@ class _DirectedScan(torch.autograd.Function):
             x, z = xz.chunk(2, dim=1)
             u = convolve(x, conv_weight, conv_bias)
             dt, B, C = _parts(dbc, dt_proj, A)
-            delta, _ = project(dt.mT, dt_proj, ctx.rules.dt_proj, channel_first=True)
+            delta, _ = project(dt.mT, dt_proj, ctx.options.dt_proj, channel_first=True)
             dxz = torch.empty_like(xz)
             dx, dz = dxz.chunk(2, dim=1)
             du, ddelta, dA, dB, dC, dD, d_dt_bias = scan_backward(
@@ -228,7 +234,7 @@ class _DirectedScan(torch.autograd.Function):
             )  # fmt: skip
             through_dt = bool(through_u or any(own_x))
             ddt, *d_dt_proj = project_backward(
-                ddelta.mT, dt.mT, delta.mT, dt_h, dt_proj, ctx.rules.dt_proj,
+                ddelta.mT, dt.mT, Kept(delta.mT, dt_h), dt_proj, ctx.options.dt_proj,
                 Needs(through_dt, *own_dt), channel_first=True,
             )  # fmt: skip
             d_x_proj: list[Tensor | None] = [None] * (_OPERANDS - 1)
@@ -236,7 +242,7 @@ class _DirectedScan(torch.autograd.Function):
             if ddt is not None:
                 ddbc = torch.cat([ddt, dB[:, 0].to(ddt.dtype), dC[:, 0].to(ddt.dtype)], dim=1)
                 _, *d_x_proj = project_backward(
-                    ddbc.mT, u.mT, dbc.mT, x_h, x_proj, ctx.rules.x_proj,
+                    ddbc.mT, u.mT, Kept(dbc.mT, x_h), x_proj, ctx.options.x_proj,
                     Needs(through_u, *own_x), channel_first=True, into=du,
                 )  # fmt: skip
             if through_u:

@@ -17,10 +17,10 @@ from prodial_kernels.quantization import (
     load_quantized,
     quantize_linear,
 )
-from prodial_kernels.quantization.project import quantized_prodial_linear
-from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
+from prodial_kernels.testing import assert_case_accurate, make_case
 from support.captured.on_device import captured, microseconds
 from support.models import randomise_adapters
+from support.quantized_layers import runner
 
 pytestmark = pytest.mark.gpu
 
@@ -48,16 +48,8 @@ def test_the_bytes_are_those_of_the_cpu(format: str, dtype: torch.dtype) -> None
 def test_gradients(format: str, dtype: torch.dtype) -> None:
     layer = quantize_linear(nn.Linear(768, 1536, device="cuda", dtype=dtype), format)
     case = make_case((2, 300), 768, 1536, block_size=24, r=16, device="cuda")
-
-    def run(case: LinearCase) -> Tensor:
-        return quantized_prodial_linear(
-            case.x, layer, blocks=case.blocks, scale_deviation=case.scale_deviation,
-            lora_a=case.lora_a, lora_b=case.lora_b, bias=case.bias,
-            lora_scaling=case.lora_scaling, diagonal=case.diagonal, impl="triton",
-        )  # fmt: skip
-
     case = replace(case, weight=layer.dequantize().double())
-    assert_case_accurate(case, run, compute=dtype)
+    assert_case_accurate(case, runner(layer, impl="triton"), compute=dtype)
 
 
 def dequantising_and_copying(format: str, shape: tuple[int, int]) -> tuple[float, float, int]:

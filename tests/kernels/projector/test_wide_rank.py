@@ -42,7 +42,7 @@ def test_the_kernels_carry_it_with_dropout(
     given: list[bool] = []
     forward = passes.forward
     monkeypatch.setattr(
-        passes, "forward", lambda *a: (given.append(a[4] is not None), forward(*a))[1]
+        passes, "forward", lambda *a: (given.append(a[1].lora_a is not None), forward(*a))[1]
     )
     case = make_case(8, 24, 40, block_size=6, r=70, device=kernel_device)
     triton_linear(replace(case.cast(torch.float16, torch.float32), lora_dropout=dropout))

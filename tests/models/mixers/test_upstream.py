@@ -453,9 +453,9 @@ def test_vim_with_more_than_its_input() -> None:
 
 
 def test_without_the_count_of_dispatch_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not operators._dispatched((torch.ones(1), None, 2))
+    assert not operators._dispatched((torch.ones(1), None))
     monkeypatch.setattr(operators, "_DISPATCH_MODES", None)
-    assert operators._dispatched((torch.ones(1), None, 2))
+    assert operators._dispatched((torch.ones(1), None))
 
 
 def test_without_the_stack_of_hooks_a_mixer_keeps_its_input(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.choices.tile_sizes import MAX_FUSED_RANK
 from prodial_kernels.kernels.projector import passes
+from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from support.kernels.launch_recorder import Launch, Recorder
 
 # Gradients: x, blocks, scale, lora_a, lora_b, bias.
@@ -84,34 +85,31 @@ class Projector:
             x = narrow(self.sequences, k, m // self.sequences)
         if self.y_channel_first:
             dy = narrow(self.sequences, n, m // self.sequences)
-        operands = {
-            "x": x,
-            "weight": narrow(n, k),
-            "blocks": None if p is None else wide_tensor(k // p, p, p),
-            "scale_deviation": wide_tensor(n) if self.scale else None,
-            "lora_a": None if r is None else wide_tensor(r, k),
-            "lora_b": None if r is None else wide_tensor(n, r),
-            "bias": narrow(n) if self.bias else None,
-            "seed": torch.empty(1, dtype=torch.int64, device="cuda") if self.dropout else None,
-        }
-        options = {
-            "alpha": 0.5, "dropout": 0.1 if self.dropout else 0.0, "relu": self.relu,
-        }  # fmt: skip
-        length = m // self.sequences if self.y_channel_first else 0
-        y, h = passes.forward(**operands, **options, length=length)
-        given = ("x", "blocks", "scale_deviation", "lora_a", "lora_b", "bias")
-        needs = passes.Needs(
-            *(need and operands[name] is not None
-              for need, name in zip(self.needs, given, strict=True))
+        operands = Operands(
+            weight=narrow(n, k),
+            blocks=None if p is None else wide_tensor(k // p, p, p),
+            scale_deviation=wide_tensor(n) if self.scale else None,
+            lora_a=None if r is None else wide_tensor(r, k),
+            lora_b=None if r is None else wide_tensor(n, r),
+            bias=narrow(n) if self.bias else None,
+            noise=torch.empty(1, dtype=torch.int64, device="cuda") if self.dropout else None,
+        )
+        options = ProjectionOptions(
+            "triton", lora_scaling=0.5, lora_dropout=0.1 if self.dropout else 0.0,
+            diagonal="relu" if self.relu else "free",
         )  # fmt: skip
-        kept_y = y if needs.scale else None
-        passes.backward(dy, **operands, y=kept_y, h=h, scaled=None, **options, needs=needs)
+        length = m // self.sequences if self.y_channel_first else 0
+        y, h = passes.forward(x, operands, options, length)
+        asked = (self.needs[0], False, *self.needs[1:])
+        needs = Needs(
+            *(need and part is not None
+              for need, part in zip(asked, (x, *operands[:6]), strict=True))
+        )  # fmt: skip
+        kept = Kept(y if needs.scale else None, h)
+        passes.backward(dy, x, operands, kept, options, needs)
         if wide:
             product = narrow(n, k) if self.dtype == torch.bfloat16 else wide_tensor(n, k)
-            passes.weight_sums(
-                product, operands["weight"], operands["blocks"], operands["scale_deviation"],
-                self.relu, needs.scale, needs.blocks,
-            )  # fmt: skip
+            passes.weight_sums(product, operands, options, needs)
 
 
 def matrix(quick: bool = False) -> Iterator[Projector]:

@@ -20,6 +20,7 @@ from prodial_kernels.kernels.projector import (
     prepare,
     reduce,
 )
+from prodial_kernels.kernels.projector.operands import Needs, ProjectionOptions
 from prodial_kernels.kernels.replay import recorded_calls, tape
 from support.kernels.stand_in_driver import STREAM, DriverLaunch, StandInDriver
 
@@ -50,15 +51,15 @@ class Call:
 
 def both_ways(channel_first: bool, p: int, driver: StandInDriver) -> tuple[Call, Call]:
     """Run forward and backward once, each on operands of its own."""
-    alpha_dropout_relu = (1.0, 0.0, True)
+    options = ProjectionOptions("triton", lora_scaling=1.0)
     given = operands(channel_first, p)
-    options = (*alpha_dropout_relu, M // 2 if channel_first else 0)
-    y, h = recorded_calls.taped(passes.forward, given, options)
+    length = M // 2 if channel_first else 0
+    y, h = recorded_calls.taped(passes.recorded_forward, given, (options, length))
     forward = Call(given, [y, h], driver.taken())
     assert y is not None
     given = [torch.empty_like(y), *given, y, h, None]
-    needs = passes.Needs(True, True, True, True, True, False)
-    results = recorded_calls.taped(passes.backward, given, (*alpha_dropout_relu, needs))
+    needs = Needs(True, False, True, True, True, True, False)
+    results = recorded_calls.taped(passes.recorded_backward, given, (options, needs))
     return forward, Call(given, list(results), driver.taken())
 
 
