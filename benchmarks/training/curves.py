@@ -31,7 +31,7 @@ from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import apply_levels
 from prodial_kernels.models.loading.load import load_model
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import FinetuneConfig, ResolvedConfig
 from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.memory.run_plan import block_levels
 from prodial_kernels.training.method import prepare_method
@@ -173,7 +173,7 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     return losses
 
 
-def config_of(variant: Variant) -> FinetuneConfig:
+def config_of(variant: Variant) -> ResolvedConfig:
     """What ``prodial finetune`` would be told, as far as a step depends on it."""
     return FinetuneConfig(
         r=16, lr=LR, batch_size=BATCH // variant.parts, seq_len=LENGTH,

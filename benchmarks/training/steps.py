@@ -27,9 +27,8 @@ from benchmarks.projector.measure import release
 from benchmarks.training.jobs import LEAST, MODELS, Job
 from benchmarks.training.random_weights import random_quantized
 from prodial_kernels import quantize_model
-from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP
-from prodial_kernels.models.layers.recompute import prepare_blocks
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, prepare_blocks
+from prodial_kernels.training.config import FinetuneConfig, ResolvedConfig
 from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.memory.allocator import grow_segments
 from prodial_kernels.training.memory.device import limited
@@ -68,7 +67,7 @@ def prepared(job: Job, device: str, **options: Any) -> Iterator[Training]:
 
 def plan_of(
     job: Job, place: torch.device, dtype: torch.dtype, **options: Any
-) -> tuple[FinetuneConfig, RunPlan | None]:
+) -> tuple[ResolvedConfig, RunPlan | None]:
     """Return what the command line would run, and its memory plan; see :func:`prepared`."""
     least = job.memory_budget == LEAST
     budget = None if least else job.memory_budget
@@ -87,7 +86,7 @@ def plan_of(
         return config, plan_run(config, place, dtype)[1]
 
 
-def least_budget(config: FinetuneConfig, place: torch.device, dtype: torch.dtype) -> str | None:
+def least_budget(config: ResolvedConfig, place: torch.device, dtype: torch.dtype) -> str | None:
     """The smallest budget that a run's plan accepts, in steps of 0.1 GB; None without a plan."""
     _, run = plan_run(replace(config, activations="checkpoint"), place, dtype)
     if run is None:
@@ -105,7 +104,7 @@ class Training:
     """A job whose next step is an ordinary one: compiled and, if it is to be, captured."""
 
     def __init__(
-        self, job: Job, config: FinetuneConfig, plan: RunPlan | None, place: torch.device,
+        self, job: Job, config: ResolvedConfig, plan: RunPlan | None, place: torch.device,
         dtype: torch.dtype, started: float,
     ) -> None:  # fmt: skip
         """Build it, and take the first steps; see :func:`prepared`."""

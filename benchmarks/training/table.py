@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.projector import views
 from benchmarks.training.jobs import GB, LEAST
-from prodial_kernels.models.layers.levels import LEVELS
+from prodial_kernels.models.layers.recompute import LEVELS
 
 Row = Mapping[str, Any]
 

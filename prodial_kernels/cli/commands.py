@@ -171,7 +171,7 @@ def _finetune(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from prodial_kernels.training.adapted import load_adapted
     from prodial_kernels.training.evaluating import assess, assess_with_harness, evaluation_data
-    from prodial_kernels.training.run.projectors import implementation_of
+    from prodial_kernels.training.run.implementation import implementation_of
     from prodial_kernels.training.scoring.lm_eval import check_tasks
 
     values = vars(args)

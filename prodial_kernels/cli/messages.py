@@ -14,6 +14,8 @@ from prodial_kernels.training.config import OPTIONS, ConfigError
 
 # With those that only 'prodial evaluate' has.
 _OPTIONS = (*OPTIONS, "max_tokens", "num_fewshot")
+# Arguments of functions that are no options of a configuration.
+_ARGUMENTS = {"resume": "--resume", "replace": "--force"}
 _OWN_OR_BUILTIN = ("builtins", "prodial_kernels")
 
 
@@ -24,7 +26,7 @@ def explained(error: Exception) -> str:
         return error.renamed(flag_of)
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}"
+        return f"{in_flags(error.strerror)}{place}"
     message = str(error) or "no message"
     if isinstance(error, expected) and type(error).__module__.split(".")[0] in _OWN_OR_BUILTIN:
         return in_flags(message)
@@ -49,6 +51,12 @@ def in_flags(message: str) -> str:
     Names with an underscore mean nothing else, unless they are part of a path or of code; names
     without one are English words too, so only those are replaced that begin a message about them.
     """
+    # "resume=True" and "output=..." are the flag alone: whatever its name, nothing else looks so.
+    message = re.sub(
+        rf"(?<![\w./\\'\"])({'|'.join((*_OPTIONS, *_ARGUMENTS))})=(?:True\b|\.\.\.)",
+        lambda m: _ARGUMENTS.get(m.group(1)) or flag_of(m.group(1)),
+        message,
+    )
     told = "|".join(name for name in _OPTIONS if "_" in name)
     # "target_modules='x'" is the flag and its value, unless it is an argument of a call.
     message = re.sub(

@@ -31,7 +31,7 @@ from prodial_kernels.training.merging import (
     write_model,
 )
 from prodial_kernels.training.run.directory import run_around
-from prodial_kernels.training.run.projectors import check_implementation, set_implementation
+from prodial_kernels.training.run.implementation import check_implementation, set_implementation
 from prodial_kernels.training.run.signals import StopSignals
 
 
@@ -155,7 +155,9 @@ def _check_output(path: Path, model: str | None, adapter: Path, *, replace: bool
     if there:
         own_files(path)
         if not replace:
-            raise FileExistsError(errno.EEXIST, "already exists (--force replaces it)", str(path))
+            raise FileExistsError(
+                errno.EEXIST, "already exists (replace=True replaces it)", str(path)
+            )
 
 
 def _probe_tokens(loaded: LoadedModel) -> torch.Tensor:

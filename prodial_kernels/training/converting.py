@@ -59,5 +59,5 @@ def _base_of(adapter: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{adapter} is no directory of PEFT's: {error!r}") from error
     if not isinstance(name, str) or not name:
-        raise ModelError(f"the adapter in {adapter} names no base model; give it with --model")
+        raise ModelError(f"the adapter in {adapter} names no base model; give it with model=...")
     return name

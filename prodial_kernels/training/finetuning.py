@@ -43,8 +43,7 @@ from prodial_kernels.training.run.directory import (
 from prodial_kernels.training.run.loop import NonFiniteLossError, StepRecord, train
 from prodial_kernels.training.run.metrics import MetricsLog, read_metrics
 from prodial_kernels.training.run.plot import plot_loss
-from prodial_kernels.training.run.preflight import check_options
-from prodial_kernels.training.run.preparation import Run, prepare
+from prodial_kernels.training.run.preparation import Run, check_options, prepare
 from prodial_kernels.training.run.progress import Progress
 from prodial_kernels.training.run.result_file import read_result
 from prodial_kernels.training.run.signals import StopSignals
@@ -107,7 +106,7 @@ def finetune(
         display = Progress(enabled=progress)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
-        check_options(config, device)
+        check_options(config, device, dtype)
         # Quickly, before a directory is made; what counts is the look under the lock.
         if resume:
             folder.read_identity()
@@ -133,7 +132,10 @@ def finetune(
             if config.quantize == "auto":
                 config = replace(config, quantize=None if plan is None else plan.plan.quantize)
             with limited(device, None if plan is None else plan.allowed):
-                run = prepare(config, folder, saved, choice, plan, display)
+                run = prepare(
+                    config, folder, saved, display,
+                    device=device, dtype=dtype, choice=choice, plan=plan,
+                )  # fmt: skip
                 position = _train(run, folder, saved, signals, display)
                 return _finish(run, folder, position, started, display)
 
@@ -207,7 +209,7 @@ def _train(
     log = MetricsLog(folder.metrics_file, step=position.step)
     if log.dropped:
         display.say(f"{folder.metrics_file}: {log.dropped} lines that are no records were dropped")
-    events = _Events(run, folder, log, display, position)
+    events = RunEvents(run, folder, log, display, position)
     try:
         return _take_steps(run, step, events, position, signals, display)
     finally:
@@ -218,7 +220,7 @@ def _train(
 def _take_steps(
     run: Run,
     step: GuardedStep,
-    events: _Events,
+    events: RunEvents,
     position: Position,
     signals: StopSignals,
     display: Progress,
@@ -249,8 +251,13 @@ def _last_state(folder: RunDirectory) -> str:
     return f"the last good state is {states[-1]}" if states else "no state was saved before it"
 
 
-class _Events:
-    """What happens around a training step."""
+class RunEvents:
+    """What a run does at the loop's events: logs steps, saves states, evaluates.
+
+    Attributes:
+        folder: The run's directory.
+        position: Where the run stands after its last step.
+    """
 
     def __init__(
         self,
@@ -260,6 +267,7 @@ class _Events:
         display: Progress,
         position: Position,
     ) -> None:
+        """Begin at ``position``."""
         self.folder = folder
         self.position = position
         self._run = run
@@ -267,6 +275,7 @@ class _Events:
         self._display = display
 
     def logged(self, record: StepRecord) -> None:
+        """Write the step to ``metrics.jsonl``, where its turn is, and show it."""
         self.folder.check_there()
         self.position = record.position
         self._display.step(record)
@@ -287,6 +296,7 @@ class _Events:
         )
 
     def save(self, position: Position) -> None:
+        """Save the state, after the lines of ``metrics.jsonl`` that belong to it."""
         self.folder.check_there()
         self._log.flush()
         save_state(
@@ -295,6 +305,7 @@ class _Events:
         )  # fmt: skip
 
     def evaluate(self, position: Position) -> None:
+        """Evaluate on the held-out examples."""
         metrics = _evaluate(self._run, self._display)
         self._log.write({"kind": "evaluation", "step": position.step, **metrics})
         headline = "bits_per_byte" if "bits_per_byte" in metrics else "acc"
@@ -309,7 +320,7 @@ def _evaluate(run: Run, display: Progress) -> dict[str, Any]:
     ):
         metrics = evaluate_examples(
             run.loaded.model, run.loaded.tokenizer, run.split.held_out,
-            seq_len=run.seq_len, batch_size=run.evaluation_batch,
+            seq_len=run.config.seq_len, batch_size=run.evaluation_batch,
             max_tokens=run.config.eval_tokens, progress=advance,
         )  # fmt: skip
     return finite_or_none(asdict(metrics))
@@ -324,8 +335,8 @@ def _finish(
     evaluations = [record for record in records if record["kind"] == "evaluation"]
     if not evaluations:
         raise RunError(
-            f"{folder.metrics_file} holds no evaluation any more; continue with --resume, which "
-            "evaluates again"
+            f"{folder.metrics_file} holds no evaluation any more; continue with resume=True, "
+            "which evaluates again"
         )
     peak = peak_memory(run.device)
     memory = None

@@ -74,7 +74,7 @@ class AdapterInspection:
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        return json.dumps(finite_or_none(asdict(self)), indent=2, allow_nan=False)
+        return _json(self)
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -110,11 +110,15 @@ class ModelInspection:
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        return json.dumps(finite_or_none(asdict(self)), indent=2, allow_nan=False)
+        return _json(self)
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
         return f"{two_columns([('model', self.model), ('adapter', settings)])}\n\n{self.report}"
+
+
+def _json(report: AdapterInspection | ModelInspection) -> str:
+    return json.dumps(finite_or_none(asdict(report)), indent=2, allow_nan=False)
 
 
 def is_adapter(path: str | Path) -> bool:

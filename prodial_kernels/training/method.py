@@ -13,7 +13,7 @@ from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.targets import find_targets
 from prodial_kernels.models.loading.load import empty_model
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.step.optimizers import make_optimizer
 from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
 
@@ -33,12 +33,12 @@ class PreparedMethod:
     report: AdapterReport
 
 
-def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
+def prepare_method(model: nn.Module, config: ResolvedConfig) -> PreparedMethod:
     """Freeze and adapt, or free, the model's parameters, in place, and make the optimiser.
 
     Args:
         model: The pretrained model, on its device.
-        config: A resolved configuration.
+        config: What to do.
 
     Raises:
         OptimizerError: The optimiser needs what is not there.
@@ -50,17 +50,17 @@ def prepare_method(model: nn.Module, config: FinetuneConfig) -> PreparedMethod:
         # Sixteen-bit weights would swallow an optimiser's small steps.
         model.float()
     adapter = make_trainable(model, config)
-    groups = adapter_parameter_groups(model, weight_decay=config.weight_decay or 0.0)
+    groups = adapter_parameter_groups(model, weight_decay=config.weight_decay)
     device = next(model.parameters()).device
-    optimizer = make_optimizer(config.optimizer, groups, lr=config.lr or 0.0, device=device)
+    optimizer = make_optimizer(config.optimizer, groups, lr=config.lr, device=device)
     return PreparedMethod(adapter, optimizer, adapter_report(model))
 
 
-def trained_on_meta(config: FinetuneConfig, dtype: torch.dtype) -> nn.Module:
+def trained_on_meta(config: ResolvedConfig, dtype: torch.dtype) -> nn.Module:
     """Build a run's model as it will be trained, on the ``meta`` device: shapes, no weights.
 
     Args:
-        config: A resolved configuration.
+        config: What to do.
         dtype: Of the frozen weights.
 
     Raises:
@@ -72,7 +72,7 @@ def trained_on_meta(config: FinetuneConfig, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def make_trainable(model: nn.Module, config: FinetuneConfig) -> ProdialConfig | None:
+def make_trainable(model: nn.Module, config: ResolvedConfig) -> ProdialConfig | None:
     """Freeze and adapt the model's parameters, or free all of them, in place.
 
     Returns:
@@ -89,7 +89,7 @@ def make_trainable(model: nn.Module, config: FinetuneConfig) -> ProdialConfig | 
     return adapter
 
 
-def adapter_for(model: nn.Module, config: FinetuneConfig) -> ProdialConfig:
+def adapter_for(model: nn.Module, config: ResolvedConfig) -> ProdialConfig:
     """Return the adapter that a configuration means for a model, its rank matched or checked.
 
     Raises:

@@ -31,10 +31,20 @@ from prodial_kernels.models.layers.blocks import (
     plain_forward,
 )
 from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms, is_fused
-from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, LEVELS, NORM, RECOMPUTE
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import RECOMPUTE_XZ
 from prodial_kernels.models.patch_point import AdaptedMixer, Undo, View
+
+KEEP, NORM, RECOMPUTE, CHECKPOINT = "keep", "norm", "recompute", "checkpoint"
+LEVELS = (KEEP, NORM, RECOMPUTE, CHECKPOINT)
+"""From the fastest to the smallest."""
+
+LEVEL_TEXTS = {
+    KEEP: "keep what the fused operations need",
+    NORM: "compute the norm before in_proj again",
+    RECOMPUTE: "compute the norm and in_proj's output again",
+    CHECKPOINT: "keep one residual, compute the block again",
+}
 
 
 class AppliedLevels:

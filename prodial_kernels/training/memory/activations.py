@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, NORM, RECOMPUTE
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, RECOMPUTE
 from prodial_kernels.ops.layout import direct_length
 from prodial_kernels.ops.projection import LEAST_AHEAD
 from prodial_kernels.training.memory.shapes import MAMBA, MAMBA2, LayerShape

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, LEVEL_TEXTS, LEVELS
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVEL_TEXTS, LEVELS
 from prodial_kernels.training.config import ACTIVATIONS
 from prodial_kernels.training.memory.activations import levels_of
 from prodial_kernels.training.memory.peak import Job, Peak, Row, peak_of

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from prodial_kernels.models.layers.fused_norms import fuse_norms
-from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.memory.allocator import SETTING, VARIABLE, segments_grow
 from prodial_kernels.training.memory.device import MeasuredMemory, usable_bytes
 from prodial_kernels.training.memory.peak import Job
@@ -89,7 +89,7 @@ class RunPlan:
 
 
 def plan_run(
-    config: FinetuneConfig, device: torch.device, dtype: torch.dtype
+    config: ResolvedConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[StepChoice, RunPlan | None]:
     """Decide how a run takes its steps, and plan its memory.
 
@@ -97,7 +97,7 @@ def plan_run(
     ``memory_budget`` a plan that does not fit is returned all the same.
 
     Args:
-        config: A resolved configuration.
+        config: What the run is to do.
         device: Where it will run.
         dtype: What it will compute in.
 
@@ -142,7 +142,7 @@ def plan_run(
 
 
 def _plan_of(
-    config: FinetuneConfig,
+    config: ResolvedConfig,
     model: ModelShape,
     choice: StepChoice,
     device: torch.device,
@@ -189,7 +189,7 @@ def _why_unknown(device: torch.device) -> str:
 
 
 def job_of(
-    config: FinetuneConfig,
+    config: ResolvedConfig,
     model: ModelShape,
     choice: StepChoice,
     device: torch.device,
@@ -197,8 +197,8 @@ def job_of(
 ) -> Job:
     """Return what of a configuration the memory depends on."""
     return Job(
-        batch=config.batch_size or 1,
-        length=config.seq_len or 2,
+        batch=config.batch_size,
+        length=config.seq_len,
         itemsize=dtype.itemsize,
         quantize=config.quantize,
         optimizer=config.optimizer,

@@ -107,12 +107,12 @@ class RunDirectory:
                 self.read_identity()
                 return
             raise RunError(
-                f"{self.path} already holds a run: continue it with --resume, or choose another "
-                "directory with --output"
+                f"{self.path} already holds a run: continue it with resume=True, or choose "
+                "another directory with output=..."
             )
         if os.path.lexists(self.path) and (not self.path.is_dir() or self._foreign()):
             raise RunError(
-                f"{self.path} exists and is not an empty directory; choose another with --output"
+                f"{self.path} exists and is not an empty directory; choose another with output=..."
             )
 
     @contextmanager
@@ -174,7 +174,7 @@ class RunDirectory:
         if not self.identity_file.is_file():
             raise RunError(
                 f"there is no run to resume in {self.path} (no run.json); start one without "
-                "--resume, or name its directory with --output"
+                "resume=True, or name its directory with output=..."
             )
         try:
             values = json.loads(self.identity_file.read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{self.identity_file}: cannot be read: {type(error).__name__}: {error}; restore "
-                "it, or start a new run in another directory with --output"
+                "it, or start a new run in another directory with output=..."
             ) from error
         return identity
 
@@ -288,7 +288,7 @@ def check_same_identity(folder: RunDirectory, saved: RunIdentity, now: RunIdenti
 def _refusal(folder: RunDirectory, differing: str) -> str:
     return (
         f"cannot resume the run in {folder.path}, because these differ: {differing}. Resume with "
-        "the same settings, or start a new run in another directory with --output"
+        "the same settings, or start a new run in another directory with output=..."
     )
 
 

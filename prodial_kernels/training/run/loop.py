@@ -113,7 +113,7 @@ def train(
     """
     position = Position() if position is None else position
     model.train()
-    data = _Ahead(batches, options.grad_accumulation)
+    data = _Prefetcher(batches, options.grad_accumulation)
     saved = position.step
     while True:
         if _is_due(position.step, options.eval_every, options.steps) or position.step == 0:
@@ -164,8 +164,8 @@ def _is_due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step > 0 and step % every == 0)
 
 
-class _Ahead:
-    """Prepares the next step's micro-batches while the device is at the last one's."""
+class _Prefetcher:
+    """Makes the next step's micro-batches while the device computes this one's."""
 
     def __init__(self, batches: TrainingBatches, parts: int) -> None:
         self._batches = batches
@@ -180,13 +180,15 @@ class _Ahead:
         return found[1] if found is not None else []
 
     def prepare(self, first: int) -> None:
-        """Make them now."""
+        """Make the micro-batches of that step now."""
         if self._prepared is None or self._prepared[0] != first:
             made = [self._batches.batch(first + i) for i in range(self._parts)]
             self._prepared = (first, made)
 
 
-def _take(step: TrainingStep, data: _Ahead, options: LoopOptions, position: Position) -> StepRecord:
+def _take(
+    step: TrainingStep, data: _Prefetcher, options: LoopOptions, position: Position
+) -> StepRecord:
     """Take one optimiser step; leave the parameters alone if its loss is not finite."""
     started = time.perf_counter()
     parts = data.get(position.micro_batches)

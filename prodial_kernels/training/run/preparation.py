@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,8 @@ from prodial_kernels.models.layers.recompute import AppliedLevels, prepare_block
 from prodial_kernels.models.loading.load import (
     LoadedModel,
     load_model,
-    resolve_device,
-    resolve_dtype,
 )
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.data.batches import TrainingBatches
 from prodial_kernels.training.data.documents import resets_state
 from prodial_kernels.training.data.examples import Example, kind_of
@@ -28,17 +25,18 @@ from prodial_kernels.training.memory.run_plan import RunPlan, block_levels
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.results import METHOD_NAMES
 from prodial_kernels.training.run.directory import RunDirectory, RunIdentity, check_same_identity
+from prodial_kernels.training.run.implementation import check_implementation, implementation_of
 from prodial_kernels.training.run.loop import LoopOptions, cut_warm_up
 from prodial_kernels.training.run.progress import Progress
-from prodial_kernels.training.run.projectors import implementation_of
-from prodial_kernels.training.step.choose import StepChoice
+from prodial_kernels.training.step.choose import ModelFacts, StepChoice, decide
+from prodial_kernels.training.step.optimizers import check_optimizer
 
 
 @dataclass(frozen=True)
 class Run:
     """Everything a run needs in memory."""
 
-    config: FinetuneConfig
+    config: ResolvedConfig
     loaded: LoadedModel
     split: DataSplit
     batches: TrainingBatches
@@ -55,17 +53,7 @@ class Run:
     @property
     def evaluation_batch(self) -> int:
         """Sequences that are evaluated at once."""
-        return self.batch_size if self.plan is None else self.plan.plan.evaluation_batch
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences in a micro-batch."""
-        return _resolved(self.config.batch_size)
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens in a sequence."""
-        return _resolved(self.config.seq_len)
+        return self.config.batch_size if self.plan is None else self.plan.plan.evaluation_batch
 
     @property
     def title(self) -> str:
@@ -89,23 +77,52 @@ class Run:
         return self.dtype if full and self.dtype != torch.float32 else None
 
 
+def check_options(config: ResolvedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise if options cannot be used together, or not on this device, whatever the model.
+
+    Args:
+        config: What to do.
+        device: Where it is to run.
+        dtype: What it is to compute in.
+
+    Raises:
+        ConfigError: ``impl`` cannot run on this machine.
+        GraphError: ``cuda_graph="on"``, and it cannot be.
+        LossError: ``loss`` cannot be used on this machine.
+        OptimizerError: ``optimizer`` cannot be used on this machine.
+        ValueError: Options of the adapter that are out of range or contradict each other.
+    """
+    if config.method != "full":
+        # A LoRA without a rank gets it from the model: any will do to check the rest.
+        config.adapter(r=1)
+    check_implementation(config.impl, device, dtype)
+    check_optimizer(config.optimizer, device)
+    # Of the model no more is known yet.
+    decide(config, ModelFacts(draws_numbers=bool(config.lora_dropout)), device)
+
+
 def prepare(
-    config: FinetuneConfig,
+    config: ResolvedConfig,
     folder: RunDirectory,
     saved: RunIdentity | None,
+    display: Progress,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
     choice: StepChoice,
     plan: RunPlan | None,
-    display: Progress,
 ) -> Run:
     """Load model and data, check whose run this is, and apply the method; nothing is written.
 
     Args:
-        config: A resolved configuration.
+        config: What to do.
         folder: The run's directory.
         saved: What run is there already; None for a new one.
-        choice: How the run takes its steps.
-        plan: The run's memory plan, if it has one.
         display: Told what is found.
+        device: Where it runs.
+        dtype: What it computes in.
+        choice: How it takes its steps.
+        plan: Its memory plan, if it has one.
 
     Raises:
         DataError: The data cannot be used.
@@ -113,8 +130,6 @@ def prepare(
         RunError: The directory holds another run.
         ValueError: The adapter does not fit the model.
     """
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
     full = config.method == "full"
     split = load_documents(
         config.data,
@@ -129,13 +144,13 @@ def prepare(
     )  # fmt: skip
     if loaded.quantization is not None:
         display.say(str(loaded.quantization))
-    apart = config.packing == "documents" and kind_of(split.train) == "text"
-    resets = apart and resets_state(loaded.model)
-    if apart and not resets:
+    separate = config.packing == "documents" and kind_of(split.train) == "text"
+    resets = separate and resets_state(loaded.model)
+    if separate and not resets:
         display.say("documents are padded one by one: this model cannot reset its state in between")
     batches = make_batches(
         split.train, loaded.tokenizer,
-        seq_len=_resolved(config.seq_len), batch_size=_resolved(config.batch_size),
+        seq_len=config.seq_len, batch_size=config.batch_size,
         seed=config.seed, packing=config.packing, resets=resets,
     )  # fmt: skip
     for note in batches.notes:
@@ -169,15 +184,11 @@ def prepare(
     )  # fmt: skip
 
 
-def _loop_options(config: FinetuneConfig, batches: TrainingBatches) -> LoopOptions:
-    steps = config.steps
-    if steps is None:
-        micro_batches = math.ceil((config.epochs or 1.0) * batches.steps_per_epoch)
-        steps = math.ceil(micro_batches / config.grad_accumulation)
+def _loop_options(config: ResolvedConfig, batches: TrainingBatches) -> LoopOptions:
     return LoopOptions(
-        steps=steps,
-        lr=config.lr or 0.0,
-        schedule=config.schedule or "constant",
+        steps=config.optimizer_steps(batches.steps_per_epoch),
+        lr=config.lr,
+        schedule=config.schedule,
         warmup=config.warmup,
         grad_accumulation=config.grad_accumulation,
         eval_every=config.eval_every,
@@ -190,10 +201,3 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(repr(example).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
-
-
-def _resolved(value: int | None) -> int:
-    """Narrow an option that a resolved configuration always has."""
-    if value is None:
-        raise ValueError("the configuration is not resolved; call config.resolved()")
-    return value

@@ -14,10 +14,10 @@ from torch import nn
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.head import head_obstacle
 from prodial_kernels.models.layers.recompute import draws_numbers
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.step.buckets import Buckets
 from prodial_kernels.training.step.eager import EagerStep, TrainingStep
-from prodial_kernels.training.step.graphed import GraphedStep, choose_graph
+from prodial_kernels.training.step.graphed import CudaGraphs, GraphedStep, choose_graph
 from prodial_kernels.training.step.loss import choose_loss, make_loss
 
 
@@ -70,12 +70,12 @@ def facts_of(model: nn.Module) -> ModelFacts:
 
 
 def decide(
-    config: FinetuneConfig, model: ModelFacts, device: torch.device, *, checkpoints: bool = False
+    config: ResolvedConfig, model: ModelFacts, device: torch.device, *, checkpoints: bool = False
 ) -> StepChoice:
     """Decide how a run takes its steps; a pure function but for whether liger-kernel is installed.
 
     Args:
-        config: A resolved configuration.
+        config: What the run is to do.
         model: Of the model as it will be trained.
         device: Where the run will be.
         checkpoints: Whether a memory plan lets blocks run again in backward; those that
@@ -90,21 +90,21 @@ def decide(
         obstacles.append("loss 'liger' waits for the device")
     if model.draws_numbers and (checkpoints or config.chosen_activations == "checkpoint"):
         obstacles.append("recomputing dropout reads the random generator's state on the host")
-    graph = choose_graph(
+    graphed, graph_reason = choose_graph(
         config.cuda_graph, device=device,
-        tokens=(config.batch_size or 1) * (config.seq_len or 2), parts=config.grad_accumulation,
+        tokens=config.batch_size * config.seq_len, parts=config.grad_accumulation,
         obstacles=obstacles,
     )  # fmt: skip
-    loss, why = choose_loss(
-        config.loss, device, graphed=graph.graphed, head_obstacle=model.head_obstacle
+    loss, loss_reason = choose_loss(
+        config.loss, device, graphed=graphed, head_obstacle=model.head_obstacle
     )
-    return StepChoice(graph.graphed, loss, graph.reason, why)
+    return StepChoice(graphed, loss, graph_reason, loss_reason)
 
 
 def make_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    config: FinetuneConfig,
+    config: ResolvedConfig,
     choice: StepChoice,
     *,
     device: torch.device,
@@ -116,7 +116,7 @@ def make_step(
     Args:
         model: The model, ready for training, on ``device``.
         optimizer: Over its trained parameters, with the state to begin with.
-        config: A resolved configuration.
+        config: What the run is to do.
         choice: What :func:`decide` returned for it.
         device: Where the model is.
         autocast_dtype: Run forward under autocast to this dtype.
@@ -132,12 +132,10 @@ def make_step(
         say(str(choice))
     if not choice.graphed:
         return EagerStep(loss, optimizer, clip=config.clip, autocast_dtype=autocast_dtype)
-    from prodial_kernels.training.step.cuda_graphs import CudaGraphs
-
     return GraphedStep(
         loss,
         optimizer,
-        Buckets(config.batch_size or 1, config.seq_len or 2),
+        Buckets(config.batch_size, config.seq_len),
         CudaGraphs(device),
         clip=config.clip,
         autocast_dtype=autocast_dtype,

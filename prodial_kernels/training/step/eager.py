@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.data.batches import IGNORED, Batch, to_device
+from prodial_kernels.training.step.chunked_loss import Weight
 from prodial_kernels.training.step.loss import Loss
 from prodial_kernels.training.step.optimizers import set_learning_rate
 
@@ -68,16 +69,8 @@ class EagerStep:
     def begin(self, parts: Sequence[Batch], lr: float) -> None:
         """See :class:`TrainingStep`."""
         device = self._trained[0].device
-        weight = label_weight(parts)
-        self._result = accumulate(
-            self._loss,
-            [_on_device(part, device) for part in parts],
-            weight,
-            self._trained,
-            clip=self._clip,
-            autocast_dtype=self._autocast_dtype,
-            every_position=False,
-        )
+        on_device = [_on_device(part, device) for part in parts]
+        self._result = self.accumulate(on_device, label_weight(parts))
         set_learning_rate(self._optimizer, lr)
 
     def finish(self) -> StepResult:
@@ -95,43 +88,31 @@ class EagerStep:
         """See :class:`TrainingStep`."""
         self._result = None
 
+    def accumulate(
+        self, parts: Sequence[Batch], weight: Weight, *, every_position: bool = False
+    ) -> Tensor:
+        """Run forward and backward of micro-batches and clip; wait for nothing.
 
-def accumulate(
-    loss: Loss,
-    parts: Sequence[Batch],
-    weight: Tensor | float,
-    trained: Sequence[nn.Parameter],
-    *,
-    clip: float,
-    autocast_dtype: torch.dtype | None,
-    every_position: bool,
-) -> Tensor:
-    """Run forward and backward of micro-batches and clip; wait for nothing.
+        Args:
+            parts: Their inputs are on the device; with ``every_position`` their labels too.
+            weight: Of every label.
+            every_position: As the loss takes it.
 
-    Args:
-        loss: Of a micro-batch.
-        parts: Their inputs are on the device; with ``every_position`` their labels too.
-        weight: Of every label.
-        trained: All that is trained.
-        clip: Largest gradient norm; 0 for no clipping.
-        autocast_dtype: Run forward under autocast to this dtype.
-        every_position: As the loss takes it.
-
-    Returns:
-        ``[2]``: the loss and the norm of the whole gradient before clipping.
-    """
-    device = trained[0].device
-    total = torch.zeros((), device=device)
-    for part in parts:
-        inputs = {} if part.seq_idx is None else {"seq_idx": part.seq_idx}
-        with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            value = loss(
-                part.input_ids, part.labels, weight, every_position=every_position, **inputs
-            )
-        value.backward()
-        total += value.detach()
-    norm = nn.utils.clip_grad_norm_(trained, clip if clip > 0 else math.inf)
-    return torch.stack([total, norm.to(total)])
+        Returns:
+            ``[2]``: the loss and the norm of the whole gradient before clipping.
+        """
+        device, dtype = self._trained[0].device, self._autocast_dtype
+        total = torch.zeros((), device=device)
+        for part in parts:
+            inputs = {} if part.seq_idx is None else {"seq_idx": part.seq_idx}
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                value = self._loss(
+                    part.input_ids, part.labels, weight, every_position=every_position, **inputs
+                )
+            value.backward()
+            total += value.detach()
+        norm = nn.utils.clip_grad_norm_(self._trained, self._clip if self._clip > 0 else math.inf)
+        return torch.stack([total, norm.to(total)])
 
 
 def _on_device(part: Batch, device: torch.device) -> Batch:

@@ -17,9 +17,11 @@ the weight of a label are written into such tensors before every launch.
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,7 +32,6 @@ from prodial_kernels.training.step.buckets import Buckets, Shape, buffers, fill
 from prodial_kernels.training.step.eager import (
     EagerStep,
     StepResult,
-    accumulate,
     label_weight,
     trained_parameters,
 )
@@ -52,32 +53,13 @@ MOST_PARTS = 16
 """Micro-batches of a step up to which ``"auto"`` uses graphs, which hold every one's kernels."""
 
 
+_SYNCHRONISES = "called a synchronizing CUDA operation"
+
+Function: TypeAlias = Callable[[], None]
+
+
 class GraphError(RuntimeError):
     """Steps cannot be captured in a CUDA graph."""
-
-
-class Graphs(Protocol):
-    """What captures; :class:`prodial_kernels.training.step.cuda_graphs.CudaGraphs`."""
-
-    def run(self, function: Callable[[], None]) -> None:
-        """Run a function."""
-
-    def run_watched(self, function: Callable[[], None]) -> list[str]:
-        """Run a function and return where it waits for the device."""
-
-    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Capture a function without running it; return what runs it."""
-
-    def release(self) -> None:
-        """Give memory back."""
-
-
-@dataclass(frozen=True)
-class GraphChoice:
-    """Whether steps are captured, and why."""
-
-    graphed: bool
-    reason: str
 
 
 def choose_graph(
@@ -87,7 +69,7 @@ def choose_graph(
     tokens: int,
     parts: int = 1,
     obstacles: Sequence[str] = (),
-) -> GraphChoice:
+) -> tuple[bool, str]:
     """Decide whether to capture steps.
 
     Args:
@@ -97,6 +79,9 @@ def choose_graph(
         parts: Micro-batches of a step.
         obstacles: What of this run no graph can hold, such as ``"loss 'liger'"``.
 
+    Returns:
+        Whether to, and why, in a few words.
+
     Raises:
         GraphError: ``"on"``, and it cannot be.
         ValueError: An unknown mode.
@@ -104,22 +89,76 @@ def choose_graph(
     if mode not in CUDA_GRAPHS:
         raise ValueError(f"mode must be one of {', '.join(map(repr, CUDA_GRAPHS))}, got {mode!r}")
     if mode == "off":
-        return GraphChoice(False, "as asked for")
+        return False, "as asked for"
     missing = list(obstacles)
     if device.type != "cuda":
         missing.insert(0, f"the model is on {device.type!r}, not on a CUDA device")
     if missing and mode == "on":
         raise GraphError(f"cuda_graph 'on' cannot be: {'; '.join(missing)}. Use 'auto' or 'off'")
     if missing:
-        return GraphChoice(False, "; ".join(missing))
+        return False, "; ".join(missing)
     if mode == "on":
-        return GraphChoice(True, "as asked for")
+        return True, "as asked for"
     if tokens > MOST_TOKENS:
         reason = f"{tokens:,} tokens keep the GPU busy by themselves"
-        return GraphChoice(False, f"{reason} (more than {MOST_TOKENS:,})")
+        return False, f"{reason} (more than {MOST_TOKENS:,})"
     if parts > MOST_PARTS:
-        return GraphChoice(False, f"{parts} micro-batches in a step (more than {MOST_PARTS})")
-    return GraphChoice(True, "launching a step would take longer than running it")
+        return False, f"{parts} micro-batches in a step (more than {MOST_PARTS})"
+    return True, "launching a step would take longer than running it"
+
+
+class CudaGraphs:
+    """Runs a function on a stream of its own, and captures it there.
+
+    Graphs share a memory pool: they never run at the same time, and no graph reads what another one
+    left there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Make the stream."""
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def run(self, function: Function) -> None:
+        """Run a function as it is, on the stream that captures."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            function()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def run_watched(self, function: Function) -> list[str]:
+        """Run a function and return where it waits for the device, which no graph can do."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self.run(function)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        found: dict[str, None] = {}
+        for warning in caught:
+            if _SYNCHRONISES in str(warning.message):
+                found[f"{warning.filename}:{warning.lineno}"] = None
+        return list(found)
+
+    def capture(self, function: Function) -> Function:
+        """Capture a function, without running it, and return what runs it."""
+        # What a step left behind would stay beside the graph's own memory.
+        gc.collect()
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            function()
+        return graph.replay
+
+    def release(self) -> None:
+        """Give back the memory of graphs that nothing refers to any more."""
+        self._pool = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -141,7 +180,7 @@ class GraphedStep:
         loss: Loss,
         optimizer: torch.optim.Optimizer,
         buckets: Buckets,
-        graphs: Graphs,
+        graphs: CudaGraphs,
         *,
         clip: float = 0.0,
         autocast_dtype: torch.dtype | None = None,
@@ -160,18 +199,16 @@ class GraphedStep:
             required: Raise where a step turns out not to be capturable; else go on eagerly.
             say: Told when that happens.
         """
-        self._loss = loss
+        self._eager = EagerStep(loss, optimizer, clip=clip, autocast_dtype=autocast_dtype)
+        self._falls_back = False
         self._optimizer = optimizer
         self._trained = trained_parameters(optimizer)
         self._buckets = buckets
         self._graphs = graphs
-        self._clip = clip
-        self._autocast_dtype = autocast_dtype
         self._required = required
         self._say = say
         self._programs: dict[Shape, _Program] = {}
         self._running: _Program | None = None
-        self._eager: EagerStep | None = None
         self._watched = False
         device = self._trained[0].device
         self._weight = torch.zeros((), device=device)
@@ -188,7 +225,7 @@ class GraphedStep:
             GraphError: The step waits for the device, and this was ``required``; or capturing it
                 failed. No step is half taken.
         """
-        if self._eager is not None:
+        if self._falls_back:
             self._eager.begin(parts, lr)
             return
         program = self._program(self._buckets.shape_of(parts), parts[0])
@@ -213,7 +250,7 @@ class GraphedStep:
 
     def finish(self) -> StepResult:
         """See :class:`TrainingStep`."""
-        if self._eager is not None and self._running is None:
+        if self._falls_back and self._running is None:
             return self._eager.finish()
         if self._running is None:
             raise RuntimeError("finish() without begin()")
@@ -261,9 +298,7 @@ class GraphedStep:
             raise GraphError(f"cuda_graph 'on' cannot be: {reason}. Use 'auto' or 'off'")
         self._say(f"no CUDA graph: {reason}")
         self._programs.clear()
-        self._eager = EagerStep(
-            self._loss, self._optimizer, clip=self._clip, autocast_dtype=self._autocast_dtype
-        )
+        self._falls_back = True
 
     def _captured(self, program: _Program) -> Callable[[], None]:
         try:
@@ -284,15 +319,7 @@ class GraphedStep:
             Batch(ids[i], labels[i], None if seq_idx is None else seq_idx[i])
             for i in range(len(ids))
         ]
-        result = accumulate(
-            self._loss,
-            parts,
-            self._weight,
-            self._trained,
-            clip=self._clip,
-            autocast_dtype=self._autocast_dtype,
-            every_position=True,
-        )
+        result = self._eager.accumulate(parts, self._weight, every_position=True)
         self._result.copy_(result)
         if not self._whole:
             return

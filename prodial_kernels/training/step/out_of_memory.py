@@ -39,8 +39,8 @@ class OutOfMemory(RuntimeError):
         if advice is None:
             advice = "Try activations 'checkpoint', a smaller batch_size or a shorter seq_len"
         return OutOfMemory(
-            f"{self}; {kept}. {advice}. A run goes on with --resume, also with another "
-            "--memory-budget or --activations; whatever else is changed needs a new one",
+            f"{self}; {kept}. {advice}. A run goes on with resume=True, also with "
+            "another memory_budget or activations=...; whatever else is changed needs a new one",
             whole=self.whole,
         )
 

@@ -16,7 +16,7 @@ from prodial_kernels.models.layers.head import OutputHead
 from prodial_kernels.testing import assert_all_accurate
 from prodial_kernels.training.data.batches import IGNORED
 from prodial_kernels.training.step.chunked_loss import chunk_rows
-from prodial_kernels.training.step.cuda_graphs import CudaGraphs
+from prodial_kernels.training.step.graphed import CudaGraphs
 from prodial_kernels.training.step.loss import ChunkedLoss, FullLoss, Loss, negative_log_likelihoods
 
 pytestmark = pytest.mark.gpu

@@ -9,8 +9,7 @@ from torch import nn
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.layers import recompute
 from prodial_kernels.models.layers.fused_norms import is_fused
-from prodial_kernels.models.layers.levels import CHECKPOINT, NORM
-from prodial_kernels.models.layers.recompute import prepare_blocks
+from prodial_kernels.models.layers.recompute import CHECKPOINT, NORM, prepare_blocks
 from support.models import build
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from benchmarks.harness.timing import Replay
-from prodial_kernels.training.step.cuda_graphs import CudaGraphs
+from prodial_kernels.training.step.graphed import CudaGraphs
 
 Result = TypeVar("Result")
 

@@ -12,7 +12,7 @@ import torch
 
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.layers.fused_norms import fuse_norms
-from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, LEVELS, NORM, RECOMPUTE
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVELS, NORM, RECOMPUTE
 from prodial_kernels.ops import projection
 from prodial_kernels.training.memory import activations
 from prodial_kernels.training.memory.activations import Tokens, kept, workspace

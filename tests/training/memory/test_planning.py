@@ -14,7 +14,7 @@ import torch
 
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.cli import commands
-from prodial_kernels.models.layers.levels import CHECKPOINT, KEEP, NORM
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM
 from prodial_kernels.training import FinetuneConfig, finetune
 from prodial_kernels.training.memory import run_plan
 from prodial_kernels.training.memory.allocator import grow_segments

@@ -36,14 +36,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make a run fail without warning when a step has been logged."""
 
     def arrange(step: int) -> None:
-        logged = finetuning._Events.logged
+        logged = finetuning.RunEvents.logged
 
         def stopping(self: Any, record: Any) -> None:
             logged(self, record)
             if record.position.step == step:
                 raise _Stop
 
-        monkeypatch.setattr(finetuning._Events, "logged", stopping)
+        monkeypatch.setattr(finetuning.RunEvents, "logged", stopping)
 
     return arrange
 
@@ -152,7 +152,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 def test_refuses_to_start_over_a_run_or_in_a_full_directory(
     place: Path, whole_run: FinetuneResult, tmp_path: Path
 ) -> None:
-    with pytest.raises(RunError, match=r"already holds a run.*--resume.*--output"):
+    with pytest.raises(RunError, match=r"already holds a run.*resume=True.*output="):
         run(place, whole_run.output)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunError, match="not an empty directory"):
@@ -272,7 +272,7 @@ def test_a_signal_saves_the_step(
     """Also where the terminal has gone, to which the run would show its progress."""
     import signal
 
-    logged = finetuning._Events.logged
+    logged = finetuning.RunEvents.logged
 
     def interrupting(self: Any, record: Any) -> None:
         if record.position.step == 7:
@@ -281,7 +281,7 @@ def test_a_signal_saves_the_step(
             os.kill(os.getpid(), getattr(signal, name))
         logged(self, record)
 
-    monkeypatch.setattr(finetuning._Events, "logged", interrupting)
+    monkeypatch.setattr(finetuning.RunEvents, "logged", interrupting)
     with pytest.raises(Interrupted, match=name):
         run(place, tmp_path / "run", progress=True, lora_dropout=0.1)
     monkeypatch.undo()

@@ -49,9 +49,9 @@ def test_a_second_start_is_refused_while_the_first_one_loads(
 ) -> None:
     prepare, refused = finetuning.prepare, []
 
-    def prepare_slowly(*args: Any) -> Any:
+    def prepare_slowly(*args: Any, **options: Any) -> Any:
         monkeypatch.setattr(finetuning, "prepare", prepare)
-        made = prepare(*args)
+        made = prepare(*args, **options)
         for resume in (False, True):
             with pytest.raises(RunError, match=r"another process is running|no run to resume"):
                 run(place, tmp_path / "run", lr=0.05, resume=resume, **_SHORT)
@@ -234,14 +234,14 @@ def test_without_a_whole_state_it_stops_until_told_to_begin_again(
 
 
 def _when_logged(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
-    logged = finetuning._Events.logged
+    logged = finetuning.RunEvents.logged
 
     def acting(self: Any, record: Any) -> None:
         logged(self, record)
         if record.position.step == step:
             action()
 
-    monkeypatch.setattr(finetuning._Events, "logged", acting)
+    monkeypatch.setattr(finetuning.RunEvents, "logged", acting)
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced", "removed at the end"])

@@ -20,8 +20,7 @@ from prodial_kernels.training import FinetuneConfig
 from prodial_kernels.training.config import ConfigError
 from prodial_kernels.training.data.batches import Batch
 from prodial_kernels.training.run.metrics import read_metrics
-from prodial_kernels.training.step import eager as steps
-from prodial_kernels.training.step.eager import StepResult
+from prodial_kernels.training.step.eager import EagerStep, StepResult
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
 from support import tiny_run
 
@@ -83,13 +82,13 @@ def test_the_state_is_saved_and_a_resumed_run_loses_nothing(
     whole = run(place, tmp_path / "whole", **options)
     # The third step has drawn its dropout and added its gradients when memory runs out.
     with (
-        exhausted(steps, "accumulate", call=3),
+        exhausted(EagerStep, "accumulate", call=3),
         pytest.raises(OutOfMemory, match="the state after step 2 is saved") as caught,
     ):
         run(place, tmp_path / "run", **options)
     assert caught.value.whole
     assert "Tried to allocate 2.00 GiB" in str(caught.value)
-    assert "--resume" in str(caught.value)
+    assert "goes on with resume=True, also with another memory_budget" in str(caught.value)
     assert [p.name for p in (tmp_path / "run/state").iterdir()] == ["step-000002"]
     torch.manual_seed(5)
     resumed = run(place, tmp_path / "run", resume=True, **options)
@@ -99,7 +98,7 @@ def test_the_state_is_saved_and_a_resumed_run_loses_nothing(
 
 def test_a_run_may_be_resumed_with_less_memory(place: Path, tmp_path: Path) -> None:
     whole = run(place, tmp_path / "whole", lora_dropout=0.2)
-    with exhausted(steps, "accumulate", call=2), pytest.raises(OutOfMemory):
+    with exhausted(EagerStep, "accumulate", call=2), pytest.raises(OutOfMemory):
         run(place, tmp_path / "run", lora_dropout=0.2)
     resumed = run(place, tmp_path / "run", resume=True, lora_dropout=0.2, activations="checkpoint")
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
@@ -151,7 +150,7 @@ def test_the_command_line_says_how_to_go_on(
         "finetune", "--model", str(place / "model"), "--data", str(place / "text.txt"),
         "--steps", "2", "--seq-len", "32", "--eval-tokens", "64", "--output", output,
     ]  # fmt: skip
-    with exhausted(steps, "accumulate", call=1):
+    with exhausted(EagerStep, "accumulate", call=1):
         assert commands.main(arguments) == 1
     printed = capsys.readouterr().err
     assert "prodial: error: out of memory in forward and backward of 1 x 4 x 32 tokens" in printed

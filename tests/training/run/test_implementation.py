@@ -11,7 +11,7 @@ from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
 from prodial_kernels.training import FinetuneConfig
 from prodial_kernels.training.adapted import load_adapted
 from prodial_kernels.training.options import ConfigError
-from prodial_kernels.training.run.projectors import (
+from prodial_kernels.training.run.implementation import (
     check_implementation,
     implementation_of,
     set_implementation,
