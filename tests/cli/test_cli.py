@@ -241,6 +241,8 @@ def test_errors_show_nothing_that_steers_a_terminal(
 
 def test_messages_for_python_are_put_into_flags() -> None:
     assert in_flags("set allow_partial=True, or r=8") == "set --allow-partial, or r=8"
+    assert in_flags("resume=True, or output=...") == "--resume, or --output"
+    assert in_flags("exists (replace=True replaces it)") == "exists (--force replaces it)"
     assert in_flags("n_blocks=7 must divide in_features=192") == (
         "--n-blocks 7 must divide in_features=192"
     )
