@@ -1,8 +1,8 @@
-"""Which module paths a name or a regular expression means, and which expressions may never end.
+"""Matching module paths by name or regular expression, without catastrophic backtracking.
 
-Python's regular expressions try every way to match. ``(a+)+b`` has 2^n ways to fail on n letters,
-and nothing can stop it. So an expression is only run if the number of its ways is bounded: what an
-adapter's file names as ``target_modules`` is somebody else's.
+Python's ``re`` tries every way to match: ``(a+)+b`` fails in 2^n ways on n letters, and cannot be
+interrupted. An adapter's file, which may come from anybody, names ``target_modules``; so an
+expression is only run if the number of its ways to match is bounded.
 """
 
 from __future__ import annotations

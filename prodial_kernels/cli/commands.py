@@ -339,12 +339,12 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _complain(message: str) -> None:
-    # It may quote a file of anybody's: what would steer a terminal is written as an escape.
+    # It may quote a file from anybody, with control characters in it.
     _say(f"prodial: error: {printable(message)}")
 
 
 def _say(message: str) -> None:
-    """Print on stderr; the terminal may have gone, and with it whoever would read this."""
+    """Print on stderr, which may be closed already: the terminal may have gone."""
     with suppress(OSError, ValueError):
         print(message, file=sys.stderr)
 

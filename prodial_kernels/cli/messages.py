@@ -1,4 +1,4 @@
-"""What the command line says where something is wrong: in its own words, with a way out."""
+"""Error messages of the command line: in terms of flags, with the fix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OWN_OR_BUILTIN = ("builtins", "prodial_kernels")
 
 
 def explained(error: Exception) -> str:
-    """Say what went wrong; what the package does not raise on purpose is named by its class."""
+    """Return an error's message; an error that is not raised on purpose is named by its class."""
     expected = (ValueError, RuntimeError, OSError, MissingExtraError)
     if isinstance(error, ConfigError):
         return error.renamed(flag_of)
@@ -34,7 +34,7 @@ def explained(error: Exception) -> str:
 
 
 def printable(message: str) -> str:
-    """Write characters that would steer a terminal as escapes; lines stay lines."""
+    """Escape the characters that a terminal would interpret, except line ends."""
     return "".join(
         c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in message
     )
@@ -46,7 +46,7 @@ def flag_of(option: str) -> str:
 
 
 def in_flags(message: str) -> str:
-    """Put flags for options into a message that was written for Python.
+    """Replace the names of options by flags in a message that was written for Python.
 
     Names with an underscore mean nothing else, unless they are part of a path or of code; names
     without one are English words too, so only those are replaced that begin a message about them.
@@ -74,7 +74,7 @@ def in_flags(message: str) -> str:
 
 
 def joined_numbers(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """Put numbers that begin with a minus to the flag before them, where argparse sees a flag."""
+    """Join negative numbers to the flag before them: argparse would take them for flags."""
     actions = _actions(parser)
     out: list[str] = []
     for word in words:

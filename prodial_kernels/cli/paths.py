@@ -1,4 +1,4 @@
-"""Where an adapter lies that somebody names: its directory, the run's, or a file in it."""
+"""Finding the adapter that a path means: its directory, that of its run, or a file in it."""
 
 from __future__ import annotations
 

@@ -274,16 +274,6 @@ class FinetuneConfig:
         listed = "" if len(hints) == len(unknown) else f"; known are {', '.join(OPTIONS)}"
         raise ConfigError("; ".join([f"{source}: unknown keys {unknown}", *hints]) + listed)
 
-    @classmethod
-    def check_values(cls, values: Mapping[str, Any]) -> None:
-        """Raise unless each value by itself is one that its option may have.
-
-        Raises:
-            ConfigError: Names the option, what is expected and what came.
-        """
-        for name, value in values.items():
-            checked_value(OPTIONS[name], value)
-
     @property
     def chosen_activations(self) -> str:
         """``activations``, or what ``gradient_checkpointing`` stands for."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from prodial_kernels._suggestions import similar_path
 from prodial_kernels.files.reading import read_bytes
-from prodial_kernels.training.config import ConfigError, FinetuneConfig
+from prodial_kernels.training.config import OPTIONS, ConfigError, FinetuneConfig
+from prodial_kernels.training.options import checked_value
 
 # Far more than all options take.
 _LARGEST = 1 << 24
@@ -50,7 +51,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         values = {name: value for name, value in values["config"].items() if name != "output"}
     FinetuneConfig.check_names(values, source=str(file))
     try:
-        FinetuneConfig.check_values(values)
+        for name, value in values.items():
+            checked_value(OPTIONS[name], value)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
     return values

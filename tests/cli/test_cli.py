@@ -89,17 +89,6 @@ def _parsed(*arguments: str) -> dict[str, Any]:
     return config_values(parser.parse_args(arguments))
 
 
-def test_every_option_has_a_flag_of_its_name() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_finetune_options(parser)
-    flags = {action.dest for action in parser._actions}
-    options = set(FinetuneConfig.__dataclass_fields__)
-    assert flags - options == {"help", "resume", "config"}
-    assert options <= flags
-
-
 def test_flags_that_are_not_given_leave_no_trace() -> None:
     assert _parsed() == {}
 
