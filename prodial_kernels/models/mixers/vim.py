@@ -20,8 +20,9 @@ from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS
 from prodial_kernels.models.mixers.projection import ProjectorOfView, adapted_children
+from prodial_kernels.models.mixers.selective_scan import BACKWARD, FORWARD, Direction
 from prodial_kernels.models.mixers.structure import names_in, unknown_in
-from prodial_kernels.models.mixers.vim_scan import BACKWARD, FORWARD, Direction, directed_scan
+from prodial_kernels.models.mixers.vim_scan import directed_scan
 from prodial_kernels.models.patch_point import AdaptedMixer, View
 
 # By the mixer's bimamba_type. "v1" scans the forward convolution's output both ways.
@@ -29,7 +30,7 @@ _DIRECTIONS: dict[str, tuple[Direction, ...]] = {"v2": (FORWARD, BACKWARD), "non
 
 
 # Of "v2", and what else upstream's forward may read.
-_BACKWARD_PARTS = ("conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b")
+_BACKWARD_PARTS = BACKWARD[:5]
 _KNOWN = ("act", "gamma", "step", "_get_states_from_cache", *_BACKWARD_PARTS)
 
 

@@ -3,57 +3,38 @@
 ``silu(conv(x))``, x_proj, dt_proj, selective scan, gate: Mamba-1's block without ``in_proj`` and
 ``out_proj``, which Vim's two directions share. Two ways to compute it:
 
-* on the CUDA functions of causal-conv1d and mamba-ssm, as one autograd function that keeps xz (of
-  which both directions keep the same tensor, flipped where needed), x_proj's output, the ungated
-  scan output and the scan's states, and recomputes the rest, as Vim's own function does;
+* on the CUDA functions of causal-conv1d and mamba-ssm, by :mod:`.selective_scan`, as one autograd
+  function that keeps xz (both directions keep the same tensor, and flip it where needed), x_proj's
+  output, the ungated scan output and the scan's states, and recomputes the rest, as Vim's own
+  function does;
 * in PyTorch, on any device, differentiated by autograd.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from prodial_kernels.kernels.projector.operands import (
-    Kept,
-    Needs,
-    Operands,
-    ProjectionOptions,
+from prodial_kernels.models.mixers.cuda_functions import kernels_available
+from prodial_kernels.models.mixers.projection import is_explicit
+from prodial_kernels.models.mixers.selective_scan import (
+    Direction,
+    ScanKept,
+    ScanNeeds,
+    ScanOperands,
+    ScanOptions,
+    scan_forward,
+    scan_gradients,
+    scan_operands,
 )
-from prodial_kernels.models.mixers.cuda_functions import (
-    convolve,
-    convolve_backward,
-    kernels_available,
-    scan_backward,
-)
-from prodial_kernels.models.mixers.cuda_functions import scan as cuda_scan
-from prodial_kernels.models.mixers.projection import is_explicit, operands_of, placeholder
 from prodial_kernels.ops.autocast import autocast_off
-from prodial_kernels.ops.projection import project, project_backward
 
 SCANS = ("auto", "cuda", "torch")
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Names of one direction's parts in a mixer, and whether it reads the sequence backwards."""
-
-    conv1d: str
-    x_proj: str
-    dt_proj: str
-    A_log: str
-    D: str
-    reverse: bool
-
-
-FORWARD = Direction("conv1d", "x_proj", "dt_proj", "A_log", "D", reverse=False)
-BACKWARD = Direction("conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b", reverse=True)
 
 
 def directed_scan(mixer: Any, xz: Tensor, direction: Direction, scan: str = "auto") -> Tensor:
@@ -84,28 +65,12 @@ def directed_scan(mixer: Any, xz: Tensor, direction: Direction, scan: str = "aut
             '(pip install mamba-ssm causal-conv1d --no-build-isolation), or pass scan="torch", '
             "which is much slower"
         )
-    conv1d, x_proj, dt_proj = (
-        getattr(mixer, name) for name in (direction.conv1d, direction.x_proj, direction.dt_proj)
-    )
-    for name, layer in ((direction.x_proj, x_proj), (direction.dt_proj, dt_proj)):
-        if not is_explicit(layer):
+    for name in (direction.x_proj, direction.dt_proj):
+        if not is_explicit(getattr(mixer, name)):
             raise ValueError(f'{name} has impl="reference", which only scan="torch" can run')
-    tokens = xz.mT
-    x_operands, x_options = operands_of(x_proj, placeholder(tokens, x_proj.in_features))
-    dt_operands, dt_options = operands_of(dt_proj, placeholder(tokens, dt_proj.in_features))
-    return _DirectedScan.apply(
-        xz.to(x_operands.weight.dtype),
-        Options(x_options, dt_options),
-        direction.reverse,
-        conv1d.weight.squeeze(1),
-        conv1d.bias,
-        -torch.exp(getattr(mixer, direction.A_log).float()),
-        getattr(mixer, direction.D).float().contiguous(),
-        dt_proj.bias.float(),
-        *x_operands,
-        # The scan adds the bias of delta.
-        *dt_operands._replace(bias=None),
-    )
+    operands, options = scan_operands(mixer, xz.mT, direction)
+    xz = xz.to(operands.x_proj.weight.dtype)
+    return _DirectedScan.apply(xz, options, direction.reverse, *operands.flat())
 
 
 def _torch_scan(mixer: Any, xz: Tensor, direction: Direction) -> Tensor:
@@ -166,47 +131,19 @@ def _recurrence(decay: Tensor, update: Tensor) -> Tensor:
     return states.flatten(-2)[..., :length]
 
 
-class Options(NamedTuple):
-    """What of the two inner projections is not a tensor."""
-
-    x_proj: ProjectionOptions
-    dt_proj: ProjectionOptions
-
-
-_FIRST = 8
-_OPERANDS = len(Operands._fields)
-
-
 class _DirectedScan(torch.autograd.Function):
     """xz [b, 2E, l] -> y [b, E, l]. See the module's docstring for what is kept."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        xz: Tensor,
-        options: Options,
-        reverse: bool,
-        conv_weight: Tensor,
-        conv_bias: Tensor | None,
-        A: Tensor,
-        D: Tensor,
-        dt_bias: Tensor,
-        *projections: Tensor | None,
+        ctx: Any, xz: Tensor, options: ScanOptions, reverse: bool, *tensors: Tensor | None
     ) -> Tensor:
-        """``projections`` are the ``Operands`` of x_proj and of dt_proj."""
-        x_proj, dt_proj = _split(projections)
+        """``tensors``: :meth:`ScanOperands.flat`."""
+        operands = ScanOperands.unflatten(tensors)
         with autocast_off(xz.device.type):
-            # The same tensor for both directions; upstream keeps a flipped copy for the second.
-            kept = xz
-            x, z = _oriented(xz, reverse).chunk(2, dim=1)
-            u = convolve(x, conv_weight, conv_bias)
-            dbc, x_h = project(u.mT, x_proj, options.x_proj, channel_first=True)
-            dt, B, C = _parts(dbc, dt_proj, A)
-            delta, dt_h = project(dt.mT, dt_proj, options.dt_proj, channel_first=True)
-            out, states, y = cuda_scan(u, delta, A, B, C, D, z, dt_bias, True)
-        ctx.save_for_backward(
-            kept, dbc, out, states, x_h, dt_h, conv_weight, conv_bias, A, D, dt_bias, *projections
-        )
+            y, kept = scan_forward(_oriented(xz, reverse), operands, options)
+        # xz itself, one tensor for both directions; upstream keeps a flipped copy for the second.
+        ctx.save_for_backward(xz, *kept, *tensors)
         ctx.options, ctx.reverse = options, reverse
         return y.flip(-1) if reverse else y
 
@@ -214,51 +151,20 @@ class _DirectedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        (kept, dbc, out, states, x_h, dt_h, conv_weight, conv_bias, A, D, dt_bias,
-         *projections) = ctx.saved_tensors  # fmt: skip
-        x_proj, dt_proj = _split(projections)
+        xz, *tensors = ctx.saved_tensors
+        kept = ScanKept(*tensors[: len(ScanKept._fields)])
+        operands = ScanOperands.unflatten(tensors[len(ScanKept._fields) :])
         needs = ctx.needs_input_grad
-        own_x, own_dt = needs[_FIRST : _FIRST + _OPERANDS - 1], needs[_FIRST + _OPERANDS : -1]
-        through_u = needs[0] or needs[3] or needs[4]
-        with autocast_off(kept.device.type):
-            xz = _oriented(kept, ctx.reverse)
-            x, z = xz.chunk(2, dim=1)
-            u = convolve(x, conv_weight, conv_bias)
-            dt, B, C = _parts(dbc, dt_proj, A)
-            delta, _ = project(dt.mT, dt_proj, ctx.options.dt_proj, channel_first=True)
-            dxz = torch.empty_like(xz)
-            dx, dz = dxz.chunk(2, dim=1)
-            du, ddelta, dA, dB, dC, dD, d_dt_bias = scan_backward(
-                u, delta, A, B, C, D, z, dt_bias, _oriented(dy, ctx.reverse), states, out, dz,
-                True, False,
+        with autocast_off(xz.device.type):
+            dxz, found = scan_gradients(
+                [_oriented(dy, ctx.reverse)], _oriented(xz, ctx.reverse), kept, operands,
+                ctx.options, ScanNeeds.of(needs[0], needs[3:]),
             )  # fmt: skip
-            through_dt = bool(through_u or any(own_x))
-            ddt, *d_dt_proj = project_backward(
-                ddelta.mT, dt.mT, Kept(delta.mT, dt_h), dt_proj, ctx.options.dt_proj,
-                Needs(through_dt, *own_dt), channel_first=True,
-            )  # fmt: skip
-            d_x_proj: list[Tensor | None] = [None] * (_OPERANDS - 1)
-            d_conv_weight = d_conv_bias = None
-            if ddt is not None:
-                ddbc = torch.cat([ddt, dB[:, 0].to(ddt.dtype), dC[:, 0].to(ddt.dtype)], dim=1)
-                _, *d_x_proj = project_backward(
-                    ddbc.mT, u.mT, Kept(dbc.mT, x_h), x_proj, ctx.options.x_proj,
-                    Needs(through_u, *own_x), channel_first=True, into=du,
-                )  # fmt: skip
-            if through_u:
-                d_conv_weight, d_conv_bias = convolve_backward(x, conv_weight, conv_bias, du, dx)
-            d_xz = (dxz.flip(-1) if ctx.reverse else dxz) if needs[0] else None
-        gradients = (
-            d_xz, None, None, d_conv_weight, d_conv_bias, dA, dD, d_dt_bias,
-            *d_x_proj, None, *d_dt_proj, None,
-        )  # fmt: skip
+            dxz = dxz.flip(-1) if ctx.reverse and needs[0] else dxz
         return tuple(
-            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+            gradient if needed else None
+            for gradient, needed in zip((dxz, None, None, *found), needs, strict=True)
         )
-
-
-def _split(projections: tuple[Any, ...] | list[Any]) -> tuple[Operands, Operands]:
-    return Operands(*projections[:_OPERANDS]), Operands(*projections[_OPERANDS:])
 
 
 def _oriented(tensor: Tensor, reverse: bool) -> Tensor:
@@ -266,10 +172,3 @@ def _oriented(tensor: Tensor, reverse: bool) -> Tensor:
     # flip keeps the order of the strides.
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor.flip(-1) if reverse else tensor
-
-
-def _parts(dbc: Tensor, dt_proj: Operands, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x_proj's output [b, R + 2N, l] -> views dt [b, R, l], B and C [b, 1, N, l]."""
-    rank, state = dt_proj.weight.shape[1], A.shape[1]
-    dt, B, C = dbc.split([rank, state, state], dim=1)
-    return dt, B.unsqueeze(1), C.unsqueeze(1)

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
-from prodial_kernels.models.mixers.vim_scan import (
-    BACKWARD,
-    FORWARD,
-    Direction,
-    directed_scan,
-    selective_scan,
-)
+from prodial_kernels.models.mixers.selective_scan import BACKWARD, FORWARD, Direction
+from prodial_kernels.models.mixers.vim_scan import directed_scan, selective_scan
 from prodial_kernels.models.vision_mamba.mixer import BidirectionalMamba
 from support.mixers import cuda_stand_ins
 from support.models import randomise_adapters
