@@ -16,14 +16,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.crew import PATIENCE_S
 from benchmarks.harness.environment import ROOT
+from benchmarks.harness.pool import PATIENCE_S
 from benchmarks.harness.process import Worker, WorkerError
+from benchmarks.harness.text import text_table
 from benchmarks.jobs import Job
 from benchmarks.projector.cases import Case
 from benchmarks.projector.measure import BARE
 from benchmarks.projector.rivals import FLOOR, OURS
-from benchmarks.projector.views import text_table
 
 # A change of less than this is not called one, however steady the samples.
 SMALLEST = 0.03
@@ -80,43 +80,29 @@ def compare(
     """Compare two trees that hold a ``prodial_kernels``, case by case.
 
     Raises:
-        ComparisonError: One of them does not run the suite, or fails its gate.
+        ComparisonError: One of them does not run the suite, or computes something else.
     """
     verdicts = []
     try:
         with ExitStack() as stack:
-            workers = [stack.enter_context(Worker(root, device)) for root in (base, head)]
+            workers = [stack.enter_context(Worker(device, root)) for root in (base, head)]
             for case in cases:
                 job = Job("table", case, (FLOOR, OURS), BARE)
                 # Both prepare at once: what takes long there is compiling.
                 for worker in workers:
-                    worker.ask({"do": "prepare", "id": 0, "job": job.to_json()})
+                    worker.ask("prepare", task=job)
                 for worker in workers:
-                    worker.answer(PATIENCE_S)
+                    worker.prepared(PATIENCE_S)
                 samples: tuple[list[dict[str, float]], ...] = ([], [])
                 for turn in range(rounds):
                     # Who goes first alternates.
                     for which in (0, 1) if turn % 2 == 0 else (1, 0):
-                        samples[which].append(sample(workers[which]))
+                        workers[which].ask("sample")
+                        samples[which].append(workers[which].answer(PATIENCE_S)["sample"])
                 verdicts.append(judge(str(case), *samples))
     except WorkerError as error:
         raise ComparisonError(str(error)) from None
     return verdicts
-
-
-def sample(worker: Worker) -> dict[str, float]:
-    """One figure of ProDiaL and one of the floor.
-
-    Raises:
-        WorkerError: One of them was refused or failed.
-    """
-    worker.ask({"do": "sample", "id": 0})
-    answer = worker.answer(PATIENCE_S)
-    for row in answer["rows"]:
-        if row["status"]:
-            raise WorkerError(f"{worker.root}: {row['rival']}: {row['status']}")
-    figures: dict[str, float] = answer["us"]
-    return figures
 
 
 @contextmanager
@@ -148,7 +134,7 @@ def checked_out(reference: str) -> Iterator[Path]:
             subprocess.run([*command, "remove", "--force", str(tree)], capture_output=True)
 
 
-def comparison_view(verdicts: Sequence[Verdict], base: str) -> str:
+def comparison_table(verdicts: Sequence[Verdict], base: str) -> str:
     """The verdicts as a table."""
     lines = [
         [

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from benchmarks.harness.task import Prepared
 from benchmarks.models.modules import (
     METHODS,
     ModuleCase,
+    ModuleRow,
     layer_cases,
     module_cases,
     prepare_modules,
 )
 from benchmarks.projector.breakdown import prepare_breakdown
 from benchmarks.projector.cases import TABLE_SHAPES, TINY, Case, CaseSet, model_cases, with_variants
-from benchmarks.projector.measure import BARE, FULL, QUICK, Row, Settings, prepare_case
+from benchmarks.projector.measure import BARE, FULL, QUICK, Settings, prepare_case
 from benchmarks.projector.measure import TINY as TINY_SETTINGS
 from benchmarks.projector.rivals import FLOOR, OURS, RIVALS, select
+from benchmarks.projector.rows import ProjectorRow
 from benchmarks.projector.scaling import RIVAL, SWEEPS, TINY_SWEEPS
 
 # In the order in which they are measured, and from the end of which they are dropped.
@@ -58,11 +59,6 @@ class Job:
         """About how much of the device's memory it holds while others are prepared."""
         return self.case.bytes
 
-    @property
-    def dtype(self) -> str:
-        """Compute dtype."""
-        return self.case.dtype
-
     def prepare(self, device: str, alone: AbstractContextManager[object]) -> Prepared:
         """Do all that a busy device may do."""
         if isinstance(self.case, ModuleCase):
@@ -72,24 +68,11 @@ class Job:
         chosen = tuple(rival for rival in RIVALS if rival.name in self.rivals)
         return prepare_case(self.case, chosen, device, self.settings, alone)
 
-    def rows(self, status: str) -> list[Row]:
+    def rows(self, status: str) -> list[ProjectorRow] | list[ModuleRow]:
         """A row for each rival that says why there are no figures."""
-        case = asdict(self.case)
         if isinstance(self.case, ModuleCase):
-            case["depth"] = self.case.depth
-        return [{**case, "rival": name, "status": status} for name in self.rivals]
-
-    def to_json(self) -> dict[str, Any]:
-        """As a worker is asked."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Job:
-        """The inverse of :meth:`to_json`."""
-        kind = ModuleCase if "level" in data["case"] else Case
-        return cls(
-            data["part"], kind(**data["case"]), tuple(data["rivals"]), Settings(**data["settings"])
-        )
+            return [ModuleRow.of(self.case, name, status) for name in self.rivals]
+        return [ProjectorRow.of(self.case, name, status) for name in self.rivals]
 
 
 @dataclass(frozen=True)

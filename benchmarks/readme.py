@@ -12,12 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import store
 from benchmarks.harness.environment import ROOT
-from benchmarks.harness.store import RESULTS, find
-from benchmarks.projector import views
+from benchmarks.harness.store import RESULTS
+from benchmarks.harness.text import number, text_table
+from benchmarks.models.rows import ModelRow
+from benchmarks.projector import tables
 from benchmarks.projector.rivals import FLOOR, OURS
+from benchmarks.projector.rows import find
 from benchmarks.report import charts, report
+from benchmarks.report.record import Record
 from benchmarks.training import table
 
 # What a reader is likely to use today; the best of the others has a column of its own.
@@ -36,10 +39,10 @@ def render(paths: Sequence[Path]) -> int:
         ValueError: A file that is no result, or a README file without the markers.
     """
     for path in paths or committed("full.json"):
-        record = store.read(path)
-        page = report.tables(record)
+        record = Record.read(path)
+        page = report.page(record)
         print(page)
-        print(*store.write(record, path.parent, page), *report.draw(record, path.parent), sep="\n")
+        print(*record.write(path.parent, page), *report.draw(record, path.parent), sep="\n")
     overview()
     for name in PAGES:
         file = ROOT / name
@@ -83,7 +86,9 @@ def overview() -> Path | None:
         jobs = path.with_name("finetune.json")
         if jobs.exists():
             picture = path.with_name("overview.svg")
-            charts.overview(json.loads(path.read_text()), json.loads(jobs.read_text()), picture)
+            record = json.loads(path.read_text())
+            trained = table.rows_of(json.loads(jobs.read_text()))
+            charts.overview(model_rows(record), trained, record["device"], picture)
             return picture
     return None
 
@@ -93,9 +98,9 @@ def largest(folder: Path) -> str:
     del folder
     record = _first("mixers.json")
     most: dict[str, int] = {}
-    for row in record["rows"]:
-        most[row["model"]] = max(most.get(row["model"], 0), row["batch"] * row["length"])
-    rows = [row for row in record["rows"] if row["batch"] * row["length"] == most[row["model"]]]
+    for row in model_rows(record):
+        most[row.model] = max(most.get(row.model, 0), row.batch * row.length)
+    rows = [row for row in model_rows(record) if row.batch * row.length == most[row.model]]
     return (
         f"{models_table(rows)}\n\nForward and backward of the whole model, r = 16, 1×1 blocks, "
         f"bf16, replayed as a CUDA graph, on an {record['device']}: the frozen model on "
@@ -108,7 +113,7 @@ def smallest(folder: Path) -> str:
     """The front page's jobs within a budget: one with weights in 16 bits, one in 4."""
     del folder
     record = _first("finetune.json")
-    rows = [row for row in record["rows"] if row["name"] in FRONT_JOBS and "error" not in row]
+    rows = [row for row in table.rows_of(record) if row.name in FRONT_JOBS]
     return f"{table.jobs_table(rows)}\n\nWhole steps on an {record['device']}, {record['date']}."
 
 
@@ -122,8 +127,8 @@ def costs(folder: Path) -> str:
     """What one projector and whole models cost."""
     parts: list[str] = []
     for path in committed("full.json"):
-        record = store.read(path)
-        picture = path.parent / f"{record['name']}-cost.png"
+        record = Record.read(path)
+        picture = path.parent / f"{record.name}-cost.png"
         if picture.exists() and not parts:
             parts.append(
                 "![Forward and backward of one trained projector over the frozen one's, for "
@@ -153,34 +158,31 @@ PAGES: Mapping[str, Mapping[str, Callable[[Path], str]]] = {
 """What is rendered: by the page, and by the name in its markers; given the folder of the page."""
 
 
-def projectors(record: Mapping[str, Any]) -> str:
+def projectors(record: Record) -> str:
     """One line for each of the table's shapes; × is over the frozen layer."""
-    rows = [row for row in record["rows"] if row["part"] == "table"]
+    rows = [row for row in record.rows if row.part == "table"]
     lines = []
     for ours in rows:
-        if ours["rival"] != OURS or "ratio" not in ours:
+        if ours.rival != OURS or ours.ratio is None:
             continue
-        at = {name: ours[name] for name in ("m", "k", "n", "p", "r", "dtype")}
-        floor, best = find(rows, rival=FLOOR, **at), views.best_rival(rows, at)
-        others = [find(rows, rival=name, **at) for name in SHOWN]
+        floor, best = find(rows, rival=FLOOR, **ours.at), tables.best_rival(rows, ours.at)
+        others = [find(rows, rival=name, **ours.at) for name in SHOWN]
         lines.append([
-            ours["model"], f"{ours['m']:,}", f"{ours['k']} → {ours['n']}",
-            views.number(floor["both_us"] if floor else None, 0), views.number(ours["ratio"]),
-            f"{views.number(best['ratio'])} ({best['rival']})" if best else "–",
-            *(views.number(row.get("ratio") if row else None) for row in others),
-            views.number(ours.get("memory_ratio")),
+            ours.model, f"{ours.m:,}", f"{ours.k} → {ours.n}",
+            number(floor.both_us if floor else None, 0), number(ours.ratio),
+            f"{number(best.ratio)} ({best.rival})" if best else "–",
+            *(number(row.ratio if row else None) for row in others), number(ours.memory_ratio),
         ])  # fmt: skip
     headers = [
         "projector of", "tokens", "K → N", "frozen, µs", "ProDiaL, ×", "best rival, ×",
         "PEFT LoRA, ×", "authors' code, ×", "peak memory, ×",
     ]  # fmt: skip
-    environment = record["environment"]
-    first = rows[0]
+    environment, first = record.environment, rows[0]
     return (
-        f"**One projector**, forward and backward, r = {first['r']}, {first['p']}×{first['p']} "
-        f"blocks, {first['dtype']}, on an {environment['device']}: time of the frozen layer on "
+        f"**One projector**, forward and backward, r = {first.r}, {first.p}×{first.p} "
+        f"blocks, {first.dtype}, on an {environment['device']}: time of the frozen layer on "
         f"cuBLAS, and multiples of it. The last column is ProDiaL's.\n\n"
-        f"{views.text_table(headers, lines)}\n\n{provenance(environment)}"
+        f"{text_table(headers, lines)}\n\n{provenance(environment)}"
     )
 
 
@@ -194,17 +196,21 @@ def models(record: Mapping[str, Any]) -> str:
         f"backward of mamba_ssm's `MambaLMHeadModel` backbone, CUDA-graph replay, on an "
         f"{record['device']}: the same model frozen on mamba_ssm's own fast path, and multiples "
         f"of its time and peak memory.{notes}\n\n"
-        f"{models_table(record['rows'])}\n\n{provenance(record)}"
+        f"{models_table(model_rows(record))}\n\n{provenance(record)}"
     )
 
 
-def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def model_rows(record: Mapping[str, Any]) -> list[ModelRow]:
+    """The rows of a ``mixers.json``."""
+    return [ModelRow(**values) for values in record["rows"]]
+
+
+def models_table(rows: Sequence[ModelRow]) -> str:
     """The lines of :func:`models`; variants that none of the rows has get no column."""
-    shapes: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    shapes: dict[tuple[str, int, int], dict[str, ModelRow]] = {}
     for row in rows:
-        if row.get("status", "ok") == "ok":
-            shape = (row["model"], row["batch"], row["length"])
-            shapes.setdefault(shape, {})[row["variant"]] = row
+        if row.status == "ok":
+            shapes.setdefault(row.case, {})[row.variant] = row
     variants = [
         name
         for name in ("recompute", "lora-slow", "authors")
@@ -216,7 +222,7 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
         if floor is None or ours is None:
             continue
         lines.append([
-            model, f"{batch} × {length}", f"{floor['ms']:.1f} ms, {floor['mib']:,.0f} MiB",
+            model, f"{batch} × {length}", f"{floor.ms:.1f} ms, {floor.mib:,.0f} MiB",
             _ratios(ours), *(_ratios(found.get(name)) for name in variants),
         ])  # fmt: skip
     titles = {
@@ -226,7 +232,7 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "model", "batch × length", "frozen", "ProDiaL, time, memory",
         *(titles[name] for name in variants),
     ]  # fmt: skip
-    return views.text_table(headers, lines)
+    return text_table(headers, lines)
 
 
 def provenance(environment: Mapping[str, Any]) -> str:
@@ -240,8 +246,8 @@ def provenance(environment: Mapping[str, Any]) -> str:
     return f"`{environment['command']}`, {versions}, {environment['date']}."
 
 
-def _ratios(row: Mapping[str, Any] | None) -> str:
-    return f"{row['time_ratio']:.2f}, {row['memory_ratio']:.2f}" if row else "–"
+def _ratios(row: ModelRow | None) -> str:
+    return f"{row.time_ratio:.2f}, {row.memory_ratio:.2f}" if row else "–"
 
 
 def _link(path: Path, folder: Path) -> str:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -34,15 +34,15 @@ from benchmarks.compare import (  # noqa: E402
     ComparisonError,
     checked_out,
     compare,
-    comparison_view,
+    comparison_table,
 )
 from benchmarks.harness import environment, store  # noqa: E402
-from benchmarks.harness.crew import Crew, Doing, InProcess  # noqa: E402
-from benchmarks.harness.task import Task  # noqa: E402
+from benchmarks.harness.pool import InProcess, Runner, WorkerPool  # noqa: E402
 from benchmarks.jobs import LEVELS, Job, Wanted, plan  # noqa: E402
-from benchmarks.projector.measure import Row  # noqa: E402
+from benchmarks.projector.roofline import Ceilings, CeilingsTask  # noqa: E402
 from benchmarks.projector.shapes import MODELS  # noqa: E402
 from benchmarks.report import report  # noqa: E402
+from benchmarks.report.record import Record  # noqa: E402
 
 BUDGET_S, QUICK_BUDGET_S = 350.0, 100.0
 # Kept back for pictures and what ends the run.
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.render is not None:
             return readme.render(options.render)
         if options.show:
-            print(report.tables(store.read(options.show)))
+            print(report.page(Record.read(options.show)))
             return 0
         return _run(options, given, started)
     except (ValueError, OSError, ComparisonError) as error:
@@ -118,15 +118,12 @@ def _run(options: argparse.Namespace, arguments: list[str], started: float) -> i
     jobs = plan(wanted)
     device = "cpu" if options.tiny else "cuda"
     command = shlex.join(["python", "-m", "benchmarks.run", *arguments])
-    record: dict[str, Any] = {
-        "name": _name(options), "environment": environment.describe(device, command),
-        "clocks_before": environment.clocks(), "seconds": {}, "ceilings": None, "rows": [],
-        "modules": [], "dropped": [str(job) for job in jobs],
-        "sweeps": {
-            size: [asdict(case) for case in cases] for size, cases in wanted.sweeps().items()
-        },
-    }  # fmt: skip
-    folder = store.folder_of(record, options.output)
+    record = Record(
+        _name(options), environment.describe(device, command), environment.clocks(),
+        dropped=[str(job) for job in jobs],
+        sweeps={size: list(cases) for size, cases in wanted.sweeps().items()},
+    )  # fmt: skip
+    folder = options.output or store.results_of(record.environment["device"])
     with ExitStack() as stack:
         # A reference that does not exist is found out before the measurement.
         base = stack.enter_context(checked_out(options.base)) if options.base else None
@@ -139,26 +136,26 @@ def _run(options: argparse.Namespace, arguments: list[str], started: float) -> i
             start = time.monotonic()
             cases = wanted.cases().cases
             verdicts = compare(base, environment.ROOT, cases, device, 5 if options.tiny else 10)
-            record["comparison"] = [{**asdict(v), "word": v.word} for v in verdicts]
-            record["base"] = options.base
-            record["seconds"]["compare"] = time.monotonic() - start
-            print("\n" + comparison_view(verdicts, options.base), flush=True)
-    record["clocks_after"] = environment.clocks()
+            record.comparison = [{**asdict(v), "word": v.word} for v in verdicts]
+            record.base = options.base
+            record.seconds["compare"] = time.monotonic() - start
+            print("\n" + comparison_table(verdicts, options.base), flush=True)
+    record.clocks_after = environment.clocks()
     print("\n" + report.summary(record), flush=True)
     pictures = [] if options.quick else report.draw(record, folder)
-    record["seconds"]["total"] = time.monotonic() - started
-    print(*store.write(record, folder, report.tables(record)), *pictures, sep="\n")
-    statuses = [row["status"] for row in (*record["rows"], *record["modules"])]
+    record.seconds["total"] = time.monotonic() - started
+    print(*record.write(folder, report.page(record)), *pictures, sep="\n")
+    statuses = [*(row.status for row in record.rows), *(row.status for row in record.modules)]
     if any(status.startswith(("refused", "failed")) for status in statuses):
         return 1
-    return int(any(verdict["word"] == "slower" for verdict in record.get("comparison", ())))
+    return int(any(verdict["word"] == "slower" for verdict in record.comparison or ()))
 
 
 def _measure(
     options: argparse.Namespace,
     jobs: list[Job],
     device: str,
-    record: dict[str, Any],
+    record: Record,
     folder: Path,
     started: float,
 ) -> None:
@@ -169,22 +166,23 @@ def _measure(
     until = started + budget - CLOSING_S if budget > 0 else float("inf")
     if options.tiny and options.budget is None:
         until = float("inf")
-    with _ended_by_signals(), _doing(options, jobs, device) as crew:
 
-        def take(job: Task, rows: list[Row]) -> None:
-            first = not (record["rows"] or record["modules"])
-            record["seconds"].setdefault("prepare first", time.monotonic() - started)
-            record["ceilings"] = asdict(crew.ceilings) if crew.ceilings else None
-            record["dropped"].remove(str(job))
-            report.add(record, job.part, rows)
-            record["seconds"]["measure"] = time.monotonic() - started
-            store.write(record, folder, report.tables(record))
-            if first and crew.ceilings:
-                print(report.ceilings_line(record), flush=True)
-            if text := report.of_job(job.part, rows, quick=options.quick):
-                print("\n" + text, flush=True)
+    def take(job: Job | CeilingsTask, rows: Sequence[Any]) -> None:
+        record.seconds.setdefault("prepare first", time.monotonic() - started)
+        if isinstance(job, CeilingsTask):
+            ceilings: Ceilings = rows[0]
+            record.ceilings = ceilings if ceilings.status == "ok" else None
+            print(report.ceilings_line(record) or ceilings.status, flush=True)
+            return
+        record.dropped.remove(str(job))
+        record.add(job.part, rows)
+        record.seconds["measure"] = time.monotonic() - started
+        record.write(folder, report.page(record))
+        if text := report.of_job(job.part, rows, quick=options.quick):
+            print("\n" + text, flush=True)
 
-        crew.run(jobs, until, take)
+    with _ended_by_signals(), _runner(options, len(jobs), device) as runner:
+        runner.run([CeilingsTask(options.dtype), *jobs], until, take)
 
 
 @contextmanager
@@ -197,17 +195,17 @@ def _ended_by_signals() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _doing(
-    options: argparse.Namespace, jobs: list[Job], device: str
-) -> AbstractContextManager[Doing]:
+def _runner(
+    options: argparse.Namespace, jobs: int, device: str
+) -> AbstractContextManager[Runner[Job | CeilingsTask]]:
     """Workers, or this process alone where there are none."""
     workers = options.workers
     if workers is None:
-        workers = 0 if options.tiny else min(len(jobs), max(1, environment.cpu_count() - 1))
+        workers = 0 if options.tiny else min(jobs, max(1, environment.cpu_count() - 1))
     if workers == 0:
-        return nullcontext(InProcess(device, tiny=options.tiny))
+        return nullcontext(InProcess(device))
     memory = torch.cuda.mem_get_info()[0] if device == "cuda" else 1 << 30
-    return Crew(workers, device, int(SHARE_OF_MEMORY * memory))
+    return WorkerPool(workers, device, int(SHARE_OF_MEMORY * memory))
 
 
 def _name(options: argparse.Namespace) -> str:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from benchmarks.harness.environment import cache_bytes
+from benchmarks.harness.memory import release
 from benchmarks.harness.timing import Replay, synchronise
 from benchmarks.projector.cases import TABLE_SHAPES, TINY, Case, draw, rotating_sets
-from benchmarks.projector.gate import Gate
-from benchmarks.projector.measure import release
+from benchmarks.projector.checks import CorrectnessCheck
 from benchmarks.projector.rivals import Rival, select
 from benchmarks.projector.rivals.layer import Step
 
@@ -30,9 +30,9 @@ CASES = TABLE_SHAPES if CUDA else (*TINY, replace(TINY[0], p=12))
 @pytest.mark.parametrize("rival", select(strong=True), ids=lambda rival: rival.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward(benchmark: Any, case: Case, rival: Rival) -> None:
-    """Gate the rival, then time replays of its step."""
+    """Check the rival, then time replays of its step."""
     release(DEVICE)
-    errors = Gate(case, DEVICE).check(rival)
+    errors = CorrectnessCheck(case, DEVICE).errors_of(rival)
     sets = range(rotating_sets(case, cache_bytes(DEVICE)))
     steps = [Step.on(draw(case, DEVICE, seed), rival.prepare).both for seed in sets]
     for step in steps:

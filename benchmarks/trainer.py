@@ -19,14 +19,11 @@ what the allocator counts (``max_memory_allocated``).
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness.startup import prepare_process
 
@@ -34,92 +31,46 @@ prepare_process()
 
 import torch  # noqa: E402
 
-from benchmarks.harness.environment import describe, device_name, slug  # noqa: E402
-from benchmarks.harness.store import RESULTS  # noqa: E402
-from benchmarks.mixers import notes  # noqa: E402
-from benchmarks.projector.measure import release, reported  # noqa: E402
+from benchmarks import targets  # noqa: E402
+from benchmarks.harness.environment import describe  # noqa: E402
+from benchmarks.harness.memory import release  # noqa: E402
+from benchmarks.harness.rows import ratio, reported  # noqa: E402
+from benchmarks.harness.store import results_of  # noqa: E402
+from benchmarks.models.rows import ModelRow, shapes_of, write_rows  # noqa: E402
+from benchmarks.models.upstream import notes  # noqa: E402
 from benchmarks.training.trainer_steps import MODELS, VARIANTS, Settings, measure, profiled  # noqa: E402
 
 SHAPES = ((4, 512), (8, 2048))
 TINY_SHAPES = ((2, 16),)
 BUDGET_S = 230.0
-# Of the captured variant: at most so many ms, of the faster LoRA's time, of the frozen model's.
-MUST_MS = {("mamba-130m", 4, 512): 24.0}
-MUST_OF_LORA = {("mamba2-130m", 4, 512): 0.35}
-MUST_OF_FROZEN = {("mamba-130m", 8, 2048): 0.85, ("mamba2-130m", 8, 2048): 0.85}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One variant of one model at one shape."""
-
-    model: str
-    batch: int
-    length: int
-    variant: str
-    status: str = "ok"
-    ms: float | None = None
-    allocated_mib: float | None = None
-    peak_mib: float | None = None
-    pool_free_mib: float | None = None
-    reserved_mib: float | None = None
-    time_ratio: float | None = None
-    must: str = ""
-    ok: bool = True
-
-    def __str__(self) -> str:
-        head = f"{self.model:12} {f'{self.batch}x{self.length}':>7} {self.variant:>12}"
-        if self.status != "ok" or self.ms is None:
-            return f"{head} {self.status}"
-        text = f"{head} {self.ms:9.2f} ms"
-        if self.time_ratio is not None:
-            text += f" {self.time_ratio:5.2f}x"
-        if self.peak_mib is not None and self.reserved_mib is not None:
-            text += f" {self.peak_mib:8,.0f} MiB ({self.reserved_mib:,.0f} reserved"
-            text += f", {self.allocated_mib:,.0f} allocated)" if self.allocated_mib else ")"
-        if self.must:
-            text += f"  must {self.must}  {'ok' if self.ok else 'MISSED'}"
-        return text
-
-
-def judged(rows: Sequence[Row]) -> list[Row]:
+def judge(rows: Sequence[ModelRow]) -> None:
     """Add ratios to the frozen model, and to the captured rows what they must keep."""
-    ratios = []
     for row in rows:
-        floor = _of(rows, row, "frozen")
-        if floor is not None and floor.ms is not None and row.ms is not None:
-            row = replace(row, time_ratio=row.ms / floor.ms)
-        ratios.append(row)
-    return [_judged(ratios, row) if row.variant == "captured" else row for row in ratios]
+        same = {r.variant: r for r in rows if r.case == row.case and r.status == "ok"}
+        floor = same.get("frozen")
+        row.time_ratio = ratio(row.ms, floor.ms if floor else None)
+        row.judge(_limits(row, same) if row.variant == "captured" and row.status == "ok" else [])
 
 
-def _judged(rows: Sequence[Row], row: Row) -> Row:
-    if row.status != "ok" or row.ms is None:
-        return replace(row, ok=row.status.startswith("unavailable"))
-    case = (row.model, row.batch, row.length)
+def _limits(row: ModelRow, same: Mapping[str, ModelRow]) -> list[tuple[str, bool]]:
+    """What a captured row is held to, beside the ``same`` case's other variants."""
     limits = []
-    if case in MUST_MS:
-        limits.append((f"<= {MUST_MS[case]:g} ms", row.ms <= MUST_MS[case]))
-    loras = [_of(rows, row, name) for name in ("lora-fused", "lora-unfused")]
-    times = [lora.ms for lora in loras if lora is not None and lora.ms is not None]
-    if case in MUST_OF_LORA and times:
-        share = row.ms / min(times)
-        limits.append((f"{share:.2f} <= {MUST_OF_LORA[case]} LoRA", share <= MUST_OF_LORA[case]))
-    if case in MUST_OF_FROZEN and row.time_ratio is not None:
-        most = MUST_OF_FROZEN[case]
+    ms = row.ms or 0.0
+    if (most := targets.TRAINER_MS.get(row.case)) is not None:
+        limits.append((f"<= {most:g} ms", ms <= most))
+    loras = [same[name].ms or 0.0 for name in ("lora-fused", "lora-unfused") if name in same]
+    if (most := targets.TRAINER_OF_LORA.get(row.case)) is not None and loras:
+        share = ms / min(loras)
+        limits.append((f"{share:.2f} <= {most} LoRA", share <= most))
+    most = targets.TRAINER_OF_FROZEN.get(row.case)
+    if most is not None and row.time_ratio is not None:
         limits.append((f"<= {most} frozen", row.time_ratio <= most))
-    plain = _of(rows, row, "prodial")
-    if plain is not None and plain.peak_mib is not None and row.peak_mib is not None:
-        limits.append((f"<= {plain.peak_mib:,.0f} MiB uncaptured", row.peak_mib <= plain.peak_mib))
-    return replace(
-        row, must=", ".join(text for text, _ in limits), ok=all(kept for _, kept in limits)
-    )
-
-
-def _of(rows: Sequence[Row], row: Row, variant: str) -> Row | None:
-    case = (row.model, row.batch, row.length, variant)
-    same = (r for r in rows if (r.model, r.batch, r.length, r.variant) == case)
-    return next((r for r in same if r.status == "ok"), None)
+    plain = same["prodial"].peak_mib if "prodial" in same else None
+    if plain is not None and row.peak_mib is not None:
+        limits.append((f"<= {plain:,.0f} MiB uncaptured", row.peak_mib <= plain))
+    return limits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -160,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = Settings(device="cpu", warm_up=2, steps=2, configurations=0, tiny=True)
     shapes: Sequence[tuple[int, int]] = TINY_SHAPES if options.tiny else SHAPES
     if options.shapes:
-        shapes = [(int(b), int(n)) for b, n in (shape.split("x") for shape in options.shapes)]
+        shapes = shapes_of(options.shapes)
     cases = [
         (model, *shape, variant)
         for model in options.models
@@ -175,42 +126,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
     command = shlex.join(["python", "-m", "benchmarks.trainer", *given])
-    name = slug(device_name(settings.device))
-    output = options.output or RESULTS / name / "trainer.json"
-    record = {
-        **describe(settings.device, command), "notes": notes(settings.configurations)
-    }  # fmt: skip
-    rows: list[Row] = []
-    dropped = []
+    record = {**describe(settings.device, command), "notes": notes(settings.configurations)}
+    output = options.output or results_of(record["device"]) / "trainer.json"
+    rows: list[ModelRow] = []
+    dropped: list[str] = []
     for case in cases:
         if time.monotonic() - started > options.budget:
             dropped.append(" ".join(map(str, case)))
             continue
-        model, batch, length, variant = case
-        found: dict[str, Any] = {"status": "ok"}
-        with reported(found):
-            found |= measure(model, batch, length, variant, settings)
-        if found["status"] != "ok":
+        row = ModelRow(*case)
+        with reported(row):
+            for name, figure in measure(*case, settings).items():
+                setattr(row, name, figure)
+            row.status = "ok"
+        if row.status != "ok":
             release(settings.device, workspaces=True)
-        rows.append(Row(model, batch, length, variant, **found))
-        print(judged(rows)[-1], flush=True)
-        write({**record, "dropped": dropped}, judged(rows), output)
+        rows.append(row)
+        judge(rows)
+        print(row, flush=True)
+        write_rows(output, {**record, "dropped": dropped}, rows)
     if dropped:
         print("dropped, as the time was over: " + "; ".join(dropped))
-    write({**record, "dropped": dropped}, judged(rows), output)
-    final = judged(rows)
-    print("\n" + "\n".join(map(str, final)))
+    write_rows(output, {**record, "dropped": dropped}, rows)
+    print("\n" + "\n".join(map(str, rows)))
     print(f"{output}, {time.monotonic() - started:.0f} s")
-    failed = [row for row in final if row.status.startswith(("failed", "refused"))]
-    return int(bool(failed) or not all(row.ok for row in final))
-
-
-def write(record: dict[str, Any], rows: Sequence[Row], path: Path) -> None:
-    """Write the rows with what they were measured on; whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps({**record, "rows": [*map(vars, rows)]}, indent=2) + "\n")
-    unfinished.replace(path)
+    return int(not all(row.ok for row in rows))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -76,3 +77,19 @@ def kept_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
     total = sum(sizes.values())
     del output
     return total
+
+
+def release(device: str, *, workspaces: bool = False) -> None:
+    """Give the device back what is no longer referred to.
+
+    Args:
+        device: Where.
+        workspaces: cuBLAS's too, of which it keeps one of 32 MiB for every stream it has seen; what
+            ran before would count for a peak otherwise.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        if workspaces:
+            torch.cuda.synchronize()
+            torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()

@@ -1,19 +1,19 @@
-"""A worker as seen from the process that asks it."""
+"""A worker process, as seen from the one that asks it."""
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from benchmarks.harness.environment import ROOT
+from benchmarks.harness.task import Task, line_of, message_of
 
 
 class WorkerError(Exception):
@@ -25,17 +25,18 @@ class WorkerEnded(WorkerError):
 
 
 class Worker:
-    """A process that measures with the ``prodial_kernels`` under ``root``.
+    """A process that prepares and measures tasks (:mod:`benchmarks.harness.worker`).
 
     Args:
-        root: Folder that holds a ``prodial_kernels``; the suite is this tree's.
         device: ``"cuda"`` or ``"cpu"``.
+        root: Folder whose ``prodial_kernels`` it measures; the suite is this tree's.
+        load: Modules that it imports at once, before it is asked for anything.
 
     Raises:
         WorkerError: No package under ``root``.
     """
 
-    def __init__(self, root: Path, device: str) -> None:
+    def __init__(self, device: str, root: Path = ROOT, load: Sequence[str] = ()) -> None:
         if not (root / "prodial_kernels").is_dir():
             raise WorkerError(f"base: {root} has no folder prodial_kernels")
         self.root = root
@@ -48,27 +49,30 @@ class Worker:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
         # Many of them share the processor's cores.
         environment.setdefault("OMP_NUM_THREADS", "1")
+        command = [sys.executable, "-m", "benchmarks.harness.worker", "--device", device]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.harness.worker", "--device", device],
-            cwd=place, env=environment, text=True,
+            [*command, "--load", *load], cwd=place, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
         )  # fmt: skip
+        self._in, self._out = cast(TextIO, self._process.stdin), cast(TextIO, self._process.stdout)
 
     def fileno(self) -> int:
         """For ``select``: readable when there is an answer, or when the process ended."""
         return self._out.fileno()
 
-    def ask(self, message: dict[str, Any]) -> None:
+    def ask(self, do: str, number: int = 0, task: Task | None = None) -> None:
         """Send one request; the last one must have been answered.
 
-        Raises:
-            WorkerEnded: It is not there to ask.
+        That the process has ended is seen where its answer is awaited.
+
+        Args:
+            do: ``"prepare"``, ``"measure"``, or ``"sample"`` of what has a method of that name.
+            number: Of the task among those that the process holds.
+            task: What to prepare.
         """
-        try:
-            self._in.write(json.dumps(message) + "\n")
+        with suppress(BrokenPipeError):
+            self._in.write(line_of({"do": do, "id": number, "task": task}))
             self._in.flush()
-        except BrokenPipeError:
-            raise WorkerEnded(f"{self.root}: it ended: {self._tail()}") from None
 
     def answer(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Wait for the answer to the last request.
@@ -83,10 +87,20 @@ class Worker:
         line = self._out.readline()
         if not line:
             raise WorkerEnded(f"{self.root}: it ended: {self._tail()}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = message_of(line)
         if "error" in answer:
             raise WorkerError(f"{self.root}: {answer['error']}")
         return answer
+
+    def prepared(self, timeout_s: float | None = None) -> None:
+        """Wait until what it was asked to prepare is ready.
+
+        Raises:
+            WorkerError, WorkerEnded: As :meth:`answer`; or the device takes no more work from it.
+        """
+        answer = self.answer(timeout_s)
+        if "broken" in answer:
+            raise WorkerEnded(answer["broken"])
 
     def kill(self) -> None:
         """End it now."""
@@ -108,31 +122,10 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def _in(self) -> TextIO:
-        return _pipe(self._process.stdin)
-
-    @property
-    def _out(self) -> TextIO:
-        return _pipe(self._process.stdout)
 
     def _tail(self) -> str:
         """The end of what it wrote to standard error."""
         self._log.seek(0)
         return " ".join(self._log.read()[-600:].split())
-
-
-def _pipe(pipe: Any) -> TextIO:
-    """The pipe, which is None only if the process was made without one."""
-    if pipe is None:
-        raise WorkerError("the worker has no pipe")
-    stream: TextIO = pipe
-    return stream

@@ -2,8 +2,8 @@
 
 Read from the sources, nothing is imported. What counts is an import anywhere in a file, the
 ``__init__`` of every package on the way, the public names that an ``__init__`` loads when they are
-first used (its ``_HOMES``), and a module named in a string of its own, as for ``python -m``, for
-:func:`importlib.import_module` or for a task of :mod:`benchmarks.harness.task`.
+first used (its ``_HOMES``), and a module named in a string of its own, as for ``python -m`` or
+:func:`importlib.import_module`.
 """
 
 from __future__ import annotations

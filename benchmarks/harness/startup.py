@@ -1,4 +1,4 @@
-"""What torch reads from the environment when it is imported; set before that."""
+"""What torch and Triton read from the environment when they are imported; set before that."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 
 # Fifteen processes that compile side by side and start fifteen compilers each would only swap.
 # Kineto's level keeps the profiler's chatter from between the tables. What is measured is what is
-# installed, not what a hub has.
+# installed, not what a hub has. Kernels that libraries tune are tuned once per machine, not once
+# per process.
 SETTINGS = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1", "KINETO_LOG_LEVEL": "5", "HF_HUB_OFFLINE": "1",
+    "TRITON_CACHE_AUTOTUNING": "1",
 }  # fmt: skip
 
 

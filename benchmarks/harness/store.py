@@ -1,4 +1,4 @@
-"""Results on disk: JSON with everything, CSV with the flat figures, Markdown to read."""
+"""Results on disk: JSON with everything, CSV with the flat figures. Whole at any time."""
 
 from __future__ import annotations
 
@@ -10,62 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.environment import ROOT, slug
+from prodial_kernels.files.atomic import atomic_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def folder_of(record: Mapping[str, Any], output: Path | None = None) -> Path:
-    """``benchmarks/results/<device>/``, or the folder asked for."""
-    return output or RESULTS / slug(record["environment"]["device"])
+def results_of(device: str) -> Path:
+    """The folder of a device, by its name."""
+    return RESULTS / slug(device)
 
 
-def write(record: Mapping[str, Any], folder: Path, page: str) -> tuple[Path, ...]:
-    """Write ``<name>.json``, ``.csv`` and ``.md`` and return their paths.
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_text(path, text)
 
-    A run writes them again and again: what is there is whole at any time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [flatten(row) for row in (*record["rows"], *record["modules"])]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+def json_text(data: Mapping[str, Any], indent: int = 2) -> str:
+    """JSON as all results have it."""
+    return json.dumps(data, indent=indent, allow_nan=False) + "\n"
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A column for each name in any row, without what does not fit in one cell."""
+    cells = [
+        {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
+        for row in rows
+    ]
     table = io.StringIO()
+    columns = list(dict.fromkeys(name for row in cells for name in row))
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    texts = {
-        ".json": json.dumps(record, indent=1, allow_nan=False) + "\n",
-        ".csv": table.getvalue(),
-        ".md": page + "\n",
-    }
-    paths = []
-    for suffix, text in texts.items():
-        path = folder / f"{record['name']}{suffix}"
-        unfinished = path.with_suffix(f"{suffix}.new")
-        unfinished.write_text(text)
-        unfinished.replace(path)
-        paths.append(path)
-    return tuple(paths)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a result written by :func:`write`.
-
-    Raises:
-        ValueError: The file is not one.
-    """
-    record: dict[str, Any] = json.loads(path.read_text())
-    if not {"environment", "rows", "modules", "sweeps", "name"} <= record.keys():
-        raise ValueError(f"{path} is not a result of benchmarks.run")
-    return record
-
-
-def flatten(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what does not fit in one cell."""
-    return {name: value for name, value in row.items() if not isinstance(value, (dict, list))}
-
-
-def find(rows: Sequence[Mapping[str, Any]], **wanted: Any) -> Mapping[str, Any] | None:
-    """The first measured row with these values, or None."""
-    for row in rows:
-        if row["status"] == "ok" and all(row.get(name) == value for name, value in wanted.items()):
-            return row
-    return None
+    writer.writerows(cells)
+    return table.getvalue()

@@ -1,27 +1,29 @@
-"""What workers are given: tasks, which are prepared side by side and measured one by one."""
+"""Tasks: prepared by several processes side by side, measured by one at a time.
+
+A process is sent a task, and sends rows back, as a pickle, which names each class with its module.
+So nothing here knows what is measured.
+"""
 
 from __future__ import annotations
 
+import base64
+import pickle
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from benchmarks.projector.measure import Row
-from benchmarks.projector.roofline import Ceilings
+from benchmarks.harness.rows import Row
 
 
 class Prepared(Protocol):
-    """What a worker holds between preparing a task and measuring it."""
+    """What a process holds between preparing a task and measuring it."""
 
-    def measure(self, ceilings: Ceilings) -> list[Row]:
+    def measure(self) -> Sequence[Row]:
         """Rows, in the order of the task's."""
 
 
 class Task(Protocol):
-    """One case and what is measured on it; hashable, and named by ``str``."""
-
-    @property
-    def part(self) -> str:
-        """Its kind, by which a worker tells how to read it."""
+    """One case and what is measured on it: a frozen dataclass, named by ``str``."""
 
     @property
     def seconds(self) -> float:
@@ -31,15 +33,18 @@ class Task(Protocol):
     def bytes(self) -> int:
         """About how much of the device's memory it needs while others are prepared."""
 
-    @property
-    def dtype(self) -> str:
-        """In which the device's ceilings are measured."""
-
     def prepare(self, device: str, alone: AbstractContextManager[object]) -> Prepared:
         """Do all that a busy device may do; inside ``alone`` what takes much memory or quiet."""
 
-    def rows(self, status: str) -> list[Row]:
+    def rows(self, status: str) -> Sequence[Row]:
         """Its rows where there are no figures, with the reason."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As a worker is asked."""
+
+def line_of(message: Any) -> str:
+    """A message between processes as one line."""
+    return base64.b64encode(pickle.dumps(message)).decode() + "\n"
+
+
+def message_of(line: str) -> Any:
+    """The inverse of :func:`line_of`."""
+    return pickle.loads(base64.b64decode(line))

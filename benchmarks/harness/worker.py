@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import fcntl
 import gc
-import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,8 @@ prepare_process()
 
 import torch  # noqa: E402
 
-from benchmarks.harness.task import Prepared, Task  # noqa: E402
-from benchmarks.jobs import Job  # noqa: E402
-from benchmarks.models.backbones import ModelJob, TuneJob  # noqa: E402
-from benchmarks.projector.measure import PreparedCase, release  # noqa: E402
-from benchmarks.projector.roofline import Ceilings, measure_ceilings  # noqa: E402
+from benchmarks.harness.memory import release  # noqa: E402
+from benchmarks.harness.task import line_of, message_of  # noqa: E402
 
 
 class Alone:
@@ -50,7 +46,7 @@ class Server:
 
     def __init__(self, device: str) -> None:
         self.device, self.alone = device, Alone()
-        self.prepared: dict[int, Prepared] = {}
+        self.prepared: dict[int, Any] = {}
 
     def respond(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer one request.
@@ -58,26 +54,17 @@ class Server:
         Raises:
             Exception: Whatever went wrong that is not one rival's own failure.
         """
-        match request["do"]:
-            case "prepare":
-                job = task_of(request["job"])
-                self.prepared.pop(request["id"], None)
-                self.prepared[request["id"]] = job.prepare(self.device, self.alone)
+        match request:
+            case {"do": "prepare", "id": number, "task": task}:
+                self.prepared.pop(number, None)
+                self.prepared[number] = task.prepare(self.device, self.alone)
                 return self._state()
-            case "measure":
-                rows = self.prepared.pop(request["id"]).measure(Ceilings(**request["ceilings"]))
-                return {"rows": rows, **self._state()}
-            case "sample":
-                prepared = self.prepared[request["id"]]
-                if not isinstance(prepared, PreparedCase):
-                    raise TypeError("sample: expected a projector's job")
-                return {"us": prepared.sample(), "rows": list(prepared.rows.values())}
-            case "ceilings":
-                dtype = getattr(torch, request["dtype"])
-                ceilings = measure_ceilings(self.device, dtype, tiny=self.device == "cpu")
-                return {**asdict(ceilings), **self._state()}
-            case other:
-                raise ValueError(f"do: got {other!r}")
+            case {"do": "measure", "id": number}:
+                return {"rows": self.prepared.pop(number).measure(), **self._state()}
+            case {"do": "sample", "id": number}:
+                return {"sample": self.prepared[number].sample()}
+            case _:
+                raise ValueError(f"do: got {request['do']!r}")
 
     def _state(self) -> dict[str, Any]:
         """Whether the device still takes work from this process."""
@@ -88,17 +75,6 @@ class Server:
         except RuntimeError as error:
             return {"broken": str(error)[:200]}
         return {}
-
-
-def task_of(data: dict[str, Any]) -> Task:
-    """Read what was asked for."""
-    match data["part"]:
-        case "model":
-            return ModelJob.from_json(data)
-        case "tune":
-            return TuneJob.from_json(data)
-        case _:
-            return Job.from_json(data)
 
 
 @contextmanager
@@ -113,17 +89,21 @@ def main() -> int:
     """Answer one line for each line, until the input ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", required=True)
-    server = Server(parser.parse_args().device)
-    # A collection would otherwise look at all that torch's modules consist of, each time.
-    gc.collect()
-    gc.freeze()
+    parser.add_argument("--load", nargs="*", default=(), help="modules to import beforehand")
+    options = parser.parse_args()
+    server = Server(options.device)
     with answers() as stream:
+        for module in options.load:
+            import_module(module)
+        # A collection would otherwise look at all that torch's modules consist of, each time.
+        gc.collect()
+        gc.freeze()
         for line in sys.stdin:
             try:
-                answer = server.respond(json.loads(line))
+                answer = server.respond(message_of(line))
             except Exception as error:
                 answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-            stream.write(json.dumps(answer) + "\n")
+            stream.write(line_of(answer))
             stream.flush()
     return 0
 

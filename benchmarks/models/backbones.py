@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from benchmarks.harness.memory import MIB, release
+from benchmarks.harness.rows import Unavailable, ratio, reported
 from benchmarks.harness.timing import warm_up
+from benchmarks.models.rows import ModelRow
 from benchmarks.models.upstream import limit_configurations, one_configuration
 from benchmarks.models.variants import adapted
-from benchmarks.projector.measure import Unavailable, release, reported
-from benchmarks.projector.roofline import Ceilings
+from benchmarks.projector.shapes import MODELS
 
-# d_model, layers, class of the mixer.
-MODELS = {
-    "mamba-130m": (768, 24, "Mamba1"),
-    "mamba-1.4b": (2048, 48, "Mamba1"),
-    "mamba2-130m": (768, 24, "Mamba2"),
-    "mamba2-1.3b": (2048, 48, "Mamba2"),
-}
+BACKBONES = ("mamba-130m", "mamba-1.4b", "mamba2-130m", "mamba2-1.3b")
+"""Those of :data:`benchmarks.projector.shapes.MODELS` that are measured."""
 _COMPILE_NOTHING = ("lora", "lora-slow", "authors")
 
 
@@ -39,9 +34,15 @@ class ModelCase:
     @property
     def bytes(self) -> int:
         """About the peak of one step."""
-        width, layers, _ = MODELS[self.model]
-        weights = 2 * (6 * width * width * layers + 50280 * width)
-        return 2 * weights + 20 * self.batch * self.length * width * layers + (1 << 30)
+        sizes = MODELS[self.model]
+        weights = 2 * (6 * sizes.width**2 * sizes.layers + 50280 * sizes.width)
+        tokens = self.batch * self.length
+        return 2 * weights + 20 * tokens * sizes.width * sizes.layers + (1 << 30)
+
+    @property
+    def mamba2(self) -> bool:
+        """Whether its mixers are Mamba-2's."""
+        return self.model.startswith("mamba2-")
 
     def __str__(self) -> str:
         return f"{self.model} {self.batch}×{self.length}"
@@ -54,8 +55,6 @@ class ModelJob:
     case: ModelCase
     variants: tuple[str, ...]
     configurations: int = 0
-    part: str = "model"
-    dtype: str = "bfloat16"
 
     def __str__(self) -> str:
         return f"{self.case}: {', '.join(self.variants)}"
@@ -79,24 +78,14 @@ class ModelJob:
                 # What upstream tunes when it first runs should find the device quiet.
                 quiet = alone if variant == "frozen" else nullcontext()
                 # What fails here fails again where it is measured, and gets its row there.
-                with quiet, reported({}), adapted(model, variant):
+                with quiet, reported(), adapted(model, variant):
                     make_step(model, self.case.batch, self.case.length)()
                 clear(model)
         return prepared
 
-    def rows(self, status: str) -> list[dict[str, Any]]:
+    def rows(self, status: str) -> list[ModelRow]:
         """A row for each variant that says why there are no figures."""
-        return [{**asdict(self.case), "variant": v, "status": status} for v in self.variants]
-
-    def to_json(self) -> dict[str, Any]:
-        """As a worker is asked."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ModelJob:
-        """The inverse of :meth:`to_json`."""
-        case = ModelCase(**data["case"])
-        return cls(case, tuple(data["variants"]), data["configurations"])
+        return [ModelRow(**asdict(self.case), variant=v, status=status) for v in self.variants]
 
 
 @dataclass(frozen=True)
@@ -110,8 +99,6 @@ class TuneJob:
     case: ModelCase
     number: int
     configurations: int = 0
-    part: str = "tune"
-    dtype: str = "bfloat16"
     seconds: float = 0.1
     bytes: int = 1 << 29
 
@@ -122,22 +109,13 @@ class TuneJob:
         """Run one layer forward and backward with nothing to choose."""
         model = build(self.case.model, self.configurations, layers=1)
         # One that does not fit the device is left to the tuning, which knows what to do.
-        with one_configuration(self.number), reported({}):
+        with one_configuration(self.number), reported():
             make_step(model, self.case.batch, self.case.length)()
         return PreparedModel(self.case, model, ())
 
-    def rows(self, status: str) -> list[dict[str, Any]]:
+    def rows(self, status: str) -> list[ModelRow]:
         """It has none."""
         return []
-
-    def to_json(self) -> dict[str, Any]:
-        """As a worker is asked."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TuneJob:
-        """The inverse of :meth:`to_json`."""
-        return cls(ModelCase(**data["case"]), data["number"], data["configurations"])
 
 
 @dataclass
@@ -148,22 +126,19 @@ class PreparedModel:
     model: nn.Module
     variants: Sequence[str]
 
-    def measure(self, ceilings: Ceilings) -> list[dict[str, Any]]:
+    def measure(self) -> list[ModelRow]:
         """Return a row for each variant; ratios are to the first, ``frozen``."""
-        rows: list[dict[str, Any]] = []
-        for variant in self.variants:
-            row = {**asdict(self.case), "variant": variant, "status": ""}
-            with reported(row):
-                with adapted(self.model, variant):
-                    ms, mib = measure(make_step(self.model, self.case.batch, self.case.length))
-                row |= {"ms": ms, "mib": mib, "status": "ok"}
-            clear(self.model)
-            rows.append(row)
-        floor = rows[0] if rows else {}
+        rows = [ModelRow(**asdict(self.case), variant=variant) for variant in self.variants]
         for row in rows:
-            if row["status"] == floor["status"] == "ok":
-                row["time_ratio"] = row["ms"] / floor["ms"]
-                row["memory_ratio"] = row["mib"] / floor["mib"]
+            with reported(row):
+                with adapted(self.model, row.variant):
+                    row.ms, row.mib = measure(make_step(self.model, row.batch, row.length))
+                row.status = "ok"
+            clear(self.model)
+        for row in rows:
+            if row.status == rows[0].status == "ok":
+                row.time_ratio = ratio(row.ms, rows[0].ms)
+                row.memory_ratio = ratio(row.mib, rows[0].mib)
         return rows
 
 
@@ -171,15 +146,13 @@ def build(name: str, configurations: int = 0, layers: int | None = None) -> nn.M
     """Return a frozen model with random weights on the GPU, in bf16, in training mode.
 
     Args:
-        name: One of :data:`MODELS`.
+        name: One of :data:`BACKBONES`.
         configurations: See :func:`limit_configurations`; 0 leaves upstream's.
         layers: Instead of the model's own number.
 
     Raises:
         Unavailable: mamba_ssm cannot be imported.
     """
-    # Kernels that Mamba-2 tunes are tuned once per machine.
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     try:
         from mamba_ssm import MambaLMHeadModel
         from mamba_ssm.models.config_mamba import MambaConfig
@@ -187,9 +160,12 @@ def build(name: str, configurations: int = 0, layers: int | None = None) -> nn.M
         raise Unavailable(f"{error} (pip install '.[mamba]' --no-build-isolation)") from None
 
     limit_configurations(configurations)
-    width, depth, layer = MODELS[name]
+    sizes = MODELS[name]
+    layer = "Mamba2" if name.startswith("mamba2-") else "Mamba1"
     torch.manual_seed(0)
-    config = MambaConfig(d_model=width, n_layer=layers or depth, ssm_cfg={"layer": layer})
+    config = MambaConfig(
+        d_model=sizes.width, n_layer=layers or sizes.layers, ssm_cfg={"layer": layer}
+    )
     model: nn.Module = MambaLMHeadModel(config, device="cuda", dtype=torch.bfloat16)
     embedding = model.get_submodule("backbone.embedding")
     # Something below every layer that asks for a gradient, also where nothing trains.
@@ -220,7 +196,7 @@ def measure(step: Callable[[], None], rounds: int = 5) -> tuple[float, float]:
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / 2**20
+    peak = torch.cuda.max_memory_allocated() / MIB
     release("cuda", workspaces=True)
     graph = torch.cuda.CUDAGraph()
     # The outer one, as a recording that fails leaves its stream the current one.

@@ -10,18 +10,17 @@ import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.memory import MIB, release
+from benchmarks.harness.profiling import kernel_times
+from benchmarks.harness.rows import Unavailable, ratio, reported
+from benchmarks.harness.text import number, text_table
 from benchmarks.harness.timing import Summary, synchronise
-from benchmarks.projector.breakdown import kernel_times
-from benchmarks.projector.measure import Unavailable, release, reported
-from benchmarks.projector.roofline import Ceilings
 from benchmarks.projector.scaling import exponent
 from benchmarks.projector.shapes import MODELS
-from benchmarks.projector.views import number, text_table
 from prodial_kernels import ProdialConfig, apply_prodial
 
 METHODS = ("frozen", "prodial", "lora", "full")
@@ -67,6 +66,42 @@ class ModuleCase:
     def __str__(self) -> str:
         layers = f", {self.layers} layers" if self.layers else ""
         return f"{self.level} {self.model} {self.batch}×{self.length} {self.dtype}{layers}"
+
+
+@dataclass
+class ModuleRow:
+    """One method on one case; peak memory with weights and optimiser.
+
+    Attributes:
+        level, model, batch, length, dtype, layers, r, vocabulary: The :class:`ModuleCase`.
+        depth: Number of layers.
+        rival: One of :data:`METHODS`.
+        both_us, busy_us: Wall time of an eager step, and the sum of its kernels.
+    """
+
+    level: str
+    model: str
+    batch: int
+    length: int
+    dtype: str
+    layers: int | None
+    r: int
+    vocabulary: int
+    depth: int
+    rival: str
+    status: str = ""
+    peak_mib: float | None = None
+    both_us: float | None = None
+    spread: float | None = None
+    busy_us: float | None = None
+    ratio: float | None = None
+    busy_ratio: float | None = None
+    memory_ratio: float | None = None
+
+    @classmethod
+    def of(cls, case: ModuleCase, rival: str, status: str = "") -> ModuleRow:
+        """A row of a case, without figures as yet."""
+        return cls(**asdict(case), depth=case.depth, rival=rival, status=status)
 
 
 CASES: Sequence[tuple[str, int, int]] = (
@@ -180,10 +215,10 @@ class PreparedModules:
     case: ModuleCase
     device: str
     rounds: int
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, ModuleRow]
     steps: dict[str, Callable[[], None]] = field(default_factory=dict)
 
-    def measure(self, ceilings: Ceilings) -> list[dict[str, Any]]:
+    def measure(self) -> list[ModuleRow]:
         """Time eager steps, interleaved, then how long the device was busy; a row each."""
         cuda = self.device.startswith("cuda")
         samples: dict[str, list[float]] = {method: [] for method in self.steps}
@@ -198,22 +233,15 @@ class PreparedModules:
             row = self.rows[method]
             with reported(row):
                 summary = Summary.of(samples[method])
-                busy = kernel_times(step, self.device, repeats=2)
-                row |= {
-                    "both_us": summary.median, "spread": summary.spread,
-                    "busy_us": sum(busy.values()), "status": "ok",
-                }  # fmt: skip
+                row.both_us, row.spread = summary.median, summary.spread
+                row.busy_us = sum(kernel_times(step, self.device, repeats=2).values())
+                row.status = "ok"
         floor = self.rows["frozen"]
         for row in self.rows.values():
-            if row["status"] == floor["status"] == "ok":
-                row |= {
-                    ratio: row[figure] / floor[figure]
-                    for ratio, figure in (
-                        ("ratio", "both_us"), ("busy_ratio", "busy_us"),
-                        ("memory_ratio", "peak_mib"),
-                    )
-                    if row[figure] is not None
-                }  # fmt: skip
+            if row.status == floor.status == "ok":
+                row.ratio = ratio(row.both_us, floor.both_us)
+                row.busy_ratio = ratio(row.busy_us, floor.busy_us)
+                row.memory_ratio = ratio(row.peak_mib, floor.peak_mib)
         return list(self.rows.values())
 
 
@@ -222,10 +250,7 @@ def prepare_modules(
 ) -> PreparedModules:
     """Build and adapt a model for each method, run it, and take its peak memory."""
     cuda = device.startswith("cuda")
-    rows = {
-        method: {**asdict(case), "depth": case.depth, "rival": method, "status": ""}
-        for method in methods
-    }
+    rows = {method: ModuleRow.of(case, method) for method in methods}
     prepared = PreparedModules(case, device, rounds, rows)
     for method, row in rows.items():
         release(device)
@@ -240,67 +265,65 @@ def prepare_modules(
             step = make_step(case, method, device)
             step()
             step()
-            row["peak_mib"] = None
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 step()
                 torch.cuda.synchronize()
                 # With its weights and optimizer, without those of the methods built before it.
-                row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                row.peak_mib = (torch.cuda.max_memory_allocated() - before) / MIB
             prepared.steps[method] = step
     return prepared
 
 
-def modules_view(rows: Sequence[dict[str, Any]]) -> str:
+def modules_table(rows: Sequence[ModuleRow]) -> str:
     """The rows of one case as a table; what could not be measured is said below."""
     lines = [
         [
-            row["rival"], number(row["both_us"] / 1e3, 2), number(100 * row["spread"] / 2, 1),
-            number(row.get("ratio")), number(row["busy_us"] / 1e3, 2),
-            number(row.get("busy_ratio")), number(row["peak_mib"], 0),
-            number(row.get("memory_ratio")),
+            row.rival, number(row.both_us, 2, 1e-3), number(row.spread, 1, 50), number(row.ratio),
+            number(row.busy_us, 2, 1e-3), number(row.busy_ratio), number(row.peak_mib, 0),
+            number(row.memory_ratio),
         ]
         for row in rows
-        if row["status"] == "ok"
+        if row.status == "ok"
     ]  # fmt: skip
     headers = [
         "method", "wall ms", "± %", "× frozen", "busy ms", "× frozen", "peak MiB", "× frozen",
     ]  # fmt: skip
     head = rows[0]
-    title = f"{head['level']} {head['model']} {head['batch']}×{head['length']} {head['dtype']}"
-    title += f", {head['layers']} layers" if head["layers"] else ""
-    notes = [f"  {row['rival']}: {row['status']}" for row in rows if row["status"] != "ok"]
+    title = f"{head.level} {head.model} {head.batch}×{head.length} {head.dtype}"
+    title += f", {head.layers} layers" if head.layers else ""
+    notes = [f"  {row.rival}: {row.status}" for row in rows if row.status != "ok"]
     return "\n".join([title, *([text_table(headers, lines)] if lines else []), *notes])
 
 
-def grown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def grown(rows: Sequence[ModuleRow]) -> list[ModuleRow]:
     """The rows of whole steps that differ in nothing but their number of layers."""
-    depths: dict[tuple[Any, ...], set[int]] = {}
+    depths: dict[tuple[object, ...], set[int]] = {}
 
-    def kind(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[name] for name in ("level", "model", "batch", "length", "dtype"))
+    def kind(row: ModuleRow) -> tuple[object, ...]:
+        return row.level, row.model, row.batch, row.length, row.dtype
 
     for row in rows:
-        depths.setdefault(kind(row), set()).add(row["depth"])
+        depths.setdefault(kind(row), set()).add(row.depth)
     return [row for row in rows if len(depths[kind(row)]) > 1]
 
 
 _GROWING = {"busy time": "busy_us", "wall time": "both_us", "memory": "peak_mib"}
 
 
-def layers_view(rows: Sequence[dict[str, Any]]) -> str:
+def layers_table(rows: Sequence[ModuleRow]) -> str:
     """The exponents of device time and memory in the number of layers, by method."""
     rows = grown(rows)
-    methods = dict.fromkeys(row["rival"] for row in rows)
+    methods = dict.fromkeys(row.rival for row in rows)
     lines = []
     for label, figure in _GROWING.items():
         cells = []
         for method in methods:
             points = [
-                (float(row["depth"]), float(row[figure]))
+                (float(row.depth), float(getattr(row, figure)))
                 for row in rows
-                if row["rival"] == method and row.get(figure) is not None
+                if row.rival == method and getattr(row, figure) is not None
             ]
             several = len({depth for depth, _ in points}) > 1
             cells.append(number(exponent(points)) if several else "–")

@@ -102,7 +102,7 @@ def draw(case: Case, device: str, seed: int = 0) -> LinearCase:
     """Draw a projector a little way into its training: random data, fp32 masters, no bias.
 
     The deviations from the pretrained weight are large enough that leaving any part of the
-    adapter out is an error of several percent, which the gate sees.
+    adapter out is an error of several percent, which the check sees.
     """
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""One row for each case and rival: gate, then time, memory, roofline and error together.
+"""One row for each case and rival: checked, then time, memory and error together.
 
 Preparing a case compiles, checks and records; processes may do it side by side. Measuring it is
 for a quiet device.
@@ -6,26 +6,25 @@ for a quiet device.
 
 from __future__ import annotations
 
-import gc
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks.harness import memory
 from benchmarks.harness.environment import cache_bytes
+from benchmarks.harness.memory import release
+from benchmarks.harness.rows import Unavailable, reported
 from benchmarks.harness.timing import Replay, Summary, eager_time, host_time, interleave
 from benchmarks.projector.cases import Case, draw, rotating_sets
-from benchmarks.projector.gate import Errors, Gate, Refusal
-from benchmarks.projector.rivals import FLOOR, Rival
+from benchmarks.projector.checks import CorrectnessCheck, Errors
+from benchmarks.projector.rivals import Rival
 from benchmarks.projector.rivals.layer import Step
-from benchmarks.projector.roofline import Ceilings, work
+from benchmarks.projector.roofline import work
+from benchmarks.projector.rows import ProjectorRow, add_ratios
 from prodial_kernels.testing import LinearCase
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ TINY = Settings(rounds=3, warm_s=0.0, budget_s=0.01)
 
 @dataclass
 class Contender:
-    """A rival that passed the gate on a case, with its operand sets and recorded replays."""
+    """A rival that passed its check on a case, with its operand sets and recorded replays."""
 
     rival: Rival
     errors: Errors
@@ -72,10 +71,10 @@ class PreparedCase:
     case: Case
     device: str
     settings: Settings
-    rows: dict[str, Row]
+    rows: dict[str, ProjectorRow]
     contenders: list[Contender] = field(default_factory=list)
 
-    def measure(self, ceilings: Ceilings) -> list[Row]:
+    def measure(self) -> list[ProjectorRow]:
         """Time what passed, interleaved; return a row for each rival, in their order."""
         timed = {c.rival.name: c.both for c in self.contenders}
         timed |= {f"{c.rival.name} forward": c.forward for c in self.contenders if c.forward}
@@ -84,18 +83,24 @@ class PreparedCase:
             name = contender.rival.name
             row = self.rows[name]
             with reported(row):
-                row |= figures(
-                    self.case, contender, samples[name], samples.get(f"{name} forward"), ceilings
-                )
+                fill(row, contender, samples[name], samples.get(f"{name} forward"))
                 if self.settings.eager:
                     step = contender.steps[0].both
-                    row["eager_us"] = eager_time(step, self.device, self.settings.budget_s)
-                    row["host_us"] = host_time(step, self.device, self.settings.budget_s)
+                    row.eager_us = eager_time(step, self.device, self.settings.budget_s)
+                    row.host_us = host_time(step, self.device, self.settings.budget_s)
+                row.status = "ok"
         add_ratios(self.rows)
         return list(self.rows.values())
 
     def sample(self) -> dict[str, float]:
-        """One figure for each rival; the first sample after waiting is not taken."""
+        """One figure for each rival; the first sample after waiting is not taken.
+
+        Raises:
+            RuntimeError: One of them was refused or failed.
+        """
+        for row in self.rows.values():
+            if row.status:
+                raise RuntimeError(f"{row.rival}: {row.status}")
         self.contenders[0].both.sample()
         return {
             contender.rival.name: statistics.median(contender.both.sample() for _ in range(3))
@@ -125,122 +130,66 @@ def prepare_case(
     release(device)
     alone = nullcontext() if alone is None else alone
     prepared = PreparedCase(
-        case, device, settings, {rival.name: _row(case, rival) for rival in rivals}
-    )
+        case, device, settings,
+        {rival.name: ProjectorRow.of(case, rival.name, method=rival.method) for rival in rivals},
+    )  # fmt: skip
     sets: list[LinearCase] = []
-    gate: Gate | None = None
+    check: CorrectnessCheck | None = None
     pool = _pool(device)
     for rival in rivals:
         row = prepared.rows[rival.name]
         with reported(row):
             if reason := rival.missing():
                 raise Unavailable(reason)
-            if gate is None:
-                gate = Gate(case, device)
+            if check is None:
+                check = CorrectnessCheck(case, device)
                 count = rotating_sets(case, cache_bytes(device))
                 sets = [draw(case, device, seed) for seed in range(count)]
             steps = [Step.on(operands, rival.prepare) for operands in sets]
             for step in steps:
                 step.both()
             with alone:
-                errors = gate.check(rival)
+                errors = check.errors_of(rival)
                 # Not also a collection, which takes longer than the check once a compiler is there.
                 if device.startswith("cuda"):
                     torch.cuda.empty_cache()
             prepared.contenders.append(_record(steps, rival, errors, device, pool, settings))
-        if row["status"]:
+        if row.status:
             # A recording that failed leaves its pool unusable; what it held is freed here.
             pool = _pool(device)
-            with reported({}):
+            with reported():
                 release(device)
     return prepared
 
 
 def measure_case(
-    case: Case, rivals: Sequence[Rival], device: str, ceilings: Ceilings, settings: Settings
-) -> list[Row]:
+    case: Case, rivals: Sequence[Rival], device: str, settings: Settings
+) -> list[ProjectorRow]:
     """Prepare and measure one case in this process."""
-    return prepare_case(case, rivals, device, settings).measure(ceilings)
+    return prepare_case(case, rivals, device, settings).measure()
 
 
-class Unavailable(Exception):
-    """The rival cannot run here."""
-
-
-@contextmanager
-def reported(row: Row) -> Iterator[None]:
-    """Put what went wrong with one rival into its row; the others are measured all the same."""
-    try:
-        yield
-    except Unavailable as reason:
-        row["status"] = f"unavailable: {reason}"
-    except Refusal as refusal:
-        row["status"] = f"refused: {refusal}"
-    except Exception as error:
-        row["status"] = failure(error)
-
-
-def failure(error: BaseException) -> str:
-    """The status of a row whose figure could not be had."""
-    # What follows the first lines of a CUDA error is the same advice every time.
-    text = " ".join(str(error).split())
-    return f"failed: {type(error).__name__}: {text[:200]}"
-
-
-def figures(
-    case: Case,
+def fill(
+    row: ProjectorRow,
     contender: Contender,
     both: Sequence[float],
     forward: Sequence[float] | None,
-    ceilings: Ceilings,
-) -> Row:
+) -> None:
     """Turn samples into the figures of a row."""
     summary = Summary.of(both)
-    needed = work(case, contender.rival.method)
-    row: Row = {
-        "status": "ok",
-        "both_us": summary.median, "both_low_us": summary.low, "both_high_us": summary.high,
-        "spread": summary.spread, "samples": summary.count,
-        **{f"{name}_mib": value for name, value in asdict(contender.memory).items()},
-        "tflops": needed.flops / summary.median / 1e6,
-        "gbps": needed.bytes / summary.median / 1e3,
-        "roofline_us": needed.floor_us(ceilings),
-        "roofline_fraction": needed.floor_us(ceilings) / summary.median,
-        "output_error": contender.errors.output,
-        "gradient_error": contender.errors.gradient,
-        "worst_gradient": contender.errors.worst,
-    }  # fmt: skip
+    needed = work(row.case, row.method)
+    used, errors = contender.memory, contender.errors
+    row.both_us, row.both_low_us, row.both_high_us = summary.median, summary.low, summary.high
+    row.spread, row.samples = summary.spread, summary.count
+    row.peak_mib, row.held_mib, row.kept_mib = used.peak, used.held, used.kept
+    row.tflops = needed.flops / summary.median / 1e6
+    row.gbps = needed.bytes / summary.median / 1e3
+    row.output_error, row.gradient_error = errors.output, errors.gradient
+    row.worst_gradient = errors.worst
     if forward is not None:
-        row["forward_us"] = Summary.of(forward).median
+        row.forward_us = Summary.of(forward).median
         # The backward is not recorded alone: it needs its forward's tensors.
-        row["backward_us"] = row["both_us"] - row["forward_us"]
-    return row
-
-
-def add_ratios(rows: dict[str, Row]) -> None:
-    """Add time and memory over the floor's, where both were measured."""
-    floor = rows.get(FLOOR, {"status": ""})
-    for row in rows.values():
-        if row["status"] == "ok" and floor["status"] == "ok":
-            row["ratio"] = row["both_us"] / floor["both_us"]
-            if row["peak_mib"] is not None:
-                row["memory_ratio"] = row["peak_mib"] / floor["peak_mib"]
-
-
-def release(device: str, *, workspaces: bool = False) -> None:
-    """Give the device back what is no longer referred to.
-
-    Args:
-        device: Where.
-        workspaces: cuBLAS's too, of which it keeps one of 32 MiB for every stream it has seen; what
-            ran before would count for a peak otherwise.
-    """
-    gc.collect()
-    if device.startswith("cuda"):
-        if workspaces:
-            torch.cuda.synchronize()
-            torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
+        row.backward_us = summary.median - row.forward_us
 
 
 def _record(
@@ -265,7 +214,3 @@ def _record(
 def _pool(device: str) -> object:
     """Memory that the graphs of one case share; they are never replayed at the same time."""
     return torch.cuda.graph_pool_handle() if device.startswith("cuda") else None
-
-
-def _row(case: Case, rival: Rival) -> Row:
-    return {**asdict(case), "rival": rival.name, "method": rival.method, "status": ""}

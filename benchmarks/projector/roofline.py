@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.harness.timing import Replay
 from benchmarks.projector.cases import Case
+from benchmarks.projector.rows import ProjectorRow
 
 # Which parts of the adapter each method has, for counting its operations.
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -18,12 +20,45 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ceilings:
     """The best the device did here: FLOP/s in a product, bytes/s (read + written) in a copy."""
 
-    flops: float
-    bandwidth: float
+    flops: float = 0.0
+    bandwidth: float = 0.0
+    status: str = "ok"
+
+
+@dataclass(frozen=True)
+class CeilingsTask:
+    """Measures the ceilings: the first task of a run."""
+
+    dtype: str
+    seconds: float = 1.0
+    bytes: int = 5 << 30
+
+    def __str__(self) -> str:
+        return f"ceilings {self.dtype}"
+
+    def prepare(self, device: str, alone: AbstractContextManager[object]) -> PreparedCeilings:
+        """Nothing: it is all measuring."""
+        return PreparedCeilings(device, getattr(torch, self.dtype))
+
+    def rows(self, status: str) -> list[Ceilings]:
+        """No ceilings, with the reason."""
+        return [Ceilings(status=status)]
+
+
+@dataclass
+class PreparedCeilings:
+    """A device."""
+
+    device: str
+    dtype: torch.dtype
+
+    def measure(self) -> list[Ceilings]:
+        """The device's ceilings; of a CPU from small operands."""
+        return [measure_ceilings(self.device, self.dtype, tiny=self.device == "cpu")]
 
 
 @dataclass(frozen=True)
@@ -58,6 +93,13 @@ def work(case: Case, method: str) -> Work:
     if "blocks" in parts:
         flops += 6.0 * m * k * p
     return Work(flops, float(moved * case.torch_dtype.itemsize))
+
+
+def add_roofline(row: ProjectorRow, ceilings: Ceilings) -> None:
+    """Add what the roofline allows to a measured row."""
+    if row.both_us is not None:
+        row.roofline_us = work(row.case, row.method).floor_us(ceilings)
+        row.roofline_fraction = row.roofline_us / row.both_us
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, *, tiny: bool = False) -> Ceilings:

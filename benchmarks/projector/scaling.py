@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from benchmarks.harness.text import number, text_table
 from benchmarks.projector.cases import Case
 from benchmarks.projector.rivals import FLOOR, OURS
-from benchmarks.projector.views import number, text_table
+from benchmarks.projector.rows import ProjectorRow
 
 MIDDLE = Case(8192, 768, 3072, model="mamba-130m in_proj")
 
@@ -74,22 +74,19 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def series(
-    rows: Sequence[Mapping[str, Any]], sweep: Sequence[Case], size: str, rival: str, figure: str
+    rows: Sequence[ProjectorRow], sweep: Sequence[Case], size: str, rival: str, figure: str
 ) -> list[tuple[float, float]]:
     """(size, figure) of one rival along a sweep, where it was measured."""
-    points = []
-    for case in sweep:
-        for row in rows:
-            same = all(
-                row[name] == getattr(case, name) for name in ("m", "k", "n", "p", "r", "dtype")
-            )
-            if same and row["rival"] == rival and row.get(figure) is not None:
-                points.append((float(getattr(case, size)), float(row[figure])))
-                break
-    return points
+    measured: dict[tuple[object, ...], float] = {}
+    for row in rows:
+        if row.rival == rival and (value := getattr(row, figure)) is not None:
+            measured.setdefault(row.case.key, value)
+    return [
+        (float(getattr(case, size)), measured[case.key]) for case in sweep if case.key in measured
+    ]
 
 
-def fits(rows: Sequence[Mapping[str, Any]], sweeps: Mapping[str, tuple[Case, ...]]) -> list[Fit]:
+def fits(rows: Sequence[ProjectorRow], sweeps: Mapping[str, Sequence[Case]]) -> list[Fit]:
     """Fit every sweep that was measured, over the larger half of its sizes."""
     found = []
     for size, cases in sweeps.items():
@@ -104,7 +101,7 @@ def fits(rows: Sequence[Mapping[str, Any]], sweeps: Mapping[str, tuple[Case, ...
     return found
 
 
-def fits_view(found: Sequence[Fit]) -> str:
+def fits_table(found: Sequence[Fit]) -> str:
     """The exponents as a table."""
     lines = [
         [

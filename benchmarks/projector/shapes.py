@@ -14,6 +14,11 @@ class Projectors:
     out_proj: tuple[int, int]
     layers: int
 
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return self.in_proj[0]
+
 
 def mamba1(width: int, layers: int, inner: int | None = None) -> Projectors:
     """Mamba: in_proj makes x and z."""

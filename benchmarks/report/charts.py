@@ -14,12 +14,15 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from benchmarks.harness.store import find
+from benchmarks.models.rows import ModelRow
 from benchmarks.projector.cases import Case
 from benchmarks.projector.rivals import FLOOR, OURS, RIVALS
+from benchmarks.projector.rows import ProjectorRow, by_case, find
 from benchmarks.projector.scaling import series
+from benchmarks.report.record import Record
+from benchmarks.training.jobs import JobRow
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[ProjectorRow]
 
 # Colours that stay apart for colour-blind readers; ProDiaL's is the strongest.
 OURS_COLOUR, FLOOR_COLOUR = "#0072B2", "#555555"
@@ -47,47 +50,43 @@ def colour_of(rival: str) -> str:
     return COLOURS[others.index(rival) % len(COLOURS)]
 
 
-def draw_all(
-    record: Mapping[str, Any], sweeps: Mapping[str, Sequence[Case]], folder: Path
-) -> list[Path]:
+def draw_all(record: Record, folder: Path) -> list[Path]:
     """Draw every picture that the record has figures for; return the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows: Rows = record["rows"]
     made = []
     for name, figure in (
-        ("cost", cost(rows)),
-        ("scaling", scaling(rows, sweeps)),
-        ("time-memory", time_memory(rows)),
-        ("kernels", kernels(rows)),
+        ("cost", cost(record.rows)),
+        ("scaling", scaling(record.rows, record.sweeps)),
+        ("time-memory", time_memory(record.rows)),
+        ("kernels", kernels(record.rows)),
     ):
         if figure is None:
             continue
         figure.suptitle(_caption(record), fontsize=7, color="#666666", x=0.995, ha="right")
-        path = folder / f"{record['name']}-{name}.png"
+        path = folder / f"{record.name}-{name}.png"
         _save(figure, path)
         made.append(path)
     return made
 
 
-def overview(models: Mapping[str, Any], jobs: Mapping[str, Any], path: Path) -> None:
+def overview(models: Sequence[ModelRow], jobs: Sequence[JobRow], device: str, path: Path) -> None:
     """Draw the front page's picture: four bars of a step's time, and a line of its memory.
 
     Args:
-        models: A record of ``benchmarks.mixers``. The first case that all four variants ran is
-            shown.
-        jobs: A record of ``benchmarks.finetune``. The first job that says what LoRA took before.
+        models: Of ``benchmarks.mixers``. The first case that all four variants ran is shown.
+        jobs: Of ``benchmarks.finetune``. The first job that says what LoRA took before.
+        device: On which the models were measured.
         path: The SVG to write; drawn again from the same records it has the same bytes.
 
     Raises:
         ValueError: No such case, or no such job.
     """
     cases: dict[tuple[str, int, int], dict[str, float]] = {}
-    for row in models["rows"]:
-        if row.get("status", "ok") == "ok":
-            at = (row["model"], row["batch"], row["length"])
-            cases.setdefault(at, {})[row["variant"]] = row["ms"]
+    for row in models:
+        if row.status == "ok" and row.ms is not None:
+            cases.setdefault(row.case, {})[row.variant] = row.ms
     case = next((at for at, took in cases.items() if set(took) >= set(OVERVIEW)), None)
-    job = next((row for row in jobs["rows"] if all(row.get("before", [None]))), None)
+    job = next((row for row in jobs if all(row.before)), None)
     if case is None or job is None:
         raise ValueError("the overview needs a case of all four variants, and a job with a before")
     times = [cases[case][variant] for variant in OVERVIEW]
@@ -105,14 +104,14 @@ def overview(models: Mapping[str, Any], jobs: Mapping[str, Any], path: Path) -> 
         name, batch, length = case
         figure.suptitle(
             f"{name}, {batch} × {length} tokens, bf16: forward and backward on an "
-            f"{models['device']}",
+            f"{device}",
             fontsize=9, x=0.01, ha="left",
         )  # fmt: skip
-        ms, gb = job["before"]
+        ms, gb = job.before
         figure.supxlabel(
-            f"A training step of {job['model']}, {job['batch']} × {job['length']} tokens: LoRA "
-            f"{gb:.1f} GB, {ms:.0f} ms; here {job['peak_bytes'] / 1e9:.1f} GB, {job['ms']:.0f} ms "
-            f"(--memory-budget {job['memory_budget']})",
+            f"A training step of {job.model}, {job.batch} × {job.length} tokens: LoRA "
+            f"{gb:.1f} GB, {ms:.0f} ms; here {(job.peak_bytes or 0) / 1e9:.1f} GB, {job.ms:.0f} ms "
+            f"(--memory-budget {job.memory_budget})",
             fontsize=9, x=0.01, ha="left",
         )  # fmt: skip
         figure.savefig(path, metadata={"Date": None, "Creator": None})
@@ -142,7 +141,7 @@ def cost(rows: Rows) -> Any:
     for name in names:
         wide = width * (1 + (name == OURS))
         found = [find(rows, rival=name, **at) for at in shapes]
-        values = [row.get("ratio", 0.0) if row else 0.0 for row in found]
+        values = [(row.ratio or 0.0) if row else 0.0 for row in found]
         places = [x + start + wide / 2 for x in range(len(shapes))]
         heights = [min(value, ceiling) for value in values]
         axes.bar(places, heights, wide, color=colour_of(name), label=name)
@@ -224,9 +223,7 @@ def scaling(rows: Rows, sweeps: Mapping[str, Sequence[Case]]) -> Any:
 
 def time_memory(rows: Rows) -> Any:
     """Each rival as a point: peak memory over time, both over the frozen layer's."""
-    shapes = [
-        at for at in _table_cases(rows) if (find(rows, rival=FLOOR, **at) or {}).get("peak_mib")
-    ]
+    shapes = _table_cases(rows, FLOOR, "peak_mib")
     if not shapes:
         return None
     # The smallest and the largest say what there is to see.
@@ -240,7 +237,7 @@ def time_memory(rows: Rows) -> Any:
             if row is None:
                 continue
             axes.scatter(
-                row["ratio"], row["memory_ratio"], s=70 if rival.name == OURS else 40,
+                row.ratio, row.memory_ratio, s=70 if rival.name == OURS else 40,
                 color=colour_of(rival.name), label=rival.name, zorder=3,
             )  # fmt: skip
         axes.set_title(f"M, K, N = {at['m']}, {at['k']}, {at['n']}", fontsize=9)
@@ -259,19 +256,17 @@ def time_memory(rows: Rows) -> Any:
 
 def kernels(rows: Rows) -> Any:
     """ProDiaL's device time by kernel, beside the frozen layer's, as a share of the floor."""
-    shapes = [
-        at for at in _table_cases(rows) if (find(rows, rival=OURS, **at) or {}).get("kernels_us")
-    ]
+    shapes = _table_cases(rows, OURS, "kernels_us")
     if not shapes:
         return None
     totals: dict[str, float] = {}
     bars: list[tuple[str, dict[str, float]]] = []
     for at in shapes:
         ours, floor = (find(rows, rival=rival, **at) for rival in (OURS, FLOOR))
-        if ours is None or floor is None:
+        if ours is None or floor is None or not ours.kernels_us or not floor.kernels_us:
             continue
-        frozen_us = sum(floor["kernels_us"].values())
-        shares = {name: took / frozen_us for name, took in ours["kernels_us"].items()}
+        frozen_us = sum(floor.kernels_us.values())
+        shares = {name: took / frozen_us for name, took in ours.kernels_us.items()}
         bars.append((f"{at['m']},{at['k']}→{at['n']}", shares))
         for name, share in shares.items():
             totals[name] = totals.get(name, 0.0) + share
@@ -298,17 +293,19 @@ def kernels(rows: Rows) -> Any:
     return figure
 
 
-def _table_cases(rows: Rows) -> list[dict[str, Any]]:
-    """The cases of the table: what the pictures by shape show."""
-    keys = ("m", "k", "n", "p", "r", "dtype")
-    found = (tuple(row[name] for name in keys) for row in rows if row["part"] == "table")
-    return [dict(zip(keys, key, strict=True)) for key in dict.fromkeys(found)]
+def _table_cases(rows: Rows, rival: str = "", figure: str = "") -> list[dict[str, Any]]:
+    """The cases of the table, or those where a rival has a figure: what the pictures show."""
+    cases = by_case(row for row in rows if row.part == "table")
+    if not rival:
+        return [case[0].at for case in cases]
+    found = (find(case, rival=rival) for case in cases)
+    return [row.at for row in found if row and getattr(row, figure)]
 
 
-def _caption(record: Mapping[str, Any]) -> str:
-    environment = record["environment"]
+def _caption(record: Record) -> str:
+    environment = record.environment
     versions = environment["versions"]
-    dtypes = sorted({row["dtype"] for row in record["rows"]})
+    dtypes = sorted({row.dtype for row in record.rows})
     return (
         f"{environment['device']}, {', '.join(dtypes)}, torch {versions['torch']}, "
         f"triton {versions['triton']}, {environment['date']}"

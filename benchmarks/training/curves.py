@@ -20,12 +20,11 @@ from functools import cache, partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.projector.measure import release
+from benchmarks.harness.memory import release
 from benchmarks.training.steps import transformers_config
 from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.fused_norms import fuse_norms
@@ -40,7 +39,9 @@ from prodial_kernels.training.step.choose import decide, facts_of, make_step
 
 # A saving may deviate so many times as much as another order of the same sums does.
 NOISE_FACTOR = 2.0
-LENGTH, BATCH, LR = 256, 4, 3e-3
+# On a CPU, which only tries it out, the scan goes token by token.
+LENGTH = {"cuda": 256, "cpu": 16}
+BATCH, LR = 4, 3e-3
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,28 @@ class Variant:
     norms: bool = False
     graphed: bool = True
     parts: int = 1
+
+
+@dataclass
+class CurveRow:
+    """The losses of one variant beside the plain run's, in nats; or the ``error`` it failed with.
+
+    Attributes:
+        mean, largest: Of the absolute deviations over the steps.
+        shift: Of the mean loss.
+        noise: The control's mean deviation.
+        ok: Whether it is within :data:`NOISE_FACTOR` times that, where it is judged.
+    """
+
+    model: str
+    variant: str
+    losses: list[float] | None = None
+    mean: float | None = None
+    largest: float | None = None
+    shift: float | None = None
+    noise: float | None = None
+    error: str | None = None
+    ok: bool = True
 
 
 PLAIN = Variant("plain", graphed=False)
@@ -148,7 +171,7 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     if variant.base != "dense":
         quantize_model(model, variant.base)
     torch.manual_seed(0)
-    config = config_of(variant)
+    config = config_of(variant, LENGTH[device])
     optimizer = prepare_method(model, config).optimizer
     # Each by itself; a run fuses its norms whatever its blocks keep.
     if variant.norms:
@@ -157,7 +180,7 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     if levels is not None:
         apply_levels(model, levels)
     model.train()
-    batches = PackedBatches(tokens, seq_len=LENGTH, batch_size=BATCH // variant.parts)
+    batches = PackedBatches(tokens, seq_len=config.seq_len, batch_size=BATCH // variant.parts)
     choice = decide(config, facts_of(model), torch.device(device))
     step = make_step(model, optimizer, config, choice, device=torch.device(device))
     options = LoopOptions(steps=steps, lr=LR, warmup=config.warmup)
@@ -173,10 +196,10 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     return losses
 
 
-def config_of(variant: Variant) -> ResolvedConfig:
+def config_of(variant: Variant, length: int) -> ResolvedConfig:
     """What ``prodial finetune`` would be told, as far as a step depends on it."""
     return FinetuneConfig(
-        r=16, lr=LR, batch_size=BATCH // variant.parts, seq_len=LENGTH,
+        r=16, lr=LR, batch_size=BATCH // variant.parts, seq_len=length,
         grad_accumulation=variant.parts, activations=variant.activations, loss=variant.loss,
         cuda_graph="on" if variant.graphed else "off",
     ).resolved()  # fmt: skip
@@ -202,7 +225,7 @@ def submitting(workers: int) -> Iterator[Callable[..., Callable[[], list[float]]
 
 def run_curves(
     device: str, steps: int, names: Sequence[str] | None = None, *, workers: int = 0
-) -> tuple[list[dict[str, Any]], bool]:
+) -> tuple[list[CurveRow], bool]:
     """Compare every variant with the plain run on each model; print as it goes.
 
     Args:
@@ -215,7 +238,7 @@ def run_curves(
         A row for each model and variant, and whether every saving of the dense base stays within
         :data:`NOISE_FACTOR` times the control's deviation.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[CurveRow] = []
     with submitting(workers) as submit:
         runs = {
             maker: {
@@ -226,47 +249,45 @@ def run_curves(
         }
         for maker, waiting in runs.items():
             rows += compare(maker, waiting)
-    return rows, all(row["ok"] for row in rows)
+    return rows, all(row.ok for row in rows)
 
 
-def compare(
-    model: str, waiting: Mapping[Variant, Callable[[], list[float]]]
-) -> Iterator[dict[str, Any]]:
+def compare(model: str, waiting: Mapping[Variant, Callable[[], list[float]]]) -> Iterator[CurveRow]:
     """Yield and print a row for each variant; without the plain run or the control no more."""
     plain: list[float] = []
     noise = 0.0
     for variant, wait in waiting.items():
-        row: dict[str, Any] = {"model": model, "variant": variant.name}
+        row = CurveRow(model, variant.name)
         try:
             losses = wait()
         # One that fails is a row, and the others are compared all the same.
         except Exception as error:
-            row |= {"error": f"{type(error).__name__}: {error}", "ok": False}
-            print(f"  {model} {variant.name:14} FAILED: {row['error']}", flush=True)
+            row.error, row.ok = f"{type(error).__name__}: {error}", False
+            print(f"  {model} {variant.name:14} FAILED: {row.error}", flush=True)
             yield row
             if variant in (PLAIN, CONTROL):
                 return
             continue
-        row["losses"] = losses
+        row.losses = losses
         if variant == PLAIN:
             plain = losses
             text = f"{model}: {len(plain)} steps, loss {plain[0]:.4f} -> {plain[-1]:.4f}"
             print(text, flush=True)
-            yield {**row, "ok": True}
+            yield row
             continue
         apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
-        mean, shift = fmean(apart), fmean(losses) - fmean(plain)
+        row.mean, row.largest = fmean(apart), max(apart)
+        row.shift = fmean(losses) - fmean(plain)
         if variant == CONTROL:
             # At least a rounding of the loss itself.
-            noise = max(mean, 1e-6 * max(plain))
+            noise = max(row.mean, 1e-6 * max(plain))
+        row.noise = noise
         judged = variant.base == "dense" and variant != CONTROL
-        kept = not judged or mean <= NOISE_FACTOR * noise
+        row.ok = not judged or row.mean <= NOISE_FACTOR * noise
         print(
-            f"  {variant.name:14} deviation {mean:.2e} nats on average ({mean / noise:5.2f} × "
-            f"control), {max(apart):.2e} at most; all in all {shift:+.2e}"
-            f"{'' if not judged else '  ok' if kept else '  MISSED'}",
+            f"  {variant.name:14} deviation {row.mean:.2e} nats on average "
+            f"({row.mean / noise:5.2f} × control), {row.largest:.2e} at most; all in all "
+            f"{row.shift:+.2e}{'' if not judged else '  ok' if row.ok else '  MISSED'}",
             flush=True,
         )
-        yield {
-            **row, "mean": mean, "largest": max(apart), "shift": shift, "noise": noise, "ok": kept,
-        }  # fmt: skip
+        yield row

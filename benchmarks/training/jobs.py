@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 GB = 1e9
+Limits = Sequence[float | None]
+"""(ms, GB of 1e9 bytes); None for no limit."""
 LEAST = "least"
 """As a budget: the smallest that the memory plan lets the job run in."""
 
@@ -62,9 +64,9 @@ class Job:
     activations: str = "auto"
     cuda_graph: str = "auto"
     library: str = "transformers"
-    must: tuple[float | None, float | None] = (None, None)
-    aim: tuple[float | None, float | None] = (None, None)
-    before: tuple[float | None, float | None] = (None, None)
+    must: Limits = (None, None)
+    aim: Limits = (None, None)
+    before: Limits = (None, None)
 
     @property
     def title(self) -> str:
@@ -139,8 +141,58 @@ TINY_JOBS = (
 )
 
 
-def keeps(row: Mapping[str, Any], limits: Sequence[float | None]) -> bool:
-    """Whether a row is within limits (ms, GB); a figure that was not taken is."""
-    figures = (row["ms"], None if row["peak_bytes"] is None else row["peak_bytes"] / GB)
-    pairs = zip(figures, limits, strict=True)
-    return all(figure is None or limit is None or figure <= limit for figure, limit in pairs)
+@dataclass
+class JobRow:
+    """What one job took, or the ``error`` that it failed with; the first fields are the job's.
+
+    Attributes:
+        memory_budget: What it was given; :data:`LEAST` is worked out.
+        graphed: Whether its steps were captured; ``how`` is what was said about it.
+        levels: Number of layers at each memory level.
+        predicted_bytes: The planned peak.
+    """
+
+    name: str
+    model: str = ""
+    batch: int = 0
+    length: int = 0
+    quantize: str | None = None
+    memory_budget: str | None = None
+    activations: str = "auto"
+    cuda_graph: str = "auto"
+    library: str = "transformers"
+    must: Limits = (None, None)
+    aim: Limits = (None, None)
+    before: Limits = (None, None)
+    title: str = ""
+    command: str | None = None
+    graphed: bool = False
+    how: str = ""
+    levels: Mapping[str, int] = field(default_factory=dict)
+    ms: float = 0.0
+    slowest_ms: float = 0.0
+    steps: int = 0
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    predicted_bytes: int | None = None
+    trained: int = 0
+    build_s: float = 0.0
+    total_s: float = 0.0
+    kernels_us: Mapping[str, float] | None = None
+    error: str | None = None
+
+    @property
+    def status(self) -> str:
+        """See :mod:`benchmarks.harness.rows`."""
+        return self.error or "ok"
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was measured, and keeps what it must."""
+        return self.error is None and self.keeps(self.must)
+
+    def keeps(self, limits: Limits) -> bool:
+        """Whether it is within limits (ms, GB); a figure that was not taken is."""
+        figures = (self.ms, None if self.peak_bytes is None else self.peak_bytes / GB)
+        pairs = zip(figures, limits, strict=True)
+        return all(figure is None or limit is None or figure <= limit for figure, limit in pairs)

@@ -14,17 +14,17 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.projector.breakdown import kernel_times
-from benchmarks.projector.measure import release
-from benchmarks.training.jobs import LEAST, MODELS, Job
+from benchmarks.harness.memory import release
+from benchmarks.harness.profiling import kernel_times
+from benchmarks.training.jobs import LEAST, MODELS, Job, JobRow
 from benchmarks.training.random_weights import random_quantized
 from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, prepare_blocks
@@ -39,6 +39,51 @@ from prodial_kernels.training.step.choose import decide, facts_of, make_step
 from prodial_kernels.training.step.graphed import WARM_UP, GraphedStep
 
 LR = 1e-5
+
+
+@dataclass(frozen=True)
+class JobTask:
+    """A job in a process of its own, so that a peak and a limit are that job's alone.
+
+    Attributes:
+        steps: How many are timed.
+        loss, optimizer: As ``prodial finetune`` has them.
+        profile: Take the kernels' times too.
+    """
+
+    job: Job
+    steps: int
+    loss: str = "auto"
+    optimizer: str = "adamw"
+    profile: bool = False
+    seconds: float = 30.0
+    bytes: int = 8 << 30
+
+    def prepare(self, device: str, alone: AbstractContextManager[object]) -> PreparedJob:
+        """Build the model and take the first steps."""
+        with ExitStack() as stack:
+            options = {"loss": self.loss, "optimizer": self.optimizer}
+            training = stack.enter_context(prepared(self.job, device, **options))
+            return PreparedJob(self, training, stack.pop_all())
+        raise AssertionError("an ExitStack drops no exception here")
+
+    def rows(self, status: str) -> list[JobRow]:
+        """Its row where there are no figures, with the reason."""
+        return [JobRow(self.job.name, error=status)]
+
+
+@dataclass
+class PreparedJob:
+    """A job that has taken its first steps, and what holds PyTorch to its budget."""
+
+    task: JobTask
+    training: Training
+    held: ExitStack
+
+    def measure(self) -> list[JobRow]:
+        """The job's row."""
+        with self.held:
+            return [self.training.measure(self.task.steps, profile=self.task.profile)]
 
 
 @contextmanager
@@ -157,27 +202,25 @@ class Training:
         self._taken += 1
         return time.perf_counter() - before
 
-    def measure(self, steps: int, *, profile: bool = False) -> dict[str, Any]:
+    def measure(self, steps: int, *, profile: bool = False) -> JobRow:
         """Time steps; return the row, with ``profile`` each kernel's time too."""
-        job, plan = self._job, self._plan
+        job, plan, cuda = self._job, self._plan, self._cuda
         times = [self.take() for _ in range(steps)]
-        cuda = self._cuda
-        row = {
-            **asdict(job), "title": job.title, "memory_budget": self._config.memory_budget,
-            "command": job.command(self._config.memory_budget),
-            "graphed": isinstance(self._step, GraphedStep),
-            "how": "; ".join(self._said) or "steps launched one by one",
-            "levels": dict(Counter(self.levels)),
-            "ms": statistics.median(times) * 1e3, "slowest_ms": max(times) * 1e3, "steps": steps,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
-            "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
-            "predicted_bytes": None if plan is None else plan.plan.peak.total,
-            "trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "build_s": self._built - self._started,
-            "total_s": time.perf_counter() - self._started,
-        }  # fmt: skip
+        row = JobRow(
+            **{**asdict(job), "memory_budget": self._config.memory_budget},
+            title=job.title, command=job.command(self._config.memory_budget),
+            graphed=isinstance(self._step, GraphedStep),
+            how="; ".join(self._said) or "steps launched one by one",
+            levels=dict(Counter(self.levels)),
+            ms=statistics.median(times) * 1e3, slowest_ms=max(times) * 1e3, steps=steps,
+            peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+            reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
+            predicted_bytes=None if plan is None else plan.plan.peak.total,
+            trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            build_s=self._built - self._started, total_s=time.perf_counter() - self._started,
+        )  # fmt: skip
         if profile:
-            row["kernels_us"] = kernel_times(self._again, "cuda" if cuda else "cpu")
+            row.kernels_us = kernel_times(self._again, "cuda" if cuda else "cpu")
         return row
 
     def _again(self) -> None:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.projector import views
-from benchmarks.training.jobs import GB, LEAST
+from benchmarks.harness.text import text_table
+from benchmarks.training.jobs import GB, LEAST, JobRow
 from prodial_kernels.models.layers.recompute import LEVELS
-
-Row = Mapping[str, Any]
 
 
 def page(record: Mapping[str, Any]) -> str:
     """The table of a ``finetune.json`` and, in the same order, the commands."""
-    rows = [row for row in record["rows"] if "error" not in row]
+    rows = rows_of(record)
     # What the least budget is depends on what the plan of the day leaves free.
-    commands = [
-        row["command"] for row in rows if row["command"] and not row["name"].endswith(LEAST)
-    ]
+    commands = [row.command for row in rows if row.command and not row.name.endswith(LEAST)]
     return "\n\n".join(
         [
             f"Whole steps, loss and optimiser included, both projectors with r = 16, random "
@@ -37,27 +33,30 @@ def page(record: Mapping[str, Any]) -> str:
     )
 
 
-def jobs_table(rows: Sequence[Row]) -> str:
+def rows_of(record: Mapping[str, Any]) -> list[JobRow]:
+    """The rows of a ``finetune.json``, of the jobs that ran."""
+    return [row for row in (JobRow(**values) for values in record["rows"]) if row.error is None]
+
+
+def jobs_table(rows: Sequence[JobRow]) -> str:
     """One line for each job that ran."""
     headers = [
         "job", "LoRA before", "ms a step", "peak, GB (planned)", "budget", "what the layers keep",
     ]  # fmt: skip
     lines = [
         [
-            _title(row), _before(row["before"]), f"{row['ms']:.{1 if row['ms'] < 100 else 0}f}",
-            gigabytes(row).replace(" GB", ""), row["memory_budget"] or "–",
-            levels_text(row["levels"]),
+            _title(row), _before(row), f"{row.ms:.{1 if row.ms < 100 else 0}f}",
+            gigabytes(row).replace(" GB", ""), row.memory_budget or "–", levels_text(row.levels),
         ]
         for row in rows
     ]  # fmt: skip
-    return views.text_table(headers, lines)
+    return text_table(headers, lines)
 
 
-def gigabytes(row: Row) -> str:
+def gigabytes(row: JobRow) -> str:
     """The measured peak, and in parentheses the one that was planned."""
-    measured, planned = row["peak_bytes"], row["predicted_bytes"]
-    text = "–" if measured is None else f"{measured / GB:.2f} GB"
-    return text if planned is None else f"{text} ({planned / GB:.2f})"
+    text = "–" if row.peak_bytes is None else f"{row.peak_bytes / GB:.2f} GB"
+    return text if row.predicted_bytes is None else f"{text} ({row.predicted_bytes / GB:.2f})"
 
 
 def levels_text(levels: Mapping[str, int]) -> str:
@@ -67,12 +66,12 @@ def levels_text(levels: Mapping[str, int]) -> str:
     return ", ".join(f"{levels[level]} `{level}`" for level in LEVELS if level in levels)
 
 
-def _title(row: Row) -> str:
-    library = ", mamba_ssm" if row["library"] == "mamba_ssm" else ""
-    return f"{row['title']}{library}{'' if row['graphed'] else ', eager'}"
+def _title(row: JobRow) -> str:
+    library = ", mamba_ssm" if row.library == "mamba_ssm" else ""
+    return f"{row.title}{library}{'' if row.graphed else ', eager'}"
 
 
-def _before(before: Sequence[float | None]) -> str:
-    ms, gb = before
+def _before(row: JobRow) -> str:
+    ms, gb = row.before
     figures = [f"{ms:g} ms" if ms is not None else "", f"{gb:.1f} GB" if gb is not None else ""]
     return ", ".join(filter(None, figures)) or "–"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.harness.memory import MIB, release
+from benchmarks.harness.rows import Unavailable
 from benchmarks.models.upstream import limit_configurations
-from benchmarks.projector.measure import Unavailable, release
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.mixers.hf import unfused_forward
 from prodial_kernels.models.patch_point import AdaptedMixer
@@ -170,7 +170,6 @@ def _load_upstream(settings: Settings) -> None:
     """Import upstream's kernels, and let those that tune themselves choose among a few."""
     if settings.device != "cuda":
         return
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     try:
         import causal_conv1d  # noqa: F401
         import mamba_ssm.ops.selective_scan_interface
@@ -252,10 +251,10 @@ def _memory(cuda: bool) -> dict[str, float]:
         if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
     )
     return {
-        "allocated_mib": torch.cuda.max_memory_allocated() / 2**20,
-        "peak_mib": (torch.cuda.max_memory_allocated() + hidden) / 2**20,
-        "pool_free_mib": hidden / 2**20,
-        "reserved_mib": torch.cuda.max_memory_reserved() / 2**20,
+        "allocated_mib": torch.cuda.max_memory_allocated() / MIB,
+        "peak_mib": (torch.cuda.max_memory_allocated() + hidden) / MIB,
+        "pool_free_mib": hidden / MIB,
+        "reserved_mib": torch.cuda.max_memory_reserved() / MIB,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare import ComparisonError, checked_out, compare, comparison_view, judge
+from benchmarks.compare import ComparisonError, checked_out, compare, comparison_table, judge
 from benchmarks.harness.environment import ROOT, git
 from benchmarks.projector.cases import TINY
 
@@ -26,7 +26,7 @@ def test_a_slower_version_is_called_slower() -> None:
     verdict = judge("case", rounds(100, 50, 0.01), list(reversed(rounds(110, 50, 0.01))))
     assert verdict.word == "slower"
     assert verdict.ratio == pytest.approx(1.1, rel=0.02)
-    assert "SLOWER" in comparison_view([verdict], "main")
+    assert "SLOWER" in comparison_table([verdict], "main")
 
 
 def test_a_faster_version_is_called_faster() -> None:

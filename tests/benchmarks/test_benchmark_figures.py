@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import targets
 from benchmarks.harness import memory, store
+from benchmarks.harness.profiling import short_name
 from benchmarks.harness.timing import Replay, Summary, interleave
-from benchmarks.projector import views
-from benchmarks.projector.breakdown import short_name
+from benchmarks.projector import tables
 from benchmarks.projector.cases import TABLE_SHAPES, Case, with_variants
 from benchmarks.projector.rivals import RIVALS, select
 from benchmarks.projector.roofline import Ceilings, work
-from benchmarks.projector.scaling import SWEEPS, exponent, fits, fits_view
+from benchmarks.projector.rows import ProjectorRow
+from benchmarks.projector.scaling import SWEEPS, exponent, fits, fits_table
 from benchmarks.projector.shapes import MODELS
 from benchmarks.report import charts
+from benchmarks.report.record import Record
 
 
-def row(case: Case, rival: str, us: float, floor_us: float, **more: Any) -> dict[str, Any]:
-    return {
-        **asdict(case), "part": "table", "rival": rival, "method": "ProDiaL", "status": "ok",
+def row(case: Case, rival: str, us: float, floor_us: float, **more: Any) -> ProjectorRow:
+    figures = {
         "both_us": us, "ratio": us / floor_us, "spread": 0.01, "peak_mib": 100.0,
         "memory_ratio": 1.0, "kept_mib": 1.0, "tflops": 1.0, "gbps": 1.0, "roofline_fraction": 0.5,
         "output_error": 1e-3, "gradient_error": 2e-3, "host_us": 100.0,
-        "kernels_us": {"gemm_kernel": us}, **more,
+        "kernels_us": {"gemm_kernel": us},
     }  # fmt: skip
+    return ProjectorRow.of(case, rival, "ok", **{"method": "ProDiaL", **figures, **more})
 
 
 def test_summary() -> None:
@@ -101,10 +104,10 @@ def test_growing_faster_than_the_floor_is_said(power: float, faster: bool) -> No
     assert found["time"].ours == pytest.approx(power)
     assert found["time"].floor == pytest.approx(1)
     assert found["time"].grows_faster is faster
-    assert ("grows faster" in fits_view(list(found.values()))) is faster
+    assert ("grows faster" in fits_table(list(found.values()))) is faster
 
 
-def test_targets_view_marks_what_misses() -> None:
+def test_the_table_of_targets_marks_what_misses() -> None:
     good, bad = TABLE_SHAPES[:2]
     rows = [
         row(good, "frozen", 35, 35), row(good, "prodial", 1.7 * 35, 35),
@@ -114,7 +117,7 @@ def test_targets_view_marks_what_misses() -> None:
         row(bad, "frozen", 21, 21), row(bad, "prodial", 2.9 * 21, 21, host_us=400.0),
         row(bad, "concat", 2.5 * 21, 21),
     ]  # fmt: skip
-    head, _, first, second, *_ = views.targets_view(rows).splitlines()
+    head, _, first, second, *_ = tables.targets_table(rows).splitlines()
     assert [cell.strip() for cell in head.split("|")][1:6] == [
         "M,K,N", "frozen µs", "must", "aim", "ProDiaL",
     ]  # fmt: skip
@@ -127,7 +130,7 @@ def test_targets_view_marks_what_misses() -> None:
 
 
 def test_targets_cover_the_table() -> None:
-    assert set(views.TARGETS) == {case.shape for case in TABLE_SHAPES}
+    assert set(targets.PROJECTOR) == {case.shape for case in TABLE_SHAPES}
 
 
 def test_variants_divide() -> None:
@@ -156,21 +159,20 @@ def test_selecting_rivals() -> None:
         select(["nonsense"])
 
 
-def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def record_of(rows: list[ProjectorRow], **more: Any) -> Record:
     versions = {"torch": "2", "triton": "3"}
     environment = {"device": "A GPU (80 GB)", "versions": versions, "date": "2026-01-02"}
-    return {
-        "name": "projector", "environment": environment, "rows": rows, "modules": [],
-        "sweeps": {},
-    }  # fmt: skip
+    return Record("projector", environment, rows=rows, **more)
 
 
 def test_results_are_written_and_read(tmp_path: Path) -> None:
-    record = record_of([row(TABLE_SHAPES[0], "frozen", 35, 35)])
-    assert store.folder_of(record).name == "a-gpu-80-gb"
-    as_json, as_csv, as_page = store.write(record, tmp_path, "a page")
+    sweeps = {"m": list(SWEEPS["m"])}
+    rows = [row(TABLE_SHAPES[0], "frozen", 35, 35)]
+    record = record_of(rows, ceilings=Ceilings(1e15, 1e12), sweeps=sweeps)
+    assert store.results_of(record.environment["device"]).name == "a-gpu-80-gb"
+    as_json, as_csv, as_page = record.write(tmp_path, "a page")
     assert as_json.name == "projector.json"
-    assert store.read(as_json) == record
+    assert Record.read(as_json) == record
     assert as_page.read_text() == "a page\n"
     head, line = as_csv.read_text().splitlines()
     assert head.split(",")[:3] == ["m", "k", "n"]
@@ -178,7 +180,7 @@ def test_results_are_written_and_read(tmp_path: Path) -> None:
     assert line.startswith("2048,768,3072,1,16,bfloat16")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a result"):
-        store.read(tmp_path / "other.json")
+        Record.read(tmp_path / "other.json")
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -187,11 +189,11 @@ def test_pictures(tmp_path: Path) -> None:
         for case in TABLE_SHAPES
         for name, us in (("frozen", 35), ("prodial", 50), ("concat", 60), ("peft-oft", 400))
     ]
-    made = charts.draw_all(record_of(rows), {}, tmp_path)
+    made = charts.draw_all(record_of(rows), tmp_path)
     assert [path.stem.removeprefix("projector-") for path in made] == [
         "cost", "time-memory", "kernels",
     ]  # fmt: skip
     sweep = {"m": SWEEPS["m"]}
     rows = [row(case, name, case.m, 35) for case in SWEEPS["m"] for name in ("frozen", "prodial")]
-    assert "scaling" in charts.draw_all(record_of(rows), sweep, tmp_path)[0].stem
+    assert "scaling" in charts.draw_all(record_of(rows, sweeps=sweep), tmp_path)[0].stem
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)

@@ -11,18 +11,21 @@ import pytest
 import torch
 
 from benchmarks import mixers
-from benchmarks.harness.worker import task_of
+from benchmarks.harness.task import line_of, message_of
 from benchmarks.models import backbones, upstream, variants
+from benchmarks.models.rows import ModelRow, shapes_of, write_rows
 from prodial_kernels.linear import ProdialLinear
 from support.mixers import mamba_ssm_stand_ins as stand_ins
 
 
-def row(**changes: object) -> mixers.Row:
+def row(**changes: object) -> ModelRow:
     values = {
-        "model": "mamba-130m", "batch": 4, "length": 512, "variant": "prodial", "ms": 12.0,
-        "mib": 1000.0, "time_ratio": 1.2, "memory_ratio": 1.05,
+        "model": "mamba-130m", "batch": 4, "length": 512, "variant": "prodial", "status": "ok",
+        "ms": 12.0, "mib": 1000.0, "time_ratio": 1.2, "memory_ratio": 1.05,
     }  # fmt: skip
-    return mixers.Row(**{**values, **changes})
+    judged = ModelRow(**{**values, **changes})
+    mixers.judge(judged)
+    return judged
 
 
 def test_a_row_is_judged_by_both_ratios() -> None:
@@ -30,7 +33,7 @@ def test_a_row_is_judged_by_both_ratios() -> None:
     assert not row(time_ratio=1.26).ok
     assert not row(memory_ratio=1.11).ok
     assert row(variant="lora", time_ratio=2.0).ok
-    assert row(batch=2).must is None
+    assert row(batch=2).must == ""
     assert "must 1.25x 1.10x  ok" in str(row())
     assert str(row(time_ratio=1.26)).endswith("MISSED")
     failed = row(status="failed: OutOfMemoryError: x", ms=None, mib=None)
@@ -40,8 +43,10 @@ def test_a_row_is_judged_by_both_ratios() -> None:
 
 
 def test_shapes() -> None:
-    assert mixers.shapes_of("mamba-1.4b", None) == [(4, 512), (4, 2048)]
-    assert mixers.shapes_of("mamba-1.4b", ["1x64"]) == [(1, 64)]
+    with_targets = mixers.cases_of(["mamba-1.4b"], None)
+    assert [(case.batch, case.length) for case in with_targets] == [(4, 512), (4, 2048)]
+    assert mixers.cases_of(["mamba-1.4b"], ["1x64"]) == [backbones.ModelCase("mamba-1.4b", 1, 64)]
+    assert shapes_of(["1x64", "2x8"]) == [(1, 64), (2, 8)]
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
@@ -127,8 +132,8 @@ def test_tuners_are_found_under_heuristics(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_plan() -> None:
-    first, second = mixers.plan(list(backbones.MODELS), None, None, 0)
-    models = [job for job in first if job.part == "model"]
+    first, second = mixers.plan(backbones.BACKBONES, None, None, 0)
+    models = [job for job in first if isinstance(job, backbones.ModelJob)]
     assert [str(job) for job in models] == [
         "mamba-130m 4×512: frozen, prodial, lora-slow, authors",
         "mamba-130m 8×2048: frozen, prodial, lora-slow",
@@ -136,20 +141,20 @@ def test_the_plan() -> None:
         "mamba-1.4b 4×2048: frozen, prodial, lora-slow",
     ]
     assert len(first) - len(models) == 2 * mixers.CONFIGURATIONS
-    assert [job.part for job in second] == ["model"] * 4
+    assert [type(job) for job in second] == [backbones.ModelJob] * 4
     for job in (*first, *second):
-        assert task_of(json.loads(json.dumps(job.to_json()))) == job
+        assert message_of(line_of(job)) == job
     (only,), none = mixers.plan(["mamba-130m"], ["1x64"], ["lora"], 0)
     assert (str(only), none) == ("mamba-130m 1×64: frozen, lora", [])
 
 
 def test_results_are_written_as_they_come(tmp_path: Path) -> None:
     rows = [row(), row(variant="authors", status="failed: OutOfMemoryError: x", ms=None, mib=None)]
-    mixers.write({"device": "a GPU", "notes": []}, rows, tmp_path / "new" / "mixers.json")
+    write_rows(tmp_path / "new" / "mixers.json", {"device": "a GPU", "notes": []}, rows)
     written = json.loads((tmp_path / "new" / "mixers.json").read_text())
     assert [r["ok"] for r in written["rows"]] == [True, False]
-    assert mixers.notes(0) == []
-    assert "chose among 3" in mixers.notes(3)[0]
+    assert upstream.notes(0) == []
+    assert "chose among 3" in upstream.notes(3)[0]
 
 
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:

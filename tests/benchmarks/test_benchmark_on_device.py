@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.harness.crew import Crew
+from benchmarks.harness.pool import WorkerPool
 from benchmarks.harness.timing import Replay
 from benchmarks.jobs import Job
 from benchmarks.projector.cases import Case
-from benchmarks.projector.measure import BARE, QUICK, Row, Settings, measure_case
+from benchmarks.projector.measure import BARE, QUICK, Settings, measure_case
 from benchmarks.projector.rivals import RIVALS
-from benchmarks.projector.roofline import measure_ceilings
+from benchmarks.projector.roofline import Ceilings, CeilingsTask, add_roofline, measure_ceilings
+from benchmarks.projector.rows import ProjectorRow
 
 pytestmark = pytest.mark.gpu
 
@@ -22,19 +23,14 @@ CASE = Case(512, 768, 1536, p=12)
 
 
 def test_every_rival_is_measured() -> None:
-    ceilings = measure_ceilings("cuda", torch.bfloat16)
-    rows = {
-        row["rival"]: row
-        for row in measure_case(CASE, RIVALS, "cuda", ceilings, Settings(rounds=5))
-    }
-    assert {name: row["status"] for name, row in rows.items() if row["status"] != "ok"} == {}
+    rows = {row.rival: row for row in measure_case(CASE, RIVALS, "cuda", Settings(rounds=5))}
+    assert {name: row.status for name, row in rows.items() if row.status != "ok"} == {}
     for row in rows.values():
-        assert row["both_us"] > row["forward_us"] > 0
-        assert row["peak_mib"] >= row["held_mib"] > 0
-        assert row["eager_us"] > 0
-        assert row["roofline_fraction"] > 0
-    assert rows["frozen"]["ratio"] == 1
-    assert rows["frozen"]["kept_mib"] == 0
+        assert row.both_us > row.forward_us > 0
+        assert row.peak_mib >= row.held_mib > 0
+        assert row.eager_us > 0
+    assert rows["frozen"].ratio == 1
+    assert rows["frozen"].kept_mib == 0
 
 
 @pytest.mark.alone
@@ -43,8 +39,9 @@ def test_no_projector_beats_the_ceilings() -> None:
     assert 1e14 < ceilings.flops < 1e16
     assert 1e11 < ceilings.bandwidth < 2e13
     compared = [rival for rival in RIVALS if rival.name in ("frozen", "prodial")]
-    for row in measure_case(CASE, compared, "cuda", ceilings, Settings(rounds=5)):
-        assert 0 < row["roofline_fraction"] < 1.05
+    for row in measure_case(CASE, compared, "cuda", Settings(rounds=5)):
+        add_roofline(row, ceilings)
+        assert 0 < row.roofline_fraction < 1.05
 
 
 @pytest.mark.alone
@@ -70,17 +67,17 @@ def test_a_replay_costs_what_its_steps_cost() -> None:
 
 
 def test_workers_prepare_and_measure() -> None:
-    jobs = [
+    jobs: list[Job | CeilingsTask] = [
+        CeilingsTask("bfloat16"),
         Job("table", CASE, ("frozen", "prodial", "materialised-compiled"), QUICK),
         Job("variants", replace(CASE, p=1), ("frozen", "prodial"), BARE),
         Job("breakdown", CASE, ("frozen", "prodial")),
     ]
-    done: dict[Job, list[Row]] = {}
-    with Crew(2, "cuda", 8 << 30) as crew:
+    done: dict[Job | CeilingsTask, list[ProjectorRow | Ceilings]] = {}
+    with WorkerPool[Job | CeilingsTask](2, "cuda", 8 << 30) as pool:
         until = time.monotonic() + 300
-        assert crew.run(jobs, until, lambda job, rows: done.update({job: rows})) == []
+        assert pool.run(jobs, until, lambda job, rows: done.update({job: [*rows]})) == []
     assert list(done) == jobs
-    assert {row["status"] for rows in done.values() for row in rows} == {"ok"}
-    assert done[jobs[2]][1]["kernels_us"]
-    assert crew.ceilings is not None
-    assert crew.ceilings.flops > 1e14
+    assert {row.status for rows in done.values() for row in rows} == {"ok"}
+    assert done[jobs[3]][1].kernels_us
+    assert done[jobs[0]][0].flops > 1e14

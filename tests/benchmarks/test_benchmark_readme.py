@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import readme
-from benchmarks.harness import store
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.rows import values_of
+from benchmarks.models.rows import ModelRow
 from benchmarks.projector.cases import TABLE_SHAPES
+from benchmarks.projector.rows import ProjectorRow
 from benchmarks.report import charts
+from benchmarks.report.record import Record
 from benchmarks.training import table
-from benchmarks.training.jobs import JOBS, TINY_JOBS
+from benchmarks.training.curves import CurveRow
+from benchmarks.training.jobs import JOBS, TINY_JOBS, JobRow
 
 ENVIRONMENT = {
     "device": "A GPU", "driver": "1", "commit": "abc", "date": "2026-01-02", "command": "run",
@@ -22,47 +27,51 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def row(rival: str, us: float, **more: Any) -> dict[str, Any]:
-    return {
-        **asdict(TABLE_SHAPES[0]), "part": "table", "rival": rival, "status": "ok",
+def row(rival: str, us: float, **more: Any) -> ProjectorRow:
+    figures = {
         "both_us": us, "ratio": us / 40, "memory_ratio": 1.05, "spread": 0.01, "peak_mib": 10.0,
-        "roofline_fraction": 0.5, "output_error": 1e-3, "gradient_error": 1e-3, **more,
+        "roofline_fraction": 0.5, "output_error": 1e-3, "gradient_error": 1e-3,
     }  # fmt: skip
+    return replace(ProjectorRow.of(TABLE_SHAPES[0], rival, "ok"), **{**figures, **more})
 
 
 ROWS = [
     row("frozen", 40), row("prodial", 60), row("concat", 70), row("peft-lora", 100),
     row("prodial", 66, p=12, part="variants"),
-    {**row("authors", 0), "status": "failed: OutOfMemoryError: x"},
+    ProjectorRow.of(TABLE_SHAPES[0], "authors", "failed: OutOfMemoryError: x"),
 ]  # fmt: skip
-for failed in ("both_us", "ratio"):
-    del ROWS[-1][failed]
-RECORD = {
-    "name": "full", "environment": ENVIRONMENT, "rows": ROWS, "modules": [], "sweeps": {},
-    "ceilings": None, "dropped": [], "seconds": {},
-}  # fmt: skip
+RECORD = Record("full", ENVIRONMENT, rows=ROWS)
 
 
 def trained(name: str = "tiny", budget: str | None = None, **more: Any) -> dict[str, Any]:
     job = next(job for job in (*TINY_JOBS, *JOBS) if job.name == name)
-    return {
+    row = JobRow(**{
         **asdict(job), "title": job.title, "command": job.command(budget), "ms": 12.34,
-        "memory_budget": budget, "peak_bytes": 5e9, "predicted_bytes": 5_120_000_000,
+        "memory_budget": budget, "peak_bytes": 5_000_000_000, "predicted_bytes": 5_120_000_000,
         "levels": {"checkpoint": 3, "keep": 1}, "graphed": True, **more,
-    }  # fmt: skip
+    })  # fmt: skip
+    return values_of(row)
 
 
 def model(variant: str, ms: float, length: int = 512) -> dict[str, Any]:
-    return {
-        "model": "mamba-130m", "batch": 4, "length": length, "variant": variant, "status": "ok",
-        "ms": ms, "mib": 100 * ms, "time_ratio": ms / 10, "memory_ratio": ms / 10,
-    }  # fmt: skip
+    ratios = {"time_ratio": ms / 10, "memory_ratio": ms / 10}
+    row = ModelRow("mamba-130m", 4, length, variant, "ok", ms, 100 * ms, **ratios)
+    return values_of(row)
 
 
 @pytest.mark.parametrize("page", readme.PAGES)
 def test_pages_show_the_committed_results(page: str) -> None:
     text = (readme.ROOT / page).read_text()
     assert readme.rendered(text, page) == text, "run python -m benchmarks.run --render"
+
+
+def test_what_is_committed_loads() -> None:
+    kinds = {"curves": CurveRow, "finetune": JobRow, "mixers": ModelRow, "trainer": ModelRow}
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        if path.stem in kinds:
+            assert [kinds[path.stem](**row) for row in json.loads(path.read_text())["rows"]]
+        else:
+            assert Record.read(path).rows
 
 
 def test_one_line_for_each_projector_of_the_table() -> None:
@@ -92,7 +101,7 @@ def test_render_draws_and_replaces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "benchmarks" / "results" / "a-gpu"
-    store.write(RECORD, folder, "")
+    RECORD.write(folder, "")
     steps = [model(variant, 10, 256) for variant in ("frozen", "prodial")]
     steps += [model(variant, 11) for variant in ("frozen", "prodial", "lora-slow", "authors")]
     (folder / "mixers.json").write_text(json.dumps({**ENVIRONMENT, "rows": steps}))
@@ -130,7 +139,7 @@ def test_render_draws_and_replaces(
 
 def test_an_overview_needs_all_that_it_shows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a case of all four variants"):
-        charts.overview({"rows": [model("frozen", 10)]}, {"rows": []}, tmp_path / "overview.svg")
+        charts.overview([ModelRow(**model("frozen", 10))], [], "a GPU", tmp_path / "overview.svg")
 
 
 def test_one_line_for_each_job_and_its_command() -> None:

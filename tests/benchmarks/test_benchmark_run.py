@@ -12,10 +12,11 @@ import pytest
 
 from benchmarks import run
 from benchmarks.harness.environment import ROOT
-from benchmarks.jobs import PARTS, Job, Wanted, plan
+from benchmarks.harness.task import line_of, message_of
+from benchmarks.jobs import PARTS, Wanted, plan
 from benchmarks.projector.cases import TABLE_SHAPES, Case
-from benchmarks.projector.measure import Row
 from benchmarks.projector.rivals import RIVALS
+from benchmarks.projector.rows import ProjectorRow
 from benchmarks.projector.scaling import SWEEPS
 
 
@@ -41,7 +42,7 @@ def test_the_command_measures_prints_and_writes(
     for figure in ("both_us", "forward_us", "eager_us", "host_us", "ratio", "tflops", "gbps",
                    "roofline_fraction", "kept_mib", "output_error", "kernels_us"):  # fmt: skip
         assert first[figure], figure
-    assert first["peak_mib"] is None
+    assert "peak_mib" not in first
     assert record["dropped"] == []
     environment = record["environment"]
     assert environment["command"].startswith("python -m benchmarks.run --tiny")
@@ -72,7 +73,7 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(
 ) -> None:
     of_job = run.report.of_job
 
-    def cut_off(part: str, rows: list[Row], **options: bool) -> str:
+    def cut_off(part: str, rows: list[ProjectorRow], **options: bool) -> str:
         if part == "variants":
             raise KeyboardInterrupt
         return of_job(part, rows, **options)
@@ -109,7 +110,7 @@ def test_the_whole_plan() -> None:
     measured = {job.case.key for job in jobs if isinstance(job.case, Case)}
     assert {case.key for case in swept} <= measured
     assert [job.case.depth for job in jobs if job.part == "step"] == [24, 1, 6, 12]
-    assert all(Job.from_json(json.loads(json.dumps(job.to_json()))) == job for job in jobs)
+    assert all(message_of(line_of(job)) == job for job in jobs)
 
 
 def test_a_quick_plan_is_the_table_against_the_strongest() -> None:

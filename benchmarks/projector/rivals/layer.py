@@ -13,7 +13,7 @@ from prodial_kernels.testing import LinearCase
 
 @dataclass
 class Layer:
-    """What is called, and what trains: leaves under the names that the gate compares."""
+    """What is called, and what trains: leaves under the names that the check compares."""
 
     forward: Callable[[Tensor], Tensor]
     trained: dict[str, Tensor]

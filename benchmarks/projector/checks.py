@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.harness.rows import Refusal
 from benchmarks.projector.cases import Case, draw
 from benchmarks.projector.rivals import Rival
 from benchmarks.projector.rivals.layer import Step
@@ -18,10 +19,6 @@ from prodial_kernels.testing import LinearCase
 # A rival may round in other places than the formula does, so more than the package's own tests
 # allow; leaving out a part of the adapter is an error of several percent.
 FACTOR, BAND = 4.0, 4.0
-
-
-class Refusal(Exception):
-    """The rival is wrong; the message says where and by how much."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +31,8 @@ class Errors:
 
 
 @dataclass
-class Gate:
-    """Checks rivals on one case.
+class CorrectnessCheck:
+    """Compares rivals with fp64 on one case.
 
     The fp64 results are computed once for rivals of one method that follow each other; those of
     one method at a time are kept, as they are the largest tensors of a case.
@@ -52,7 +49,7 @@ class Gate:
     def __post_init__(self) -> None:
         self.operands: LinearCase = draw(self.case, self.device, seed=1_000_003)
 
-    def check(self, rival: Rival) -> Errors:
+    def errors_of(self, rival: Rival) -> Errors:
         """Run the rival on the case and compare its output and every gradient with fp64.
 
         Raises:
