@@ -95,17 +95,19 @@ def overview() -> Path | None:
 
 def largest(folder: Path) -> str:
     """The front page's table: of every whole model the case with the most tokens."""
-    del folder
     record = _first("mixers.json")
     most: dict[str, int] = {}
     for row in model_rows(record):
         most[row.model] = max(most.get(row.model, 0), row.batch * row.length)
     rows = [row for row in model_rows(record) if row.batch * row.length == most[row.model]]
+    notes = "".join(f" {note}" for note in record.get("notes", ()))
+    results = _link(RESULTS, folder)
     return (
         f"{models_table(rows)}\n\nForward and backward of the whole model, r = 16, 1×1 blocks, "
         f"bf16, replayed as a CUDA graph, on an {record['device']}: the frozen model on "
         f"mamba_ssm's own fast path, and multiples of its time and peak memory. *LoRA today* is "
-        f"LoRA in plain PyTorch, for which that path must be off. {provenance(record)}"
+        f"LoRA in plain PyTorch, for which that path must be off.{notes} {record['date']}; "
+        f"commands and versions are with all [results]({results}/README.md)."
     )
 
 
