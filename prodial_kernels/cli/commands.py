@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from prodial_kernels._extras import require_cli
 from prodial_kernels.cli import options
@@ -25,7 +25,7 @@ from prodial_kernels.cli.messages import (
     with_suggestion,
 )
 from prodial_kernels.cli.paths import adapter_directory, inspected
-from prodial_kernels.training.config import DEFAULTS, ConfigError
+from prodial_kernels.training.config import OPTIONS, ConfigError
 
 _DESCRIPTION = """\
 Fine-tune Mamba language models through their projectors with ProDiaL, evaluate the result, and
@@ -182,14 +182,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         check_tasks(args.lm_eval)
     else:
         data = evaluation_data(
-            values.get("data", "stdlib"), split=values.get("split"),
+            values.get("data", OPTIONS["data"].default), split=values.get("split"),
             max_tokens=values.get("max_tokens"), limit=values.get("limit"),
         )  # fmt: skip
     _quiet_transformers()
     loaded = load_adapted(
         values.get("model"), adapter,
-        device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
-        quantize=values.get("quantize"), impl=values.get("impl"),
+        impl=values.get("impl"), **_placement(values),
     )  # fmt: skip
     implementation = implementation_of(loaded.model)
     if implementation is not None:
@@ -202,10 +201,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     else:
         assessment = assess(
             loaded, data,
-            seq_len=values.get("seq_len", DEFAULTS["seq_len"]), batch_size=args.batch_size,
+            seq_len=values.get("seq_len", OPTIONS["seq_len"].default), batch_size=args.batch_size,
         )  # fmt: skip
     print(assessment.to_json() if "json" in args else assessment)
     return 0
+
+
+def _placement(values: Mapping[str, object]) -> dict[str, Any]:
+    """Return where and in which formats the base model is to be."""
+    names = ("device", "dtype", "quantize")
+    return {name: values.get(name, OPTIONS[name].default) for name in names}
 
 
 def _check_evaluation(values: Mapping[str, object]) -> None:
@@ -230,9 +235,7 @@ def _merge(args: argparse.Namespace) -> int:
     print(f"merging {args.adapter} into its model, and checking what is written", file=sys.stderr)
     agreement = merge_to_directory(
         values.get("model"), adapter_directory(args.adapter), args.output,
-        replace="force" in args,
-        device=values.get("device", "auto"), dtype=values.get("dtype", "auto"),
-        quantize=values.get("quantize"),
+        replace="force" in args, **_placement(values),
     )  # fmt: skip
     print(f"wrote {args.output}; merged and unmerged {agreement}")
     return 0

@@ -62,10 +62,10 @@ def in_flags(message: str) -> str:
     message = re.sub(
         rf"(?<![\w./\\'\"=(-])({told})=(?=['\"([])", lambda m: f"{flag_of(m.group(1))} ", message
     )
-    # "allow_partial=True" is the flag alone; "r=8" is the flag and its value.
+    # "n_blocks=8" is the flag and its value.
     message = re.sub(
-        rf"(?<![\w./\\'\"=-])({told})(?:=(True)\b|=(\w+))?(?![\w/\\'\"=([])",
-        lambda m: flag_of(m.group(1)) + (f" {m.group(3)}" if m.group(3) else ""),
+        rf"(?<![\w./\\'\"=-])({told})(?:=(\w+))?(?![\w/\\'\"=([])",
+        lambda m: flag_of(m.group(1)) + (f" {m.group(2)}" if m.group(2) else ""),
         message,
     )
     return re.sub(
