@@ -86,6 +86,14 @@ def test_local_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name == "README.md"], ids=name_of)
+def test_files_that_pages_name_exist(page: Path) -> None:
+    for name in re.findall(r"`([\w./]+\.py)(?:::\w+)?`", page.read_text()):
+        folders = (ROOT / part for part in ("prodial_kernels", "benchmarks", "tests"))
+        found = any(any(folder.glob(f"**/{name}")) for folder in folders)
+        assert found or (ROOT / name).exists(), name
+
+
 def test_ci_runs_the_readme_test_command() -> None:
     commands = [block.strip() for block in code_blocks(FRONT, "bash") if "pytest" in block]
     assert len(commands) == 1
