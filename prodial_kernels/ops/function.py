@@ -14,11 +14,11 @@ from prodial_kernels.ops.layout import direct_length, lay_out, token_matrix, uni
 from prodial_kernels.ops.projection import backward, forward, takes_output
 
 
-class Remade(Protocol):
-    """What of a projector's backward somebody else makes."""
+class Recomputed(Protocol):
+    """Gives a projector's backward the input that it did not keep."""
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        """Return X [..., K] once more, and s ⊙ W where that has been made."""
+        """Return the recomputed X [..., K], and s ⊙ W where it was prefetched."""
 
 
 def differentiable_projection(
@@ -27,7 +27,7 @@ def differentiable_projection(
     options: ProjectionOptions,
     *,
     channel_first: bool = False,
-    remade: Remade | None = None,
+    recomputed: Recomputed | None = None,
 ) -> Tensor:
     """``x W'ᵀ + bias`` as one node of autograd's graph.
 
@@ -36,13 +36,13 @@ def differentiable_projection(
         operands: In the dtype that is computed in.
         options: Of any ``impl`` but ``"reference"``.
         channel_first: Return contiguous [..., out_features, l] instead of [..., out_features].
-        remade: Makes ``x`` once more in backward, so that it is not kept.
+        recomputed: Recomputes ``x`` in backward, so that it is not kept.
     """
     kernels = options.impl == "triton"
     length = x.shape[-2] if kernels and channel_first and direct_length(x.shape[-2]) else 0
     with autocast_off(x.device.type):
         x = x if x.dtype == operands.weight.dtype else x.to(operands.weight.dtype)
-        y: Tensor = ProdialLinearFunction.apply(x, remade, options, length, *operands)
+        y: Tensor = ProdialLinearFunction.apply(x, recomputed, options, length, *operands)
         return y if length else lay_out(y, channel_first)
 
 
@@ -59,7 +59,7 @@ class ProdialLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        remade: Remade | None,
+        recomputed: Recomputed | None,
         options: ProjectionOptions,
         length: int,
         *tensors: Tensor | None,
@@ -69,7 +69,7 @@ class ProdialLinearFunction(torch.autograd.Function):
         Args:
             ctx: Autograd's.
             x: In the dtype that is computed in.
-            remade: Makes ``x`` once more in backward, so that it is not kept.
+            recomputed: Recomputes ``x`` in backward, so that it is not kept.
             options: Of any ``impl`` but ``"reference"``.
             length: Not 0 with ``"triton"`` only.
             tensors: The fields of ``Operands``.
@@ -87,7 +87,7 @@ class ProdialLinearFunction(torch.autograd.Function):
         if y.ndim != len(shape) or options.impl == "plain":
             # A view made in here could not be changed in place by whoever receives it.
             y = torch.ops.aten._unsafe_view(y, shape)
-        keeps_x = needs.input and remade is None
+        keeps_x = needs.input and recomputed is None
         ctx.shape = None if keeps_x else x.shape
         ctx.save_for_backward(
             x if keeps_x else None,
@@ -97,7 +97,7 @@ class ProdialLinearFunction(torch.autograd.Function):
             operands.bias if kernels else None,  # which the gradient of s asks for
             operands.noise,
         )
-        ctx.remade, ctx.options, ctx.needs, ctx.length = remade, options, needs, length
+        ctx.recomputed, ctx.options, ctx.needs, ctx.length = recomputed, options, needs, length
         return y
 
     @staticmethod
@@ -115,8 +115,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     kernels = options.impl == "triton"
     with autocast_off(grad_output.device.type):
         scaled = None
-        if needs.input and ctx.remade is not None:
-            x, scaled = ctx.remade.take()
+        if needs.input and ctx.recomputed is not None:
+            x, scaled = ctx.recomputed.take()
             x = token_matrix(x) if kernels else x
         if x is None:  # its layout is enough, and without the kernels its shape
             blank = grad_output.new_empty

@@ -96,24 +96,24 @@ def project(
     return (transposed(y) if channel_first else y), h
 
 
-LEAST_AHEAD = 2**22
-"""Elements of a weight: a pass over fewer takes as long as going to another stream and back."""
+LEAST_PREFETCHED = 2**22
+"""Elements of a weight below which switching streams takes as long as the pass over them."""
 
 
-def has_work_ahead(operands: Operands, options: ProjectionOptions) -> bool:
-    """Whether to call :func:`scaled_weight` ahead of :func:`project_backward`."""
+def can_prefetch(operands: Operands, options: ProjectionOptions) -> bool:
+    """Whether to prefetch :func:`scaled_weight` for :func:`project_backward`."""
     return (
         options.impl == "triton"
         and options.packed is None
         and operands.scale_deviation is not None
         # Of larger blocks, W D_b is in W's place.
         and not is_dense(operands.blocks)
-        and operands.weight.numel() >= LEAST_AHEAD
+        and operands.weight.numel() >= LEAST_PREFETCHED
     )
 
 
 def scaled_weight(operands: Operands) -> Tensor:
-    """Return s ⊙ W, [N, K], as :func:`project_backward` makes it; see :func:`has_work_ahead`."""
+    """Return s ⊙ W, [N, K], as :func:`project_backward` makes it; see :func:`can_prefetch`."""
     if operands.scale_deviation is None:
         raise ValueError("operands: without a scale the weight itself is what is multiplied by")
     return operators.scaled_weight(operands.weight, operands.scale_deviation)

@@ -12,7 +12,7 @@ Kept: xz, what the scan keeps, and either the block's input X or its output Y. X
 the norm before the block allows it; then Y, of the same size, is kept for the gradient of
 out_proj's scale, which otherwise costs that product once more. With ``recompute_xz`` xz is
 recomputed too, and Y not kept. The first operands of in_proj's backward are prefetched beside the
-product of ``out_proj`` and the scan (``ops/ahead.py``).
+product of ``out_proj`` and the scan (``ops/prefetch.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from prodial_kernels.models.mixers.projection import operands_of, placeholder
-from prodial_kernels.models.mixers.remade_norm import normed_again
+from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
 from prodial_kernels.models.mixers.selective_scan import (
     N_OPERANDS,
     N_TENSORS,
@@ -38,11 +38,11 @@ from prodial_kernels.models.mixers.selective_scan import (
     scan_gradients,
     scan_operands,
 )
-from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.layout import gated_channels
+from prodial_kernels.ops.prefetch import Prefetch
 from prodial_kernels.ops.projection import (
-    has_work_ahead,
+    can_prefetch,
     project,
     project_backward,
     scaled_weight,
@@ -88,7 +88,7 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
     hidden = hidden.to(in_proj.weight.dtype)
     options = Options(
         in_options, scan_options, out_options, getattr(mixer, RECOMPUTE_XZ, False),
-        normed_again(hidden),
+        norm_recomputation(hidden),
     )  # fmt: skip
     return MambaBlock.apply(hidden, options, *scan.flat(), *in_proj, *out_proj)
 
@@ -142,10 +142,10 @@ class MambaBlock(torch.autograd.Function):
             def in_proj_input() -> Tensor | None:
                 return _hidden(hidden, options) if asked.in_proj.input else hidden
 
-            ahead = None
-            if asked.scan.x_proj.x and has_work_ahead(in_proj, options.in_proj):
+            prefetch = None
+            if asked.scan.x_proj.x and can_prefetch(in_proj, options.in_proj):
                 # Beside out_proj's product and the scan, which leave bandwidth unused.
-                ahead = Ahead(dy.device, lambda: (scaled_weight(in_proj), in_proj_input()))
+                prefetch = Prefetch(dy.device, lambda: (scaled_weight(in_proj), in_proj_input()))
             gated = None
             if asked.out_proj.input:
                 gated = gated_channels(kept.out, xz.chunk(2, dim=1)[1]).mT
@@ -156,15 +156,15 @@ class MambaBlock(torch.autograd.Function):
             del gated
             if dgated is None:
                 return (*[None] * _OUT_PROJ, *d_out_proj, None)
-            if ahead is not None:
-                ahead.begin()
+            if prefetch is not None:
+                prefetch.start()
             given = [dgated]
             del dgated
             dxz, d_scan = scan_gradients(given, xz, kept, scan, options.scan, asked.scan)
             d_hidden = None
             d_in_proj: list[Tensor | None] = [None] * (N_OPERANDS - 1)
             if asked.scan.x_proj.x:
-                scaled, hidden = (None, in_proj_input()) if ahead is None else ahead.take()
+                scaled, hidden = (None, in_proj_input()) if prefetch is None else prefetch.take()
                 d_hidden, *d_in_proj = project_backward(
                     dxz.mT, hidden, Kept(xz.mT, in_h, scaled), in_proj, options.in_proj,
                     asked.in_proj,

@@ -1,10 +1,11 @@
 """Mamba-2's fused scan with the adapted ``out_proj`` in one autograd function.
 
-Upstream's fused function, asked to leave ``out_proj`` out, is right, but the projector after it
-would keep its input: [b, l, E] that upstream's own path computes again in backward. So upstream's
-rule is run by hand here, and the projector's input is made again, from what that rule keeps, by
-the same gated norm. Its output is kept instead where the mixer's input is not. What the backward of
-``in_proj`` starts with is begun in here, beside the projector's product and the scan.
+Upstream's fused function can leave ``out_proj`` out, but then the projector after it keeps its
+input, [b, l, E], which upstream's own path recomputes in backward. So forward and backward of
+upstream's autograd function are called by hand here, and the projector's input is recomputed from
+the tensors that function saves, by the same gated norm. The projector's output is kept instead
+where the mixer's input is not. The first operands of ``in_proj``'s backward are prefetched beside
+the projector's product and the scan.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from prodial_kernels.kernels.projector.operands import (
 )
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.projection import operands_of, placeholder
-from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.autocast import autocast_off
+from prodial_kernels.ops.prefetch import Prefetch
 from prodial_kernels.ops.projection import project, project_backward, takes_output
 
 _OPERANDS = len(Operands._fields)
-# Where the projector's operands begin among the arguments of the rule, and its scale.
+# Position of the projector's operands among the arguments of ScanAndProject, and of its scale.
 _FIRST = 3
 _SCALE = _FIRST + Operands._fields.index("scale_deviation")
-# What upstream's rule keeps, by position, and by name.
+# Number and positions of the tensors that upstream's autograd function saves; its attributes.
 _KEPT, _ZXBCDT, _OUT, _NORM_WEIGHT = 13, 0, 3, 9
 _NAMED = ("rmsnorm_eps", "ngroups", "norm_before_gate")
-# What stands beside upstream's function.
+# Names beside upstream's function in its module: the autograd function and the gated norm.
 _RULE, _NORM = "MambaSplitConv1dScanCombinedFn", "_layer_norm_fwd"
 
 
@@ -49,12 +50,12 @@ class Keeping(NamedTuple):
     Attributes:
         output: Keep [b, l, out_features] for the gradient of the projector's scale, which else
             costs its product once more.
-        ahead: Called in backward, returns what is to be begun beside the projector's product and
-            the scan, if there is anything.
+        prefetch: Called in backward; returns what to start beside the projector's product and the
+            scan, or None.
     """
 
     output: bool
-    ahead: Callable[[], Ahead[Any] | None] | None = None
+    prefetch: Callable[[], Prefetch[Any] | None] | None = None
 
 
 @cache
@@ -84,7 +85,7 @@ def scan_and_project(
     """``out_proj(upstream(*args, **kwargs))`` for mamba_ssm's fused function without ``out_proj``.
 
     Args:
-        upstream: ``mamba_split_conv1d_scan_combined``; its module has the rule and the norm.
+        upstream: ``mamba_split_conv1d_scan_combined``, beside its autograd function and norm.
         out_proj: The projector, adapted or not.
         keeping: What is kept, and done in backward.
         args: As upstream's, with ``outproj_weight=None``; zxbcdt [b, l, ·] first.
@@ -94,8 +95,8 @@ def scan_and_project(
         [b, l, out_features].
 
     Raises:
-        UpstreamError: Upstream's rule keeps other tensors than it did, of which
-            :func:`difference` cannot tell.
+        UpstreamError: Upstream's autograd function saves other tensors than in mamba_ssm 2.3, which
+            :func:`difference` cannot see.
     """
     bound = inspect.signature(upstream).bind(*args, **kwargs)
     bound.apply_defaults()
@@ -105,7 +106,7 @@ def scan_and_project(
 
 
 class ScanAndProject(torch.autograd.Function):
-    """Keeps what upstream's rule keeps, and the projector's adapter."""
+    """Keeps the tensors that upstream's autograd function saves, and the projector's adapter."""
 
     @staticmethod
     def forward(
@@ -115,7 +116,7 @@ class ScanAndProject(torch.autograd.Function):
         keeping: Keeping,
         *inputs: Any,
     ) -> Tensor:
-        """``inputs``: the projector's ``Operands``, then the arguments of upstream's rule."""
+        """``inputs``: the projector's ``Operands``, then upstream's arguments."""
         operands, arguments = Operands(*inputs[:_OPERANDS]), inputs[_OPERANDS:]
         kept = _Kept()
         y = module[_RULE].forward(kept, *arguments)
@@ -138,7 +139,7 @@ class ScanAndProject(torch.autograd.Function):
         ctx.save_for_backward(output if keeps else None, h, *operands, *saved)
         kept.saved_tensors = ()
         ctx.module, ctx.options, ctx.kept = module, options, kept
-        ctx.ahead = keeping.ahead
+        ctx.prefetch = keeping.prefetch
         return output
 
     @staticmethod
@@ -150,7 +151,7 @@ class ScanAndProject(torch.autograd.Function):
         own = ctx.needs_input_grad[_FIRST : _FIRST + _OPERANDS - 1]
         below = ctx.needs_input_grad[_FIRST + _OPERANDS :]
         needs = Needs(any(below), *own)
-        ahead = ctx.ahead() if ctx.ahead is not None and below[0] else None
+        prefetch = ctx.prefetch() if ctx.prefetch is not None and below[0] else None
         with autocast_off(dy.device.type):
             x = None
             if needs.input:
@@ -159,8 +160,8 @@ class ScanAndProject(torch.autograd.Function):
             del x
         through: tuple[Tensor | None, ...] = (None,) * len(below)
         if dx is not None:
-            if ahead is not None:
-                ahead.begin()
+            if prefetch is not None:
+                prefetch.start()
             ctx.kept.saved_tensors = saved
             rule = ctx.module[_RULE]
             through = rule.backward(ctx.kept, dx.to(saved[_OUT].dtype))
@@ -170,7 +171,7 @@ class ScanAndProject(torch.autograd.Function):
 
 
 class _Kept:
-    """What an autograd rule takes for ``ctx`` when it is run by hand."""
+    """The ``ctx`` of upstream's autograd function, which is called by hand."""
 
     def __init__(self) -> None:
         self.saved_tensors: tuple[Any, ...] = ()
@@ -180,7 +181,7 @@ class _Kept:
 
 
 def _out_proj_input(module: dict[str, Any], kept: Any, saved: tuple[Any, ...]) -> Tensor:
-    """The scan's output after gate and norm, [b, l, E], as upstream's forward computed it."""
+    """Recompute the scan's output after gate and norm, [b, l, E], as upstream's forward did."""
     zxbcdt, out, weight = saved[_ZXBCDT], saved[_OUT].flatten(2), saved[_NORM_WEIGHT]
     width = out.shape[2]
     z = zxbcdt[..., :width]

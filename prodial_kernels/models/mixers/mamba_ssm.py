@@ -2,7 +2,7 @@
 
 * ``Mamba`` multiplies by ``in_proj.weight`` in every path and by ``out_proj.weight`` in the fused
   one. Its fused path is :mod:`prodial_kernels.models.mixers.mamba1_block`; any other (generation,
-  ``use_fast_path=False``) is upstream's own, on a view whose projectors are called.
+  ``use_fast_path=False``) is upstream's own, on a proxy of the mixer whose projectors are called.
 * ``Mamba2`` and ``Mamba2Simple`` bypass ``out_proj`` in the fused path only. There upstream's
   forward runs with its fused function replaced, for this call, by
   :mod:`prodial_kernels.models.mixers.mamba2_scan`.
@@ -32,18 +32,18 @@ from prodial_kernels.models.mixers.projection import (
     is_explicit,
     operands_of,
 )
-from prodial_kernels.models.mixers.remade_norm import normed_again
+from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
 from prodial_kernels.models.mixers.structure import global_of, names_in, unknown_in
 from prodial_kernels.models.patch_point import AdaptedMixer, Policy, Undo, View, rebound
-from prodial_kernels.ops.ahead import Ahead
 from prodial_kernels.ops.function import differentiable_projection
-from prodial_kernels.ops.projection import has_work_ahead, scaled_weight
+from prodial_kernels.ops.prefetch import Prefetch
+from prodial_kernels.ops.projection import can_prefetch, scaled_weight
 
 Method = Any
 # in_proj's input and s ⊙ W.
 _Prepared = tuple[Tensor, Tensor]
 
-# Of a family: the fused function in forward's code, and attributes that its paths rely on.
+# For each family: the fused function in its forward's code, and attributes its paths rely on.
 _MAMBA = ("mamba_inner_fn", MAMBA_PARTS)
 _MAMBA2 = ("mamba_split_conv1d_scan_combined", ("in_proj", "out_proj", "use_mem_eff_path"))
 
@@ -87,9 +87,9 @@ def adapt_mixers(model: nn.Module) -> list[Undo]:
 
 
 class ForgottenGraphs:
-    """Drops the CUDA graphs that ``generate(cg=True)`` left, now and when adapters go.
+    """Drops the CUDA graphs of ``generate(cg=True)``, now and when adapters are removed.
 
-    They would go on decoding with the weights that were there when they were captured.
+    They would decode with the weights of the time when they were captured.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,7 +115,7 @@ def mamba_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Te
 
 
 def unfused(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
-    """Upstream's ``forward`` on separate kernels: in its fused function it would put W'."""
+    """Upstream's ``forward`` on separate kernels: its fused function would take W'."""
     return upstream(_view(mixer, use_fast_path=False, use_mem_eff_path=False), *args, **kwargs)
 
 
@@ -131,17 +131,17 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
     view = View(mixer, in_proj=in_proj, out_proj=_NoProjection())
     if not is_explicit(mixer.out_proj):
         return mixer.out_proj(upstream(view, *args, **kwargs))
-    remade = in_proj if isinstance(in_proj, _Remade) else None
+    recomputed = in_proj if isinstance(in_proj, _RecomputedInput) else None
     keeping = Keeping(
-        output=remade is not None and not getattr(mixer, RECOMPUTE_XZ, False),
-        ahead=None if remade is None else remade.ahead,
+        output=recomputed is not None and not getattr(mixer, RECOMPUTE_XZ, False),
+        prefetch=None if recomputed is None else recomputed.prefetch,
     )
     fused = partial(scan_and_project, global_of(upstream, _MAMBA2[0]), mixer.out_proj, keeping)
     return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
 
 
 def viewed(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Any:
-    """Any method that needs nothing but its projectors called instead of read."""
+    """Upstream's method with projectors that are called instead of multiplied by their weights."""
     return upstream(_view(mixer), *args, **kwargs)
 
 
@@ -155,45 +155,45 @@ _POLICIES: dict[str, dict[str, Policy]] = {
 }
 
 
-def _in_proj(mixer: Any, u: Tensor) -> nn.Module | _Remade:
-    """``in_proj``, or what calls it without keeping its input where that can be made again."""
+def _in_proj(mixer: Any, u: Tensor) -> nn.Module | _RecomputedInput:
+    """Return ``in_proj``, or one that does not keep its input where it can be recomputed."""
     layer = mixer.in_proj
-    # Hooks are told of a call of the module only.
+    # Hooks run in calls of the module only.
     hooked = layer._forward_hooks or layer._forward_pre_hooks
     if isinstance(layer, ProdialLinear) and is_explicit(layer) and not hooked:
-        again = normed_again(u)
+        again = norm_recomputation(u)
         if again is not None:
-            return _Remade(layer, again)
+            return _RecomputedInput(layer, again)
     return layer
 
 
-class _Remade:
-    """An adapted ``in_proj`` whose input backward makes again."""
+class _RecomputedInput:
+    """An adapted ``in_proj`` whose input is recomputed in backward."""
 
     def __init__(self, layer: ProdialLinear, again: Callable[[], Tensor]) -> None:
         self.layer, self.again = layer, again
-        self._prepare: Callable[[], Ahead[_Prepared]] | None = None
-        self._prepared: Ahead[_Prepared] | None = None
+        self._prepare: Callable[[], Prefetch[_Prepared]] | None = None
+        self._prepared: Prefetch[_Prepared] | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
         operands, options = operands_of(self.layer, u)
         trains = any(part is not None and part.requires_grad for part in operands[1:])
-        if trains and has_work_ahead(operands, options):
+        if trains and can_prefetch(operands, options):
             # Holds no reference to this object, which would keep the graph until it is collected.
             again, device = self.again, u.device
-            self._prepare = lambda: Ahead(device, lambda: (again(), scaled_weight(operands)))
-        return differentiable_projection(u, operands, options, remade=self)
+            self._prepare = lambda: Prefetch(device, lambda: (again(), scaled_weight(operands)))
+        return differentiable_projection(u, operands, options, recomputed=self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
-    def ahead(self) -> Ahead[_Prepared] | None:
-        """What its backward starts with, to be begun beside what comes before; None if nothing."""
+    def prefetch(self) -> Prefetch[_Prepared] | None:
+        """Prepare to prefetch its backward's first operands; None if there is nothing to gain."""
         self._prepared = None if self._prepare is None else self._prepare()
         return self._prepared
 
     def take(self) -> tuple[Tensor, Tensor | None]:
-        """The input, and s ⊙ W where it has been made."""
+        """Return the input, and s ⊙ W where it was prefetched."""
         if self._prepared is None:
             return self.again(), None
         made, self._prepared = self._prepared.take(), None

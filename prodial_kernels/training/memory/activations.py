@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, RECOMPUTE
 from prodial_kernels.ops.layout import direct_length
-from prodial_kernels.ops.projection import LEAST_AHEAD
+from prodial_kernels.ops.projection import LEAST_PREFETCHED
 from prodial_kernels.training.memory.shapes import MAMBA, MAMBA2, LayerShape
 
 _FP32 = 4
@@ -200,7 +200,7 @@ def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
 def _begun_ahead(layer: LayerShape, tokens: Tokens) -> int:
     """in_proj's scaled weight, and its input where that is made again: there before the scan."""
     weight = layer.projected * layer.width
-    if not layer.rank or tokens.dense_weight or weight < LEAST_AHEAD:
+    if not layer.rank or tokens.dense_weight or weight < LEAST_PREFETCHED:
         return 0
     return tokens.itemsize * (weight + layer.two_streams * tokens.count * layer.width)
 

@@ -154,9 +154,9 @@ def test_what_is_begun_ahead_changes_nothing(layer: str, monkeypatch: pytest.Mon
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(model(ids).logits.float().square().mean(), [*trained.values()])
 
-    monkeypatch.setattr(projection, "LEAST_AHEAD", 2**40)
+    monkeypatch.setattr(projection, "LEAST_PREFETCHED", 2**40)
     expected = gradients()
-    monkeypatch.setattr(projection, "LEAST_AHEAD", 1)
+    monkeypatch.setattr(projection, "LEAST_PREFETCHED", 1)
     for _ in range(20):
         for name, found, other in zip(trained, gradients(), expected, strict=True):
             # Upstream's scans add up in any order.
@@ -165,7 +165,7 @@ def test_what_is_begun_ahead_changes_nothing(layer: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
 def test_what_is_begun_ahead_is_captured(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "LEAST_AHEAD", 1)
+    monkeypatch.setattr(projection, "LEAST_PREFETCHED", 1)
     model, ids = language_model(layer, torch.bfloat16, depth=4), token_ids()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:

@@ -21,7 +21,7 @@ from prodial_kernels.models import patch_point
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import apply_levels
-from prodial_kernels.models.mixers import mamba2_scan, remade_norm
+from prodial_kernels.models.mixers import mamba2_scan, recomputed_norm
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments
 from prodial_kernels.models.mixers.structure import names_in, times_read, unknown_in, weight_reads
 from prodial_kernels.ops import operators
@@ -461,6 +461,6 @@ def test_without_the_count_of_dispatch_modes(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_the_stack_of_hooks_a_mixer_keeps_its_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert not remade_norm._saved_tensors_are_hooked()
-    monkeypatch.setattr(remade_norm, "_TOP_HOOKS", None)
-    assert remade_norm._saved_tensors_are_hooked()
+    assert not recomputed_norm._saved_tensors_are_hooked()
+    monkeypatch.setattr(recomputed_norm, "_TOP_HOOKS", None)
+    assert recomputed_norm._saved_tensors_are_hooked()

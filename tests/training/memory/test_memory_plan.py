@@ -254,25 +254,25 @@ def test_device_constants_count() -> None:
     assert graphed.peak.total > usual.peak.total
 
 
-def test_counts_what_is_begun_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert activations.LEAST_AHEAD == projection.LEAST_AHEAD
+def test_counts_what_is_prefetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert activations.LEAST_PREFETCHED == projection.LEAST_PREFETCHED
     tokens = Tokens(4, 2048, 2)
     large, small = (shape(name).layers[0] for name in ("mamba-1.4b", "mamba-130m"))
 
-    def ahead(layer: LayerShape, tokens: Tokens) -> int:
+    def prefetched(layer: LayerShape, tokens: Tokens) -> int:
         counted = workspace(layer, tokens, KEEP)
         with monkeypatch.context() as patch:
-            patch.setattr(activations, "LEAST_AHEAD", 2**40)
+            patch.setattr(activations, "LEAST_PREFETCHED", 2**40)
             return counted - workspace(layer, tokens, KEEP)
 
     weight = 2 * large.projected * large.width
-    assert ahead(large, tokens) == weight
-    remade = 2 * tokens.count * large.width
-    assert ahead(replace(large, two_streams=True), tokens) == weight + remade
+    assert prefetched(large, tokens) == weight
+    recomputed = 2 * tokens.count * large.width
+    assert prefetched(replace(large, two_streams=True), tokens) == weight + recomputed
     # A small weight, one in four bits, and one without an adapter are left until their turn.
-    assert ahead(small, tokens) == 0
-    assert ahead(large, replace(tokens, dense_weight=True)) == 0
-    assert ahead(replace(large, rank=0), tokens) == 0
+    assert prefetched(small, tokens) == 0
+    assert prefetched(large, replace(tokens, dense_weight=True)) == 0
+    assert prefetched(replace(large, rank=0), tokens) == 0
 
 
 def test_levels_are_tried_from_fast_to_small() -> None:

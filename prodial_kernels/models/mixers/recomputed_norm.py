@@ -1,8 +1,8 @@
-"""Making a mixer's input again from what the norm before it keeps.
+"""Recomputing a mixer's input from the tensors that the norm before it keeps.
 
 mamba_ssm's blocks run ``hidden, residual = layer_norm_fn(hidden, residual, prenorm=True)`` and then
 the mixer. The norm keeps the residual sum for its own backward, so a mixer that needs its input in
-backward can have it normalised once more instead of keeping a second copy.
+backward can apply the norm to that sum once more instead of keeping its own copy.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from torch import Tensor
 from prodial_kernels import upstream
 
 _MODULE = "mamba_ssm.ops.triton.layer_norm"
-# What the norm's node is asked for, what it keeps, and what the function behind it is given.
+# Attributes read of the norm's node, the number of tensors it keeps, the row scale's position
+# among them, and the arguments given to the function behind it.
 _NODE = ("dropout_p", "has_x1", "prenorm", "x_dtype", "has_residual", "eps", "is_rms_norm",
          "x_shape_og", "_input_metadata", "_raw_saved_tensors")  # fmt: skip
 _KEPT, _ROWSCALE = 9, 5
 _TAKEN = ("x", "weight", "bias", "eps"), {"out_dtype", "is_rms_norm"}
 
 
-def normed_again(hidden: Tensor) -> Callable[[], Tensor] | None:
-    """Return what makes ``hidden`` once more, bit by bit, while its graph is alive; else None.
+def norm_recomputation(hidden: Tensor) -> Callable[[], Tensor] | None:
+    """Return a function that recomputes ``hidden`` bit for bit while its graph is alive, or None.
 
     None unless ``hidden`` is the first result of mamba_ssm's fused norm, without dropout or a
-    second branch, and of a residual sum in fp32: from a sum that was rounded after the norm read
-    it, other values would come out. None also under hooks on saved tensors, as in checkpointing.
+    second branch, over an fp32 residual sum: a sum that was rounded after the norm read it gives
+    other values. None also under hooks on saved tensors, as in checkpointing.
 
     Args:
         hidden: The mixer's input, [b, l, d].
@@ -62,7 +63,7 @@ def normed_again(hidden: Tensor) -> Callable[[], Tensor] | None:
     dtype = hidden.dtype
 
     def again() -> Tensor:
-        # Read from the node, which finds out whether anybody has changed them.
+        # Read from the node, which checks that they have not been changed in place.
         total, weight, bias, *others = node.saved_tensors
         if others[_ROWSCALE - 3] is not None:
             raise RuntimeError(
@@ -76,7 +77,7 @@ def normed_again(hidden: Tensor) -> Callable[[], Tensor] | None:
 
 
 def _difference(node: Any) -> str | None:
-    """Say what the norm's node, or the function behind it, lacks of what is asked of it."""
+    """Say how the norm's node or its function differs from mamba_ssm 2.3's; None if it does not."""
     missing = [name for name in _NODE if not hasattr(node, name)]
     if missing:
         return f"LayerNormFn does not tell its {missing[0]}"
@@ -97,10 +98,10 @@ def _difference_of_function(function: Any) -> str | None:
     return None
 
 
-# Private to torch. Without it, take everything for hooked, and keep the input.
+# Private to torch. Without it, hooks are assumed, and the input is kept.
 _TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 def _saved_tensors_are_hooked() -> bool:
-    """Whether something like checkpointing packs what is kept; it may unpack a tensor only once."""
+    """Whether hooks, as of checkpointing, pack saved tensors; some unpack a tensor only once."""
     return _TOP_HOOKS is None or _TOP_HOOKS(True) is not None

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.mixers import mamba1_block, mamba_ssm
-from prodial_kernels.models.mixers.remade_norm import normed_again
+from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
 from prodial_kernels.ops import projection
-from prodial_kernels.ops.ahead import Ahead
+from prodial_kernels.ops.prefetch import Prefetch
 from support.mixers import cuda_stand_ins
 from support.mixers.mamba_ssm_stand_ins import Mamba, Mamba2
 from support.models import randomise_adapters
@@ -135,7 +135,7 @@ def test_the_same_gradients_without_keeping_the_input(
     made: list[Tensor | None] = []
 
     def counted(hidden: Tensor) -> Any:
-        again = normed_again(hidden)
+        again = norm_recomputation(hidden)
         assert again is not None
         assert torch.equal(again(), hidden)
 
@@ -146,18 +146,18 @@ def test_the_same_gradients_without_keeping_the_input(
         return run
 
     for module in (mamba1_block, mamba_ssm):
-        monkeypatch.setattr(module, "normed_again", counted)
-    remade = step(model, x)
+        monkeypatch.setattr(module, "norm_recomputation", counted)
+    recomputed = step(model, x)
     # Once in each layer's backward, for xz and for in_proj's gradients alike.
     assert len(made) == 2
     for module in (mamba1_block, mamba_ssm):
-        monkeypatch.setattr(module, "normed_again", lambda hidden: None)
-    for tensor, expected in zip(remade, step(model, x), strict=True):
+        monkeypatch.setattr(module, "norm_recomputation", lambda hidden: None)
+    for tensor, expected in zip(recomputed, step(model, x), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0 if dtype.itemsize > 2 else 4e-3)
 
 
 @pytest.mark.parametrize("mixer", [Mamba, Mamba2])
-def test_what_is_begun_before_the_scan_changes_nothing(
+def test_prefetching_changes_nothing(
     mixer: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.is_available():
@@ -167,25 +167,25 @@ def test_what_is_begun_before_the_scan_changes_nothing(
     expected = step(model, x)
     calls: list[str] = []
 
-    class Counted(Ahead[Any]):
+    class Counted(Prefetch[Any]):
         def __init__(self, device: torch.device, function: Any) -> None:
             calls.append("wait")
             super().__init__(device, function)
 
-        def begin(self) -> None:
-            calls.append("begin")
-            super().begin()
+        def start(self) -> None:
+            calls.append("start")
+            super().start()
 
         def take(self) -> Any:
             calls.append("take")
             return super().take()
 
-    monkeypatch.setattr(projection, "LEAST_AHEAD", 1)
+    monkeypatch.setattr(projection, "LEAST_PREFETCHED", 1)
     for module in (mamba1_block, mamba_ssm):
-        monkeypatch.setattr(module, "Ahead", Counted)
+        monkeypatch.setattr(module, "Prefetch", Counted)
     for tensor, other in zip(step(model, x), expected, strict=True):
         assert torch.equal(tensor, other)
-    assert calls == ["wait", "begin", "take"] * 2
+    assert calls == ["wait", "start", "take"] * 2
 
 
 def test_the_input_is_not_kept(model: Blocks) -> None:
@@ -218,18 +218,18 @@ def test_checkpointing_keeps_what_it_unpacks(model: Blocks) -> None:
 def test_when_it_is_not_the_norm_s_output() -> None:
     weight, x = torch.ones(8), torch.randn(2, 4, 8, dtype=torch.bfloat16, requires_grad=True)
     residual = torch.randn(2, 4, 8)
-    assert normed_again(x) is None
-    assert normed_again(x * 2) is None
+    assert norm_recomputation(x) is None
+    assert norm_recomputation(x * 2) is None
     normed, total = LayerNormFn.apply(x, weight, residual, True, None, 0.0)
-    assert normed_again(normed) is not None
-    assert normed_again(total) is None
-    assert normed_again(normed * 1) is None
+    assert norm_recomputation(normed) is not None
+    assert norm_recomputation(total) is None
+    assert norm_recomputation(normed * 1) is None
     rounded, _ = LayerNormFn.apply(x, weight, residual, False, None, 0.0)
-    assert normed_again(rounded) is None, "the sum was rounded after the norm read it"
+    assert norm_recomputation(rounded) is None, "the sum was rounded after the norm read it"
     dropped, _ = LayerNormFn.apply(x, weight, residual, True, None, 0.5)
-    assert normed_again(dropped) is None
+    assert norm_recomputation(dropped) is None
     scaled, _ = LayerNormFn.apply(x, weight, residual, True, torch.ones(2), 0.0)
-    again = normed_again(scaled)
+    again = norm_recomputation(scaled)
     assert again is not None
     with pytest.raises(RuntimeError, match="rowscale"):
         again()
