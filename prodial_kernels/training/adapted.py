@@ -141,12 +141,12 @@ def merge_to_directory(
 def _check_output(path: Path, model: str | None, adapter: Path, *, replace: bool) -> None:
     """Raise unless a merged model may be written to ``path``."""
     base = model or read_adapter(adapter).base_model
-    apart = {"the adapter": adapter}
+    sources = {"the adapter": adapter}
     if base is not None:
-        apart["the base model"] = (
+        sources["the base model"] = (
             embedded_model_path() if base == EMBEDDED else Path(base).expanduser()
         )
-    check_place(path, apart, around={"the working directory": Path.cwd()})
+    check_place(path, sources, around={"the working directory": Path.cwd()})
     clear_leftovers(path)
     there = os.path.lexists(path)
     run = run_around(path)

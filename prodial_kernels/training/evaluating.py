@@ -21,6 +21,7 @@ from prodial_kernels.training.results import metric_rows, two_columns
 from prodial_kernels.training.run.progress import Progress
 from prodial_kernels.training.scoring.language_model import evaluate_examples
 from prodial_kernels.training.scoring.lm_eval import run_lm_eval
+from prodial_kernels.training.scoring.log_likelihood import Scorer
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,7 @@ class Assessment:
 
     def to_json(self) -> str:
         """Return everything as indented JSON."""
-        content = {
-            "model": self.model,
-            "data": self.data,
-            "metrics": dict(self.metrics),
-            "notes": list(self.notes),
-        }
-        return json.dumps(content, indent=2)
+        return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
         rows = [("model", self.model), ("data", self.data)]
@@ -143,10 +138,10 @@ def assess(
     kind = kind_of(data.examples)
     display.say(f"evaluating {loaded.name} on {len(data.examples):,} {kind} examples")
     with display.evaluating(leave=True) as advance:
-        metrics = evaluate_examples(
-            loaded.model, loaded.tokenizer, data.examples, seq_len=seq_len, batch_size=batch_size,
-            max_tokens=data.max_tokens, progress=advance,
-        )  # fmt: skip
+        scorer = Scorer(
+            loaded.model, loaded.tokenizer, seq_len=seq_len, batch_size=batch_size, progress=advance
+        )
+        metrics = evaluate_examples(scorer, data.examples, max_tokens=data.max_tokens)
     if metrics.n_truncated:
         display.say(
             f"{metrics.n_truncated:,} contexts were longer than seq_len {seq_len} allows and lost "

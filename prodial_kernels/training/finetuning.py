@@ -57,6 +57,7 @@ from prodial_kernels.training.run.state import (
 )
 from prodial_kernels.training.run.versions import versions
 from prodial_kernels.training.scoring.language_model import evaluate_examples
+from prodial_kernels.training.scoring.log_likelihood import Scorer
 from prodial_kernels.training.step.choose import make_step
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
 
@@ -136,8 +137,8 @@ def finetune(
                     config, folder, saved, display,
                     device=device, dtype=dtype, choice=choice, plan=plan,
                 )  # fmt: skip
-                position = _train(run, folder, saved, signals, display)
-                return _finish(run, folder, position, started, display)
+                position = _train(run, saved, signals)
+                return _finish(run, position, started)
 
 
 def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIdentity | None:
@@ -153,13 +154,13 @@ def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIden
     return saved
 
 
-def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
+def _restore(run: Run) -> Position:
     """Load the newest state that can be; begin at step 0 where nothing was saved yet.
 
     Raises:
         StateError: States were saved, and none of them can be loaded.
     """
-    states, reasons = saved_states(folder.states), []
+    states, reasons = saved_states(run.folder.states), []
     for path in reversed(states):
         try:
             position = load_state(
@@ -167,36 +168,31 @@ def _restore(run: Run, folder: RunDirectory, display: Progress) -> Position:
                 run=run.identity.fingerprint, fits=run.options.reaches,
             )  # fmt: skip
         except StateError as error:
-            display.say(f"skipping a state: {error}")
+            run.display.say(f"skipping a state: {error}")
             reasons.append(str(error))
             continue
         others = differing_surroundings(path)
         if others:
-            display.say(f"the last bits may differ from here on: {', '.join(others)}")
-        display.say(f"resuming after step {position.step} of {run.options.steps}")
+            run.display.say(f"the last bits may differ from here on: {', '.join(others)}")
+        run.display.say(f"resuming after step {position.step} of {run.options.steps}")
         return position
     if reasons:
         raise StateError(
             f"all {len(states)} saved states are damaged, or of another run or version; of the "
-            f"newest: {reasons[0]}. Restore one from a copy, or remove {folder.states} to begin "
-            "again at step 0"
+            f"newest: {reasons[0]}. Restore one from a copy, or remove {run.folder.states} to "
+            "begin again at step 0"
         )
-    display.say("no saved state yet: starting from step 0")
+    run.display.say("no saved state yet: starting from step 0")
     return Position()
 
 
-def _train(
-    run: Run,
-    folder: RunDirectory,
-    saved: RunIdentity | None,
-    signals: StopSignals,
-    display: Progress,
-) -> Position:
-    position = Position() if saved is None else _restore(run, folder, display)
+def _train(run: Run, saved: RunIdentity | None, signals: StopSignals) -> Position:
+    folder, say = run.folder, run.display.say
+    position = Position() if saved is None else _restore(run)
     step = GuardedStep(
         make_step(
             run.loaded.model, run.method.optimizer, run.config, run.choice, device=run.device,
-            autocast_dtype=run.autocast_dtype, say=display.say,
+            autocast_dtype=run.autocast_dtype, say=say,
         ),
         run.method.optimizer,
     )  # fmt: skip
@@ -208,38 +204,30 @@ def _train(
         folder.write_identity(run.identity)
     log = MetricsLog(folder.metrics_file, step=position.step)
     if log.dropped:
-        display.say(f"{folder.metrics_file}: {log.dropped} lines that are no records were dropped")
-    events = RunEvents(run, folder, log, display, position)
+        say(f"{folder.metrics_file}: {log.dropped} lines that are no records were dropped")
     try:
-        return _take_steps(run, step, events, position, signals, display)
+        return _take_steps(run, step, RunEvents(run, log, position), signals)
     finally:
         step.close()
         log.close()
 
 
-def _take_steps(
-    run: Run,
-    step: GuardedStep,
-    events: RunEvents,
-    position: Position,
-    signals: StopSignals,
-    display: Progress,
-) -> Position:
+def _take_steps(run: Run, step: GuardedStep, events: RunEvents, signals: StopSignals) -> Position:
     """Train; on an out-of-memory save what is whole and say what would fit."""
     try:
-        with display.training(run.options.steps, position):
+        with run.display.training(run.options.steps, events.position):
             return train(
                 run.loaded.model, step, run.batches, run.options, events,
-                signals=signals, position=position,
+                signals=signals, position=events.position,
             )  # fmt: skip
     except NonFiniteLossError as error:
-        raise NonFiniteLossError(f"{error}; {_last_state(events.folder)}") from error
+        raise NonFiniteLossError(f"{error}; {_last_state(run.folder)}") from error
     except torch.OutOfMemoryError as error:
         failure = out_of_memory(error, "in an evaluation")
     except OutOfMemory as error:
         failure = error
     # Outside the handlers, so that nothing refers to what the failed step had made.
-    kept = _last_state(events.folder)
+    kept = _last_state(run.folder)
     if failure.whole:
         events.save(events.position)
         kept = f"the state after step {events.position.step} is saved"
@@ -255,30 +243,20 @@ class RunEvents:
     """What a run does at the loop's events: logs steps, saves states, evaluates.
 
     Attributes:
-        folder: The run's directory.
         position: Where the run stands after its last step.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        folder: RunDirectory,
-        log: MetricsLog,
-        display: Progress,
-        position: Position,
-    ) -> None:
+    def __init__(self, run: Run, log: MetricsLog, position: Position) -> None:
         """Begin at ``position``."""
-        self.folder = folder
         self.position = position
         self._run = run
         self._log = log
-        self._display = display
 
     def logged(self, record: StepRecord) -> None:
         """Write the step to ``metrics.jsonl``, where its turn is, and show it."""
-        self.folder.check_there()
+        self._run.folder.check_there()
         self.position = record.position
-        self._display.step(record)
+        self._run.display.step(record)
         step = record.position.step
         if step % self._run.config.log_every and step != self._run.options.steps:
             return
@@ -297,39 +275,38 @@ class RunEvents:
 
     def save(self, position: Position) -> None:
         """Save the state, after the lines of ``metrics.jsonl`` that belong to it."""
-        self.folder.check_there()
+        self._run.folder.check_there()
         self._log.flush()
         save_state(
-            self.folder.states, position, self._run.loaded.model, self._run.method.optimizer,
+            self._run.folder.states, position, self._run.loaded.model, self._run.method.optimizer,
             run=self._run.identity.fingerprint,
         )  # fmt: skip
 
     def evaluate(self, position: Position) -> None:
         """Evaluate on the held-out examples."""
-        metrics = _evaluate(self._run, self._display)
+        metrics = _evaluate(self._run)
         self._log.write({"kind": "evaluation", "step": position.step, **metrics})
         headline = "bits_per_byte" if "bits_per_byte" in metrics else "acc"
-        self._display.say(f"step {position.step}: held-out {headline} {metrics[headline]:.4f}")
+        self._run.display.say(f"step {position.step}: held-out {headline} {metrics[headline]:.4f}")
 
 
-def _evaluate(run: Run, display: Progress) -> dict[str, Any]:
+def _evaluate(run: Run) -> dict[str, Any]:
     autocast = run.autocast_dtype
     with (
-        display.evaluating() as advance,
+        run.display.evaluating() as advance,
         torch.autocast(run.device.type, dtype=autocast, enabled=autocast is not None),
     ):
-        metrics = evaluate_examples(
-            run.loaded.model, run.loaded.tokenizer, run.split.held_out,
-            seq_len=run.config.seq_len, batch_size=run.evaluation_batch,
-            max_tokens=run.config.eval_tokens, progress=advance,
+        scorer = Scorer(
+            run.loaded.model, run.loaded.tokenizer, seq_len=run.config.seq_len,
+            batch_size=run.evaluation_batch, progress=advance,
         )  # fmt: skip
+        metrics = evaluate_examples(scorer, run.split.held_out, max_tokens=run.config.eval_tokens)
     return finite_or_none(asdict(metrics))
 
 
-def _finish(
-    run: Run, folder: RunDirectory, position: Position, started: float, display: Progress
-) -> FinetuneResult:
+def _finish(run: Run, position: Position, started: float) -> FinetuneResult:
     """Save the adapter, write the merged model, check it, draw the curve, sum up."""
+    folder, say = run.folder, run.display.say
     folder.check_there()
     records = read_metrics(folder.metrics_file)
     evaluations = [record for record in records if record["kind"] == "evaluation"]
@@ -342,14 +319,14 @@ def _finish(
     memory = None
     if run.plan is not None:
         memory = run.plan.compared(measure(run.device))
-        display.say(f"peak memory: {comparison_text(memory)}")
+        say(f"peak memory: {comparison_text(memory)}")
     run.levels.remove()
     full = run.config.method == "full"
     if not full:
         save_adapter(run.loaded.model, folder.adapter, base_model=run.config.model)
     model_dir = folder.full_model if full else folder.merged
-    display.say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
-    agreement = _write_and_check(run, folder)
+    say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
+    agreement = _write_and_check(run)
     with atomic_file(folder.plot_file) as picture:
         plot_loss(records, picture, title=run.title)
     result = FinetuneResult(
@@ -379,7 +356,7 @@ def _finish(
     return result
 
 
-def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
+def _write_and_check(run: Run) -> Agreement:
     model, tokens = run.loaded.model, run.batches.batch(0).input_ids[:4]
     # Also where the checkpoint itself is.
     quantised = any(isinstance(module, QuantizedLinear) for module in model.modules())
@@ -392,7 +369,7 @@ def _write_and_check(run: Run, folder: RunDirectory) -> Agreement:
         tokens = tokens[:1, :512]
     expected = logits_of(model, tokens)
     full = run.config.method == "full"
-    path = folder.full_model if full else folder.merged
+    path = run.folder.full_model if full else run.folder.merged
     if quantised:
         # Merged, it is dense: that is left to the host.
         model.cpu()

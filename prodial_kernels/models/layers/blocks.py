@@ -75,3 +75,22 @@ def plain_forward(upstream: Callable[..., Any]) -> Callable[..., Any]:
     ):
         upstream = vars(upstream)["__wrapped__"]
     return upstream
+
+
+class SetAttribute:
+    """An attribute of a module, set until :meth:`remove`."""
+
+    def __init__(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set it."""
+        self.module = module
+        self.name = name
+        self.before = (name in vars(module), vars(module).get(name))
+        setattr(module, name, value)
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        present, value = self.before
+        if present:
+            setattr(self.module, self.name, value)
+        else:
+            delattr(self.module, self.name)

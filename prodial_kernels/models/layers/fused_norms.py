@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prodial_kernels.models.layers.blocks import Calling, has_separate_norm, plain_forward
+from prodial_kernels.models.layers.blocks import (
+    Calling,
+    SetAttribute,
+    has_separate_norm,
+    plain_forward,
+)
 from prodial_kernels.models.mixers.arguments import split_first
 from prodial_kernels.models.mixers.hf import recognises
 from prodial_kernels.models.patch_point import AdaptedMixer, Undo, View
@@ -43,17 +48,17 @@ class FusedNorms:
     """Norms that run fused, until :meth:`remove`; prints as a line."""
 
     def __init__(
-        self, norms: Sequence[Undo] = (), blocks: Sequence[Undo] = (), refused: Sequence[str] = ()
+        self, count: int = 0, changes: Sequence[Undo] = (), refused: Sequence[str] = ()
     ) -> None:
         """Remember what to undo; made by :func:`fuse_norms`.
 
         Args:
-            norms: One for each fused norm.
-            blocks: One for each block that goes through :func:`joined_forward`.
+            count: How many norms.
+            changes: What was done to norms and blocks, in that order.
             refused: Names of modules that look like such a norm and compute something else.
         """
-        self._count = len(norms)
-        self._changes = [*norms, *blocks]
+        self._count = count
+        self._changes = [*changes]
         self.refused = tuple(refused)
 
     def __len__(self) -> int:
@@ -93,11 +98,10 @@ def fuse_norms(model: nn.Module) -> FusedNorms:
     refused = [name for name, norm in norms.items() if not _computes_the_same(norm)]
     fused = [norm for name, norm in norms.items() if name not in refused]
     blocks = [m for m in model.modules() if has_separate_norm(m) and m.norm in fused]
-    return FusedNorms(
-        [_FusedNorm(norm) for norm in fused],
-        [AdaptedMixer(block, {"forward": joined_forward}) for block in blocks],
-        refused,
-    )
+    changes: list[Undo] = [SetAttribute(norm, _FUSED, True) for norm in fused]
+    changes += [AdaptedMixer(norm, {"forward": fused_forward}) for norm in fused]
+    changes += [AdaptedMixer(block, {"forward": joined_forward}) for block in blocks]
+    return FusedNorms(len(fused), changes, refused)
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -152,20 +156,6 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: Tensor, drounded: Tensor) -> tuple[Tensor, None]:
         return torch.add(dx, drounded), None
-
-
-class _FusedNorm:
-    """One of them, until :meth:`remove`."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        self._norm = norm
-        self._adapted = AdaptedMixer(norm, {"forward": fused_forward})
-        setattr(norm, _FUSED, True)
-
-    def remove(self) -> None:
-        """Give the norm its own forward back."""
-        self._adapted.remove()
-        delattr(self._norm, _FUSED)
 
 
 def _looks_like_one(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prodial_kernels.models.layers.blocks import (
     Calling,
+    SetAttribute,
     blocks_of,
     has_separate_norm,
     mixer_of,
@@ -159,14 +160,14 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
     return output
 
 
-def norm_again_forward(block: nn.Module, upstream: Callable[..., Any], *args: Any,
+def recomputed_norm_forward(block: nn.Module, upstream: Callable[..., Any], *args: Any,
                        **kwargs: Any) -> Any:  # fmt: skip
     """``block(*args, **kwargs)`` without keeping what the norm gives."""
     if not (block.training and torch.is_grad_enabled()):
         return upstream(block, *args, **kwargs)
     norm, mixer = block.get_submodule("norm"), block.get_submodule("mixer")
-    again = _NormAgain(norm, mixer)
-    view = View(block, norm=Calling(norm, again.norm), mixer=Calling(mixer, again.mixer))
+    recomputed = _RecomputedNorm(norm, mixer)
+    view = View(block, norm=Calling(norm, recomputed.norm), mixer=Calling(mixer, recomputed.mixer))
     return plain_forward(upstream)(view, *args, **kwargs)
 
 
@@ -185,33 +186,15 @@ def _changes(block: nn.Module, level: str, index: int) -> list[Undo]:
     separate, mixer = has_separate_norm(block), mixer_of(block)
     changes: list[Undo] = []
     if level == RECOMPUTE and mixer is not None:
-        changes.append(_Attribute(mixer, RECOMPUTE_XZ, True))
+        changes.append(SetAttribute(mixer, RECOMPUTE_XZ, True))
     if separate:
-        changes.append(AdaptedMixer(block, {"forward": norm_again_forward}))
+        changes.append(AdaptedMixer(block, {"forward": recomputed_norm_forward}))
     elif level == NORM or mixer is None:
         raise ValueError(
             f"block {index}, a {type(block).__name__}, has no norm of its own that could be "
             f"computed again; level {level!r} does nothing for it: use 'keep' or 'checkpoint'"
         )
     return changes
-
-
-class _Attribute:
-    """An attribute of a module, set until it is put back."""
-
-    def __init__(self, module: nn.Module, name: str, value: Any) -> None:
-        self.module = module
-        self.name = name
-        self.before = (name in vars(module), vars(module).get(name))
-        setattr(module, name, value)
-
-    def remove(self) -> None:
-        """Put back what was there."""
-        present, value = self.before
-        if present:
-            setattr(self.module, self.name, value)
-        else:
-            delattr(self.module, self.name)
 
 
 class _Input:
@@ -244,7 +227,7 @@ class _Input:
         self._tensor = read
 
 
-class _NormAgain:
+class _RecomputedNorm:
     """A block's norm and mixer for one call, between which only the norm's input is kept."""
 
     def __init__(self, norm: nn.Module, mixer: nn.Module) -> None:

@@ -19,7 +19,7 @@ from prodial_kernels.models.loading.completeness import (
     check_whole,
     dtype_of_dense,
 )
-from prodial_kernels.models.loading.quantized import load_by_tensors
+from prodial_kernels.models.loading.quantized import load_by_tensors, model_on_meta
 from prodial_kernels.models.loading.source import (
     EMBEDDED,
     ModelError,
@@ -186,18 +186,11 @@ def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ModelError: There is no such model, or its configuration cannot be read.
     """
-    from transformers import AutoModelForCausalLM
-
     config = _read_config(name)
     try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+        return model_on_meta(config, dtype).requires_grad_(False)
     except Exception as error:
         raise ModelError(_explain(name, model_source(name), error)) from error
-    made: PreTrainedModel = model.requires_grad_(False)
-    return made
 
 
 def resolve_device(name: str) -> torch.device:

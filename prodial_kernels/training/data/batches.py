@@ -70,6 +70,27 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+class EpochOrder:
+    """Indices in a new random order every epoch, addressed by how many came before.
+
+    The order of an epoch follows from ``(seed, epoch)``; the last one used is kept.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        """Order the indices below ``n``."""
+        self._n = n
+        self._seed = seed
+        self._last: tuple[int, list[int]] = (-1, [])
+
+    def index(self, sample: int) -> int:
+        """Return the index of sample number ``sample`` (from 0) of the run."""
+        epoch, place = divmod(sample, self._n)
+        if self._last[0] != epoch:
+            order = torch.randperm(self._n, generator=epoch_generator(self._seed, epoch))
+            self._last = (epoch, order.tolist())
+        return self._last[1][place]
+
+
 def fingerprint(parts: tuple[object, ...], *tensors: Tensor) -> str:
     """Hash settings and tensor contents."""
     digest = hashlib.sha256(repr(parts).encode())

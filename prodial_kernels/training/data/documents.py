@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from prodial_kernels.training.data.batches import (
     IGNORED,
     Batch,
+    EpochOrder,
     check_sizes,
-    epoch_generator,
     fingerprint,
 )
 from prodial_kernels.training.data.examples import DataError
@@ -92,7 +92,7 @@ class SharedWindows:
         self.n_truncated = 0
         self._pieces = list(pieces)
         self._windows = best_fit([len(piece) for piece in pieces], seq_len)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._order = EpochOrder(len(self._windows), seed)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,7 +131,8 @@ class SharedWindows:
         seq_idx = torch.zeros(shape, dtype=torch.int32)
         for row in range(self.batch_size):
             at = 0
-            for place, index in enumerate(self._window(step * self.batch_size + row)):
+            window = self._windows[self._order.index(step * self.batch_size + row)]
+            for place, index in enumerate(window):
                 ids = self._pieces[index].long()
                 end = at + len(ids)
                 input_ids[row, at:end] = ids
@@ -140,14 +141,6 @@ class SharedWindows:
                 seq_idx[row, at:] = place
                 at = end
         return Batch(input_ids, labels, seq_idx)
-
-    def _window(self, sample: int) -> list[int]:
-        epoch, place = divmod(sample, len(self._windows))
-        if self._order[0] != epoch:
-            generator = epoch_generator(self.seed, epoch)
-            order = torch.randperm(len(self._windows), generator=generator)
-            self._order = (epoch, order.tolist())
-        return self._windows[self._order[1][place]]
 
 
 def separate_documents(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prodial_kernels.training.data.batches import Batch, check_sizes, epoch_generator, fingerprint
+from prodial_kernels.training.data.batches import Batch, EpochOrder, check_sizes, fingerprint
 from prodial_kernels.training.data.examples import DataError
 from prodial_kernels.training.data.tokenization import encode, eos_token, leading_tokens
 
@@ -64,7 +64,7 @@ class PackedBatches:
             # Some tokens of the last two windows come twice; none is left out, none is padding.
             starts = torch.cat([starts, torch.tensor([len(tokens) - seq_len])])
         self._starts = starts
-        self._order: tuple[int, Tensor] = (-1, starts)
+        self._order = EpochOrder(len(starts), seed)
 
     @classmethod
     def from_documents(
@@ -120,14 +120,6 @@ class PackedBatches:
         """
         check_sizes({"step": (step, 0)})
         samples = range(step * self.batch_size, (step + 1) * self.batch_size)
-        starts = torch.stack([self._start(sample) for sample in samples])
+        starts = self._starts[[self._order.index(sample) for sample in samples]]
         input_ids = self._tokens[starts[:, None] + torch.arange(self.seq_len)].long()
         return Batch(input_ids, input_ids.clone())
-
-    def _start(self, sample: int) -> Tensor:
-        epoch, place = divmod(sample, len(self._starts))
-        if self._order[0] != epoch:
-            generator = epoch_generator(self.seed, epoch)
-            permutation = torch.randperm(len(self._starts), generator=generator)
-            self._order = (epoch, self._starts[permutation])
-        return self._order[1][place]

@@ -169,10 +169,10 @@ def load_documents(
     return DataSplit(candidates.name, tuple(train), tuple(held_out), notes)
 
 
-def load_all(
+def read_whole(
     source: SourceName, *, max_bytes: int | None = None, suffixes: Sequence[str] | None = None
-) -> tuple[Example, ...]:
-    """Load data to evaluate on, without splitting it.
+) -> WholeData:
+    """Load data to evaluate on, without splitting it, and say what reading changed.
 
     Args:
         source: As for :func:`load_documents`. Of a hub data set, its validation or test split.
@@ -180,23 +180,7 @@ def load_all(
         suffixes: As for :func:`load_documents`.
 
     Returns:
-        The examples, in a fixed pseudo-random order.
-
-    Raises:
-        DataError: Nothing usable at the source.
-    """
-    return read_whole(source, max_bytes=max_bytes, suffixes=suffixes).examples
-
-
-def read_whole(
-    source: SourceName, *, max_bytes: int | None = None, suffixes: Sequence[str] | None = None
-) -> WholeData:
-    """Load data as :func:`load_all` does, and say what reading changed.
-
-    Args:
-        source: As for :func:`load_all`; so are the other arguments.
-        max_bytes: As for :func:`load_documents`.
-        suffixes: As for :func:`load_documents`.
+        The examples, in a fixed pseudo-random order, and the notes.
 
     Raises:
         DataError: Nothing usable at the source.

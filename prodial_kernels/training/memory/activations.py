@@ -158,7 +158,7 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
     if layer.mixer == MAMBA:
         # The gated output's gradient, u, delta and their gradients, dxz; dB and dC in fp32.
         scan = c * m * (5 * inner + layer.projected) + 2 * _FP32 * m * state
-        scan += _begun_ahead(layer, tokens)
+        scan += _prefetched(layer, tokens)
         # dxz, X's gradient, and X where it is not kept but made again from the residual.
         project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
         return stream + max(scan, project)
@@ -170,7 +170,7 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
         # The gradient from out_proj and of the norm, the convolution's output and its gradient.
         scan = c * m * (2 * inner + 2 * convolved + layer.projected) + states + products
         if layer.two_streams:
-            scan += _begun_ahead(layer, tokens)
+            scan += _prefetched(layer, tokens)
         project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
         return stream + max(scan, project)
     widest = max((n + k for n, k in layer.weights), default=0)
@@ -197,7 +197,7 @@ def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
     return residual + max(out_proj, scan, in_proj)
 
 
-def _begun_ahead(layer: LayerShape, tokens: Tokens) -> int:
+def _prefetched(layer: LayerShape, tokens: Tokens) -> int:
     """in_proj's scaled weight, and its input where that is made again: there before the scan."""
     weight = layer.projected * layer.width
     if not layer.rank or tokens.dense_weight or weight < LEAST_PREFETCHED:

@@ -6,7 +6,6 @@ do, so that a plan can be made before weights are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,10 @@ from prodial_kernels.models.layers.fused_norms import is_fused
 from prodial_kernels.models.mixers import hf
 
 MAMBA, MAMBA2, OTHER = "mamba", "mamba2", "other"
+
+
+# The linear layers that quantisation stores in fewer bits.
+_QUANTIZABLE = ("in_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class LayerShape:
             the addition before it and keeps the fp32 residual, as in mamba_ssm.
         rounds_input: Whether the block reads its input only rounded to the norm's dtype, but for
             adding it to the output: then a checkpoint in that dtype loses nothing.
-        two_streams: Whether it takes the last mixer's output and the fp32 residual apart.
+        two_streams: Whether it takes the last mixer's output and the fp32 residual as two inputs.
     """
 
     mixer: str
@@ -95,12 +98,7 @@ class ModelShape:
     adapted: bool
 
 
-def describe_model(
-    model: nn.Module,
-    *,
-    kernels: bool,
-    quantizable: Iterable[str] = ("in_proj", "out_proj"),
-) -> ModelShape:
+def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
     """Read a model's shape off it.
 
     Args:
@@ -108,13 +106,11 @@ def describe_model(
             adapters, or with every weight trained, and with its norms fused where they will be. It
             may be on the ``meta`` device, and dense although its projectors will be quantised.
         kernels: Whether mamba_ssm's and causal_conv1d's kernels are installed where it will run.
-        quantizable: Names of the linear layers that quantisation would store in fewer bits.
 
     Raises:
         ValueError: No list of blocks, no embedding or no head is found.
     """
     embedding, head = _ends(model)
-    names = frozenset(quantizable)
     seen: set[int] = {id(embedding.weight), id(head.weight)}
     projectors: list[tuple[int, int]] = []
     projector_bytes = other_bytes = trained = trained_bytes = 0
@@ -123,7 +119,7 @@ def describe_model(
             trained += parameter.numel()
             trained_bytes += parameter.nbytes
         elif id(parameter) not in seen:
-            if _owner(path) in names and parameter.ndim == 2:
+            if _owner(path) in _QUANTIZABLE and parameter.ndim == 2:
                 projectors.append((parameter.shape[0], parameter.shape[1]))
                 projector_bytes += parameter.nbytes
             else:

@@ -37,6 +37,8 @@ class Run:
     """Everything a run needs in memory."""
 
     config: ResolvedConfig
+    folder: RunDirectory
+    display: Progress
     loaded: LoadedModel
     split: DataSplit
     batches: TrainingBatches
@@ -179,8 +181,8 @@ def prepare(
     if cut is not None:
         display.say(cut)
     return Run(
-        config, loaded, split, batches, method, options, device, dtype, choice, plan, levels,
-        identity, implementation,
+        config, folder, display, loaded, split, batches, method, options, device, dtype, choice,
+        plan, levels, identity, implementation,
     )  # fmt: skip
 
 

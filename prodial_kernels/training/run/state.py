@@ -26,6 +26,7 @@ from prodial_kernels.files.atomic import atomic_directory, remove_files, write_s
 from prodial_kernels.files.sha256 import sha256_of_file, sha256_of_values
 from prodial_kernels.training.run.versions import versions
 from prodial_kernels.training.step.optimizers import check_state, restore_state, state_tensors
+from prodial_kernels.training.step.out_of_memory import random_states, restore_random_states
 
 FORMAT_VERSION = 2
 KEPT_STATES = 2
@@ -78,7 +79,7 @@ def save_state(
     Raises:
         OSError: The disk is full or cannot be written. Earlier states are untouched.
     """
-    tensors = _random_states()
+    tensors = {f"random/{kind}": state for kind, state in random_states().items()}
     for name, parameter in _trained(model).items():
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in state_tensors(optimizer, parameter).items():
@@ -176,7 +177,9 @@ def load_state(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
-    _restore_random_states(tensors)
+    restore_random_states(
+        {kind: tensors[name] for kind in ("cpu", "cuda") if (name := f"random/{kind}") in tensors}
+    )
     return position
 
 
@@ -193,19 +196,6 @@ def differing_surroundings(path: Path) -> list[str]:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["random/cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random_states(tensors: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random/cpu"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
 def _check_random_states(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prodial_kernels.training.data.batches import check_sizes
 from prodial_kernels.training.data.chat import rendered
@@ -27,10 +27,9 @@ from prodial_kernels.training.data.tokenization import (
     prefix_token,
 )
 from prodial_kernels.training.scoring.log_likelihood import (
-    Progress,
+    Scorer,
     Window,
     cut_by,
-    log_likelihoods,
     windows,
 )
 from prodial_kernels.training.scoring.multiple_choice import (
@@ -67,15 +66,7 @@ class LanguageModelMetrics:
 
 
 def evaluate_language_model(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
-    *,
-    seq_len: int = 512,
-    batch_size: int = 8,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    scorer: Scorer, documents: Sequence[str], *, max_tokens: int | None = None
 ) -> LanguageModelMetrics:
     """Score every token of every document exactly once.
 
@@ -85,16 +76,11 @@ def evaluate_language_model(
     document longer than ``seq_len`` is scored in windows, see ``scoring.windows``.
 
     Args:
-        model: A causal language model of transformers, or one called like it.
-        tokenizer: Its tokenizer.
+        scorer: The model, and how it is run.
         documents: Texts, in order; blank ones have no tokens to score and count for nothing.
-        seq_len: The most tokens that the model reads at once.
-        batch_size: Windows in a forward pass.
         max_tokens: Stop after at most this many tokens: later documents are left out, and the one
             that reaches the limit is shortened before it is tokenised, so that tokens and bytes
             still belong together.
-        device: Where to put the inputs; by default where the model is.
-        progress: Called with (windows done, windows in all).
 
     Returns:
         The metrics.
@@ -103,13 +89,12 @@ def evaluate_language_model(
         DataError: No text to score, no BOS or EOS token, or a tokenizer of another model.
         EvaluationError: The loss is not finite.
         TypeError: ``documents`` is a single string.
-        ValueError: A size is out of range.
+        ValueError: ``max_tokens`` is less than 1.
     """
     if isinstance(documents, str):
         raise TypeError("documents must be a sequence of strings, got one string; put it in a list")
-    check_sizes(
-        {"seq_len": (seq_len, 1), "max_tokens": (1 if max_tokens is None else max_tokens, 1)}
-    )
+    check_sizes({"max_tokens": (1 if max_tokens is None else max_tokens, 1)})
+    tokenizer = scorer.tokenizer
     prefix = torch.tensor([prefix_token(tokenizer)], dtype=torch.int32)
     pairs: list[tuple[Tensor, Tensor]] = []
     n_bytes = n_tokens = 0
@@ -123,31 +108,19 @@ def evaluate_language_model(
             n_bytes += len(text.encode())
         if full:
             break
-    return _metrics(model, tokenizer, pairs, n_bytes, seq_len, batch_size, device, progress)
+    return _metrics(scorer, pairs, n_bytes)
 
 
 def evaluate_completions(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[PromptCompletion],
-    *,
-    seq_len: int = 512,
-    batch_size: int = 8,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    scorer: Scorer, examples: Sequence[PromptCompletion]
 ) -> LanguageModelMetrics:
     """Score every token of every completion exactly once, after its prompt.
 
     A prompt that does not fit into ``seq_len`` together with its completion loses its start.
 
     Args:
-        model: A causal language model of transformers, or one called like it.
-        tokenizer: Its tokenizer.
+        scorer: The model, and how it is run.
         examples: Prompts and completions.
-        seq_len: The most tokens that the model reads at once.
-        batch_size: Windows in a forward pass.
-        device: Where to put the inputs; by default where the model is.
-        progress: Called with (windows done, windows in all).
 
     Returns:
         The metrics of the completions alone.
@@ -155,39 +128,24 @@ def evaluate_completions(
     Raises:
         DataError: No examples, or a tokenizer of another model.
         EvaluationError: The loss is not finite.
-        ValueError: A size is out of range.
     """
-    check_sizes({"seq_len": (seq_len, 1)})
-    pairs = encode_pairs(tokenizer, [(e.prompt, e.completion) for e in examples])
+    pairs = encode_pairs(scorer.tokenizer, [(e.prompt, e.completion) for e in examples])
     # White space at the end of a prompt is scored with the completion (see encode_pairs).
     n_bytes = sum(
         len((e.prompt[len(e.prompt.rstrip()) :] + e.completion).encode()) for e in examples
     )
-    return _metrics(model, tokenizer, pairs, n_bytes, seq_len, batch_size, device, progress)
+    return _metrics(scorer, pairs, n_bytes)
 
 
 def evaluate_examples(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    seq_len: int = 512,
-    batch_size: int = 8,
-    max_tokens: int | None = None,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
+    scorer: Scorer, examples: Sequence[Example], *, max_tokens: int | None = None
 ) -> LanguageModelMetrics | MultipleChoiceMetrics:
     """Evaluate examples of any one kind with the function for that kind.
 
     Args:
-        model: A causal language model of transformers, or one called like it.
-        tokenizer: Its tokenizer.
+        scorer: The model, and how it is run.
         examples: Examples of one kind.
-        seq_len: The most tokens that the model reads at once.
-        batch_size: Windows in a forward pass.
         max_tokens: Limit for texts; other kinds are scored whole.
-        device: Where to put the inputs; by default where the model is.
-        progress: Called with (windows done, windows in all).
 
     Returns:
         The metrics of the kind.
@@ -195,74 +153,40 @@ def evaluate_examples(
     Raises:
         DataError: No examples, more than one kind, or a tokenizer of another model.
         EvaluationError: A log-likelihood is not finite.
-        ValueError: A size is out of range.
+        ValueError: ``max_tokens`` is less than 1.
     """
     kind = kind_of(examples)
     if kind == "multiple choice":
-        return evaluate_multiple_choice(
-            model,
-            tokenizer,
-            [e for e in examples if isinstance(e, MultipleChoice)],
-            seq_len=seq_len,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-        )
+        choices = [e for e in examples if isinstance(e, MultipleChoice)]
+        return evaluate_multiple_choice(scorer, choices)
     if kind in ("prompt/completion", "conversation"):
         pairs = [e for e in examples if isinstance(e, (PromptCompletion, Conversation))]
+        completions = rendered(pairs, scorer.tokenizer)
         return evaluate_completions(
-            model,
-            tokenizer,
-            [e for e in rendered(pairs, tokenizer) if isinstance(e, PromptCompletion)],
-            seq_len=seq_len,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
+            scorer, [e for e in completions if isinstance(e, PromptCompletion)]
         )
-    return evaluate_language_model(
-        model,
-        tokenizer,
-        [e for e in examples if isinstance(e, str)],
-        seq_len=seq_len,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        device=device,
-        progress=progress,
-    )
+    texts = [e for e in examples if isinstance(e, str)]
+    return evaluate_language_model(scorer, texts, max_tokens=max_tokens)
 
 
 def _metrics(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    n_bytes: int,
-    seq_len: int,
-    batch_size: int,
-    device: torch.device | str | None,
-    progress: Progress | None,
+    scorer: Scorer, pairs: Sequence[tuple[Tensor, Tensor]], n_bytes: int
 ) -> LanguageModelMetrics:
     scored: list[Window] = []
     n_truncated = 0
     for context, continuation in pairs:
-        scored.extend(windows(context, continuation, seq_len))
-        n_truncated += cut_by(context, continuation, seq_len)
+        scored.extend(windows(context, continuation, scorer.seq_len))
+        n_truncated += cut_by(context, continuation, scorer.seq_len)
     n_tokens = sum(window.n_scored for window in scored)
     if not n_tokens:
         raise DataError("there is no text to score: all documents are empty")
-    total = -log_likelihoods(
-        model,
-        scored,
-        batch_size=batch_size,
-        pad_token=prefix_token(tokenizer),
-        device=device,
-        progress=progress,
-    ).sum()
-    loss = float(total) / n_tokens
+    total = float(-scorer.log_likelihoods(scored).sum())
+    loss = total / n_tokens
     try:
         perplexity = math.exp(loss)
     except OverflowError:
         perplexity = math.inf
-    bits_per_byte = float(total) / math.log(2) / n_bytes
+    bits_per_byte = total / math.log(2) / n_bytes
     return LanguageModelMetrics(
         loss, perplexity, bits_per_byte, n_tokens, n_bytes, len(pairs), n_truncated
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from torch.nn import functional
 from prodial_kernels.models.layers.head import HeadError, eval_mode, find_head, run_model
 from prodial_kernels.training.data.batches import check_sizes
 from prodial_kernels.training.data.examples import DataError
+from prodial_kernels.training.data.tokenization import prefix_token
 from prodial_kernels.training.step.loss import negative_log_likelihoods
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
@@ -56,63 +61,78 @@ def cut_by(context: Tensor, continuation: Tensor, seq_len: int) -> bool:
     return len(context) > 1 and len(context) + len(continuation) > seq_len + 1
 
 
-@torch.inference_mode()
-def log_likelihoods(
-    model: nn.Module,
-    scored: Sequence[Window],
-    *,
-    batch_size: int,
-    pad_token: int,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Sum the log-likelihoods of each window's scored tokens.
+@dataclass(frozen=True)
+class Scorer:
+    """A model, and how it is run to score texts.
 
-    Windows are grouped by length, longest first, and padded on the right, where padding cannot
-    reach the tokens before it (see ``padding.py``). The model runs in eval mode and gets its
-    modes back. Only the logits of scored tokens are made, some hundred at a time, where the
-    model's head can be taken out (see ``head.py``).
-
-    Args:
+    Attributes:
         model: Maps ``input_ids [batch, length]`` to an object with ``logits
             [batch, length, vocabulary]``, as causal language models of transformers do.
-        scored: The windows.
+        tokenizer: Its tokenizer.
+        seq_len: The most tokens that the model reads at once.
         batch_size: Windows in a forward pass.
-        pad_token: Any valid token id.
         device: Where to put the inputs; by default where the model's first parameter is.
-        progress: Called after each forward pass.
-
-    Returns:
-        float64 ``[len(scored)]`` on the CPU, in nats.
+        progress: Called after each forward pass with (windows done, windows in all).
 
     Raises:
-        DataError: A token is outside the model's vocabulary.
-        EvaluationError: A log-likelihood is not finite.
-        ValueError: ``batch_size`` is too small.
+        ValueError: A size is less than 1.
     """
-    check_sizes({"batch_size": (batch_size, 1)})
-    device = next(model.parameters()).device if device is None else torch.device(device)
-    _check_vocabulary(model, scored)
-    sums = torch.zeros(len(scored), dtype=torch.float64)
-    order = sorted(range(len(scored)), key=lambda i: -len(scored[i].tokens))
-    score = _scorer(model)
-    with eval_mode(model):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            inputs = torch.full((len(rows), len(scored[rows[0]].tokens) - 1), pad_token)
-            for target, row in enumerate(rows):
-                tokens = scored[row].tokens
-                inputs[target, : len(tokens) - 1] = tokens[:-1]
-            sums[rows] = score(inputs.to(device), [scored[row] for row in rows])
-            if progress is not None:
-                progress(start + len(rows), len(order))
-    if not torch.isfinite(sums).all():
-        raise EvaluationError(
-            f"{int((~torch.isfinite(sums)).sum())} of {len(sums)} log-likelihoods are not finite: "
-            "the model's weights or activations have overflowed; check the training loss and the "
-            "dtype"
-        )
-    return sums
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    seq_len: int = 512
+    batch_size: int = 8
+    device: torch.device | str | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        check_sizes({"seq_len": (self.seq_len, 1), "batch_size": (self.batch_size, 1)})
+
+    @torch.inference_mode()
+    def log_likelihoods(self, scored: Sequence[Window]) -> Tensor:
+        """Sum the log-likelihoods of each window's scored tokens.
+
+        Windows are grouped by length, longest first, and padded on the right, where padding cannot
+        reach the tokens before it (see ``padding.py``). The model runs in eval mode and gets its
+        modes back. Only the logits of scored tokens are made, some hundred at a time, where the
+        model's head can be taken out (see ``head.py``).
+
+        Args:
+            scored: The windows.
+
+        Returns:
+            float64 ``[len(scored)]`` on the CPU, in nats.
+
+        Raises:
+            DataError: A token is outside the model's vocabulary, or the tokenizer has neither BOS
+                nor EOS.
+            EvaluationError: A log-likelihood is not finite.
+        """
+        model = self.model
+        device = next(model.parameters()).device if self.device is None else self.device
+        pad_token = prefix_token(self.tokenizer)
+        _check_vocabulary(model, scored)
+        sums = torch.zeros(len(scored), dtype=torch.float64)
+        order = sorted(range(len(scored)), key=lambda i: -len(scored[i].tokens))
+        score = _scorer(model)
+        with eval_mode(model):
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                inputs = torch.full((len(rows), len(scored[rows[0]].tokens) - 1), pad_token)
+                for target, row in enumerate(rows):
+                    tokens = scored[row].tokens
+                    inputs[target, : len(tokens) - 1] = tokens[:-1]
+                sums[rows] = score(inputs.to(device), [scored[row] for row in rows])
+                if self.progress is not None:
+                    self.progress(start + len(rows), len(order))
+        if not torch.isfinite(sums).all():
+            raise EvaluationError(
+                f"{int((~torch.isfinite(sums)).sum())} of {len(sums)} log-likelihoods are not "
+                "finite: the model's weights or activations have overflowed; check the training "
+                "loss and the dtype"
+            )
+        return sums
 
 
 def _scorer(model: nn.Module) -> Callable[[Tensor, Sequence[Window]], Tensor]:

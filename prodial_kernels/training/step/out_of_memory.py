@@ -8,7 +8,7 @@ Within an optimiser's update they may be half changed, and must not be saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class GuardedStep:
         self._step = step
         self._optimizer = optimizer
         self._updating = False
-        self._random: list[tuple[Any, torch.Tensor]] = []
+        self._random: dict[str, torch.Tensor] = {}
         self._hooks = (
             optimizer.register_step_pre_hook(self._update_begins),
             optimizer.register_step_post_hook(self._update_ends),
@@ -65,7 +65,7 @@ class GuardedStep:
         Raises:
             OutOfMemory: In the forward or backward pass, or in the update.
         """
-        self._random = _random_states()
+        self._random = random_states()
         shape = " and ".join(
             sorted({f"{b} x {length}" for b, length in (part.input_ids.shape for part in parts)})
         )
@@ -107,8 +107,7 @@ class GuardedStep:
         whole = not self._updating
         failure = out_of_memory(error, doing if whole else "in the optimiser's update", whole=whole)
         self._optimizer.zero_grad(set_to_none=True)
-        for set_state, state in self._random:
-            set_state(state)
+        restore_random_states(self._random)
         return failure
 
 
@@ -122,8 +121,17 @@ def out_of_memory(error: torch.OutOfMemoryError, doing: str, *, whole: bool = Tr
     return OutOfMemory(f"out of memory {doing}: {first}", whole=whole)
 
 
-def _random_states() -> list[tuple[Any, torch.Tensor]]:
-    states = [(torch.set_rng_state, torch.get_rng_state())]
+def random_states() -> dict[str, torch.Tensor]:
+    """Return the states of PyTorch's random generators, by kind of device."""
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states.append((torch.cuda.set_rng_state, torch.cuda.get_rng_state()))
+        states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def restore_random_states(states: Mapping[str, torch.Tensor]) -> None:
+    """Put back what :func:`random_states` returned, for the devices that there are."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

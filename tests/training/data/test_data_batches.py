@@ -12,7 +12,7 @@ from prodial_kernels.training.data.batches import IGNORED, epoch_generator
 from prodial_kernels.training.data.examples import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.data.padding import PaddedBatches
-from prodial_kernels.training.data.splits import load_all, make_batches
+from prodial_kernels.training.data.splits import make_batches, read_whole
 from prodial_kernels.training.data.tokenization import EncodedPair, encode, encode_pairs
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "data"
@@ -97,7 +97,7 @@ def test_padded_without_the_mask_learns_the_prompt_but_no_padding(byte_tokenizer
 
 
 def test_multiple_choice_learns_the_right_choice_without_eos(byte_tokenizer: Any) -> None:
-    examples = load_all(FIXTURES / "winogrande.jsonl")
+    examples = read_whole(FIXTURES / "winogrande.jsonl").examples
     batches = make_batches(examples, byte_tokenizer, seq_len=256, batch_size=1)
     seen = set()
     for step in range(2):

@@ -19,8 +19,9 @@ from prodial_kernels.training.data.examples import (
     PromptCompletion,
 )
 from prodial_kernels.training.data.sources import text_files
-from prodial_kernels.training.data.splits import load_all, load_documents, make_batches, read_whole
+from prodial_kernels.training.data.splits import load_documents, make_batches, read_whole
 from prodial_kernels.training.scoring.language_model import evaluate_examples
+from prodial_kernels.training.scoring.log_likelihood import Scorer
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -45,7 +46,7 @@ def write(path: Path, content: str | bytes) -> Path:
 )  # fmt: skip
 def test_every_form_of_a_table_gives_the_same_rows(tmp_path: Path, name: str, content: str) -> None:
     rows = {PromptCompletion("What, now?", 'a "b"\nc'), PromptCompletion("q", "r")}
-    assert set(load_all(write(tmp_path / name, content))) == rows
+    assert set(read_whole(write(tmp_path / name, content)).examples) == rows
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -54,17 +55,17 @@ def test_parquet(tmp_path: Path) -> None:
 
     row = {"context": "1+1", "choices": ["=2", "=3"], "label": 0}
     parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "a.parquet")
-    assert load_all(tmp_path / "a.parquet") == (
+    assert read_whole(tmp_path / "a.parquet").examples == (
         MultipleChoice(("1+1", "1+1"), ("=2", "=3"), 0),
     ) * 2  # fmt: skip
     with pytest.raises(DataError, match=r"b.parquet: cannot be read as Parquet: ArrowInvalid"):
-        load_all(write(tmp_path / "b.parquet", "only text"))
+        read_whole(write(tmp_path / "b.parquet", "only text"))
 
 
 def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(DataError, match="pip install datasets; or save the rows as JSONL"):
-        load_all(write(tmp_path / "a.parquet", b"PAR1"))
+        read_whole(write(tmp_path / "a.parquet", b"PAR1"))
 
 
 def test_columns_of_no_schema_are_refused_not_trained_on(tmp_path: Path) -> None:
@@ -85,11 +86,13 @@ def test_columns_of_no_schema_are_refused_not_trained_on(tmp_path: Path) -> None
 )
 def test_malformed_tables_name_the_line(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        load_all(write(tmp_path / "a.csv", content))
+        read_whole(write(tmp_path / "a.csv", content))
 
 
 def test_fields_may_be_long(tmp_path: Path) -> None:
-    assert load_all(write(tmp_path / "a.csv", f"text\n{'x' * 300_000}\n")) == ("x" * 300_000,)
+    assert read_whole(write(tmp_path / "a.csv", f"text\n{'x' * 300_000}\n")).examples == (
+        "x" * 300_000,
+    )
 
 
 # --- JSON that Python's parser does not take, or takes in silence --------------------------------
@@ -111,7 +114,7 @@ def test_lines_that_are_no_rows_name_file_and_line(tmp_path: Path, line: str, me
     fine = '{"context": "c", "choices": ["a", "b"], "label": 0}\n'
     file = write(tmp_path / "a.jsonl", fine + line + "\n")
     with pytest.raises(DataError, match=rf"a.jsonl:2: {message}"):
-        load_all(file)
+        read_whole(file)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_lines_that_are_no_rows_name_file_and_line(tmp_path: Path, line: str, me
 )
 def test_arrays_name_the_place(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(DataError, match=rf"(?s){message}"):
-        load_all(write(tmp_path / "a.json", content))
+        read_whole(write(tmp_path / "a.json", content))
 
 
 # --- what is no text -----------------------------------------------------------------------------
@@ -150,13 +153,13 @@ def test_formats_that_are_no_text_are_named(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     with pytest.raises(DataError, match=rf"{name}: .*{message}"):
-        load_all(write(tmp_path / name, content))
+        read_whole(write(tmp_path / name, content))
 
 
 def test_a_device_is_not_read() -> None:
     for path in ("/dev/zero", "/dev/null"):
         with pytest.raises(DataError, match="it is a device, which need not end; give a file"):
-            load_all(path)
+            read_whole(path)
 
 
 def test_a_pipe_is_read_until_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,7 +167,7 @@ def test_a_pipe_is_read_until_it_ends(tmp_path: Path, capsys: pytest.CaptureFixt
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_text("one\n\ntwo"))
     writer.start()
-    assert set(load_all(pipe)) == {"one", "two"}
+    assert set(read_whole(pipe).examples) == {"one", "two"}
     writer.join()
     assert f"reading {pipe}, a pipe" in capsys.readouterr().err
 
@@ -174,14 +177,14 @@ def test_pipes_that_never_end_are_given_up(tmp_path: Path, monkeypatch: pytest.M
     os.mkfifo(pipe)
     monkeypatch.setattr(reading, "SILENT_PIPE_SECONDS", 0.01)
     with pytest.raises(DataError, match=r"pipe through which nothing came for 0.01 s; give a file"):
-        load_all(pipe)
+        read_whole(pipe)
     monkeypatch.setattr(reading, "SILENT_PIPE_SECONDS", 10.0)
     monkeypatch.setattr(text_files, "MOST_OF_A_PIPE", 1000)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     writer = os.open(pipe, os.O_WRONLY)
     os.write(writer, b"x" * 2000)
     with pytest.raises(DataError, match="pipe that did not end within 1,000 bytes"):
-        load_all(pipe)
+        read_whole(pipe)
     os.close(writer)
     os.close(reader)
 
@@ -189,15 +192,15 @@ def test_pipes_that_never_end_are_given_up(tmp_path: Path, monkeypatch: pytest.M
 def test_an_empty_name_is_no_data() -> None:
     for name in ("", " "):
         with pytest.raises(DataError, match="the name of the data is empty"):
-            load_all(name)
+            read_whole(name)
 
 
 def test_a_misspelt_file_finds_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path / "notes.txt", "x")
     with pytest.raises(DataError, match=r"nots.txt: no such file.*did you mean '.*/notes.txt'\?"):
-        load_all(str(tmp_path / "nots.txt"))
+        read_whole(str(tmp_path / "nots.txt"))
     with pytest.raises(DataError, match="there is no directory"):
-        load_all(str(tmp_path / "elsewhere" / "other" / "notes.txt"))
+        read_whole(str(tmp_path / "elsewhere" / "other" / "notes.txt"))
 
 
 # --- what is told --------------------------------------------------------------------------------
@@ -345,7 +348,7 @@ def test_messages_and_sharegpt_are_the_same_conversation(tmp_path: Path) -> None
     expected = Conversation(tuple(Message(t["role"], t["content"]) for t in TALK))
     for row in ({"messages": TALK}, {"conversations": shared}):
         file = write(tmp_path / "a.jsonl", json.dumps(row))
-        assert load_all(file) == (expected,)
+        assert read_whole(file).examples == (expected,)
 
 
 def test_every_turn_of_the_assistant_is_learned_and_ends_once(chat_tokenizer: Any) -> None:
@@ -368,7 +371,7 @@ def test_every_turn_of_the_assistant_is_learned_and_ends_once(chat_tokenizer: An
 
 def test_conversations_are_evaluated(chat_tokenizer: Any, tiny_mamba2: Any) -> None:
     talk = Conversation(tuple(Message(t["role"], t["content"]) for t in TALK))
-    metrics = evaluate_examples(tiny_mamba2, chat_tokenizer, [talk])
+    metrics = evaluate_examples(Scorer(tiny_mamba2, chat_tokenizer), [talk])
     assert (metrics.n_tokens, metrics.n_documents) == (2, 2)  # type: ignore[union-attr]
 
 
@@ -404,4 +407,4 @@ def test_bad_conversations_and_instructions_say_what(
 ) -> None:
     file = write(tmp_path / "a.jsonl", json.dumps(row))
     with pytest.raises(DataError, match=rf"a.jsonl:1: {message}"):
-        load_all(file)
+        read_whole(file)

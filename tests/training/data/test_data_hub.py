@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prodial_kernels.training.data.examples import DataError, MultipleChoice
-from prodial_kernels.training.data.splits import load_all, load_documents
+from prodial_kernels.training.data.splits import load_documents, read_whole
 
 
 def install(monkeypatch: pytest.MonkeyPatch, splits: Any) -> list[tuple[Any, ...]]:
@@ -38,7 +38,7 @@ def test_own_splits_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [("someone/corpus", "small")]
     assert set(split.train) == {f"train {i}" for i in range(6)}
     assert set(split.held_out) == {f"val {i}" for i in range(3)}
-    assert set(load_all("someone/corpus:small")) == set(split.held_out)
+    assert set(read_whole("someone/corpus:small").examples) == set(split.held_out)
     assert "of the splits test, train, validation: train to train on, validation held out" in (
         split.notes
     )

@@ -12,7 +12,7 @@ import pytest
 
 from prodial_kernels.training.data.examples import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.data.sources import paths, text_files
-from prodial_kernels.training.data.splits import load_all, load_documents
+from prodial_kernels.training.data.splits import load_documents, read_whole
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "data"
 
@@ -196,7 +196,7 @@ def test_a_program_is_one_document(tmp_path: Path) -> None:
 def test_byte_order_mark_and_newlines(tmp_path: Path) -> None:
     path = tmp_path / "dos.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n\r\nthree\r\n")
-    assert set(load_all(path)) == {"one", "two", "three\n"}
+    assert set(read_whole(path).examples) == {"one", "two", "three\n"}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_json_lines_of_each_schema(name: str, kind: type, n: int) -> None:
     split = load_documents(FIXTURES / name)
     assert all(type(example) is kind for example in split.train + split.held_out)
     assert len(split.train) + len(split.held_out) == n
-    assert sorted(map(repr, load_all(FIXTURES / name))) == sorted(
+    assert sorted(map(repr, read_whole(FIXTURES / name).examples)) == sorted(
         map(repr, split.train + split.held_out)
     )
 
@@ -222,7 +222,7 @@ def test_json_lines_of_each_schema(name: str, kind: type, n: int) -> None:
 def test_line_separators_inside_json_strings(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
-    assert set(load_all(path)) == {"a\u2028b", "c"}
+    assert set(read_whole(path).examples) == {"a\u2028b", "c"}
 
 
 def test_directory_takes_suffixes_and_enters_no_hidden_or_dependency_folder(
@@ -232,8 +232,8 @@ def test_directory_takes_suffixes_and_enters_no_hidden_or_dependency_folder(
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name, encoding="utf-8")
-    assert set(load_all(tmp_path)) == {"a.txt", "b.MD", "src/c.rs"}
-    assert set(load_all(tmp_path, suffixes=["txt", ".bin"])) == {"a.txt", "src/d.bin"}
+    assert set(read_whole(tmp_path).examples) == {"a.txt", "b.MD", "src/c.rs"}
+    assert set(read_whole(tmp_path, suffixes=["txt", ".bin"]).examples) == {"a.txt", "src/d.bin"}
 
 
 def test_held_out_source_takes_all_of_both(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_budget_reads_no_more_files_than_it_needs(
 def test_budget_takes_whole_rows_but_at_least_one() -> None:
     split = load_documents(FIXTURES / "arc.jsonl", max_bytes=10)
     assert (len(split.train), len(split.held_out)) == (1, 1)
-    assert len(load_all(FIXTURES / "prompt_completion.jsonl", max_bytes=60)) < 4
+    assert len(read_whole(FIXTURES / "prompt_completion.jsonl", max_bytes=60).examples) < 4
 
 
 def test_budget_never_cuts_inside_a_character(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(text_files, "read_bytes", refuse)
     for source in (path, tmp_path):
         with pytest.raises(DataError, match=r"secret.txt: cannot be read: Permission denied"):
-            load_all(source)
+            read_whole(source)
 
 
 @pytest.mark.parametrize("line", ["{'text': 'x'}", '{"text": "x"', '[{"text": "x"}', "text"])
@@ -342,7 +342,7 @@ def test_all_files_undecodable(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the train split is empty"):
         load_documents(tmp_path)
     with pytest.raises(DataError, match="no usable text"):
-        load_all(tmp_path)
+        read_whole(tmp_path)
 
 
 def test_one_row_cannot_be_split(tmp_path: Path) -> None:

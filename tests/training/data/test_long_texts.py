@@ -12,6 +12,7 @@ from prodial_kernels.embedded import embedded_model_path
 from prodial_kernels.training.data import tokenization
 from prodial_kernels.training.data.tokenization import encode, encode_up_to
 from prodial_kernels.training.scoring.language_model import evaluate_language_model
+from prodial_kernels.training.scoring.log_likelihood import Scorer
 
 PROSE = "The state of a scan, kept small; it's 4,096 numbers (or so).\n\n    indented\tHere  ends. "
 
@@ -139,7 +140,7 @@ def test_a_limit_counts_tokens_and_bytes_that_belong_together(
     monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", 1000)
     documents = ["a short one", TEXTS["prose"], "never read"]
     metrics = evaluate_language_model(
-        model, tokenizers["embedded"], documents, max_tokens=80, seq_len=32
+        Scorer(model, tokenizers["embedded"], seq_len=32), documents, max_tokens=80
     )
     assert 70 < metrics.n_tokens <= 80
     assert metrics.n_documents == 2

@@ -19,8 +19,8 @@ from prodial_kernels.training.scoring.language_model import (
 )
 from prodial_kernels.training.scoring.log_likelihood import (
     EvaluationError,
+    Scorer,
     Window,
-    log_likelihoods,
     windows,
 )
 from prodial_kernels.training.scoring.multiple_choice import MultipleChoiceMetrics
@@ -45,7 +45,7 @@ def slow_nats(model: Any, context: list[int], text: list[int], seq_len: int) -> 
 @pytest.mark.parametrize("seq_len", [16, 200])
 def test_every_token_is_scored_once(byte_tokenizer: Any, tiny_mamba2: Any, seq_len: int) -> None:
     metrics = evaluate_language_model(
-        tiny_mamba2, byte_tokenizer, DOCUMENTS, seq_len=seq_len, batch_size=3
+        Scorer(tiny_mamba2, byte_tokenizer, seq_len=seq_len, batch_size=3), DOCUMENTS
     )
     n_bytes = sum(len(text.encode()) for text in DOCUMENTS)
     nats = sum(
@@ -63,7 +63,7 @@ def test_every_token_is_scored_once(byte_tokenizer: Any, tiny_mamba2: Any, seq_l
 def test_batch_size_changes_nothing(byte_tokenizer: Any, tiny_mamba2: Any, batch_size: int) -> None:
     one, other = (
         evaluate_language_model(
-            tiny_mamba2, byte_tokenizer, DOCUMENTS, seq_len=16, batch_size=size
+            Scorer(tiny_mamba2, byte_tokenizer, seq_len=16, batch_size=size), DOCUMENTS
         ).loss
         for size in (5, batch_size)
     )
@@ -71,7 +71,9 @@ def test_batch_size_changes_nothing(byte_tokenizer: Any, tiny_mamba2: Any, batch
 
 
 def test_bits_per_byte_counts_bytes_not_tokens(merging_tokenizer: Any, tiny_mamba2: Any) -> None:
-    metrics = evaluate_language_model(tiny_mamba2, merging_tokenizer, ["the the é"], seq_len=16)
+    metrics = evaluate_language_model(
+        Scorer(tiny_mamba2, merging_tokenizer, seq_len=16), ["the the é"]
+    )
     assert metrics.n_bytes == 10
     assert metrics.n_tokens == len(merging_tokenizer("the the é")["input_ids"]) < 10
     expected = metrics.loss * metrics.n_tokens / math.log(2) / 10
@@ -84,7 +86,7 @@ def test_max_tokens_shortens_text_and_bytes_alike(
 ) -> None:
     documents = ["the cat", "ab the ab thé the" * 3, "never reached" * 5]
     metrics = evaluate_language_model(
-        tiny_mamba2, merging_tokenizer, documents, seq_len=16, max_tokens=max_tokens
+        Scorer(tiny_mamba2, merging_tokenizer, seq_len=16), documents, max_tokens=max_tokens
     )
     total = sum(len(merging_tokenizer(text)["input_ids"]) for text in documents)
     assert min(max_tokens, total) - 6 < metrics.n_tokens <= max_tokens
@@ -110,7 +112,7 @@ def test_completions_are_scored_without_their_prompts(
     byte_tokenizer: Any, tiny_mamba2: Any
 ) -> None:
     examples = [PromptCompletion("ask: ", "tell"), PromptCompletion("", "é")]
-    metrics = evaluate_completions(tiny_mamba2, byte_tokenizer, examples, seq_len=64)
+    metrics = evaluate_completions(Scorer(tiny_mamba2, byte_tokenizer, seq_len=64), examples)
     ids = byte_tokenizer("ask: tell")["input_ids"]
     # The prompt's trailing space is scored with the completion, where the vocabulary would put it.
     nats = slow_nats(tiny_mamba2, ids[:4], ids[4:], 64)
@@ -122,7 +124,9 @@ def test_completions_are_scored_without_their_prompts(
 
 def test_examples_go_to_the_function_of_their_kind(byte_tokenizer: Any, tiny_mamba2: Any) -> None:
     def run(examples: list[Any]) -> Any:
-        return evaluate_examples(tiny_mamba2, byte_tokenizer, examples, seq_len=16, max_tokens=5)
+        return evaluate_examples(
+            Scorer(tiny_mamba2, byte_tokenizer, seq_len=16), examples, max_tokens=5
+        )
 
     assert run(["some text"]).n_tokens <= 5
     assert isinstance(run([PromptCompletion("a", "b")]), LanguageModelMetrics)
@@ -169,7 +173,7 @@ class Constant(nn.Module):
 
 def test_uniform_model_has_the_loss_of_its_vocabulary(byte_tokenizer: Any) -> None:
     model = Constant(torch.zeros(257, dtype=torch.bfloat16))
-    metrics = evaluate_language_model(model, byte_tokenizer, DOCUMENTS, seq_len=32)
+    metrics = evaluate_language_model(Scorer(model, byte_tokenizer, seq_len=32), DOCUMENTS)
     assert metrics.loss == pytest.approx(math.log(257), rel=1e-6)
     assert metrics.perplexity == pytest.approx(257, rel=1e-5)
 
@@ -177,22 +181,24 @@ def test_uniform_model_has_the_loss_of_its_vocabulary(byte_tokenizer: Any) -> No
 def test_modes_are_restored_even_after_an_error(byte_tokenizer: Any) -> None:
     model = Constant(torch.zeros(257)).train()
     model.frozen.eval()
-    evaluate_language_model(model, byte_tokenizer, ["x"])
+    evaluate_language_model(Scorer(model, byte_tokenizer), ["x"])
     assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
     with pytest.raises(ZeroDivisionError):
-        evaluate_language_model(model, byte_tokenizer, ["x"], progress=lambda *_: 1 // 0)  # type: ignore[arg-type]
+        evaluate_language_model(Scorer(model, byte_tokenizer, progress=lambda *_: 1 // 0), ["x"])  # type: ignore[arg-type]
     assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
 
 
 def test_progress_reaches_the_total(byte_tokenizer: Any) -> None:
     calls: list[tuple[int, int]] = []
     evaluate_language_model(
-        Constant(torch.zeros(257)),
-        byte_tokenizer,
+        Scorer(
+            Constant(torch.zeros(257)),
+            byte_tokenizer,
+            seq_len=10,
+            batch_size=2,
+            progress=lambda *call: calls.append(call),
+        ),
         ["x" * 50],
-        seq_len=10,
-        batch_size=2,
-        progress=lambda *call: calls.append(call),
     )
     assert calls == [(2, 5), (4, 5), (5, 5)]
 
@@ -200,43 +206,53 @@ def test_progress_reaches_the_total(byte_tokenizer: Any) -> None:
 def test_perplexity_overflows_to_infinity(byte_tokenizer: Any) -> None:
     logits = torch.zeros(257)
     logits[0] = 1e4
-    assert evaluate_language_model(Constant(logits), byte_tokenizer, ["x"]).perplexity == math.inf
+    assert (
+        evaluate_language_model(Scorer(Constant(logits), byte_tokenizer), ["x"]).perplexity
+        == math.inf
+    )
 
 
 def test_non_finite_loss_is_an_error(byte_tokenizer: Any) -> None:
     with pytest.raises(EvaluationError, match="2 of 2 log-likelihoods are not finite"):
-        evaluate_language_model(Constant(torch.full((257,), math.nan)), byte_tokenizer, ["x", "y"])
+        evaluate_language_model(
+            Scorer(Constant(torch.full((257,), math.nan)), byte_tokenizer), ["x", "y"]
+        )
 
 
 def test_tokenizer_of_another_model(byte_tokenizer: Any, tiny_mamba2: Any) -> None:
     window = Window(torch.tensor([0, 264]), 1)
     with pytest.raises(DataError, match="token 264 is outside the model's vocabulary of 264"):
-        log_likelihoods(tiny_mamba2, [window], batch_size=1, pad_token=0)
+        Scorer(tiny_mamba2, byte_tokenizer).log_likelihoods([window])
 
 
 @pytest.mark.parametrize("documents", [[], ["", ""]])
 def test_nothing_to_score(byte_tokenizer: Any, documents: list[str]) -> None:
     with pytest.raises(DataError, match="no text to score"):
-        evaluate_language_model(Constant(torch.zeros(257)), byte_tokenizer, documents)
+        evaluate_language_model(Scorer(Constant(torch.zeros(257)), byte_tokenizer), documents)
 
 
-@pytest.mark.parametrize("sizes", [{"seq_len": 0}, {"batch_size": 0}, {"max_tokens": 0}])
-def test_sizes_out_of_range(byte_tokenizer: Any, sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(sizes))} must be at least 1, got 0"):
-        evaluate_language_model(Constant(torch.zeros(257)), byte_tokenizer, ["x"], **sizes)
+def test_sizes_out_of_range(byte_tokenizer: Any) -> None:
+    model = Constant(torch.zeros(257))
+    for name in ("seq_len", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            Scorer(model, byte_tokenizer, **{name: 0})
+    with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
+        evaluate_language_model(Scorer(model, byte_tokenizer), ["x"], max_tokens=0)
 
 
 def test_one_string_is_no_list_of_documents(byte_tokenizer: Any) -> None:
     with pytest.raises(TypeError, match="got one string; put it in a list"):
-        evaluate_language_model(Constant(torch.zeros(257)), byte_tokenizer, "text")
+        evaluate_language_model(Scorer(Constant(torch.zeros(257)), byte_tokenizer), "text")
 
 
 def test_prompts_that_lost_their_start_are_counted(byte_tokenizer: Any, tiny_mamba2: Any) -> None:
     rows = [PromptCompletion("p" * n, "ccc") for n in (5, 6, 40)]
-    metrics = evaluate_examples(tiny_mamba2, byte_tokenizer, rows, seq_len=8)
+    metrics = evaluate_examples(Scorer(tiny_mamba2, byte_tokenizer, seq_len=8), rows)
     # Eight tokens are read to score the last: six of the prompt and two of the completion.
     assert metrics.n_truncated == 1
     choices = [MultipleChoice(("c" * n,) * 2, ("aa", "bbb"), 0, "") for n in (5, 6, 7)]
-    assert evaluate_examples(tiny_mamba2, byte_tokenizer, choices, seq_len=8).n_truncated == 1
+    assert (
+        evaluate_examples(Scorer(tiny_mamba2, byte_tokenizer, seq_len=8), choices).n_truncated == 1
+    )
     texts = ["a long document in several windows"]
-    assert evaluate_examples(tiny_mamba2, byte_tokenizer, texts, seq_len=8).n_truncated == 0
+    assert evaluate_examples(Scorer(tiny_mamba2, byte_tokenizer, seq_len=8), texts).n_truncated == 0

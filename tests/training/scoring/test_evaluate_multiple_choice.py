@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.data.examples import DataError, MultipleChoice
-from prodial_kernels.training.data.splits import load_all
+from prodial_kernels.training.data.splits import read_whole
+from prodial_kernels.training.scoring.log_likelihood import Scorer
 from prodial_kernels.training.scoring.multiple_choice import (
     choice_log_likelihoods,
     evaluate_multiple_choice,
@@ -23,7 +24,7 @@ FILES = ("hellaswag.jsonl", "winogrande.jsonl", "arc.jsonl", "multiple_choice.js
 
 
 def all_examples() -> list[MultipleChoice]:
-    examples = [example for name in FILES for example in load_all(FIXTURES / name)]
+    examples = [example for name in FILES for example in read_whole(FIXTURES / name).examples]
     return [example for example in examples if isinstance(example, MultipleChoice)]
 
 
@@ -42,7 +43,7 @@ def slow_log_likelihood(model: Any, tokenizer: Any, context: str, choice: str) -
 def test_against_the_slow_way(merging_tokenizer: Any, tiny_mamba2: Any) -> None:
     examples = all_examples()
     assert len(examples) == 10
-    fast = choice_log_likelihoods(tiny_mamba2, merging_tokenizer, examples, batch_size=4)
+    fast = choice_log_likelihoods(Scorer(tiny_mamba2, merging_tokenizer, batch_size=4), examples)
     right = right_normalised = 0
     for example, scores in zip(examples, fast, strict=True):
         slow = [
@@ -53,7 +54,9 @@ def test_against_the_slow_way(merging_tokenizer: Any, tiny_mamba2: Any) -> None:
         normalised = [s / len(c) for s, c in zip(slow, example.choices, strict=True)]
         right += slow.index(max(slow)) == example.label
         right_normalised += normalised.index(max(normalised)) == example.label
-    metrics = evaluate_multiple_choice(tiny_mamba2, merging_tokenizer, examples, batch_size=7)
+    metrics = evaluate_multiple_choice(
+        Scorer(tiny_mamba2, merging_tokenizer, batch_size=7), examples
+    )
     assert metrics.acc == pytest.approx(right / 10)
     assert metrics.acc_norm == pytest.approx(right_normalised / 10)
     assert metrics.acc_stderr == pytest.approx(math.sqrt(metrics.acc * (1 - metrics.acc) / 9))
@@ -83,13 +86,16 @@ def test_normalising_by_length_can_change_the_answer(byte_tokenizer: Any) -> Non
     model = Unigram({a: 0.0, b: -0.5})
     # -0.47 x 4 is less likely than -0.97 x 1, but more likely per character.
     metrics = evaluate_multiple_choice(
-        model, byte_tokenizer, [question("aaaa", "b", label=0), question("aaaa", "b", label=1)]
+        Scorer(model, byte_tokenizer),
+        [question("aaaa", "b", label=0), question("aaaa", "b", label=1)],
     )
-    raw = choice_log_likelihoods(model, byte_tokenizer, [question("aaaa", "b", label=0)])[0]
+    raw = choice_log_likelihoods(Scorer(model, byte_tokenizer), [question("aaaa", "b", label=0)])[0]
     assert raw[0] < raw[1]
     assert raw[0] / 4 > raw[1]
     assert (metrics.acc, metrics.acc_norm) == (0.5, 0.5)
-    first = evaluate_multiple_choice(model, byte_tokenizer, [question("aaaa", "b", label=0)])
+    first = evaluate_multiple_choice(
+        Scorer(model, byte_tokenizer), [question("aaaa", "b", label=0)]
+    )
     assert (first.acc, first.acc_norm) == (0.0, 1.0)
     assert math.isnan(first.acc_stderr)
 
@@ -98,49 +104,41 @@ def test_lengths_are_characters_without_the_delimiter(byte_tokenizer: Any) -> No
     a, umlaut = byte_tokenizer("a")["input_ids"][0], byte_tokenizer("ü")["input_ids"]
     model = Unigram({a: 0.0, umlaut[0]: 0.0, umlaut[1]: 0.0})
     example = MultipleChoice(("q", "q"), ("üü", "aaa"), 1)
-    scores = choice_log_likelihoods(model, byte_tokenizer, [example])[0]
+    scores = choice_log_likelihoods(Scorer(model, byte_tokenizer), [example])[0]
     assert scores[0] / 2 < scores[1] / 3  # by characters the second wins,
     assert scores[0] / 4 > scores[1] / 3  # by bytes the first would
-    assert evaluate_multiple_choice(model, byte_tokenizer, [example]).acc_norm == 1.0
+    assert evaluate_multiple_choice(Scorer(model, byte_tokenizer), [example]).acc_norm == 1.0
 
 
 def test_ties_go_to_the_first_and_are_counted(byte_tokenizer: Any) -> None:
     a, b = byte_tokenizer("ab")["input_ids"]
     model = Unigram({a: 0.0, b: 0.0})
     examples = [question("a", "b", label=label) for label in (0, 1)]
-    metrics = evaluate_multiple_choice(model, byte_tokenizer, examples)
+    metrics = evaluate_multiple_choice(Scorer(model, byte_tokenizer), examples)
     assert (metrics.acc, metrics.acc_norm, metrics.n_ties) == (0.5, 0.5, 2)
-    assert evaluate_multiple_choice(model, byte_tokenizer, examples[:1]).acc == 1.0
+    assert evaluate_multiple_choice(Scorer(model, byte_tokenizer), examples[:1]).acc == 1.0
 
 
 def test_an_empty_choice_never_wins_the_normalised_score(byte_tokenizer: Any) -> None:
     space = byte_tokenizer(" ")["input_ids"][0]
     example = MultipleChoice(("q", "q"), ("", "xy"), 0)
-    metrics = evaluate_multiple_choice(Unigram({space: 0.0}), byte_tokenizer, [example])
+    metrics = evaluate_multiple_choice(Scorer(Unigram({space: 0.0}), byte_tokenizer), [example])
     assert (metrics.acc, metrics.acc_norm) == (1.0, 0.0)
 
 
 def test_long_contexts_lose_their_start(byte_tokenizer: Any, tiny_mamba2: Any) -> None:
     long = MultipleChoice(("z" * 50 + "context",) * 2, ("one", "three"), 0)
     short = MultipleChoice(("context",) * 2, ("one", "three"), 0)
-    scores = choice_log_likelihoods(tiny_mamba2, byte_tokenizer, [long], seq_len=10)[0]
+    scores = choice_log_likelihoods(Scorer(tiny_mamba2, byte_tokenizer, seq_len=10), [long])[0]
     # Ten tokens are read: of " one" the last is only predicted, so seven of the context remain.
-    expected = choice_log_likelihoods(tiny_mamba2, byte_tokenizer, [short], seq_len=64)[0]
+    expected = choice_log_likelihoods(Scorer(tiny_mamba2, byte_tokenizer, seq_len=64), [short])[0]
     assert float(scores[0]) == pytest.approx(float(expected[0]), rel=1e-5)
     assert float(scores[1]) != pytest.approx(float(expected[1]), rel=1e-5)
     # A choice longer than the window is still scored whole, in parts.
-    tiny = choice_log_likelihoods(tiny_mamba2, byte_tokenizer, [long], seq_len=2)[0]
+    tiny = choice_log_likelihoods(Scorer(tiny_mamba2, byte_tokenizer, seq_len=2), [long])[0]
     assert torch.isfinite(tiny).all()
 
 
 def test_no_examples(byte_tokenizer: Any, tiny_mamba2: Any) -> None:
     with pytest.raises(DataError, match="no examples to evaluate"):
-        evaluate_multiple_choice(tiny_mamba2, byte_tokenizer, [])
-
-
-@pytest.mark.parametrize("sizes", [{"seq_len": 0}, {"batch_size": 0}])
-def test_sizes_out_of_range(byte_tokenizer: Any, sizes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(sizes))} must be at least 1, got 0"):
-        evaluate_multiple_choice(
-            Unigram({}), byte_tokenizer, [question("a", "b", label=0)], **sizes
-        )
+        evaluate_multiple_choice(Scorer(tiny_mamba2, byte_tokenizer), [])
