@@ -63,7 +63,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanLine:
     """A line of the plan's table."""
 
     what: str
@@ -82,7 +82,7 @@ class Peak:
     """
 
     moment: str
-    rows: tuple[Row, ...]
+    rows: tuple[PlanLine, ...]
     in_evaluation: bool = False
 
     @property
@@ -115,7 +115,9 @@ def peak_of(
     # which an evaluation has had the usual one.
     handles = 3 if job.graph else 2
     always.append(
-        Row("matrix library's workspace", handles * library_workspace, f"cuBLAS, {handles} of them")
+        PlanLine(
+            "matrix library's workspace", handles * library_workspace, f"cuBLAS, {handles} of them"
+        )
     )
     moments = _moments(model, job, levels, evaluation_batch)
     peaks = [
@@ -127,7 +129,7 @@ def peak_of(
 
 def _moments(
     model: ModelShape, job: Job, levels: tuple[str, ...], evaluation_batch: int
-) -> Iterator[tuple[str, list[Row], bool]]:
+) -> Iterator[tuple[str, list[PlanLine], bool]]:
     tokens = Tokens(job.batch, job.length, job.itemsize, job.quantize is not None)
     layers = list(zip(model.layers, levels, strict=True))
     until = list(accumulate(kept(layer, tokens, level) for layer, level in layers))
@@ -140,8 +142,8 @@ def _moments(
         "when the loss is computed",
         [
             _activations(until[-1] + head, len(layers)),
-            Row("loss", _loss(model, job, m), _LOSSES[job.loss]),
-            Row("gradients", gradients if always_there else 0, "fp32"),
+            PlanLine("loss", _loss(model, job, m), _LOSSES[job.loss]),
+            PlanLine("gradients", gradients if always_there else 0, "fp32"),
         ],
         False,
     )
@@ -151,20 +153,20 @@ def _moments(
             f"in the backward of layer {index + 1} of {len(layers)}",
             [
                 _activations(until[index], index + 1),
-                Row(
+                PlanLine(
                     "largest temporaries",
                     workspace(layer, tokens, level),
                     "of that layer's backward, with what it computes again",
                 ),
-                Row("gradients", int(gradients * (1.0 if always_there else done)), "fp32"),
+                PlanLine("gradients", int(gradients * (1.0 if always_there else done)), "fp32"),
             ],
             False,
         )
-    yield "in the optimiser's step", [Row("gradients", gradients, "fp32")], False
+    yield "in the optimiser's step", [PlanLine("gradients", gradients, "fp32")], False
     yield (
         "in an evaluation",
         [
-            Row(
+            PlanLine(
                 "evaluation",
                 _evaluation(model, job, evaluation_batch),
                 f"{evaluation_batch} sequences at once, no gradients",
@@ -181,27 +183,27 @@ _LOSSES = {
 }
 
 
-def _activations(size: int, layers: int) -> Row:
-    return Row("activations", size, f"kept by {layers} layers")
+def _activations(size: int, layers: int) -> PlanLine:
+    return PlanLine("activations", size, f"kept by {layers} layers")
 
 
-def _weights(model: ModelShape, job: Job) -> Iterator[Row]:
-    yield Row("embedding", model.embedding_bytes, "and head, tied" if model.tied else "")
-    yield Row("head", model.head_bytes, "")
+def _weights(model: ModelShape, job: Job) -> Iterator[PlanLine]:
+    yield PlanLine("embedding", model.embedding_bytes, "and head, tied" if model.tied else "")
+    yield PlanLine("head", model.head_bytes, "")
     if job.quantize is None:
-        yield Row("frozen projectors", model.projector_bytes, "dense")
+        yield PlanLine("frozen projectors", model.projector_bytes, "dense")
     else:
         packed = int(sum(n * k for n, k in model.projectors) * _STORED[job.quantize])
-        yield Row("frozen projectors", packed, f"stored in {job.quantize}")
-    yield Row("other frozen weights", model.other_bytes, "dense")
+        yield PlanLine("frozen projectors", packed, f"stored in {job.quantize}")
+    yield PlanLine("other frozen weights", model.other_bytes, "dense")
 
 
-def _trained(model: ModelShape, job: Job) -> Iterator[Row]:
+def _trained(model: ModelShape, job: Job) -> Iterator[PlanLine]:
     what = "adapter" if model.adapted else "trained weights"
-    yield Row(what, model.trained_bytes, "fp32 masters")
+    yield PlanLine(what, model.trained_bytes, "fp32 masters")
     if job.full and job.itemsize < _FP32:
-        yield Row("16-bit copies of the weights", job.itemsize * model.trained, "autocast's")
-    yield Row("optimiser", int(_STATES[job.optimizer] * model.trained), job.optimizer)
+        yield PlanLine("16-bit copies of the weights", job.itemsize * model.trained, "autocast's")
+    yield PlanLine("optimiser", int(_STATES[job.optimizer] * model.trained), job.optimizer)
 
 
 def _loss(model: ModelShape, job: Job, m: int) -> int:

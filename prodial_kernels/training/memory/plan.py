@@ -15,7 +15,7 @@ from typing import Any
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVEL_TEXTS, LEVELS
 from prodial_kernels.training.config import ACTIVATIONS
 from prodial_kernels.training.memory.activations import levels_of
-from prodial_kernels.training.memory.peak import Job, Peak, Row, peak_of
+from prodial_kernels.training.memory.peak import Job, Peak, PlanLine, peak_of
 from prodial_kernels.training.memory.shapes import ModelShape
 from prodial_kernels.training.sizes import size_text
 
@@ -94,13 +94,13 @@ class MemoryPlan:
     def __str__(self) -> str:
         rows = [
             *self.peak.rows,
-            Row("PyTorch's tensors at the peak", self.peak.total, self.peak.moment),
-            Row("CUDA context and kernels", self.context, "outside PyTorch; an allowance"),
-            Row("predicted peak", self.total, ""),
-            Row("left for gaps between tensors", self.reserve, "not part of the prediction"),
+            PlanLine("PyTorch's tensors at the peak", self.peak.total, self.peak.moment),
+            PlanLine("CUDA context and kernels", self.context, "outside PyTorch; an allowance"),
+            PlanLine("predicted peak", self.total, ""),
+            PlanLine("left for gaps between tensors", self.reserve, "not part of the prediction"),
         ]
         if self.budget is not None:
-            rows.append(Row("memory budget", self.budget, "" if self.fits else "NOT ENOUGH"))
+            rows.append(PlanLine("memory budget", self.budget, "" if self.fits else "NOT ENOUGH"))
         width = max(len(row.what) for row in rows)
         sizes = [size_text(row.bytes) for row in rows]
         wide = max(map(len, sizes))

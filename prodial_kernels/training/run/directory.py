@@ -255,9 +255,9 @@ def check_same_config(folder: RunDirectory, saved: RunIdentity, config: Finetune
     Raises:
         RunError: Names every option that differs, with both values.
     """
-    ours = _plain(config.to_dict())
+    ours = config.to_dict()
     # What the version that began the run did not know yet, it did as is the default now.
-    theirs = _plain(FinetuneConfig().to_dict()) | saved.config
+    theirs = FinetuneConfig().to_dict() | saved.config
     keys = _differing_keys(ours, theirs)
     if keys:
         differing = [f"{k} (run: {theirs.get(k)!r}, now: {ours.get(k)!r})" for k in keys]
@@ -296,8 +296,3 @@ def _differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[
     """Return the names under which two resolved configurations differ, sorted."""
     names = (ours.keys() | theirs.keys()) - NOT_COMPARED_ON_RESUME
     return sorted(name for name in names if ours.get(name) != theirs.get(name))
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring values to what they are after a trip through JSON."""
-    return dict(json.loads(json.dumps(values)))

@@ -19,7 +19,7 @@ from prodial_kernels.training.step.loss import negative_log_likelihoods
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Progress: TypeAlias = Callable[[int, int], None]
+OnProgress: TypeAlias = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
 
@@ -83,7 +83,7 @@ class Scorer:
     seq_len: int = 512
     batch_size: int = 8
     device: torch.device | str | None = None
-    progress: Progress | None = None
+    progress: OnProgress | None = None
 
     def __post_init__(self) -> None:
         """Check the sizes."""
