@@ -490,3 +490,6 @@ OPTIONS = options_of(FinetuneConfig, {**_OF_AN_ADAPTER, **DEFAULTS})
 """Every option by name."""
 ADAPTER_OPTIONS = tuple(name for name in OPTIONS if name in _OF_AN_ADAPTER and name != "impl")
 """Names of the options that an adapter has."""
+
+_LINES = "".join(f"        {o.name} ({o.flags[0]}): {o.help_text}\n" for o in OPTIONS.values())
+FinetuneConfig.__doc__ = f"{FinetuneConfig.__doc__}\n    Options, by field and flag:\n{_LINES}"

@@ -43,6 +43,9 @@ def test_every_default_is_one_that_its_option_may_have() -> None:
             continue
         FinetuneConfig(**{option.name: option.default})
         assert "{" not in option.help_text
+        assert f"{option.name} ({option.flags[0]}): {option.help_text}" in str(
+            FinetuneConfig.__doc__
+        )
 
 
 def test_an_adapters_options_are_those_of_its_configuration() -> None:
