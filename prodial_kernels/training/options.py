@@ -19,8 +19,8 @@ from prodial_kernels._suggestions import did_you_mean
 class ConfigError(ValueError):
     """An option is unknown, contradicts another, or has a value that cannot be used.
 
-    In the message that it is made with, names of options stand in back quotes. ``str()`` leaves
-    the quotes out; whoever calls options by other names asks for those.
+    It is made with a message in which names of options stand in back quotes. ``str()`` drops the
+    quotes; :meth:`renamed` puts other names in their place, such as flags.
     """
 
     def __init__(self, message: str) -> None:

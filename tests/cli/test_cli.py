@@ -189,7 +189,7 @@ def test_evaluate_takes_the_number_of_examples_that_is_asked_for(
         assert "text.txt: divided at blank lines into 60 texts" in printed.err
 
 
-def test_inspection_shows_nothing_that_steers_a_terminal(
+def test_inspection_escapes_control_characters(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from prodial_kernels.training import inspecting
@@ -216,7 +216,7 @@ def test_inspection_shows_nothing_that_steers_a_terminal(
     assert shown["layers"][0]["lora_norm"] is None
 
 
-def test_errors_show_nothing_that_steers_a_terminal(
+def test_errors_escape_control_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tmp_path / "run.toml"
