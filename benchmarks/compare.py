@@ -11,7 +11,7 @@ import math
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +75,9 @@ def judge(case: str, base: Sequence[dict[str, float]], head: Sequence[dict[str, 
 
 
 def compare(
-    base: Path, head: Path, cases: Sequence[Case], device: str, rounds: int = 10
-) -> list[Verdict]:
+    base: Path, head: Path, cases: Sequence[Case], device: str, rounds: int = 10,
+    start: Callable[[str, Path], Worker] = Worker,
+) -> list[Verdict]:  # fmt: skip
     """Compare two trees that hold a ``prodial_kernels``, case by case.
 
     Raises:
@@ -85,7 +86,7 @@ def compare(
     verdicts = []
     try:
         with ExitStack() as stack:
-            workers = [stack.enter_context(Worker(device, root)) for root in (base, head)]
+            workers = [stack.enter_context(start(device, root)) for root in (base, head)]
             for case in cases:
                 job = Job("table", case, (FLOOR, OURS), BARE)
                 # Both prepare at once: what takes long there is compiling.

@@ -80,16 +80,17 @@ def kept_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
 
 
 def release(device: str, *, workspaces: bool = False) -> None:
-    """Give the device back what is no longer referred to.
+    """Give the device back what is no longer referred to; of a CPU nothing, which takes seconds.
 
     Args:
         device: Where.
         workspaces: cuBLAS's too, of which it keeps one of 32 MiB for every stream it has seen; what
             ran before would count for a peak otherwise.
     """
+    if not device.startswith("cuda"):
+        return
     gc.collect()
-    if device.startswith("cuda"):
-        if workspaces:
-            torch.cuda.synchronize()
-            torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()
+    if workspaces:
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()

@@ -20,8 +20,9 @@ class Kernel:
 
 
 def kernels_of(step: Callable[[], None], device: str, repeats: int = 1) -> list[Kernel]:
-    """Profile ``repeats`` steps after one that is not; the longest kernel first."""
+    """Profile ``repeats`` steps (on a CPU one) after one that is not; the longest kernel first."""
     cuda = device.startswith("cuda")
+    repeats = repeats if cuda else 1
     step()
     synchronise(cuda)
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import jobs
 from benchmarks.compare import ComparisonError, checked_out, compare, comparison_table, judge
 from benchmarks.harness.environment import ROOT, git
+from benchmarks.harness.process import WorkerError
+from benchmarks.jobs import Job
 from benchmarks.projector.cases import TINY
+from benchmarks.projector.measure import BARE
+from benchmarks.projector.rivals import FLOOR, OURS, RIVALS
+from benchmarks.projector.rivals.plain import adapted, formula
 
 
 def rounds(ours: float, floor: float, noise: float) -> list[dict[str, float]]:
@@ -65,17 +73,35 @@ def test_a_deliberately_slowed_version_is_flagged(tmp_path: Path) -> None:
     assert verdict.ratio > 3
 
 
-def test_a_version_that_computes_something_else_is_refused(tmp_path: Path) -> None:
-    wrong = tmp_path / "prodial_kernels"
-    shutil.copytree(
-        ROOT / "prodial_kernels", wrong, ignore=shutil.ignore_patterns("mamba2-docs", "__pycache__")
-    )
-    functional = wrong / "functional.py"
-    text = functional.read_text()
-    assert "float(lora_scaling)" in text
-    functional.write_text(text.replace("float(lora_scaling)", "2 * float(lora_scaling)"))
-    with pytest.raises(ComparisonError, match=r"prodial: refused: .* relative error"):
-        compare(ROOT, tmp_path, TINY[:1], "cpu", rounds=1)
+def test_a_version_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = next(rival for rival in RIVALS if rival.name == OURS)
+    twice = replace(ours, prepare=adapted(lambda *parts: 2 * formula(*parts)))
+    monkeypatch.setattr(jobs, "RIVALS", (RIVALS[0], twice))
+    prepared = Job("table", TINY[0], (FLOOR, OURS), BARE).prepare("cpu", nullcontext())
+    with pytest.raises(RuntimeError, match=r"prodial: refused: .* relative error"):
+        prepared.sample()
+
+
+def test_a_worker_that_cannot_ends_the_comparison() -> None:
+    class Refusing:
+        def __init__(self, device: str, root: Path) -> None: ...
+
+        def __enter__(self) -> Refusing:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def ask(self, do: str, number: int = 0, task: object = None) -> None: ...
+
+        def prepared(self, timeout_s: float) -> None: ...
+
+        def answer(self, timeout_s: float) -> dict[str, object]:
+            raise WorkerError("prodial: refused")
+
+    with pytest.raises(ComparisonError, match="prodial: refused"):
+        compare(ROOT, ROOT, TINY[:1], "cpu", rounds=1, start=Refusing)  # type: ignore[arg-type]
 
 
 def test_a_reference_is_checked_out_and_removed() -> None:

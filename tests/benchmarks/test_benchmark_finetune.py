@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import pytest
 import torch
 
 from benchmarks import finetune
-from benchmarks.harness.process import Worker, WorkerError
+from benchmarks.harness.process import WorkerError
 from benchmarks.harness.rows import values_of
 from benchmarks.training import curves
 from benchmarks.training.jobs import GB, JOBS, LEAST, MODELS, MORE_JOBS, TINY_JOBS, Job, JobRow
 from benchmarks.training.steps import LR, JobTask, plan_of, prepared
 from prodial_kernels.cli import commands
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import ConfigError, FinetuneConfig
 from prodial_kernels.training.memory import run_plan
 from prodial_kernels.training.sizes import parse_budget
 
@@ -208,15 +209,10 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
         run(["--tiny", "--jobs", "1.4b-bf16"])
 
 
-def test_a_process_measures_or_says_why_not() -> None:
-    with Worker("cpu", load=["benchmarks.training.steps"]) as worker:
-        worker.ask("prepare", task=JobTask(TINY_JOBS[0], 1, loss="fast"))
-        with pytest.raises(WorkerError, match="loss must be one of"):
-            worker.prepared()
-        worker.ask("prepare", task=JobTask(TINY_JOBS[0], 1, profile=True))
-        worker.prepared()
-        worker.ask("measure")
-        (row,) = worker.answer()["rows"]
+def test_a_job_is_a_task() -> None:
+    with pytest.raises(ConfigError, match="loss must be one of"):
+        JobTask(TINY_JOBS[0], 1, loss="fast").prepare("cpu", nullcontext())
+    (row,) = JobTask(TINY_JOBS[0], 1, profile=True).prepare("cpu", nullcontext()).measure()
     assert row.ok
     assert row.kernels_us
     assert JobTask(TINY_JOBS[0], 1).rows("no memory") == [JobRow("tiny", error="no memory")]

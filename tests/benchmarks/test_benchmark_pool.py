@@ -6,12 +6,14 @@ import os
 import time
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
 
 from benchmarks.harness.pool import InProcess, WorkerPool
 from benchmarks.harness.process import Worker, WorkerEnded, WorkerError
+from benchmarks.harness.sources import ROOT, needed
 from benchmarks.jobs import Job
 from benchmarks.projector.cases import TINY, Case
 from benchmarks.projector.measure import BARE
@@ -105,7 +107,8 @@ def test_what_happens_to_one_job_does_not_happen_to_others(do: str, fate: str) -
 def test_workers_measure_and_say_what_went_wrong() -> None:
     done: dict[Job, list[ProjectorRow]] = {}
     bad = Job("table", replace(TINY[0], k=25, p=2), PAIR, BARE)
-    with WorkerPool[Job](1, "cpu", 1 << 30) as pool:
+    start = partial(Worker, load=["benchmarks.jobs"])
+    with WorkerPool[Job](1, "cpu", 1 << 30, start) as pool:
         until = time.monotonic() + 60
         dropped = pool.run([JOBS[0], bad], until, lambda job, rows: done.update({job: [*rows]}))
         assert dropped == []
@@ -147,3 +150,10 @@ def test_waves_fit_the_memory() -> None:
         assert pool.next_wave(waiting) == [large]
         assert pool.next_wave(waiting) == [small] * 6
     assert len(waiting) == 4
+
+
+def test_the_harness_needs_no_subject() -> None:
+    harness = ROOT / "benchmarks" / "harness"
+    found = needed(sorted(harness.glob("*.py")))
+    mine = {path for path in found if path.is_relative_to(ROOT / "benchmarks")}
+    assert mine == {*harness.glob("*.py"), ROOT / "benchmarks" / "__init__.py"}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -89,12 +87,27 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(
     assert "| 16,24,40 |" in (tmp_path / "projector-only.md").read_text()
 
 
-def test_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--tiny", "--level", "step", "--scaling", "--only", "prodial"]
-    assert run.main([*options, "--output", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("options", "title", "grows"),
+    [
+        (["--level", "step", "--scaling"], "step mamba-130m 1×8 float32, 2 layers", True),
+        (["--level", "mixer", "--model", "mamba2-130m"], "mixer mamba2-130m 1×8 float32", False),
+    ],
+    ids=["layers", "mixer"],
+)
+def test_levels_above_the_projector(
+    options: list[str],
+    title: str,
+    grows: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--tiny", *options, "--only", "prodial", "--output", str(tmp_path)]
+    assert run.main(options) == 0
     printed = capsys.readouterr().out
-    assert "1×8 float32, 2 layers" in printed
-    assert "busy time in layers" in printed
+    assert title in printed
+    assert "| prodial" in printed
+    assert ("busy time in layers" in printed) is grows
 
 
 def test_the_whole_plan() -> None:
@@ -120,18 +133,6 @@ def test_a_quick_plan_is_the_table_against_the_strongest() -> None:
     assert plan(Wanted(model="mamba2-2.7b", only=("prodial",)))[0].case.n == 10576
 
 
-@pytest.mark.parametrize(("level", "model"), [("mixer", "mamba2-130m"), ("step", "mamba-130m")])
-def test_levels_above_the_projector(
-    level: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--tiny", "--level", level, "--model", model, "--only", "prodial"]
-    assert run.main([*options, "--output", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "busy time in layers" not in printed
-    assert f"{level} {model} 1×8 float32" in printed
-    assert "| prodial" in printed
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -151,18 +152,20 @@ def test_what_cannot_be_done_is_said(
     assert message in capsys.readouterr().err
 
 
-def test_pytest_benchmark_runs_and_compares(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q",
-        "-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-storage={tmp_path}",
-        "-k", "frozen or prodial",
-    ]  # fmt: skip
+def test_pytest_benchmark_runs_and_compares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # pytest-benchmark switches itself off in what looks like a worker of pytest-xdist.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    for more in (["--benchmark-autosave"], ["--benchmark-compare"]):
-        done = subprocess.run(
-            [*command, *more], cwd=ROOT, capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "4 passed" in done.stdout
-    assert "(NOW)" in done.stdout
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(ROOT)
+    for more in ("--benchmark-autosave", "--benchmark-compare"):
+        options = [
+            "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+            f"--benchmark-storage={tmp_path}", "-k", "frozen or prodial", more,
+        ]  # fmt: skip
+        code = pytest.main(options)
+        printed = capsys.readouterr().out
+        assert code == 0, printed
+        assert "4 passed" in printed
+    assert "(NOW)" in printed
