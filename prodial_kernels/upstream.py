@@ -1,13 +1,14 @@
-"""The libraries whose insides this package touches: tested releases, and what is said of others.
+"""Other libraries: those that an extra installs, and the tested releases of those touched inside.
 
-What is touched where, and why, is listed in ``mixers/README.md``.
+What is touched where, and why, is listed in ``models/mixers/README.md``.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from types import MappingProxyType
 
 TESTED: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -64,3 +65,29 @@ def warn(library: str, problem: str) -> None:
 def error(library: str, problem: str) -> UpstreamError:
     """Return the error for a library that is not as expected."""
     return UpstreamError(f"{problem}; {tested_with(library)}")
+
+
+CLI = ("transformers", "tqdm", "matplotlib")
+"""The libraries of the extra ``cli``: what the command line and fine-tuning need beside a layer."""
+
+
+class MissingExtraError(ImportError):
+    """A library that comes with an extra of this package is not installed."""
+
+
+def require_cli(user: str, libraries: Sequence[str] = CLI) -> None:
+    """Raise unless libraries of the extra ``cli`` can be imported; none of them is loaded.
+
+    Args:
+        user: What needs them, as the subject of the error's sentence.
+        libraries: Those that it needs.
+
+    Raises:
+        MissingExtraError: Names what is missing, and the command that installs it.
+    """
+    missing = [library for library in libraries if find_spec(library) is None]
+    if missing:
+        raise MissingExtraError(
+            f"{user} needs {', '.join(missing)}, not installed here: "
+            'pip install "prodial-kernels[cli]"'
+        )

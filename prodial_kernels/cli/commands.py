@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
-from prodial_kernels._extras import require_cli
 from prodial_kernels.cli import options
 from prodial_kernels.cli.messages import (
     explained,
@@ -26,6 +25,7 @@ from prodial_kernels.cli.messages import (
 )
 from prodial_kernels.cli.paths import adapter_directory, inspected
 from prodial_kernels.training.config import OPTIONS, ConfigError
+from prodial_kernels.upstream import require_cli
 
 _DESCRIPTION = """\
 Fine-tune Mamba language models through their projectors with ProDiaL, evaluate the result, and

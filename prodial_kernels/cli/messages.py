@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prodial_kernels._extras import MissingExtraError
 from prodial_kernels._suggestions import did_you_mean, option_meant
 from prodial_kernels.training.config import OPTIONS, ConfigError
+from prodial_kernels.upstream import MissingExtraError
 
 # With those that only 'prodial evaluate' has.
 _OPTIONS = (*OPTIONS, "max_tokens", "num_fewshot")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from prodial_kernels._extras import require_cli
 from prodial_kernels.checkpoint import save_adapter
 from prodial_kernels.files.atomic import atomic_file, atomic_text
 from prodial_kernels.files.json_values import finite_or_none
@@ -60,6 +59,7 @@ from prodial_kernels.training.scoring.language_model import evaluate_examples
 from prodial_kernels.training.scoring.log_likelihood import Scorer
 from prodial_kernels.training.step.choose import make_step
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
+from prodial_kernels.upstream import require_cli
 
 
 def finetune(

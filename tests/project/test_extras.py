@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from prodial_kernels._extras import CLI, MissingExtraError, require_cli
 from prodial_kernels.cli import commands
 from prodial_kernels.training import FinetuneConfig, finetune
 from prodial_kernels.training.adapted import load_adapted
+from prodial_kernels.upstream import CLI, MissingExtraError, require_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYER_ALONE = ROOT / "tests" / "support" / "layer_alone.py"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prodial_kernels._extras import require_cli
 from prodial_kernels.models.loading.completeness import (
     check_dense,
     check_merged,
@@ -29,6 +28,7 @@ from prodial_kernels.models.loading.source import (
 )
 from prodial_kernels.quantization import QuantizationReport, TensorFiles
 from prodial_kernels.quantization.saving import RESCALING
+from prodial_kernels.upstream import require_cli
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
