@@ -219,6 +219,7 @@ class Program:
         return leaves
 
 
+@dataclass(eq=False)
 class Pass:
     """One forward through the blocks.
 
@@ -233,18 +234,16 @@ class Pass:
         written: The tensor in each slot that several sections read, and its version.
     """
 
-    def __init__(self, program: Program) -> None:
-        """Begin."""
-        self.program = program
-        self.cursor = 0
-        self.deferral: Deferral | None = None
-        self.leaves: list[Tensor] = []
-        self.placed: dict[int, Tensor] = {}
-        self.started = False
-        self.returned: dict[Source, tuple[weakref.ref[Tensor], int]] = {}
-        self.written: dict[int, tuple[Tensor, int]] = {}
-        self._origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = {}
-        self._numbers = 0
+    program: Program
+    cursor: int = 0
+    deferral: Deferral | None = None
+    leaves: list[Tensor] = field(default_factory=list)
+    placed: dict[int, Tensor] = field(default_factory=dict)
+    started: bool = False
+    returned: dict[Source, tuple[weakref.ref[Tensor], int]] = field(default_factory=dict)
+    written: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    _origins: dict[int, tuple[weakref.ref[Tensor], Origin]] = field(default_factory=dict)
+    _numbers: int = 0
 
     def origin_of(self, leaf: Tensor) -> Origin:
         """Return where a tensor comes from; one that is new comes from outside the blocks."""

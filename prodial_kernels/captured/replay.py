@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,35 +57,29 @@ class Pending:
         run.done = True
 
 
+@dataclass(eq=False)
 class Run:
-    """One replay of a section, and what its backward needs to know."""
+    """One replay of a section, and what its backward needs to know.
 
-    def __init__(
-        self,
-        graphed: Graphed,
-        section: Section,
-        pending: Pending,
-        internal: Sequence[weakref.ref[Tensor] | None],
-        started: bool = False,
-    ) -> None:
-        """Prepare a replay.
+    Attributes:
+        graphed: The graphs.
+        section: What was captured.
+        pending: Holds this replay until its backward.
+        internal: For each leaf that requires a gradient, a reference to it if the section before
+            returned it, else None. Once it is gone, only that section's graph reads its gradient,
+            which then needs no copy.
+        started: Whether the forward has been replayed already.
+        given: What the forward's replay returned, for the backward's.
+        done: Whether the backward has been replayed.
+    """
 
-        Args:
-            graphed: The graphs.
-            section: What was captured.
-            pending: Gets this replay, until its backward.
-            internal: For each leaf that requires a gradient, a reference to it if the section
-                before returned it, else None. Once it is gone, only that section's graph reads its
-                gradient, which then needs no copy.
-            started: Whether the forward has been replayed already.
-        """
-        self.graphed = graphed
-        self.section = section
-        self.pending = pending
-        self.internal = internal
-        self.started = started
-        self.given: Any = None
-        self.done = False
+    graphed: Graphed
+    section: Section
+    pending: Pending
+    internal: Sequence[weakref.ref[Tensor] | None]
+    started: bool = False
+    given: Any = None
+    done: bool = False
 
 
 class Replay(torch.autograd.Function):

@@ -241,7 +241,7 @@ def _same(saved: Mapping[str, Any], name: str, values: Values, hashes: _Hashes) 
         return saved[own] == hashes.of(values, tensor)
     if then in _NARROWER[tensor.dtype]:
         return saved["hash"] == hashes.of(values, tensor, then)
-    return _roundings_of_one(saved["samples"], samples(tensor))
+    return roundings_of_one(saved["samples"], samples(tensor))
 
 
 def samples(tensor: Tensor) -> list[float]:
@@ -256,7 +256,7 @@ def samples(tensor: Tensor) -> list[float]:
     return picked.reshape(-1).tolist()
 
 
-def _roundings_of_one(a: list[float], b: list[float]) -> bool:
+def roundings_of_one(a: list[float], b: list[float]) -> bool:
     """Whether values in bfloat16 and in float16 may be roundings of the same."""
     first, second = torch.tensor(a).double(), torch.tensor(b).double()
     difference = (first - second).abs()

@@ -15,6 +15,7 @@ from prodial_kernels.checkpoint.fingerprint import (
     Linears,
     check_has_values,
     check_layers,
+    roundings_of_one,
     samples,
 )
 from prodial_kernels.scale_versions import from_first_version
@@ -74,17 +75,14 @@ def _structure(layers: Mapping[str, Any]) -> str:
 def _same_but_for_rounding(a: list[float], b: list[float]) -> bool:
     first, second = torch.tensor(a).double(), torch.tensor(b).double()
     formats = {_coarsest_format(first), _coarsest_format(second)}
-    difference = (first - second).abs()
-    largest = torch.maximum(first.abs(), second.abs())
     if formats == {torch.bfloat16, torch.float16}:
-        # Neither holds the other: both are roundings of the same value, one ulp of bf16 apart.
-        close = difference <= largest * 2**-7
-    else:
-        coarser = next((f for f in _FORMATS if f in formats), torch.float64)
-        close = first.to(coarser) == second.to(coarser)
+        return roundings_of_one(a, b)
+    coarser = next((f for f in _FORMATS if f in formats), torch.float64)
+    close = first.to(coarser) == second.to(coarser)
     if torch.float32 not in formats and torch.float64 not in formats:
         # Below 2^-14 fp16 keeps multiples of 2^-24 only, whatever else the values went through.
-        close |= (largest <= 2**-14) & (difference <= 2**-24)
+        largest = torch.maximum(first.abs(), second.abs())
+        close |= (largest <= 2**-14) & ((first - second).abs() <= 2**-24)
     return first.shape == second.shape and bool(close.all())
 
 

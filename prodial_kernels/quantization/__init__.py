@@ -26,31 +26,15 @@ from prodial_kernels.quantization.convert import (
 from prodial_kernels.quantization.layer import QuantizedLinear
 from prodial_kernels.quantization.loading import load_quantized
 from prodial_kernels.quantization.model import QuantizationReport, quantize_model
-from prodial_kernels.quantization.names import (
-    SIGNS,
-    check_dense_dtype,
-    foreign_format,
-    is_part,
-    is_part_of_adapter,
-    listed,
-)
-from prodial_kernels.quantization.stored_config import check_stored_config
 from prodial_kernels.quantization.tensor_files import TensorFiles
 
 __all__ = [
     "FORMATS",
-    "SIGNS",
     "QuantizationError",
     "QuantizationReport",
     "QuantizedLinear",
     "TensorFiles",
-    "check_dense_dtype",
-    "check_stored_config",
-    "foreign_format",
     "from_state_dict",
-    "is_part",
-    "is_part_of_adapter",
-    "listed",
     "load_quantized",
     "quantization_error",
     "quantize_linear",

@@ -15,7 +15,7 @@ from prodial_kernels.checkpoint import SavedAdapter, read_adapter
 from prodial_kernels.files.json_values import finite_or_none
 from prodial_kernels.linear import ADAPTER_PARAMETERS
 from prodial_kernels.models.adapt.inject import apply_prodial
-from prodial_kernels.models.adapt.report import AdapterReport
+from prodial_kernels.models.adapt.report import AdapterReport, table_lines
 from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
 from prodial_kernels.ops.diagonal import deviation
 from prodial_kernels.training.config import FinetuneConfig
@@ -91,7 +91,7 @@ class AdapterInspection:
             "module", "parameters", "blocks", "|D_b-I| mean", "max",
             "|s-1| mean", "max", "r", "norm of aBA",
         )  # fmt: skip
-        return f"{head}\n\n{_table([columns, *map(_cells, self.layers)])}"
+        return "\n".join([head, "", *table_lines([columns, *map(_cells, self.layers)])])
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,3 @@ def _cells(layer: LayerStatistics) -> tuple[str, ...]:
 def _printable(text: str) -> str:
     """Write characters that would steer a terminal as escapes: an adapter may come from anybody."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _table(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = []
-    for cells in lines:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        rows.append("  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip())
-    return "\n".join([rows[0], "-" * len(max(rows, key=len)), *rows[1:]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -66,16 +67,18 @@ class AdapterReport:
         lines = [header, *(_cells(row) for row in self.rows)]
         numbers = _number_cells(self.trainable, self.total, self.percent)
         lines.append(("model", "", "", "", *numbers))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        first, rule, *rows, last = table_lines(lines)
+        return "\n".join([first, rule, *rows, rule, last])
 
-        def aligned(cells: tuple[str, ...]) -> str:
-            padded = [cells[0].ljust(widths[0])]
-            padded += [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)][1:]
-            return "  ".join(padded)
 
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        body = [aligned(cells) for cells in lines]
-        return "\n".join([body[0], rule, *body[1:-1], rule, body[-1]])
+def table_lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a table: the header, a rule, the rows; all but the first column right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join([cells[0].ljust(widths[0]), *padded[1:]]).rstrip())
+    return [lines[0], "-" * len(max(lines, key=len)), *lines[1:]]
 
 
 def adapter_report(model: nn.Module) -> AdapterReport:

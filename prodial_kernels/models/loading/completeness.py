@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from prodial_kernels.quantization import (
+from prodial_kernels.quantization import TensorFiles
+from prodial_kernels.quantization.names import (
     SIGNS,
-    TensorFiles,
     check_dense_dtype,
     foreign_format,
     is_part,

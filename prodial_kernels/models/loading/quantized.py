@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prodial_kernels.quantization import (
-    QuantizationReport,
-    TensorFiles,
-    check_stored_config,
-    load_quantized,
-)
+from prodial_kernels.quantization import QuantizationReport, TensorFiles, load_quantized
+from prodial_kernels.quantization.stored_config import check_stored_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

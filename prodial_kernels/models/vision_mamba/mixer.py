@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.models.mixers.selective_scan import BACKWARD, FORWARD
 from prodial_kernels.models.mixers.vim import bidirectional_mamba
 
 # Mamba's range of the initial step size Δ.
@@ -43,25 +44,19 @@ class BidirectionalMamba(nn.Module):
         inner, rank = expand * width, math.ceil(width / 16)
         self.scan = scan
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
-        self.conv1d = _causal_conv(inner, d_conv)
-        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj = _step_size(rank, inner)
-        self.A_log = nn.Parameter(_initial_A_log(inner, d_state))
-        self.D = nn.Parameter(torch.ones(inner))
-        self.conv1d_b = _causal_conv(inner, d_conv)
-        self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False)
-        self.dt_proj_b = _step_size(rank, inner)
-        self.A_b_log = nn.Parameter(_initial_A_log(inner, d_state))
-        self.D_b = nn.Parameter(torch.ones(inner))
+        for names in (FORWARD, BACKWARD):
+            conv = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1)
+            setattr(self, names.conv1d, conv)
+            setattr(self, names.x_proj, nn.Linear(inner, rank + 2 * d_state, bias=False))
+            setattr(self, names.dt_proj, _step_size(rank, inner))
+            A_log = torch.log(torch.arange(1.0, d_state + 1)).repeat(inner, 1)
+            setattr(self, names.A_log, nn.Parameter(A_log))
+            setattr(self, names.D, nn.Parameter(torch.ones(inner)))
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[b, l, d] -> [b, l, d]."""
         return bidirectional_mamba(self, hidden_states, average=True, scan=self.scan)
-
-
-def _causal_conv(channels: int, width: int) -> nn.Conv1d:
-    return nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1)
 
 
 def _step_size(rank: int, inner: int) -> nn.Linear:
@@ -74,7 +69,3 @@ def _step_size(rank: int, inner: int) -> nn.Linear:
         # The inverse of softplus.
         layer.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
     return layer
-
-
-def _initial_A_log(inner: int, d_state: int) -> Tensor:
-    return torch.log(torch.arange(1.0, d_state + 1)).repeat(inner, 1)
