@@ -25,7 +25,7 @@ def _cross_entropy_kernel(
         loss = log(1 + exp x)                             softmax_t − 1 = −sigmoid x
         softmax_j = exp(z_j − top) sigmoid(x) / S
 
-    The target stands apart, so that nothing small is added to its 1.
+    The target's term is kept separate, so that nothing small is added to its 1.
     """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride
@@ -84,11 +84,11 @@ def _others(row_ptr, offs, V, target, scale, MASKED: tl.constexpr):
     if MASKED:
         inside = offs < V
         z = tl.load(row_ptr + offs, mask=inside, other=0.0)
-        apart = (offs == target) | ~inside
+        excluded = (offs == target) | ~inside
     else:
         z = tl.load(row_ptr + offs)
-        apart = offs == target
-    return tl.where(apart, float("-inf"), z.to(tl.float32) * scale)
+        excluded = offs == target
+    return tl.where(excluded, float("-inf"), z.to(tl.float32) * scale)
 
 
 @triton.jit
@@ -142,6 +142,7 @@ def cross_entropy_(
     block = min(BLOCK, max(WARP, triton.next_power_of_2(vocabulary)))
     launch(
         _cross_entropy_kernel, (rows,),
-        logits, targets, losses, vocabulary, logits.stride(0), float(scale),
+        logits_ptr=logits, targets_ptr=targets, losses_ptr=losses,
+        V=vocabulary, stride=logits.stride(0), scale=float(scale),
         IGNORED=ignored, GRADIENT=gradient, BLOCK=block, num_warps=block // WARP,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
-from prodial_kernels.kernels.replay.recorded_calls import taped
+from prodial_kernels.kernels.replay.recorded_calls import replayed
 from prodial_kernels.kernels.replay.recorder import Function, launch
 
 # Weights that a program writes: 16 a thread, which is two wide stores.
@@ -165,7 +165,7 @@ def _written(
     if out is not None:
         function(*tensors, out, *options)
         return out
-    (new,) = taped(function, (*tensors, None), options)
+    (new,) = replayed(function, (*tensors, None), options)
     if new is None:
         raise RuntimeError("a dequantising kernel returned no weight")
     return new
@@ -189,7 +189,9 @@ def _launch_nf4(
     blocks = max(1, SPAN // blocksize)
     launch(
         _nf4_kernel, (ceil_div(out.numel(), blocks * blocksize),),
-        codes, absmax, table, outer, nested_table, offset, out, out.numel(), codes.numel(),
+        codes_ptr=codes, absmax_ptr=absmax, table_ptr=table, outer_ptr=outer,
+        nested_table_ptr=nested_table, offset_ptr=offset, out_ptr=out,
+        COUNT=out.numel(), BYTES=codes.numel(),
         BLOCKSIZE=blocksize, NESTED=nested_blocksize, BLOCKS=blocks,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -210,7 +212,8 @@ def _launch_eight_bit(
     n, k = shape
     rows = SPAN // TILE
     launch(
-        _eight_bit_kernel, (ceil_div(n, rows) * ceil_div(k, TILE),), codes, scale, out, n, k,
+        _eight_bit_kernel, (ceil_div(n, rows) * ceil_div(k, TILE),),
+        codes_ptr=codes, scale_ptr=scale, out_ptr=out, N=n, K=k,
         STEP=step, FP8=fp8, TILE=TILE, BLOCK_N=rows, BLOCK_K=TILE,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
-from prodial_kernels.kernels.replay.recorded_calls import taped
+from prodial_kernels.kernels.replay.recorded_calls import replayed
 from prodial_kernels.kernels.replay.recorder import launch
 
 # A tile's side: 128 bytes of a 16-bit row in both layouts.
@@ -62,13 +62,13 @@ def _gate_kernel(
 
 def launch_transpose(x: Tensor) -> Tensor:
     """Return ``x.mT``, contiguous; x [b, rows, columns]."""
-    (y,) = taped(_transpose, (x,), ())
+    (y,) = replayed(_transpose, (x,), ())
     return y
 
 
 def launch_gate(x: Tensor, z: Tensor) -> Tensor:
     """Return ``x * silu(z)``, contiguous; x, z [b, rows, columns]."""
-    (y,) = taped(_gate, (x, z), ())
+    (y,) = replayed(_gate, (x, z), ())
     return y
 
 
@@ -78,7 +78,8 @@ def _transpose(x: Tensor) -> tuple[Tensor]:
     if y.numel() != 0:
         launch(
             _transpose_kernel, (batch * ceil_div(rows, SIDE) * ceil_div(columns, SIDE),),
-            x, y, rows, columns, x.stride(0), x.stride(1), SIDE=SIDE, num_warps=4,
+            x_ptr=x, y_ptr=y, ROWS=rows, COLUMNS=columns,
+            stride_x_batch=x.stride(0), stride_x_row=x.stride(1), SIDE=SIDE, num_warps=4,
         )  # fmt: skip
     return (y,)
 
@@ -91,7 +92,9 @@ def _gate(x: Tensor, z: Tensor) -> tuple[Tensor]:
         block = SPAN // span
         launch(
             _gate_kernel, (batch * ceil_div(rows, block) * ceil_div(columns, span),),
-            x, z, y, rows, columns, x.stride(0), x.stride(1), z.stride(0), z.stride(1),
+            x_ptr=x, z_ptr=z, y_ptr=y, ROWS=rows, COLUMNS=columns,
+            stride_x_batch=x.stride(0), stride_x_row=x.stride(1),
+            stride_z_batch=z.stride(0), stride_z_row=z.stride(1),
             BLOCK=block, SPAN=span, num_warps=4,
         )  # fmt: skip
     return (y,)

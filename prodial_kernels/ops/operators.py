@@ -94,7 +94,7 @@ def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> Tensor:
 
     Only for blocks that the kernels tile: otherwise the weight there is W D_b.
     """
-    (scaled,) = _taped()(_projector().scaled_weight, (weight, scale_deviation), ())
+    (scaled,) = _replayed()(_projector().scaled_weight, (weight, scale_deviation), ())
     made: Tensor = scaled
     return made
 
@@ -126,11 +126,11 @@ def _projector() -> ModuleType:
 
 
 @cache
-def _taped() -> Callable[..., Sequence[Any]]:
-    """:func:`prodial_kernels.kernels.replay.recorded_calls.taped`, imported likewise."""
-    from prodial_kernels.kernels.replay.recorded_calls import taped
+def _replayed() -> Callable[..., Sequence[Any]]:
+    """:func:`prodial_kernels.kernels.replay.recorded_calls.replayed`, imported likewise."""
+    from prodial_kernels.kernels.replay.recorded_calls import replayed
 
-    return taped
+    return replayed
 
 
 def _forward(
@@ -139,7 +139,7 @@ def _forward(
     operands = tiled(operands, options)
     wide = is_wide(operands)
     given = operands._replace(lora_a=None, lora_b=None) if wide else operands
-    y, h = _taped()(_projector().recorded_forward, (x, *given), (options, length))
+    y, h = _replayed()(_projector().recorded_forward, (x, *given), (options, length))
     if wide:
         h = add_low_rank(y, x, operands, options.lora_scaling)
     return y, x.new_empty(0) if h is None else h
@@ -173,7 +173,7 @@ def _backward_by_kernels(
     needs: Needs,
 ) -> Gradients:
     tensors = (dy, x, *operands, *kept)
-    return Gradients(*_taped()(_projector().recorded_backward, tensors, (options, needs)))
+    return Gradients(*_replayed()(_projector().recorded_backward, tensors, (options, needs)))
 
 
 def _backward_by_products(
@@ -189,7 +189,7 @@ def _backward_by_products(
     if any(needs[2:-1]):
         product = product_of(dy, x)
         da, db = low_rank_gradients(product, operands, options.lora_scaling, needs)
-        dscale, dblocks = _taped()(
+        dscale, dblocks = _replayed()(
             _projector().recorded_weight_sums, (product, *operands[:3]), (options, needs)
         )
     dx, *_, dbias = _backward_by_kernels(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from prodial_kernels.kernels.choices.costs import COSTS
 from prodial_kernels.kernels.choices.partition import (
     block_programs,
     block_window,
@@ -16,16 +18,23 @@ from prodial_kernels.kernels.choices.partition import (
 # found to fit; speed is measured on (9, 0).
 COMPILED_FOR = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 
-# The widest rank that rides along. Above it a companion does not fit beside the main accumulator,
-# and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
+# The widest rank of a fused low-rank product. A wider second accumulator does not fit beside the
+# main one, and a loop over slices of L in the epilogue computed wrong results (triton 3.6.0, H100).
 MAX_FUSED_RANK = 64
+
+
+class DeviceLimits(NamedTuple):
+    """What the choices need to know of a device: compute capability and multiprocessors."""
+
+    capability: tuple[int, int]
+    processors: int
 
 
 @dataclass(frozen=True)
 class GemmConfig:
     """Tile sizes of ``_gemm_kernel``. ``programs`` = 0 launches one program per tile.
 
-    ``early`` asks to be launched while what makes an operand still runs (overlap.py);
+    ``pdl`` asks for a launch while the one that makes an operand drains (projector/pdl.py);
     ``max_registers`` of a thread, 0 for as many as the compiler takes.
     """
 
@@ -39,7 +48,7 @@ class GemmConfig:
     flatten: bool = False
     subtile: bool = False
     tma: bool = True
-    early: bool = False
+    pdl: bool = False
     max_registers: int = 0
 
 
@@ -90,32 +99,8 @@ TALL = GemmConfig(64, 256, 64, num_warps=4, num_stages=4, subtile=True)
 """Tiles of a Hopper's products. The first costs the least for its size."""
 
 
-def choose_gemm(
-    m: int, n: int, *, capability: tuple[int, int], processors: int, whole: bool = False
-) -> GemmConfig:
-    """Return the tile sizes for the forward product [m, n] of 16-bit operands.
-
-    Measured on an H100 (benchmarks/results); other devices get sizes that fit them all.
-
-    Args:
-        m: Rows of the result.
-        n: Columns of the result.
-        capability: The device's compute capability.
-        processors: Its number of multiprocessors.
-        whole: Whether :func:`columns_apart` is left out of account.
-    """
-    if capability[0] != 9:
-        # Within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
-        return pointer_gemm(64)
-    apart = 0 if whole else columns_apart(m, n, WIDE, processors)
-    # The product runs in rounds of whole tiles; half the tile takes 0.55 of the time.
-    wide = ceil_div(tiles_of(WIDE, m, n - apart), processors)
-    tall = 0.55 * ceil_div(tiles_of(TALL, m, n), processors)
-    return replace(WIDE if wide <= tall else TALL, programs=processors, flatten=True)
-
-
 def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> tuple[int, int]:
-    """Return (tokens of a program, depth of a step) of L = X I, [m, r_pad], as a pass over X.
+    """Return (tokens of a program, depth of a step) of L = X I, [m, r_pad], in a separate pass.
 
     Args:
         m: Tokens.
@@ -137,22 +122,22 @@ def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> 
     return rows, depth
 
 
-# The most programs of the launch before behind which tall tiles begin early, for each
-# multiprocessor: of those that scale, that turn by blocks, and that share the launch with L.
+# The most programs of the launch before behind which PDL pays for tall tiles, for each
+# multiprocessor: programs that scale, that apply blocks, and that share the launch with L.
 _BEHIND_SCALE, _BEHIND_BLOCKS, _BEHIND_LOW = 32, 6, 1.5
 
 
-def begins_early(
+def pdl_pays(
     config: GemmConfig, before: int, *, block_size: int, beside_low: bool, processors: int
 ) -> bool:
-    """Whether a Hopper's product is launched early, behind ``before`` programs of what prepares it.
+    """Whether a Hopper's product is better launched with PDL, after ``before`` programs.
 
-    On an H100 wide tiles gain 0.5 to 2 µs, and tall ones behind few programs. Behind more of them
-    tall tiles lose 3 to 28%, from their first round to their last, for no reason found.
+    On an H100 wide tiles gain 0.5 to 2 µs, and so do tall ones after few programs. After more of
+    them tall tiles lose 3 to 28%, from their first round to their last, for no reason found.
 
     Args:
         config: Tile sizes of the product.
-        before: Programs of the launch before.
+        before: Programs of the launch before, which makes an operand.
         block_size: P of what these fold.
         beside_low: Whether some of them make L.
         processors: Multiprocessors of the device.
@@ -161,55 +146,18 @@ def begins_early(
     return config.tma and (config.block_m == WIDE.block_m or before <= most * processors)
 
 
-# The widest result in whose product H rides along, by the widest padded rank: it costs 7 to 12% of
-# that, the pass over X that it spares as much at these widths (H100).
-_RIDING_COLUMNS = {32: 3072, MAX_FUSED_RANK: 2048}
-
-
-def rides_forward(n: int, r_pad: int, *, capability: tuple[int, int]) -> bool:
-    """Whether H = X Aᵀ is computed within forward's product [m, n] of a Hopper, not before it.
-
-    Args:
-        n: Columns of the result.
-        r_pad: Padded rank.
-        capability: The device's compute capability.
-    """
-    widest = next((n for rank, n in _RIDING_COLUMNS.items() if r_pad <= rank), 0)
-    return capability[0] == 9 and n <= widest
-
-
-NARROW = GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
-"""A tile that finds room on a multiprocessor beside one of :data:`WIDE`."""
-
-
-def columns_apart(m: int, n: int, config: GemmConfig, processors: int) -> int:
-    """Return how many of the last columns of an [m, n] product are better computed apart.
-
-    The last column of tiles costs as much as any other, however few of its columns there are. Where
-    it begins another round, narrow tiles compute what it holds, among the others.
-
-    Args:
-        m: Rows of the result.
-        n: Columns of the result.
-        config: Tile sizes of the product.
-        processors: Multiprocessors of the device.
-    """
-    rest = n % config.block_n if n > config.block_n else 0
-    if config.block_n != WIDE.block_n or not config.tma or not 0 < rest <= 2 * NARROW.block_n:
-        return 0
-    rounds = ceil_div(tiles_of(config, m, n), processors)
-    return rest if ceil_div(tiles_of(config, m, n - rest), processors) < rounds else 0
-
-
-# Bytes of a weight that are made for a product at a time, where it has at least so many tokens, and
-# how much longer it may take so.
+# A column panel of a weight that is made for a product: at most so many bytes, so that it stays in
+# L2 (50 MB on an H100), where the product has at least so many tokens; and the share of its rounds
+# of tiles that the product may take more for it.
 PANEL_BYTES, PANEL_TOKENS, _PANEL_COST = 24 * 2**20, 8192, 0.04
 
 
-def panels(m: int, features: int, row_bytes: int, config: GemmConfig) -> list[tuple[int, int]]:
+def column_panels(
+    m: int, features: int, row_bytes: int, config: GemmConfig
+) -> tuple[tuple[int, int], ...]:
     """Split a weight that is made for a product of many tokens: (first feature, how many) of each.
 
-    The product of a part follows before the next is made, in the same memory. Parts fill whole
+    The product of a panel follows before the next is made, in the same memory. Panels fill whole
     rounds of tiles; where that cannot be, there is one of all.
 
     Args:
@@ -218,7 +166,7 @@ def panels(m: int, features: int, row_bytes: int, config: GemmConfig) -> list[tu
         row_bytes: Bytes of the weight for one of them.
         config: Tile sizes and programs of the product.
     """
-    whole = [(0, features)]
+    whole = ((0, features),)
     if m < PANEL_TOKENS or features * row_bytes <= PANEL_BYTES or not config.programs:
         return whole
 
@@ -233,7 +181,7 @@ def panels(m: int, features: int, row_bytes: int, config: GemmConfig) -> list[tu
     step = (
         min(c for c, fill in fills.items() if fill >= 0.99 * max(fills.values())) * config.block_n
     )
-    parts = [(first, min(step, features - first)) for first in range(0, features, step)]
+    parts = tuple((first, min(step, features - first)) for first in range(0, features, step))
     taken = sum(rounds(columns) for _, columns in parts)
     return parts if taken <= (1 + _PANEL_COST) * rounds(features) else whole
 
@@ -241,29 +189,6 @@ def panels(m: int, features: int, row_bytes: int, config: GemmConfig) -> list[tu
 def tiles_of(config: GemmConfig, m: int, n: int) -> int:
     """How many tiles an [m, n] result has."""
     return ceil_div(m, config.block_m) * ceil_div(n, config.block_n)
-
-
-def turns_tokens(
-    m: int, n: int, *, blocks: bool, scale: bool, channel_first: bool, rides: bool = False
-) -> bool:
-    """Whether forward makes U = X D_bᵀ and scales the product, instead of V = s ⊙ (W D_b).
-
-    Either is read and written once beside the product, so the smaller of X [m, k] and W [n, k] is
-    turned; without blocks nothing has to be. H does not ride along with tokens that are turned.
-
-    Args:
-        m: Tokens.
-        n: Columns of the result.
-        blocks: Whether there are blocks.
-        scale: Whether there is a scale.
-        channel_first: Whether X is; its rows are not those that are turned.
-        rides: Whether H rides along with the product where tokens are not turned.
-    """
-    if channel_first:
-        return scale and not blocks
-    if not blocks:
-        return scale
-    return (2 * m if rides else m) < n
 
 
 def pointer_gemm(block_n: int, programs: int = 0) -> GemmConfig:
@@ -279,7 +204,7 @@ def choose_output_side(
     bias: bool,
     capability: tuple[int, int],
     programs: int,
-    among: bool = False,
+    co_resident: bool = False,
 ) -> OutputSideConfig:
     """Return the tile sizes for the sums over the tokens of [m, n] gradients.
 
@@ -290,8 +215,8 @@ def choose_output_side(
         bias: Whether there is one, for which a wide tile leaves no registers.
         capability: The device's compute capability.
         programs: Multiprocessors it may fill, one program each.
-        among: Whether each of them runs a program of the product too, which leaves room for half
-            the tile.
+        co_resident: Whether each of them runs a program of the product too, which leaves room for
+            half the tile.
     """
     if capability[0] != 9:
         if r_pad <= 64:
@@ -299,24 +224,20 @@ def choose_output_side(
         return OutputSideConfig(16, 64 if r_pad <= 128 else 32, num_stages=2)
     block_m = 64 if r_pad <= 128 else 16
     block_n = 64 if r_pad <= 128 else 32
-    if r_pad <= 64 and not bias and not among:
+    if r_pad <= 64 and not bias and not co_resident:
         # At rank 64 this spills a few registers, and is still a fifth faster than half the rows.
         block_n = 128
     columns, tiles = ceil_div(n, block_n), ceil_div(m, block_m)
 
     def duration(splits: int) -> float:
         # Few parts are cheaper to add up.
-        return walked_tiles(columns, tiles, splits, programs) + 0.05 * splits
+        return walked_tiles(columns, tiles, splits, programs) + COSTS.walk_split * splits
 
     splits = min(range(1, 33), key=duration)
     return OutputSideConfig(
-        block_m, block_n, num_warps=4 if among else 8, num_stages=3, items=columns * splits,
+        block_m, block_n, num_warps=4 if co_resident else 8, num_stages=3, items=columns * splits,
         programs=programs, tma=True,
     )  # fmt: skip
-
-
-# What beginning and ending a sum over tokens costs, in tiles of that walk (H100).
-_WALK_ENDS = 5
 
 
 def walked_tiles(columns: int, tiles: int, splits: int, programs: int) -> int:
@@ -328,11 +249,11 @@ def walked_tiles(columns: int, tiles: int, splits: int, programs: int) -> int:
         splits: Parts that the tokens are split into.
         programs: Programs that share the columns of all parts.
     """
-    return ceil_div(columns * splits, programs) * (_WALK_ENDS + ceil_div(tiles, splits))
+    return ceil_div(columns * splits, programs) * (COSTS.walk_ends + ceil_div(tiles, splits))
 
 
 def choose_exact_scale(
-    capability: tuple[int, int], *, block_size: int, even: bool, among: bool = False
+    capability: tuple[int, int], *, block_size: int, even: bool, co_resident: bool = False
 ) -> ExactScaleConfig:
     """Return the tile sizes for the scale's gradient computed anew.
 
@@ -341,12 +262,12 @@ def choose_exact_scale(
         block_size: P.
         even: Whether all rows are tokens and begin at multiples of 16 elements; other addresses
             take the registers that a wide tile would.
-        among: Whether the product still runs, which leaves 42 KiB of shared memory and a third of
-            the registers: not enough for blocks above 64.
+        co_resident: Whether the product still runs, which leaves 42 KiB of shared memory and a
+            third of the registers: not enough for blocks above 64.
     """
     if capability[0] != 9:
         return ExactScaleConfig()
-    if among:
+    if co_resident:
         return ExactScaleConfig(64, 64, 64 if block_size <= 64 else 128, num_warps=4, num_stages=2)
     return ExactScaleConfig(64, 128 if even else 64, 128, num_warps=8, num_stages=3)
 

@@ -1,12 +1,14 @@
 """The two large products: forward with the LoRA term added, and towards the input."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.tile_sizes import MAX_FUSED_RANK, GemmConfig, pointer_gemm
-from prodial_kernels.kernels.projector.early_launch import launched_early, wait_for_results
+from prodial_kernels.kernels.projector.pdl import pdl_options, wait_for_previous
 from prodial_kernels.kernels.projector.tiles import (
     load_tile,
     store_tile,
@@ -23,42 +25,83 @@ from prodial_kernels.kernels.replay.streams import SideStream
 POINTER_SLICE = 16
 
 
+class GemmTile(NamedTuple):
+    """Compile-time sizes of ``_gemm_kernel``.
+
+    Attributes:
+        m, n, k: A step of the inner loop multiplies [m, k] by [k, n].
+        rank: R_PAD, the padded rank.
+        rank_slice: What the epilogue adds of a loaded L at a time.
+        group_m: Row tiles that share L2, see :func:`swizzled_tile`.
+        flatten: Whether the loops over tiles and over K become one.
+        subtile: Whether a tile is stored in two halves, which takes half the shared memory.
+    """
+
+    m: int
+    n: int
+    k: int
+    rank: int
+    rank_slice: int
+    group_m: int
+    flatten: bool
+    subtile: bool
+
+
+class GemmLayout(NamedTuple):
+    """How the operands of ``_gemm_kernel`` lie in memory; a compile-time constant.
+
+    Attributes:
+        left_t: Whether X is stored [K, M] instead of [M, K].
+        right_t: Whether V is stored [N, K] instead of [K, N].
+        rows_batched: Whether X, Y and L are ``batches`` matrices of M rows each.
+        columns_batched: Whether V, Y and O are ``batches`` such matrices, and s and the bias belong
+            to rows, else to columns.
+        tma: Whether the copy engine loads and stores: matrices are tensor descriptors, else
+            pointers.
+    """
+
+    left_t: bool
+    right_t: bool
+    rows_batched: bool
+    columns_batched: bool
+    tma: bool
+
+
 @triton.jit
 def _gemm_kernel(
     left, right, inner, outer, low_ptr, deviation_ptr, bias_ptr, y,
     M, N, K, batches,
     stride_left, stride_right, stride_y, batch_left, batch_right, batch_y,
-    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
-    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr,
-    COMPANION: tl.constexpr, UPDATE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    R_PAD: tl.constexpr, R_BLOCK: tl.constexpr,
-    GROUP_M: tl.constexpr, FLATTEN: tl.constexpr, SUBTILE: tl.constexpr, EARLY: tl.constexpr,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X Iᵀ where COMPANION; X is left, V is right.
+    """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X Iᵀ; X is ``left``, V ``right``.
 
-    X [M, K], Y [M, N], V [K, N]; X is stored [K, M] where LEFT_T, V [N, K] where RIGHT_T.
-    COMPANION: every tile computes its rows of L [M, R_PAD], I [R_PAD, K]; the first column of
-    tiles writes them.
-    UPDATE: L Oᵀ is added, O [N, R_PAD]; without COMPANION L is read.
-    ROWS_BATCHED: X, Y and L are ``batches`` such matrices, each of M rows.
-    COLUMNS_BATCHED: V, Y and O are ``batches`` such matrices, and s and the bias belong to rows,
-    else to columns. The deviation is s − 1.
-    EARLY: begun before the launch that makes its operands has ended.
+    X [M, K], V [K, N], Y [M, N], as ``GemmLayout`` says. Given ``inner``, I [R_PAD, K], every tile
+    computes its rows of L [M, R_PAD] in a second accumulator, and the first column of tiles writes
+    them. Given ``outer``, O [N, R_PAD], L Oᵀ is added; L is read if ``inner`` is not given. The
+    deviation is s − 1; s and the bias are left out where None.
+    PDL: launched while the launch that makes its operands drains.
     A program owns [BLOCK_M, BLOCK_N] tiles of Y, one after another, and walks K once for each.
     """
-    if EARLY:
-        wait_for_results()
+    if PDL:
+        wait_for_previous()
+    FUSED_LOW_RANK: tl.constexpr = inner is not None
+    UPDATE: tl.constexpr = outer is not None
+    ROWS_BATCHED: tl.constexpr = LAYOUT.rows_batched
+    COLUMNS_BATCHED: tl.constexpr = LAYOUT.columns_batched
     BATCHED: tl.constexpr = ROWS_BATCHED or COLUMNS_BATCHED
+    TMA: tl.constexpr = LAYOUT.tma
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    R_PAD: tl.constexpr = TILE.rank
     dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     all_m = tiles_m * batches if ROWS_BATCHED else tiles_m
     all_n = tiles_n * batches if COLUMNS_BATCHED else tiles_n
 
-    for tile in tl.range(tl.program_id(0), all_m * all_n, tl.num_programs(0), flatten=FLATTEN):
-        tile_m, tile_n = swizzled_tile(tile, all_m, all_n, GROUP_M)
+    for tile in tl.range(tl.program_id(0), all_m * all_n, tl.num_programs(0), flatten=TILE.flatten):
+        tile_m, tile_n = swizzled_tile(tile, all_m, all_n, TILE.group_m)
         batch = tile_m * 0
         if ROWS_BATCHED:
             batch = tile_m // tiles_m
@@ -72,41 +115,41 @@ def _gemm_kernel(
         low_rows = (batch * M + offs_m if ROWS_BATCHED else offs_m).to(tl.int64)[:, None]
         acc, acc_low = _multiply(
             left, right, inner, batch, row, column, M, N, K,
-            stride_left, stride_right, batch_left, batch_right, LEFT_T, RIGHT_T,
-            ROWS_BATCHED, COLUMNS_BATCHED, COMPANION, BLOCK_M, BLOCK_N, BLOCK_K, R_PAD, TMA,
+            stride_left, stride_right, batch_left, batch_right, LAYOUT, TILE,
         )  # fmt: skip
-        if COMPANION:
+        if FUSED_LOW_RANK:
             low_tile = acc_low.to(dtype)
             if tile_n == 0:
                 target = low_ptr + low_rows * R_PAD + tl.arange(0, R_PAD)[None, :]
                 tl.store(target, low_tile, mask=(offs_m < M)[:, None])
-        if HAS_SCALE:
+        if deviation_ptr is not None:
             acc *= 1 + _along_features(
                 deviation_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N
             )
-        if COMPANION and UPDATE:
+        if FUSED_LOW_RANK and UPDATE:
             acc = _accumulate(
                 acc, low_tile, outer, batch, 0, column, R_PAD, N, R_PAD, 0,
                 True, BLOCK_N, R_PAD, False, TMA,
             )  # fmt: skip
-        elif COMPANION and FLATTEN:
+        elif FUSED_LOW_RANK and TILE.flatten:
             # Adds nothing: behind a flattened loop of two products ptxas wants a third, or it lets
             # those in the loop wait for each other (its C7515), which takes twice the time.
             nothing = tl.zeros((BLOCK_M, 16), dtype=dtype)
             acc = tl.dot(nothing, tl.zeros((16, BLOCK_N), dtype=dtype), acc)
         elif UPDATE:
-            # Unrolled, so that the tile stays one loop and FLATTEN can work.
-            for r in tl.static_range(0, R_PAD, R_BLOCK):
-                offs_r = r + tl.arange(0, R_BLOCK)
+            R_SLICE: tl.constexpr = TILE.rank_slice
+            # Unrolled, so that the tile stays one loop and flattening can work.
+            for r in tl.static_range(0, R_PAD, R_SLICE):
+                offs_r = r + tl.arange(0, R_SLICE)
                 source = low_ptr + low_rows * R_PAD + offs_r[None, :]
                 low_tile = tl.load(source, mask=(offs_m < M)[:, None], other=0.0)
                 acc = _accumulate(
                     acc, low_tile, outer, batch, r, column, R_PAD, N, R_PAD, N * R_PAD,
-                    True, BLOCK_N, R_BLOCK, COLUMNS_BATCHED, TMA,
+                    True, BLOCK_N, R_SLICE, COLUMNS_BATCHED, TMA,
                 )  # fmt: skip
-        if HAS_BIAS:
+        if bias_ptr is not None:
             acc += _along_features(bias_ptr, row, column, M, N, COLUMNS_BATCHED, BLOCK_M, BLOCK_N)
-        if SUBTILE:
+        if TILE.subtile:
             # Two halves need half the shared memory on the way out.
             HALF: tl.constexpr = BLOCK_N // 2
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1))
@@ -130,31 +173,32 @@ def _gemm_kernel(
 def _multiply(
     left, right, inner, batch, row, column, M, N, K,
     stride_left, stride_right, batch_left, batch_right,
-    LEFT_T: tl.constexpr, RIGHT_T: tl.constexpr,
-    ROWS_BATCHED: tl.constexpr, COLUMNS_BATCHED: tl.constexpr, COMPANION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, R_PAD: tl.constexpr,
-    TMA: tl.constexpr,
+    LAYOUT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The walk along K for the tile of Y that begins at (row, column).
 
-    X V [BLOCK_M, BLOCK_N], and X Iᵀ [BLOCK_M, R_PAD] for its rows: zero without COMPANION.
+    X V [BLOCK_M, BLOCK_N], and X Iᵀ [BLOCK_M, R_PAD] for its rows: zero without ``inner``.
     """
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_K: tl.constexpr = TILE.k
+    R_PAD: tl.constexpr = TILE.rank
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         x_tile = _load_left(
             left, batch, row, k, M, K, stride_left, batch_left,
-            LEFT_T, BLOCK_M, BLOCK_K, ROWS_BATCHED, TMA,
+            LAYOUT.left_t, BLOCK_M, BLOCK_K, LAYOUT.rows_batched, LAYOUT.tma,
         )  # fmt: skip
-        if COMPANION:
+        if inner is not None:
             # The small product first: behind the large one it costs twice as much.
             acc_low = _accumulate(
                 acc_low, x_tile, inner, batch, k, 0, K, R_PAD, K, 0,
-                True, R_PAD, BLOCK_K, False, TMA,
+                True, R_PAD, BLOCK_K, False, LAYOUT.tma,
             )  # fmt: skip
         acc = _accumulate(
             acc, x_tile, right, batch, k, column, K, N, stride_right, batch_right,
-            RIGHT_T, BLOCK_N, BLOCK_K, COLUMNS_BATCHED, TMA,
+            LAYOUT.right_t, BLOCK_N, BLOCK_K, LAYOUT.columns_batched, LAYOUT.tma,
         )  # fmt: skip
     return acc, acc_low
 
@@ -278,17 +322,18 @@ def launch_gemm(
     if inner is not None and outer is not None and not tma:
         raise ValueError("inner: together with outer it takes operands that the copy engine loads")
     if config.tma and not tma:
-        # A wide companion or a bias takes the registers of a wide tile.
+        # A wide fused low-rank product or a bias takes the registers of a wide tile.
         narrow = bias is not None or (inner is not None and r_pad > 32)
         config = pointer_gemm(64 if narrow else 128, config.programs)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    r_block = r_pad if tma or inner is not None else POINTER_SLICE
+    r_slice = r_pad if tma or inner is not None else POINTER_SLICE
     wide = outer is not None and r_pad > MAX_FUSED_RANK
-    update = outer is not None and not wide
     if wide:
-        added, r_pad, r_block = None, 16, 16
+        added, factor, r_pad, r_slice = None, None, 16, 16
+    elif outer is None:
+        factor = None
 
-    # Flattening helps the copy engine run ahead; with pointers it gains nothing. It takes shared
+    # Flattening lets the copy engine prefetch; with pointers it gains nothing. It takes shared
     # memory of its own, which wide I and O do not leave.
     both_wide = inner is not None and outer is not None and r_pad > 32
     flatten = config.flatten and tma and not both_wide
@@ -296,23 +341,20 @@ def launch_gemm(
     tiles = batches * triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
     launch(
         _gemm_kernel, (min(tiles, config.programs) if config.programs else tiles,),
-        tiled(left, [bk, bm] if left_t else [bm, bk], tma),
-        tiled(right, [bn, bk] if right_t else [bk, bn], tma),
-        tiled(inner, [r_pad, bk], tma),
-        tiled(factor if update else None, [bn, r_block], tma),
-        added, scale_deviation, bias,
-        tiled(target, [bm, bn // 2 if config.subtile else bn], tma),
-        rows, columns, k, batches,
-        left.stride(-2), right.stride(-2), target.stride(-2),
-        left.stride(0), right.stride(0), target.stride(0),
-        LEFT_T=left_t, RIGHT_T=right_t,
-        ROWS_BATCHED=batched and not channel_first, COLUMNS_BATCHED=channel_first,
-        COMPANION=inner is not None, UPDATE=update,
-        HAS_SCALE=scale_deviation is not None, HAS_BIAS=bias is not None, TMA=tma,
-        BLOCK_M=bm, BLOCK_N=bn, BLOCK_K=bk, R_PAD=r_pad, R_BLOCK=r_block,
-        GROUP_M=config.group_m, FLATTEN=flatten, SUBTILE=config.subtile, EARLY=config.early,
+        left=tiled(left, [bk, bm] if left_t else [bm, bk], tma),
+        right=tiled(right, [bn, bk] if right_t else [bk, bn], tma),
+        inner=tiled(inner, [r_pad, bk], tma),
+        outer=tiled(factor, [bn, r_slice], tma),
+        low_ptr=added, deviation_ptr=scale_deviation, bias_ptr=bias,
+        y=tiled(target, [bm, bn // 2 if config.subtile else bn], tma),
+        M=rows, N=columns, K=k, batches=batches,
+        stride_left=left.stride(-2), stride_right=right.stride(-2), stride_y=target.stride(-2),
+        batch_left=left.stride(0), batch_right=right.stride(0), batch_y=target.stride(0),
+        LAYOUT=GemmLayout(left_t, right_t, batched and not channel_first, channel_first, tma),
+        TILE=GemmTile(bm, bn, bk, r_pad, r_slice, config.group_m, flatten, config.subtile),
+        PDL=config.pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, side=side,
-        **launched_early(config.early),
+        **pdl_options(config.pdl),
         **({"maxnreg": config.max_registers} if config.max_registers else {}),
     )  # fmt: skip
     if wide and outer is not None and low is not None:

@@ -1,22 +1,37 @@
 """From dU to dX, and the gradients summed over tokens on the input side: A and D_b."""
 
-import torch
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import block_programs, block_window, split_tokens
 from prodial_kernels.kernels.choices.tile_sizes import InputSideConfig
-from prodial_kernels.kernels.projector.early_launch import open_way
+from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
+from prodial_kernels.kernels.projector.pdl import trigger_next
 from prodial_kernels.kernels.projector.tiles import (
-    block_size_of,
+    apply_diagonal,
+    deviation_sums,
+    diagonal_of,
     dropout_keep,
-    load_deviation,
+    load_factor,
+    partial_sums,
     store_deviation,
     token_pointers,
     token_shape,
+    window_columns,
 )
 from prodial_kernels.kernels.replay.recorder import launch
+
+
+class InputSideTile(NamedTuple):
+    """Compile-time sizes of ``_input_side_kernel``: tokens and columns of a tile, R_PAD, stages."""
+
+    m: int
+    window: int
+    rank: int
+    stages: int
 
 
 @triton.jit
@@ -25,31 +40,32 @@ def _input_side_kernel(
     partial_a_ptr, partial_e_ptr,
     M, K, R, LENGTH,
     stride_du, stride_x, batch_du, batch_x, splits, dropout,
-    P: tl.constexpr, RELU: tl.constexpr,
-    HAS_BLOCKS: tl.constexpr, HAS_LORA: tl.constexpr, DROPOUT: tl.constexpr,
-    NEED_X: tl.constexpr, NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr,
-    CHANNEL_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
-    STAGES: tl.constexpr, OPEN: tl.constexpr,
+    NEED_X: tl.constexpr, CHANNEL_FIRST: tl.constexpr, DIAGONAL: tl.constexpr,
+    TILE: tl.constexpr, TRIGGERS_NEXT: tl.constexpr,
 ):  # fmt: skip
-    """dX = dU + dU E + dropout(T A);  partial sums of Tᵀ dropout(X) = dA and dE_g = dU_gᵀ X_g.
+    """dX = dU D_b + dropout(T A);  partial sums of dA = Tᵀ dropout(X) and dE_g = dU_gᵀ X_g.
 
-    dU [M, K] is overwritten by dX. X [M, K], both [M / LENGTH, K, LENGTH] where CHANNEL_FIRST,
-    T = α dY B [M, R_PAD], A [R, K],
-    E = D_b − I from D_a [K / P, P, P];
-    dA_part [splits, R_PAD, K], dE_part [splits, K / P, P, P].
-    One program owns whole blocks within WINDOW columns of one split of the tokens: every
-    ``splits``-th tile. All walk from the last tokens to the first, so that dU is met while L2 still
-    holds what the product wrote last. OPEN: the next launch may begin early.
+    dU [M, K] is overwritten by dX where NEED_X. X [M, K], both [M / LENGTH, K, LENGTH] where
+    CHANNEL_FIRST, T = α dY B [M, R_PAD], A [R, K], D_b from D_a [K / P, P, P];
+    dA_part [splits, R_PAD, K], dE_part [splits, K / P, P, P]. What is None has no part in it.
+    A program owns whole blocks within ``window`` columns of one split of the tokens: every
+    ``splits``-th tile. All walk from the last tokens to the first, so that dU is read while L2
+    still holds what the product wrote last. TRIGGERS_NEXT: a PDL launch may follow.
     """
-    if OPEN:
-        open_way()
-    SPAN: tl.constexpr = (WINDOW // P) * P
+    if TRIGGERS_NEXT:
+        trigger_next()
+    P: tl.constexpr = DIAGONAL.p
+    BLOCK_M: tl.constexpr = TILE.m
+    WINDOW: tl.constexpr = TILE.window
+    R_PAD: tl.constexpr = TILE.rank
+    HAS_BLOCKS: tl.constexpr = blocks_ptr is not None
+    HAS_LORA: tl.constexpr = t_ptr is not None
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    NEED_A: tl.constexpr = partial_a_ptr is not None
+    NEED_BLOCKS: tl.constexpr = partial_e_ptr is not None
     pid_k = tl.program_id(0)
     split = tl.program_id(1)
-    lane = tl.arange(0, WINDOW)
-    offs_k = pid_k * SPAN + lane
-    mask_k = (lane < SPAN) & (offs_k < K)
+    offs_k, mask_k = window_columns(pid_k, K, P, WINDOW)
     offs_r = tl.arange(0, R_PAD)
     tiles = tl.cdiv(M, BLOCK_M)
 
@@ -63,15 +79,10 @@ def _input_side_kernel(
             else:
                 acc_a = tl.zeros((WINDOW, R_PAD), dtype=tl.float32)
     if HAS_BLOCKS:
-        if P == 1:
-            d = 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)
-            acc_e = tl.zeros((BLOCK_M, WINDOW), dtype=tl.float32)
-        else:
-            e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
-            e = e.to(x_ptr.dtype.element_ty)
-            acc_e = tl.zeros((WINDOW, WINDOW), dtype=tl.float32)
+        factor = load_factor(blocks_ptr, offs_k, K, x_ptr.dtype.element_ty, DIAGONAL, False)
+        acc_e = deviation_sums(BLOCK_M, WINDOW, P)
 
-    for tile in tl.range(split, tiles, splits, num_stages=STAGES):
+    for tile in tl.range(split, tiles, splits, num_stages=TILE.stages):
         offs_m = (tiles - 1 - tile) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_k[None, :]
@@ -86,16 +97,13 @@ def _input_side_kernel(
             du = tl.load(target, mask=mask, other=0.0)
             dx = du.to(tl.float32)
         if HAS_BLOCKS and (NEED_X or NEED_BLOCKS):
-            if P == 1:
-                if NEED_BLOCKS:
+            if NEED_BLOCKS:
+                if P == 1:
                     acc_e += dx * x.to(tl.float32)
-                dx *= d[None, :]
-            else:
-                if NEED_BLOCKS:
+                else:
                     # [WINDOW, BLOCK_M] @ [BLOCK_M, WINDOW] -> [WINDOW, WINDOW]
                     acc_e = tl.dot(du.T, x, acc_e)
-                # [BLOCK_M, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_M, WINDOW]
-                dx += tl.dot(du, e)
+            dx = apply_diagonal(du, dx, factor, P)
         if HAS_LORA:
             t = tl.load(t_ptr + rows * R_PAD + offs_r[None, :], mask=mask_m[:, None], other=0.0)
             if DROPOUT:
@@ -108,7 +116,7 @@ def _input_side_kernel(
                     acc_a = tl.dot(t.T, kept, acc_a)
                 else:
                     # [WINDOW, BLOCK_M] @ [BLOCK_M, R_PAD] -> [WINDOW, R_PAD]; T as it lies, as
-                    # below: in one layout the compiler fetches it ahead, in two it does not.
+                    # below: in one layout the compiler prefetches it, in two it does not.
                     acc_a = tl.dot(x.T, t, acc_a)
             if NEED_X:
                 # [BLOCK_M, R_PAD] @ [R_PAD, WINDOW] -> [BLOCK_M, WINDOW]
@@ -132,45 +140,52 @@ def launch_input_side(
     du: Tensor | None,
     x: Tensor,
     t: Tensor | None,
-    lora_a: Tensor | None,
-    blocks: Tensor | None,
+    operands: Operands,
+    options: ProjectionOptions,
     *,
-    seed: Tensor | None,
-    dropout: float,
-    relu: bool,
     need_x: bool,
     need_a: bool,
     need_blocks: bool,
     config: InputSideConfig,
-    opens: bool = False,
+    triggers_next: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Turn ``du`` into dX in place where ``need_x``; return the fp32 parts (dA, dE).
+    """Overwrite ``du`` by dX where ``need_x``; return the fp32 parts (dA, dE).
 
-    ``du`` and ``x`` are both [M, K], or both channel-first [b, K, l]. ``opens`` lets the next
-    launch begin early.
+    Args:
+        du: dU, like ``x``.
+        x: X, [M, K] or channel-first [b, K, l].
+        t: T, [M, R_PAD], or None for no LoRA term.
+        operands: D_a or None for none, A where ``t`` is given, the seed or None for no dropout.
+        options: The dropout, and how D_b is made of D_a.
+        need_x: Whether dX is asked for.
+        need_a: Whether dA is.
+        need_blocks: Whether dE is.
+        config: Tile sizes.
+        triggers_next: Whether a PDL launch follows.
     """
+    blocks, lora_a = operands.blocks, operands.lora_a
     m, k = token_shape(x)
-    p = block_size_of(blocks)
+    diagonal = diagonal_of(blocks, options.diagonal == "relu")
     r_pad = t.shape[1] if t is not None else 16
-    window = block_window(config.window, p)
-    columns = block_programs(k, window, p)
+    window = block_window(config.window, diagonal.p)
+    columns = block_programs(k, window, diagonal.p)
     splits, _ = split_tokens(m, columns, config.block_m, config.programs)
-
-    def partial(*shape: int) -> Tensor:
-        return torch.empty((splits, *shape), dtype=torch.float32, device=x.device)
-
-    partial_a = partial(r_pad, k) if need_a else None
-    partial_e = partial(*blocks.shape) if need_blocks and blocks is not None else None
+    partial_a = partial_sums(splits, r_pad, k, device=x.device) if need_a else None
+    partial_e = None
+    if need_blocks and blocks is not None:
+        partial_e = partial_sums(splits, *blocks.shape, device=x.device)
+    channel_first = x.ndim == 3
     launch(
         _input_side_kernel, (columns, splits),
-        du, x, t, lora_a, blocks, seed, partial_a, partial_e,
-        m, k, 0 if lora_a is None else lora_a.shape[0], x.shape[2] if x.ndim == 3 else m,
-        0 if du is None else du.stride(-2), x.stride(-2),
-        0 if du is None else du.stride(0), x.stride(0), splits, dropout,
-        P=p, RELU=relu, HAS_BLOCKS=blocks is not None, HAS_LORA=t is not None,
-        DROPOUT=seed is not None,
-        NEED_X=need_x, NEED_A=need_a, NEED_BLOCKS=need_blocks, CHANNEL_FIRST=x.ndim == 3,
-        BLOCK_M=config.block_m, WINDOW=window, R_PAD=r_pad,
-        STAGES=config.num_stages, OPEN=opens, num_warps=config.num_warps, num_stages=2,
+        du_ptr=du, x_ptr=x, t_ptr=t, a_ptr=lora_a, blocks_ptr=blocks, seed_ptr=operands.noise,
+        partial_a_ptr=partial_a, partial_e_ptr=partial_e,
+        M=m, K=k, R=0 if lora_a is None else lora_a.shape[0],
+        LENGTH=x.shape[2] if channel_first else m,
+        stride_du=0 if du is None else du.stride(-2), stride_x=x.stride(-2),
+        batch_du=0 if du is None else du.stride(0), batch_x=x.stride(0),
+        splits=splits, dropout=options.lora_dropout,
+        NEED_X=need_x, CHANNEL_FIRST=channel_first, DIAGONAL=diagonal,
+        TILE=InputSideTile(config.block_m, window, r_pad, config.num_stages),
+        TRIGGERS_NEXT=triggers_next, num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip
     return partial_a, partial_e

@@ -1,17 +1,33 @@
 """Gradients summed over tokens on the output side: B, s and the bias."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div, split_tokens
 from prodial_kernels.kernels.choices.tile_sizes import OutputSideConfig
-from prodial_kernels.kernels.projector.tiles import load_tile, tiled, tma_ready, token_shape
+from prodial_kernels.kernels.projector.operands import Needs, Operands, ProjectionOptions
+from prodial_kernels.kernels.projector.tiles import (
+    load_tile,
+    partial_sums,
+    tiled,
+    tma_ready,
+    token_shape,
+)
 from prodial_kernels.kernels.replay.recorder import launch
 from prodial_kernels.kernels.replay.streams import SideStream
+
+
+class OutputSideTile(NamedTuple):
+    """Compile-time sizes of ``_output_side_kernel``: tokens, columns of a tile, R_PAD, stages."""
+
+    m: int
+    n: int
+    rank: int
+    stages: int
 
 
 @triton.jit
@@ -20,12 +36,9 @@ def _output_side_kernel(
     partial_b_ptr, partial_scale_ptr, partial_bias_ptr,
     LENGTH, tiles_m, N, R, alpha,
     stride_dy, stride_y, batch_dy, batch_y, splits, tiles_per_split,
-    NEED_B: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_BIAS: tl.constexpr,
-    HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, R_PAD: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr,
+    CHANNEL_FIRST: tl.constexpr, TMA: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sums over each split of the tokens, to be added up by reduce.py.
+    """Sums over each split of the tokens, to be added up by reduce.py; None where not asked for.
 
     dB_part [splits, N, R_PAD] = dYᵀ L;  dbias_part [splits, N] = Σ dY;
     ds_part [splits, N] = Σ dY ⊙ Z / s with Z = Y − L B'ᵀ − bias = s ⊙ (U Wᵀ),
@@ -37,6 +50,13 @@ def _output_side_kernel(
     A program owns BLOCK_N columns of one split, one after another, split by split, so that it
     walks the tokens together with a product that runs beside it.
     """
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    R_PAD: tl.constexpr = TILE.rank
+    NEED_SCALE: tl.constexpr = partial_scale_ptr is not None
+    NEED_BIAS: tl.constexpr = partial_bias_ptr is not None
+    HAS_LORA: tl.constexpr = low_ptr is not None
+    HAS_BIAS: tl.constexpr = bias_ptr is not None
     columns = tl.cdiv(N, BLOCK_N)
     tiles_sequence = tl.cdiv(LENGTH, BLOCK_M)
     offs_r = tl.arange(0, R_PAD)
@@ -62,8 +82,8 @@ def _output_side_kernel(
         if NEED_BIAS:
             dy_sum = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
 
-        # Only an explicit number of stages makes the compiler run ahead with what no dot reads.
-        for tile_m in tl.range(start, stop, num_stages=STAGES):
+        # Only an explicit number of stages makes the compiler prefetch what no dot reads.
+        for tile_m in tl.range(start, stop, num_stages=TILE.stages):
             sequence, m = 0, tile_m * BLOCK_M
             if CHANNEL_FIRST:
                 sequence = tile_m // tiles_sequence
@@ -99,7 +119,7 @@ def _output_side_kernel(
                 dy_sum += wide_dy
 
         part = split.to(tl.int64) * N + offs_n
-        if HAS_LORA and NEED_B:
+        if HAS_LORA and partial_b_ptr is not None:
             target = partial_b_ptr + part[:, None] * R_PAD + offs_r[None, :]
             tl.store(target, dy_low, mask=mask_n[:, None])
         if NEED_BIAS:
@@ -151,21 +171,24 @@ def launch_output_side(
     dy: Tensor,
     y: Tensor | None,
     low: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
+    operands: Operands,
+    options: ProjectionOptions,
+    needs: Needs,
     *,
-    alpha: float,
-    need_b: bool,
-    need_scale: bool,
-    need_bias: bool,
     config: OutputSideConfig,
     side: SideStream | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the parts in fp32: dB [S, N, R_PAD], ds [S, N], dbias [S, N].
+    """Return the fp32 parts that ``needs`` asks for: dB [S, N, R_PAD], ds [S, N], dbias [S, N].
 
-    A part that is not needed is None. ``dy`` and ``y`` are both [M, N], or both channel-first
-    [b, N, l].
+    Args:
+        dy: dY, [M, N] or channel-first [b, N, l].
+        y: Y, like ``dy``; for ds.
+        low: L, [M, R_PAD], for dB and ds; None for no LoRA term.
+        operands: B, s − 1 and the bias, for ds.
+        options: α.
+        needs: Which sums.
+        config: Tile sizes.
+        side: Where to launch; the current stream if None.
     """
     m, n = token_shape(dy)
     tma = config.tma and tma_ready(dy) and (y is None or tma_ready(y))
@@ -178,29 +201,26 @@ def launch_output_side(
     r_pad = 16 if low is None else low.shape[1]
     columns = ceil_div(n, config.block_n)
     splits, rows = split_tokens(tiles_m * config.block_m, columns, config.block_m, config.items)
-
-    def partial(*shape: int) -> Tensor:
-        return torch.empty((splits, *shape), dtype=torch.float32, device=dy.device)
-
-    partial_b = partial(n, r_pad) if need_b else None
-    partial_scale = partial(n) if need_scale else None
-    partial_bias = partial(n) if need_bias else None
+    device = dy.device
+    partial_b = partial_sums(splits, n, r_pad, device=device) if needs.lora_b else None
+    partial_scale = partial_sums(splits, n, device=device) if needs.scale else None
+    partial_bias = partial_sums(splits, n, device=device) if needs.bias else None
     items = columns * splits
     tile = [config.block_m, config.block_n]
     if channel_first:
         tile.reverse()
     launch(
         _output_side_kernel, (min(items, config.programs or items),),
-        tiled(dy, tile, tma), tiled(y, tile, tma), low, bias, lora_b, scale_deviation,
-        partial_b, partial_scale, partial_bias,
-        length, tiles_m, n, 0 if lora_b is None else lora_b.shape[1], alpha,
-        dy.stride(-2), 0 if y is None else y.stride(-2),
-        dy.stride(0), 0 if y is None else y.stride(0), splits, rows // config.block_m,
-        NEED_B=need_b, NEED_SCALE=need_scale, NEED_BIAS=need_bias,
-        HAS_LORA=low is not None, HAS_BIAS=bias is not None,
-        CHANNEL_FIRST=channel_first,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, R_PAD=r_pad,
-        STAGES=config.num_stages, TMA=tma,
+        dy=tiled(dy, tile, tma), y=tiled(y, tile, tma), low_ptr=low, bias_ptr=operands.bias,
+        b_ptr=operands.lora_b, deviation_ptr=operands.scale_deviation,
+        partial_b_ptr=partial_b, partial_scale_ptr=partial_scale, partial_bias_ptr=partial_bias,
+        LENGTH=length, tiles_m=tiles_m, N=n,
+        R=0 if operands.lora_b is None else operands.lora_b.shape[1], alpha=options.lora_scaling,
+        stride_dy=dy.stride(-2), stride_y=0 if y is None else y.stride(-2),
+        batch_dy=dy.stride(0), batch_y=0 if y is None else y.stride(0),
+        splits=splits, tiles_per_split=rows // config.block_m,
+        CHANNEL_FIRST=channel_first, TMA=tma,
+        TILE=OutputSideTile(config.block_m, config.block_n, r_pad, config.num_stages),
         num_warps=config.num_warps, num_stages=2, side=side,
     )  # fmt: skip
     return partial_b, partial_scale, partial_bias

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.choices.tile_sizes import ExactScaleConfig, OutputSideConfig
 from prodial_kernels.kernels.projector.exact_scale import launch_exact_scale
+from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.output_side import launch_output_side
 from prodial_kernels.kernels.replay.streams import SideStream
 
@@ -24,38 +25,27 @@ class OutputSums(NamedTuple):
 def launch_output_sums(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_b: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    h: Tensor | None,
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
+    needs: Needs,
     *,
-    alpha: float,
-    relu: bool,
-    need_b: bool,
-    need_scale: bool,
-    need_bias: bool,
     config: OutputSideConfig,
     exact: ExactScaleConfig,
     side: SideStream | None,
 ) -> OutputSums:
     """Launch the sums, and ds anew where the division form is not sound, on ``side``.
 
-    Shapes as in :func:`prodial_kernels.kernels.projector.passes.backward`. On a side stream, what
-    it returns must outlive the join.
+    Shapes as in :func:`prodial_kernels.kernels.projector.passes.backward`; ``needs`` asks only for
+    parts that ``operands`` have. On a side stream, what it returns must outlive the join.
     """
-    if not (need_b or need_scale or need_bias):
+    if not (needs.lora_b or needs.scale or needs.bias):
         return OutputSums()
-    partial_b, partial_scale, partial_bias = launch_output_side(
-        dy, y, h if need_scale or need_b else None, scale_deviation, lora_b, bias,
-        alpha=alpha, need_b=need_b, need_scale=need_scale, need_bias=need_bias,
-        config=config, side=side,
-    )  # fmt: skip
+    low = kept.h if needs.scale or needs.lora_b else None
+    b, scale, bias = launch_output_side(
+        dy, kept.y, low, operands, options, needs, config=config, side=side
+    )
     anew = None
-    if partial_scale is not None:
-        anew = launch_exact_scale(
-            dy, x, weight, blocks, partial_scale, relu=relu, config=exact, side=side
-        )
-    return OutputSums(partial_b, partial_scale, anew, partial_bias)
+    if scale is not None:
+        anew = launch_exact_scale(dy, x, operands, scale, options, config=exact, side=side)
+    return OutputSums(b, scale, anew, bias)

@@ -1,5 +1,7 @@
 """What the large products need first: V = s ⊙ (W D_b) or U = X D_bᵀ, the factors, and L = X I."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -7,56 +9,77 @@ from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import block_programs, ceil_div, fold_tile
 from prodial_kernels.kernels.choices.tile_sizes import choose_low_rank
-from prodial_kernels.kernels.projector.early_launch import open_way
+from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
+from prodial_kernels.kernels.projector.pdl import trigger_next
 from prodial_kernels.kernels.projector.tiles import (
-    block_size_of,
+    Diagonal,
+    apply_diagonal,
+    diagonal_of,
     dropout_keep,
-    load_deviation,
+    load_factor,
     token_pointers,
     token_shape,
+    window_columns,
 )
 from prodial_kernels.kernels.replay.recorder import launch
 from prodial_kernels.kernels.replay.streams import SideStream
 
 
+class PrepareTile(NamedTuple):
+    """Compile-time sizes of ``_prepare_kernel``.
+
+    Attributes:
+        low_rows, low_depth: Rows of L that a program owns, and elements of their sums in a step.
+        low_stages: Stages of its loop.
+        fold_rows, window: Rows and columns of a tile of V.
+        rank: R_PAD, the padded rank.
+    """
+
+    low_rows: int
+    low_depth: int
+    low_stages: int
+    fold_rows: int
+    window: int
+    rank: int
+
+
+# More than 24 parameters, because these are two kernels in one launch. Apart, forward with a
+# separate low-rank pass would take a launch more, and two launches of one stream are a microsecond
+# apart (H100: of 42 µs at M, K, N = 2048, 1536, 768); PDL could not hide it, since the product
+# needs the results of both, and only the launch directly before is known to have ended.
 @triton.jit
 def _prepare_kernel(
     x_ptr, inner_ptr, seed_ptr, low_ptr,
     w_ptr, blocks_ptr, deviation_ptr, b_ptr, v_ptr, b_out_ptr, a_out_ptr,
     M, ROWS, N, K, DEPTH, R, LENGTH, alpha,
     stride_x, batch_x, stride_w, stride_v, dropout, programs_low, columns,
-    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
-    P: tl.constexpr, RELU: tl.constexpr,
-    HAS_LOW: tl.constexpr, HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, TURN: tl.constexpr, HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr, B_TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
-    R_PAD: tl.constexpr, STAGES: tl.constexpr, OPEN: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CHANNEL_FIRST: tl.constexpr, DIAGONAL: tl.constexpr,
+    ON_ACTIVATIONS: tl.constexpr, B_TRANSPOSED: tl.constexpr, TILE: tl.constexpr,
+    TRIGGERS_NEXT: tl.constexpr,
 ):  # fmt: skip
-    """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W + W E), A', B'.
+    """Two jobs that need nothing of each other: L = dropout(X) I, and V = s ⊙ (W D_b), A', B'.
 
     X [M, DEPTH] ([M / LENGTH, DEPTH, LENGTH] where CHANNEL_FIRST), L [M, R_PAD]; W, V [ROWS, K];
-    the other shapes as in the two functions below. Where TURN, X stands for W and Eᵀ for E.
-    The first ``programs_low`` programs own BLOCK_M rows of L each, the others one tile of V.
-    OPEN: the next launch may begin early.
+    the other shapes as in the two functions below. What is None is not made, or has no part in it.
+    ON_ACTIVATIONS: U = X D_bᵀ is made instead of V, with X in W's place.
+    The first ``programs_low`` programs own low_rows rows of L each, the others one tile of V.
+    TRIGGERS_NEXT: a PDL launch may follow.
     """
-    if OPEN:
-        open_way()
+    if TRIGGERS_NEXT:
+        trigger_next()
     pid = tl.program_id(0)
     if pid < programs_low:
-        if HAS_LOW:
+        if low_ptr is not None:
             _low_rank(
                 x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, DEPTH, R, LENGTH, alpha,
-                stride_x, batch_x, dropout,
-                TRANSPOSED, DROPOUT, CHANNEL_FIRST, BLOCK_M, BLOCK_K, R_PAD, STAGES,
+                stride_x, batch_x, dropout, TRANSPOSED, CHANNEL_FIRST, TILE,
             )  # fmt: skip
     else:
         tile = pid - programs_low
         _fold(
             w_ptr, blocks_ptr, deviation_ptr, inner_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
             tile // columns, tile % columns, ROWS, N, K, R, alpha, stride_w, stride_v,
-            P, RELU, HAS_FOLD, HAS_BLOCKS, HAS_SCALE, TURN, HAS_A, HAS_B, B_TRANSPOSED,
-            BLOCK_N, WINDOW, R_PAD,
+            DIAGONAL, ON_ACTIVATIONS, B_TRANSPOSED, TILE,
         )  # fmt: skip
 
 
@@ -64,26 +87,28 @@ def _prepare_kernel(
 def _low_rank(
     x_ptr, inner_ptr, seed_ptr, low_ptr, pid, M, K, R, LENGTH, alpha,
     stride_x, batch_x, dropout,
-    TRANSPOSED: tl.constexpr, DROPOUT: tl.constexpr, CHANNEL_FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, R_PAD: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CHANNEL_FIRST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """L = dropout(X) I for BLOCK_M rows, in one walk over K.
+    """L = dropout(X) I for low_rows rows, in one walk over K; without a seed no dropout.
 
     X [M, K] in either layout, L [M, R_PAD]; I = Aᵀ with A [R, K] where TRANSPOSED, else I = α B
     with B [K, R].
     """
+    BLOCK_M: tl.constexpr = TILE.low_rows
+    BLOCK_K: tl.constexpr = TILE.low_depth
+    R_PAD: tl.constexpr = TILE.rank
     offs_m = pid * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, R_PAD)
     rows = offs_m.to(tl.int64)[:, None]
     mask_m = (offs_m < M)[:, None]
     acc = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
-    # An explicit number of stages also runs ahead with the factor, which is cast on its way.
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    # An explicit number of stages also prefetches the factor, which is cast on its way.
+    for k in tl.range(0, K, BLOCK_K, num_stages=TILE.low_stages):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         source = token_pointers(x_ptr, offs_m, offs_k, LENGTH, stride_x, batch_x, CHANNEL_FIRST)
         x = tl.load(source, mask=mask_m & mask_k[None, :], other=0.0)
-        if DROPOUT:
+        if seed_ptr is not None:
             keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
             x = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
         # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R_PAD] -> [BLOCK_M, R_PAD]
@@ -108,52 +133,42 @@ def _low_rank(
 def _fold(
     w_ptr, blocks_ptr, deviation_ptr, a_ptr, b_ptr, v_ptr, a_out_ptr, b_out_ptr,
     pid_n, pid_k, ROWS, N, K, R, alpha, stride_w, stride_v,
-    P: tl.constexpr, RELU: tl.constexpr,
-    HAS_FOLD: tl.constexpr, HAS_BLOCKS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    TURN: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr, B_TRANSPOSED: tl.constexpr,
-    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, R_PAD: tl.constexpr,
+    DIAGONAL: tl.constexpr, ON_ACTIVATIONS: tl.constexpr, B_TRANSPOSED: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """V = s ⊙ (W + W E) for BLOCK_N rows by as many whole blocks as fit into WINDOW columns.
+    """V = s ⊙ (W D_b) for fold_rows rows by as many whole blocks as fit into ``window`` columns.
 
-    W, V [ROWS, K], E = D_b − I from D_a [K / P, P, P], or its transpose where TURN, s − 1 [ROWS].
+    W, V [ROWS, K], D_b from D_a [K / P, P, P], or its transpose where ON_ACTIVATIONS, s − 1 [ROWS].
     The first row of tiles also writes A' = A, the first column B' = α B, both padded with zeros:
     A [R, K] -> A' [R_PAD, K], and B [N, R] -> B' [N, R_PAD], or [R_PAD, N] where B_TRANSPOSED.
     """
-    SPAN: tl.constexpr = (WINDOW // P) * P
+    BLOCK_N: tl.constexpr = TILE.fold_rows
+    R_PAD: tl.constexpr = TILE.rank
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = offs_n.to(tl.int64)
-    lane = tl.arange(0, WINDOW)
-    offs_k = pid_k * SPAN + lane
-    mask_k = (lane < SPAN) & (offs_k < K)
+    offs_k, mask_k = window_columns(pid_k, K, DIAGONAL.p, TILE.window)
     offs_r = tl.arange(0, R_PAD)
 
-    if HAS_FOLD:
+    if v_ptr is not None:
         mask_n = offs_n < ROWS
         mask = mask_n[:, None] & mask_k[None, :]
         w = tl.load(w_ptr + rows[:, None] * stride_w + offs_k[None, :], mask=mask, other=0.0)
         v = w.to(tl.float32)
-        if HAS_BLOCKS:
-            if P == 1:
-                v *= 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, P, RELU)[None, :]
-            else:
-                if TURN:
-                    e = load_deviation(blocks_ptr, offs_k[None, :], offs_k[:, None], K, P, RELU)
-                else:
-                    e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, P, RELU)
-                # [BLOCK_N, WINDOW] @ [WINDOW, WINDOW] -> [BLOCK_N, WINDOW]
-                v += tl.dot(w, e.to(w.dtype))
-        if HAS_SCALE:
+        if blocks_ptr is not None:
+            factor = load_factor(blocks_ptr, offs_k, K, w.dtype, DIAGONAL, ON_ACTIVATIONS)
+            v = apply_diagonal(w, v, factor, DIAGONAL.p)
+        if deviation_ptr is not None:
             shift = tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             v *= 1 + shift[:, None]
         tl.store(v_ptr + rows[:, None] * stride_v + offs_k[None, :], v.to(w.dtype), mask=mask)
 
-    # Nested: HAS_A and HAS_B are known to the compiler, pid_n and pid_k only to the program.
-    if HAS_A:  # noqa: SIM102
+    # Nested: what is None is known to the compiler, pid_n and pid_k only to the program.
+    if a_out_ptr is not None:  # noqa: SIM102
         if pid_n == 0:
             lanes = offs_r[:, None] * K + offs_k[None, :]
             a = tl.load(a_ptr + lanes, mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0)
             tl.store(a_out_ptr + lanes, a.to(a_out_ptr.dtype.element_ty), mask=mask_k[None, :])
-    if HAS_B:  # noqa: SIM102
+    if b_out_ptr is not None:  # noqa: SIM102
         if pid_k == 0:
             mask_n = offs_n < N
             b = tl.load(
@@ -168,140 +183,167 @@ def _fold(
             tl.store(target, b, mask=mask_n[:, None])
 
 
-def launch_prepare(
-    weight: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_b: Tensor | None,
-    *,
-    alpha: float,
-    relu: bool,
-    r_pad: int,
-    x: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
-    turned: Tensor | None = None,
-    b_transposed: bool = False,
-    opens: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return V [N, K] (``weight`` itself where nothing is folded), B', and A' or, given ``x``, L.
+class _LowRank(NamedTuple):
+    """The job L = dropout(X) I: I = Aᵀ of A [R, K] where ``transposed``, else α B of B [K, R]."""
 
-    Given ``turned``, in place of V it is U = X D_bᵀ [M, K], and s is the caller's.
+    x: Tensor
+    inner: Tensor
+    seed: Tensor | None
+    low: Tensor
+    transposed: bool
+
+
+class _Fold(NamedTuple):
+    """The job V = s ⊙ (W D_b), A' and B': those of ``v``, ``a_out`` and ``b_out`` not None."""
+
+    source: Tensor
+    blocks: Tensor | None
+    scale_deviation: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    v: Tensor | None
+    a_out: Tensor | None
+    b_out: Tensor | None
+    diagonal: Diagonal
+    on_activations: bool
+    b_transposed: bool
+
+
+class Prepared(NamedTuple):
+    """What :func:`launch_prepare` made.
+
+    Attributes:
+        v: V [N, K], the weight itself where nothing is folded into it; or U [M, K], likewise.
+        a: A', [R_PAD, K], or None.
+        b: B' = α B, [N, R_PAD] or transposed, or None.
+        low: L, [M, R_PAD], or None.
+    """
+
+    v: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    low: Tensor | None
+
+
+def launch_prepare(
+    operands: Operands,
+    options: ProjectionOptions,
+    *,
+    r_pad: int,
+    low_rank_of: Tensor | None = None,
+    activations: Tensor | None = None,
+    b_transposed: bool = False,
+    triggers_next: bool = False,
+) -> Prepared:
+    """Make V = s ⊙ (W D_b) and, of the factors that are given, B' = α B and A', or L.
 
     Args:
-        weight: W, [N, K].
-        blocks: D_a, [K / P, P, P].
-        scale_deviation: s − 1, [N].
-        lora_b: B, [N, R].
-        alpha: α.
-        relu: Whether D_a's diagonal passes through Eq. 7's relu.
+        operands: W, what is folded into it (D_a, s − 1), and the factors that are wanted in the
+            weight's dtype (A, B).
+        options: α, dropout, and how D_b is made of D_a.
         r_pad: Padded rank of A', B' and L.
-        x: X, [M, K] or channel-first [b, K, l], for L = dropout(X) Aᵀ, [M, R_PAD].
-        lora_a: A, [R, K]; needed with ``x``, and alone for A', [R_PAD, K] in the weight's dtype.
-        seed: [1] int64, switches dropout on.
-        dropout: Probability.
-        turned: X, [M, K], to be turned by the blocks where it is smaller than the weight.
-        b_transposed: Whether B' = α B is [R_PAD, N] instead of [N, R_PAD].
-        opens: Whether the next launch may begin early.
+        low_rank_of: X, [M, K] or channel-first [b, K, l]: L = dropout(X) Aᵀ is made, and not A'.
+        activations: X, [M, K]: U = X D_bᵀ is made and not V, and s is the caller's to apply.
+        b_transposed: Whether B' is [R_PAD, N] instead of [N, R_PAD].
+        triggers_next: Whether a PDL launch follows.
     """
+    weight, blocks, scale_deviation, lora_a, lora_b, _, seed = operands
+    source = weight
+    if activations is not None:
+        source, scale_deviation = activations, None
     n, k = weight.shape
-    source, row_deviation = (weight, scale_deviation) if turned is None else (turned, None)
-    fold = blocks is not None or row_deviation is not None
-    v = source
-    if fold:
+    v = a_out = b_out = low_rank = None
+    if blocks is not None or scale_deviation is not None:
         v = torch.empty(source.shape, dtype=source.dtype, device=source.device)
-    a_out = b_out = low = None
-    r = 0
     if lora_b is not None:
-        r = lora_b.shape[1]
         shape = (r_pad, n) if b_transposed else (n, r_pad)
         b_out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    if x is not None:
-        low = torch.empty((token_shape(x)[0], r_pad), dtype=x.dtype, device=x.device)
+    if low_rank_of is not None and lora_a is not None:
+        low_rank = _LowRank(low_rank_of, lora_a, seed, _low_of(low_rank_of, r_pad), True)
     elif lora_a is not None:
-        r = lora_a.shape[0]
         a_out = torch.empty((r_pad, k), dtype=weight.dtype, device=weight.device)
-    p = block_size_of(blocks)
-    tile = fold_tile(p, beside_low=low is not None)
-    columns = block_programs(k, tile[1], p) if fold or a_out is not None else 1
-    rows = max(source.shape[0] if fold else int(a_out is not None), n if b_out is not None else 0)
-    _launch(
-        x, lora_a, seed, low, source if fold else weight, blocks, row_deviation, lora_b, v, b_out,
-        a_out, k, r, alpha, dropout,
-        columns, ceil_div(rows, tile[0]), n=n,
-        transposed=True, p=p, relu=relu, fold=fold, turn=turned is not None, tile=tile,
-        r_pad=r_pad, b_transposed=b_transposed, opens=opens,
+    fold = _Fold(
+        weight if v is None else source, blocks, scale_deviation, lora_a, lora_b, v, a_out, b_out,
+        diagonal_of(blocks, options.diagonal == "relu"), activations is not None, b_transposed,
     )  # fmt: skip
-    return v, b_out, a_out if low is None else low
+    warps = 4 if seed is not None or fold.diagonal.p <= 64 else 8
+    _launch(low_rank, fold, options, r_pad, warps, triggers_next=triggers_next)
+    low = None if low_rank is None else low_rank.low
+    return Prepared(source if v is None else v, a_out, b_out, low)
 
 
 def launch_low_rank(
-    dy: Tensor, lora_b: Tensor, alpha: float, r_pad: int, side: SideStream | None
+    dy: Tensor,
+    lora_b: Tensor,
+    options: ProjectionOptions,
+    r_pad: int,
+    side: SideStream | None = None,
 ) -> Tensor:
     """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``side``."""
-    low = torch.empty((token_shape(dy)[0], r_pad), dtype=dy.dtype, device=dy.device)
-    _launch(
-        dy, lora_b, None, low, lora_b, None, None, None, None, None, None, lora_b.shape[0],
-        lora_b.shape[1], alpha, 0.0, 1, 0, n=0,
-        transposed=False, p=1, relu=True, fold=False, turn=False, tile=(32, 64), r_pad=r_pad,
-        side=side,
-    )  # fmt: skip
+    low = _low_of(dy, r_pad)
+    _launch(_LowRank(dy, lora_b, None, low, False), None, options, r_pad, 4, side=side)
     return low
 
 
+def _low_of(x: Tensor, r_pad: int) -> Tensor:
+    return torch.empty((token_shape(x)[0], r_pad), dtype=x.dtype, device=x.device)
+
+
 def _launch(
-    x: Tensor | None,
-    inner: Tensor | None,
-    seed: Tensor | None,
-    low: Tensor | None,
-    source: Tensor,
-    blocks: Tensor | None,
-    scale_deviation: Tensor | None,
-    lora_b: Tensor | None,
-    v: Tensor | None,
-    b_out: Tensor | None,
-    a_out: Tensor | None,
-    depth: int,
-    r: int,
-    alpha: float,
-    dropout: float,
-    columns: int,
-    rows: int,
-    *,
-    n: int,
-    transposed: bool,
-    p: int,
-    relu: bool,
-    fold: bool,
-    turn: bool,
-    tile: tuple[int, int],
+    low_rank: _LowRank | None,
+    fold: _Fold | None,
+    options: ProjectionOptions,
     r_pad: int,
-    b_transposed: bool = False,
-    opens: bool = False,
+    warps: int,
+    *,
+    triggers_next: bool = False,
     side: SideStream | None = None,
 ) -> None:
-    height, k = source.shape
-    m = 0 if x is None else token_shape(x)[0]
-    channel_first = x is not None and x.ndim == 3
-    even = x is not None and x.stride(-2) % 16 == 0 and depth % 16 == 0
+    """Launch the jobs that are given, as one kernel."""
+    x = inner = seed = low = None
+    m = depth = r = length = stride_x = batch_x = 0
+    transposed = channel_first = False
+    if low_rank is not None:
+        x, inner, seed, low, transposed = low_rank
+        m, depth = token_shape(x)
+        r = inner.shape[0] if transposed else inner.shape[1]
+        channel_first = x.ndim == 3
+        length = x.shape[2] if channel_first else m
+        stride_x, batch_x = x.stride(-2), x.stride(0)
+    even = stride_x % 16 == 0 and depth % 16 == 0
     block_m, block_k = choose_low_rank(m, r_pad, dropout=seed is not None, even=even)
     programs_low = ceil_div(m, block_m)
-    if programs_low + rows * columns == 0:
+
+    source = blocks = scale_deviation = lora_b = v = a_out = b_out = None
+    height = n = k = stride_w = programs_fold = 0
+    columns = 1
+    diagonal, on_activations, b_transposed = Diagonal(1, True), False, False
+    tile = fold_tile(1)
+    if fold is not None:
+        source, blocks, scale_deviation, lora_a, lora_b, v, a_out, b_out, diagonal = fold[:9]
+        on_activations, b_transposed = fold.on_activations, fold.b_transposed
+        (height, k), stride_w = fold.source.shape, fold.source.stride(0)
+        if lora_a is not None:
+            inner, r = lora_a, lora_a.shape[0]
+        if lora_b is not None:
+            n, r = lora_b.shape
+        tile = fold_tile(diagonal.p, beside_low=low is not None)
+        if v is not None or a_out is not None:
+            columns = block_programs(k, tile[1], diagonal.p)
+        rows = max(height if v is not None else int(a_out is not None), n)
+        programs_fold = columns * ceil_div(rows, tile[0])
+    if programs_low + programs_fold == 0:
         return
     launch(
-        _prepare_kernel, (programs_low + rows * columns,),
-        x, inner, seed, low,
-        source, blocks, scale_deviation, lora_b, v, b_out, a_out,
-        m, height, n, k, depth, r, x.shape[2] if x is not None and channel_first else m, alpha,
-        0 if x is None else x.stride(-2), 0 if x is None else x.stride(0),
-        source.stride(0), k, dropout, programs_low, columns,
-        TRANSPOSED=transposed, DROPOUT=seed is not None, CHANNEL_FIRST=channel_first,
-        P=p, RELU=relu,
-        HAS_LOW=x is not None, HAS_FOLD=fold, HAS_BLOCKS=blocks is not None,
-        HAS_SCALE=scale_deviation is not None, TURN=turn, HAS_A=a_out is not None,
-        HAS_B=b_out is not None, B_TRANSPOSED=b_transposed,
-        BLOCK_M=block_m, BLOCK_K=block_k, BLOCK_N=tile[0],
-        WINDOW=tile[1], R_PAD=r_pad, STAGES=3 if r_pad <= 64 else 2, OPEN=opens,
-        num_warps=4 if seed is not None or p <= 64 else 8, num_stages=2, side=side,
+        _prepare_kernel, (programs_low + programs_fold,),
+        x_ptr=x, inner_ptr=inner, seed_ptr=seed, low_ptr=low,
+        w_ptr=source, blocks_ptr=blocks, deviation_ptr=scale_deviation, b_ptr=lora_b,
+        v_ptr=v, b_out_ptr=b_out, a_out_ptr=a_out,
+        M=m, ROWS=height, N=n, K=k, DEPTH=depth, R=r, LENGTH=length, alpha=options.lora_scaling,
+        stride_x=stride_x, batch_x=batch_x, stride_w=stride_w, stride_v=k,
+        dropout=options.lora_dropout, programs_low=programs_low, columns=columns,
+        TRANSPOSED=transposed, CHANNEL_FIRST=channel_first, DIAGONAL=diagonal,
+        ON_ACTIVATIONS=on_activations, B_TRANSPOSED=b_transposed,
+        TILE=PrepareTile(block_m, block_k, 3 if r_pad <= 64 else 2, *tile, r_pad),
+        TRIGGERS_NEXT=triggers_next, num_warps=warps, num_stages=2, side=side,
     )  # fmt: skip

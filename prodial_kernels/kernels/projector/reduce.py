@@ -1,16 +1,38 @@
 """From partial sums to gradients: the second stage of the deterministic reductions."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
-from prodial_kernels.kernels.projector.early_launch import launched_early, wait_for_results
-from prodial_kernels.kernels.projector.tiles import block_size_of
+from prodial_kernels.kernels.choices.tile_sizes import padded_rank
+from prodial_kernels.kernels.projector.input_sums import InputSums
+from prodial_kernels.kernels.projector.operands import Gradients, Operands, ProjectionOptions
+from prodial_kernels.kernels.projector.output_sums import OutputSums
+from prodial_kernels.kernels.projector.pdl import pdl_options, wait_for_previous
+from prodial_kernels.kernels.projector.tiles import diagonal_of
 from prodial_kernels.kernels.replay.recorder import launch
 
 # Elements one program sums, and parts it loads at once to hide the memory's latency.
 BLOCK, PARTS = 256, 16
+
+
+class ReduceTile(NamedTuple):
+    """Compile-time constants of ``_reduce_kernel``.
+
+    Attributes:
+        rank: R_PAD, the padded rank.
+        block: Elements that a program owns.
+        parts: Parts that it loads at once.
+        pdl: Whether it is launched while the launch before drains.
+    """
+
+    rank: int
+    block: int
+    parts: int
+    pdl: bool
 
 
 @triton.jit
@@ -19,25 +41,27 @@ def _reduce_kernel(
     blocks_ptr,
     db_ptr, dscale_ptr, dbias_ptr, da_ptr, dblocks_ptr,
     N, K, R, splits_n, splits_k, spans, end_b, end_n, end_a, alpha,
-    P: tl.constexpr, RELU: tl.constexpr,
-    NEED_B: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_BIAS: tl.constexpr,
-    NEED_A: tl.constexpr, NEED_BLOCKS: tl.constexpr, HAS_EXACT: tl.constexpr,
-    R_PAD: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    DIAGONAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dB = α Σ dB_part, ds = Σ ds_part, dbias = Σ dbias_part, dA = Σ dA_part, dD_a = ± Σ dE_part.
 
     dB [N, R], ds, dbias [N] over splits_n parts; dA [R, K], dD_a [K / P, P, P] over splits_k parts,
-    negated on the diagonal where RELU keeps it; parts as the first stage leaves them. Where
-    Σ ds_part is NaN and HAS_EXACT, ds is Σ exact, [spans, N].
+    negated on the diagonal where relu keeps it; parts as the first stage leaves them, None for
+    those that are not asked for. Where Σ ds_part is NaN and ``exact`` given, ds is Σ exact,
+    [spans, N].
     A program owns BLOCK elements: of dB below end_b, of ds and dbias below end_n, of dA below
-    end_a, of dD_a from there on. EARLY: begun before the launch before has ended.
+    end_a, of dD_a from there on.
     """
-    if EARLY:
-        wait_for_results()
+    if TILE.pdl:
+        wait_for_previous()
+    P: tl.constexpr = DIAGONAL.p
+    R_PAD: tl.constexpr = TILE.rank
+    BLOCK: tl.constexpr = TILE.block
+    PARTS: tl.constexpr = TILE.parts
     pid = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     if pid < end_b:
-        if NEED_B:
+        if partial_b_ptr is not None:
             offs = pid * BLOCK + lane
             n, r = offs // R_PAD, offs % R_PAD
             db = _sum_parts(partial_b_ptr, offs, splits_n, N * R_PAD, BLOCK, PARTS) * alpha
@@ -45,27 +69,27 @@ def _reduce_kernel(
             tl.store(db_ptr + n * R + r, db.to(db_ptr.dtype.element_ty), mask=inside)
     elif pid < end_n:
         offs_n = (pid - end_b) * BLOCK + lane
-        if NEED_SCALE:
+        if partial_scale_ptr is not None:
             ds = _sum_parts(partial_scale_ptr, offs_n, splits_n, N, BLOCK, PARTS)
-            if HAS_EXACT:
+            if exact_ptr is not None:
                 asked = ds != ds
                 if tl.max(tl.where(asked, 1, 0), 0) > 0:
                     exact = _sum_parts(exact_ptr, offs_n, spans, N, BLOCK, PARTS)
                     ds = tl.where(asked, exact, ds)
             tl.store(dscale_ptr + offs_n, ds.to(dscale_ptr.dtype.element_ty), mask=offs_n < N)
-        if NEED_BIAS:
+        if partial_bias_ptr is not None:
             dbias = _sum_parts(partial_bias_ptr, offs_n, splits_n, N, BLOCK, PARTS)
             tl.store(dbias_ptr + offs_n, dbias.to(dbias_ptr.dtype.element_ty), mask=offs_n < N)
     elif pid < end_a:
-        if NEED_A:
+        if partial_a_ptr is not None:
             offs_a = (pid - end_n) * BLOCK + lane
             da = _sum_parts(partial_a_ptr, offs_a, splits_k, K * R_PAD, BLOCK, PARTS)
             tl.store(da_ptr + offs_a, da.to(da_ptr.dtype.element_ty), mask=offs_a < R * K)
     else:
-        if NEED_BLOCKS:
+        if partial_e_ptr is not None:
             offs_e = (pid - end_a) * BLOCK + lane
             de = _sum_parts(partial_e_ptr, offs_e, splits_k, K * P, BLOCK, PARTS)
-            if RELU:
+            if DIAGONAL.relu:
                 a = tl.load(blocks_ptr + offs_e, mask=offs_e < K * P, other=0.0).to(tl.float32)
                 # The subgradient at 0 is 1, so that a diagonal that starts at 0 trains.
                 on_diagonal = (offs_e // P) % P == offs_e % P
@@ -87,54 +111,46 @@ def _sum_parts(
     return total
 
 
+def _splits(*parts: Tensor | None) -> int:
+    """Of those that are given, which all have as many; 0 where none is."""
+    return next((part.shape[0] for part in parts if part is not None), 0)
+
+
 def launch_reduce(
-    partial_b: Tensor | None,
-    partial_scale: Tensor | None,
-    exact: Tensor | None,
-    partial_bias: Tensor | None,
-    partial_a: Tensor | None,
-    partial_e: Tensor | None,
+    outputs: OutputSums,
+    inputs: InputSums,
+    gradients: Gradients,
+    operands: Operands,
+    options: ProjectionOptions,
     *,
-    blocks: Tensor | None,
-    db: Tensor | None,
-    dscale: Tensor | None,
-    dbias: Tensor | None,
-    da: Tensor | None,
-    dblocks: Tensor | None,
-    n: int,
-    k: int,
-    r: int,
-    r_pad: int,
-    alpha: float,
-    relu: bool,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Write the gradients that are given, each from its parts [splits, ...].
 
-    ``early`` begins before the launch before has ended, which opens the way.
+    ``pdl`` starts it while the launch before drains, which must trigger it.
     """
-    outputs = [part for part in (partial_b, partial_scale, partial_bias) if part is not None]
-    inputs = [part for part in (partial_a, partial_e) if part is not None]
-    p = block_size_of(blocks)
-    end_b = ceil_div(n * r_pad, BLOCK) if partial_b is not None else 0
-    has_columns = partial_scale is not None or partial_bias is not None
+    n, k = operands.weight.shape
+    r = 0 if operands.lora_a is None else operands.lora_a.shape[0]
+    r_pad = padded_rank(r)
+    diagonal = diagonal_of(operands.blocks, options.diagonal == "relu")
+    end_b = ceil_div(n * r_pad, BLOCK) if outputs.b is not None else 0
+    has_columns = outputs.scale is not None or outputs.bias is not None
     end_n = end_b + (ceil_div(n, BLOCK) if has_columns else 0)
-    end_a = end_n + (ceil_div(k * r, BLOCK) if partial_a is not None else 0)
-    end = end_a + (ceil_div(k * p, BLOCK) if partial_e is not None else 0)
+    end_a = end_n + (ceil_div(k * r, BLOCK) if inputs.a is not None else 0)
+    end = end_a + (ceil_div(k * diagonal.p, BLOCK) if inputs.blocks is not None else 0)
     if end == 0:
         return
     launch(
         _reduce_kernel, (end,),
-        partial_b, partial_scale, exact, partial_bias, partial_a, partial_e,
-        blocks,
-        db, dscale, dbias, da, dblocks,
-        n, k, r,
-        outputs[0].shape[0] if outputs else 0, inputs[0].shape[0] if inputs else 0,
-        0 if exact is None else exact.shape[0], end_b, end_n, end_a, alpha,
-        P=p, RELU=relu,
-        NEED_B=partial_b is not None, NEED_SCALE=partial_scale is not None,
-        NEED_BIAS=partial_bias is not None, NEED_A=partial_a is not None,
-        NEED_BLOCKS=partial_e is not None, HAS_EXACT=exact is not None,
-        R_PAD=r_pad, BLOCK=BLOCK, PARTS=PARTS, EARLY=early,
-        num_warps=4, **launched_early(early),
+        partial_b_ptr=outputs.b, partial_scale_ptr=outputs.scale, exact_ptr=outputs.exact,
+        partial_bias_ptr=outputs.bias, partial_a_ptr=inputs.a, partial_e_ptr=inputs.blocks,
+        blocks_ptr=operands.blocks,
+        db_ptr=gradients.lora_b, dscale_ptr=gradients.scale, dbias_ptr=gradients.bias,
+        da_ptr=gradients.lora_a, dblocks_ptr=gradients.blocks,
+        N=n, K=k, R=r,
+        splits_n=_splits(outputs.b, outputs.scale, outputs.bias),
+        splits_k=_splits(inputs.a, inputs.blocks), spans=_splits(outputs.exact),
+        end_b=end_b, end_n=end_n, end_a=end_a, alpha=options.lora_scaling,
+        DIAGONAL=diagonal, TILE=ReduceTile(r_pad, BLOCK, PARTS, pdl),
+        num_warps=4, **pdl_options(pdl),
     )  # fmt: skip

@@ -1,9 +1,34 @@
 """Tile helpers that the kernels share."""
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Diagonal(NamedTuple):
+    """How a kernel reads D_b from D_a [K / P, P, P]; a compile-time constant.
+
+    Attributes:
+        p: P, the side of a block; 1 where there are none.
+        relu: Whether D_a's diagonal passes through Eq. 7's relu.
+    """
+
+    p: int
+    relu: bool
+
+
+def diagonal_of(blocks: Tensor | None, relu: bool) -> Diagonal:
+    """How to read D_b from ``blocks``."""
+    return Diagonal(block_size_of(blocks), relu)
+
+
+def partial_sums(splits: int, *shape: int, device: torch.device) -> Tensor:
+    """A new fp32 tensor [splits, *shape] for what the splits of a sum leave."""
+    return torch.empty((splits, *shape), dtype=torch.float32, device=device)
 
 
 def token_shape(matrix: Tensor) -> tuple[int, int]:
@@ -118,17 +143,68 @@ def token_pointers(
 
 
 @triton.jit
-def load_deviation(blocks_ptr, row, column, K, P: tl.constexpr, RELU: tl.constexpr):
+def window_columns(window, K, P: tl.constexpr, WINDOW: tl.constexpr):
+    """(columns, which of them exist) of window number ``window``: WINDOW // P whole blocks."""
+    SPAN: tl.constexpr = (WINDOW // P) * P
+    lane = tl.arange(0, WINDOW)
+    offs_k = window * SPAN + lane
+    return offs_k, (lane < SPAN) & (offs_k < K)
+
+
+@triton.jit
+def load_deviation(blocks_ptr, row, column, K, DIAGONAL: tl.constexpr):
     """E[row, column] of E = D_b − I for broadcastable indices; zero outside the blocks.
 
     D_a is stored [K / P, P, P], so element (o, i) of a block lies at o·P + i % P.
     """
+    P: tl.constexpr = DIAGONAL.p
     inside = (row < K) & (column < K) & (row // P == column // P)
     a = tl.load(blocks_ptr + row * P + column % P, mask=inside, other=0.0).to(tl.float32)
-    if RELU:
+    if DIAGONAL.relu:
         # where(a < 0, 0, -a) rather than a maximum: NaN passes through.
         a = tl.where(row == column, tl.where(a < 0, 0.0, -a), a)
     return a
+
+
+@triton.jit
+def load_factor(
+    blocks_ptr, offs_k, K, dtype: tl.constexpr, DIAGONAL: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """What :func:`apply_diagonal` takes for the columns offs_k.
+
+    Where P is 1 the diagonal of D_b, [WINDOW] in fp32, else E, or Eᵀ where TRANSPOSED, [WINDOW,
+    WINDOW] in ``dtype``.
+    """
+    if DIAGONAL.p == 1:
+        factor = 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, DIAGONAL)
+    elif TRANSPOSED:
+        e = load_deviation(blocks_ptr, offs_k[None, :], offs_k[:, None], K, DIAGONAL)
+        factor = e.to(dtype)
+    else:
+        e = load_deviation(blocks_ptr, offs_k[:, None], offs_k[None, :], K, DIAGONAL)
+        factor = e.to(dtype)
+    return factor
+
+
+@triton.jit
+def apply_diagonal(tile, wide, factor, P: tl.constexpr):
+    """tile D_b = tile + tile E, or tile D_bᵀ, in fp32; ``wide`` is the tile in fp32."""
+    if P == 1:
+        wide *= factor[None, :]
+    else:
+        # [ROWS, WINDOW] @ [WINDOW, WINDOW] -> [ROWS, WINDOW]
+        wide += tl.dot(tile, factor)
+    return wide
+
+
+@triton.jit
+def deviation_sums(ROWS: tl.constexpr, WINDOW: tl.constexpr, P: tl.constexpr):
+    """Zeros to sum dE in: [ROWS, WINDOW] where P is 1, else [WINDOW, WINDOW]."""
+    if P == 1:
+        sums = tl.zeros((ROWS, WINDOW), dtype=tl.float32)
+    else:
+        sums = tl.zeros((WINDOW, WINDOW), dtype=tl.float32)
+    return sums
 
 
 @triton.jit
@@ -137,8 +213,8 @@ def store_deviation(
 ):  # fmt: skip
     """Store one split of dE_part [splits, K / P, P, P] for the whole blocks in the columns offs_k.
 
-    ``sums`` [WINDOW, WINDOW] holds other pairs of columns as well; where P is 1, it is [rows,
-    WINDOW], and the rows are still to be added up.
+    ``sums`` as :func:`deviation_sums` makes it: it holds pairs of columns of two blocks as well, or
+    where P is 1 rows that are still to be added up.
     """
     target = partial_ptr + split.to(tl.int64) * K * P
     if P == 1:

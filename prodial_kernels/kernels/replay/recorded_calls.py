@@ -1,16 +1,17 @@
-"""The launches of one call, recorded once and repeated for every call like it.
+"""The launches of one call, recorded once and replayed for every call like it.
 
 Between two calls whose operands agree in shape, strides, dtype, alignment and device and whose
 options are equal, all that the launchers compute is the same: grids, tile sizes, constants, the
-sizes of temporaries. Only addresses and the stream differ. So :func:`taped` runs a function as it
-is until such a call comes back, then keeps a :class:`Tape` of what it launches and allocates; from
-then on it fills in the addresses and calls the driver. Nothing that Triton specialises a kernel on
-can differ under one key, because all of it is computed from what the key holds.
+sizes of temporaries. Only addresses and the stream differ. So :func:`replayed` runs a function as
+it is until such a call comes back, then keeps a :class:`Recording` of what it launches and
+allocates; from then on it fills in the addresses and calls the driver. Nothing that Triton
+specialises a kernel on can differ under one key, because all of it is computed from what the key
+holds.
 
-A function can be taped if it only allocates, makes views and launches by :func:`launch`; whatever
-else it does with tensors, such as a library product, is seen, and then it is always run as it is.
-So it is for the CPU, on a Triton whose launcher is not known, and while a launch hook is set;
-:func:`obstacles` tells.
+A function can be recorded if it only allocates, makes views and launches by :func:`launch`;
+whatever else it does with tensors, such as a library product, is seen, and then it is always run as
+it is. So it is for the CPU, on a Triton whose launcher is not known, and while a launch hook is
+set; :func:`obstacles` tells.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from torch import Tensor
 from triton import knobs
 
 from prodial_kernels.kernels.replay.recorder import Function, Recorder, recorder
-from prodial_kernels.kernels.replay.tape import Tape
+from prodial_kernels.kernels.replay.recording import Recording
 
-# Tapes kept, and calls remembered: a training run has one of each per shape and direction.
-TAPES = 512
+# Recordings kept, and calls remembered: a training run has one of each per shape and direction.
+RECORDINGS = 512
 
 Result = TypeVar("Result", bound=Sequence[Tensor | None])
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
-# None for a call that cannot be taped.
-_tapes: dict[Hashable, Tape | None] = {}
+# None for a call that cannot be recorded.
+_recordings: dict[Hashable, Recording | None] = {}
 _met: dict[Hashable, None] = {}
 _obstacles: dict[str, None] = {}
 
 
-def taped(
+def replayed(
     function: Callable[..., Result], tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
 ) -> Result:
-    """``function(*tensors, *options)``, from a tape where there is one for such a call.
+    """``function(*tensors, *options)``, from a recording where there is one for such a call.
 
     The first tensor's device is made the current one, on which Triton launches.
 
@@ -57,34 +58,34 @@ def taped(
         raise ValueError("tensors: the first, which says on which device to launch, is None")
     if first.is_cuda and first.get_device() != torch.cuda.current_device():
         with torch.cuda.device_of(first):
-            return taped(function, tensors, options)
-    if not _on_device(first) or hooked() or recorder() is not None:
+            return replayed(function, tensors, options)
+    if not replayable(first) or hooked() or recorder() is not None:
         return function(*tensors, *options)
 
     key, addresses = call_key(function, tensors, options)
-    tape = _tapes.get(key)
-    if tape is not None:
-        return tape.replay(addresses)  # type: ignore[return-value]
-    if key in _tapes or first.numel() == 0:
+    recording = _recordings.get(key)
+    if recording is not None:
+        return recording.replay(addresses)  # type: ignore[return-value]
+    if key in _recordings or first.numel() == 0:
         return function(*tensors, *options)
     if key not in _met:
         # Recording takes longer than launching: worth it for a call that comes back.
         _put(_met, key, None)
         return function(*tensors, *options)
-    recording = Recorder(tensors)
-    result = recording.run(function, options)
-    tape = recording.tape(result)
-    if not recording.ambiguous:
-        _put(_tapes, key, tape)
-        if recording.obstacle is not None:
-            _report(recording.obstacle)
+    watching = Recorder(tensors)
+    result = watching.run(function, options)
+    recording = watching.recording(result)
+    if not watching.ambiguous:
+        _put(_recordings, key, recording)
+        if watching.obstacle is not None:
+            _report(watching.obstacle)
     return result
 
 
 def call_key(
     function: Function, tensors: Sequence[Tensor | None], options: tuple[Hashable, ...]
 ) -> tuple[Hashable, list[int]]:
-    """Return what calls have in common that one tape is for, and the operands' addresses.
+    """Return what calls have in common that one recording is for, and the operands' addresses.
 
     The tensors' device is the first one's. Addresses divide by 16 unless the key says otherwise.
     """
@@ -106,15 +107,15 @@ def call_key(
     return tuple(described), addresses
 
 
-def _on_device(tensor: Tensor) -> bool:
-    """Whether it is a plain CUDA tensor, rather than one that stands for another."""
+def replayable(tensor: Tensor) -> bool:
+    """Whether calls with this operand first are recorded: a plain CUDA tensor, no subclass."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cuda
 
 
 def _put(into: dict[Hashable, Any], key: Hashable, value: Any) -> None:
     """Add an entry; the oldest makes way."""
     with _lock:
-        if len(into) >= TAPES:
+        if len(into) >= RECORDINGS:
             del into[next(iter(into))]
         into[key] = value
 
@@ -125,11 +126,18 @@ def _report(obstacle: str) -> None:
         _logger.warning("some calls are launched by Triton's JIT, which is slower: %s", obstacle)
 
 
-def forget() -> None:
-    """Drop every tape: for whoever changes what launchers choose, such as a tuning script."""
+def reset() -> None:
+    """Forget every recording and obstacle: for whoever changes what launchers choose."""
     with _lock:
-        _tapes.clear()
+        _recordings.clear()
         _met.clear()
+        _obstacles.clear()
+
+
+def counts() -> dict[str, int]:
+    """How many calls are ``"replayed"``, cannot be (``"run"``), and were ``"met"`` so far."""
+    replays = sum(recording is not None for recording in _recordings.values())
+    return {"replayed": replays, "run": len(_recordings) - replays, "met": len(_met)}
 
 
 def hooked() -> bool:
@@ -141,5 +149,5 @@ def hooked() -> bool:
 
 
 def obstacles() -> list[str]:
-    """Why some calls are launched by Triton's JIT every time; empty where all are taped."""
+    """Why some calls are launched by Triton's JIT every time; empty where all are replayed."""
     return list(_obstacles)

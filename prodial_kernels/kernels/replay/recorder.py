@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prodial_kernels.kernels.replay.direct_launch import DirectLaunch, UnsupportedLaunch
+from prodial_kernels.kernels.replay.raw_launch import RawLaunch, UnsupportedLaunch
+from prodial_kernels.kernels.replay.recording import FORK, JOIN, MAIN, SIDE, Output, Recording
 from prodial_kernels.kernels.replay.streams import SideStream, side_stream
-from prodial_kernels.kernels.replay.tape import FORK, JOIN, MAIN, SIDE, Output, Tape
 from prodial_kernels.kernels.replay.workspace import Lifetime, pack
 
 _ALLOCATIONS = (
@@ -38,18 +38,14 @@ def recorder() -> Recorder | None:
 
 
 def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    *arguments: Any,
-    side: SideStream | None = None,
-    **named: Any,
+    kernel: Any, grid: tuple[int, ...], *, side: SideStream | None = None, **arguments: Any
 ) -> None:
-    """``kernel[grid](*arguments, **named)``, on a side stream if one is given; taped if asked."""
+    """``kernel[grid](**arguments)``, on a side stream if one is given; recorded if asked."""
     with nullcontext() if side is None else torch.cuda.stream(side.stream):
-        compiled = kernel[grid](*arguments, **named)
-    recording = recorder()
-    if recording is not None:
-        recording.launched(kernel, compiled, grid, arguments, named, side is not None)
+        compiled = kernel[grid](**arguments)
+    active = recorder()
+    if active is not None:
+        active.launched(kernel, compiled, grid, arguments, side is not None)
 
 
 def fork(device: torch.device) -> SideStream:
@@ -60,24 +56,24 @@ def fork(device: torch.device) -> SideStream:
     """
     side = side_stream(device)
     side.fork(torch.cuda.current_stream(device))
-    recording = recorder()
-    if recording is not None:
-        recording.forked()
+    active = recorder()
+    if active is not None:
+        active.forked()
     return side
 
 
 def join(side: SideStream, device: torch.device) -> None:
     """Let the current stream wait for the side stream's work."""
     side.join(torch.cuda.current_stream(device))
-    recording = recorder()
-    if recording is not None:
-        recording.joined()
+    active = recorder()
+    if active is not None:
+        active.joined()
 
 
 @dataclass
 class _Step:
     kind: int
-    direct: Callable[[int, list[int]], None] = lambda stream, addresses: None
+    raw: Callable[[int, list[int]], None] = lambda stream, addresses: None
     operands: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -126,17 +122,15 @@ class Recorder(TorchDispatchMode):
         kernel: Any,
         compiled: Any,
         grid: tuple[int, ...],
-        positional: tuple[Any, ...],
-        named: dict[str, Any],
+        given: dict[str, Any],
         side: bool,
     ) -> None:
         """Keep a launch that was just made."""
         if getattr(kernel, "pre_run_hooks", None):
             self._stop(f"{kernel.__name__} has hooks of its own that run before it")
-        bound = dict(zip(kernel.arg_names, positional, strict=False)) | named
-        arguments = [bound[name] for name in kernel.arg_names if name in bound]
+        arguments = [given[name] for name in kernel.arg_names if name in given]
         try:
-            direct = DirectLaunch(compiled, grid, arguments)
+            raw = RawLaunch(compiled, grid, arguments)
         except UnsupportedLaunch as error:
             self._stop(f"{kernel.__name__} cannot be launched directly: {error}")
             return
@@ -148,7 +142,7 @@ class Recorder(TorchDispatchMode):
                 operands.append(self._operand(argument))
         if side and not self._forked:
             self._stop(f"{kernel.__name__} is on a side stream that was not forked")
-        self._steps.append(_Step(SIDE if side else MAIN, direct, operands))
+        self._steps.append(_Step(SIDE if side else MAIN, raw, operands))
 
     def forked(self) -> None:
         """Keep a fork."""
@@ -160,8 +154,8 @@ class Recorder(TorchDispatchMode):
         self._forked = False
         self._steps.append(_Step(JOIN))
 
-    def tape(self, result: Sequence[Tensor | None]) -> Tape | None:
-        """Return the tape, or None where the function cannot be taped."""
+    def recording(self, result: Sequence[Tensor | None]) -> Recording | None:
+        """Return the recording, or None where the function cannot be recorded."""
         shapes: list[Output | None] = []
         number: dict[int, int] = {}
         for tensor in result:
@@ -186,11 +180,11 @@ class Recorder(TorchDispatchMode):
         first = inputs + len(number)
         number |= {slot: first + index for index, slot in enumerate(temporary)}
         steps = [
-            (step.kind, step.direct, [(number.get(slot, slot), at) for slot, at in step.operands])
+            (step.kind, step.raw, [(number.get(slot, slot), at) for slot, at in step.operands])
             for step in self._steps
         ]
         device = next(tensor.device for tensor in self._inputs if tensor is not None)
-        return Tape(device, shapes, offsets, size, steps)
+        return Recording(device, shapes, offsets, size, steps)
 
     def _operand(self, tensor: Tensor) -> tuple[int, int]:
         """(slot, bytes from its start) of a tensor that is one of those seen, or a view of one."""

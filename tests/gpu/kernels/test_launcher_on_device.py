@@ -1,4 +1,4 @@
-"""Launches from a tape on a real GPU: bit for bit what Triton's own launches give."""
+"""Launches from a recording on a real GPU: bit for bit what Triton's own launches give."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def _no_tapes() -> Iterator[None]:
-    recorded_calls.forget()
+def _no_recordings() -> Iterator[None]:
+    recorded_calls.reset()
     yield
-    recorded_calls.forget()
+    recorded_calls.reset()
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ def step(case: LinearCase, channel_first: bool = False) -> list[Tensor]:
 def by_jit(case: LinearCase, channel_first: bool, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The same with every launch made by Triton."""
     with monkeypatch.context() as patch:
-        patch.setattr(recorded_calls, "_on_device", lambda _: False)
+        patch.setattr(recorded_calls, "replayable", lambda _: False)
         return step(case, channel_first)
 
 
 def settle(call: Call) -> None:
-    """Let a call come back often enough that it is taped."""
+    """Let a call come back often enough that it is recorded."""
     for _ in range(2):
         step(call.case(), call.channel_first)
 
@@ -136,10 +136,10 @@ def test_random_sequences_give_the_bits_of_the_jit(monkeypatch: pytest.MonkeyPat
         # Some memory stays, so that later calls meet other addresses.
         held = [*held, (case, result)][-draw.randrange(1, 4) :]
     assert recorded_calls.obstacles() == []
-    assert sum(one is not None for one in recorded_calls._tapes.values()) == 2 * len(CALLS)
+    assert recorded_calls.counts()["replayed"] == 2 * len(CALLS)
 
 
-def test_a_captured_tape_replays_on_new_data() -> None:
+def test_a_captured_recording_replays_on_new_data() -> None:
     call = CALLS[0]
     settle(call)
     case = call.case()
@@ -191,7 +191,7 @@ def test_threads_on_streams_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Non
     assert wrong == []
 
 
-def test_a_tape_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     call = CALLS[0]
     settle(call)
     case = call.case()
@@ -212,7 +212,7 @@ def test_a_tape_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_another_device_has_tapes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_device_has_recordings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         for device in ("cuda:0", "cuda:1"):
             case = CALLS[0].case(device)

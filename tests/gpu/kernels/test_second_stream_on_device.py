@@ -1,4 +1,4 @@
-"""What runs beside something else: on a second stream, or begun before the one before it ended."""
+"""What runs concurrently: launches on a second stream, and PDL launches."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from torch import Tensor
 
 from prodial_kernels import prodial_linear
 from prodial_kernels.kernels.choices.backward_plan import BackwardPlan, choose_backward
-from prodial_kernels.kernels.choices.tile_sizes import (
-    TALL,
-    WIDE,
-    GemmConfig,
-    choose_gemm,
-    columns_apart,
-)
+from prodial_kernels.kernels.choices.forward_plan import choose_gemm, tail_columns
+from prodial_kernels.kernels.choices.tile_sizes import TALL, WIDE, GemmConfig
 from prodial_kernels.kernels.projector import gemm, passes, reduce
 from prodial_kernels.kernels.projector.passes import device_limits
 from prodial_kernels.kernels.replay import recorded_calls
@@ -49,16 +44,16 @@ def channel_first(case: LinearCase) -> Tensor:
     ],
     ids=str,
 )  # fmt: skip
-def test_sums_among_the_products_programs(
+def test_sums_co_resident_with_the_product(
     m: int, k: int, n: int, tile: GemmConfig, block_size: int, layout: str
 ) -> None:
     k = k // block_size * block_size
     plan = choose_backward(
         m, n, k, 16, wants_t=True, output_side=True, through_weight=True, bias=False,
-        channel_first=False, **device_limits(torch.device("cuda", 0)),
+        channel_first=False, limits=device_limits(torch.device("cuda", 0)),
     )  # fmt: skip
     if torch.cuda.get_device_capability()[0] == 9:
-        assert plan.among
+        assert plan.co_resident
         assert plan.gemm.block_m == tile.block_m
     function = run if layout == "tokens" else channel_first
     case = replace(
@@ -74,10 +69,10 @@ def test_sums_among_the_products_programs(
 
 @pytest.mark.parametrize(("k", "n"), [(768, 8512), (264, 10576)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-def test_last_columns_among_the_others(k: int, n: int, bias: bool) -> None:
+def test_tail_columns_by_narrow_tiles(k: int, n: int, bias: bool) -> None:
     limits = device_limits(torch.device("cuda", 0))
-    if limits["capability"] == (9, 0) and limits["processors"] == 132:
-        assert columns_apart(2048, n, choose_gemm(2048, n, **limits), 132)
+    if limits == ((9, 0), 132):
+        assert tail_columns(2048, n, choose_gemm(2048, n, limits), 132)
     case = make_case(2048, k, n, block_size=1, r=16, device="cuda")
     case = case if bias else replace(case, bias=None)
     assert_case_accurate(case, run, compute=torch.bfloat16)
@@ -90,38 +85,38 @@ def test_last_columns_among_the_others(k: int, n: int, bias: bool) -> None:
         (2048, 1536, 768, 16),
         (16384, 1536, 768, 16),
         (8192, 2048, 2048, 70),
-        # Reduce behind a late join.
+        # Reduce behind a deferred join.
         (2048, 768, 3072, 64),
     ],
 )
-def test_early_and_late_launches_change_no_bit(
+def test_pdl_and_deferred_joins_change_no_bit(
     monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, r: int
 ) -> None:
     case = make_case(m, k, n, block_size=1, r=r, device="cuda", seed=3)
     case = replace(case, bias=None).cast(torch.bfloat16, torch.float32)
-    early: list[bool] = []
+    pdl: list[bool] = []
     with monkeypatch.context() as patches:
-        recorded_calls.forget()
+        recorded_calls.reset()
         for module in (gemm, reduce):
             watch(
                 patches, module, "launch",
-                lambda *_, **named: early.append(named.get("launch_pdl", False)),
+                lambda *_, **named: pdl.append(named.get("launch_pdl", False)),
             )  # fmt: skip
         case.run(run)
-    assert any(early) == (torch.cuda.get_device_capability()[0] == 9)
+    assert any(pdl) == (torch.cuda.get_device_capability()[0] == 9)
     with monkeypatch.context() as patches:
-        recorded_calls.forget()
+        recorded_calls.reset()
         choose = passes.choose_backward
 
         def in_turn(*args: Any, **options: Any) -> BackwardPlan:
             plan = choose(*args, **options)
-            return replace(plan, gemm=replace(plan.gemm, early=False), late=False)
+            return replace(plan, gemm=replace(plan.gemm, pdl=False), deferred=False)
 
-        patches.setattr(passes, "overlaps", lambda *_: False)
+        patches.setattr(passes, "supports_pdl", lambda *_: False)
         patches.setattr(passes, "choose_backward", in_turn)
         expected = case.run(run)
-    recorded_calls.forget()
-    # Tapes are recorded, replayed and captured; between them something else is running.
+    recorded_calls.reset()
+    # Calls are recorded, replayed and captured; between them something else is running.
     noise = torch.empty(2**24, device="cuda")
     for _ in range(30):
         noise.normal_()

@@ -26,9 +26,9 @@ def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("auto takes PyTorch on this architecture")
     monkeypatch.setattr(implementation, "_checked", {})
     # A recorded product launches what it was recorded from, whatever a test puts in its place.
-    recorded_calls.forget()
+    recorded_calls.reset()
     yield
-    recorded_calls.forget()
+    recorded_calls.reset()
 
 
 def x_of(dtype: torch.dtype) -> Tensor:

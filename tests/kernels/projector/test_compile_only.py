@@ -30,7 +30,7 @@ SPILLS_OF = {120: 64}
 
 def rank_of(cost: dict[str, Any]) -> int | None:
     """The padded rank in a launch's title."""
-    found = re.search(r"R_PAD=(\d+)", cost["title"])
+    found = re.search(r"\bRANK=(\d+)", cost["title"])
     return None if found is None else int(found[1])
 
 
@@ -40,7 +40,9 @@ def allowed_from_registers(cost: dict[str, Any]) -> int:
     That hands L on to one product behind its loop, in slices of 16, or zeros where nothing becomes
     of L, and awaits it at once; flattened loops hold it twice. test_every_launch.py runs each.
     """
-    if cost["kernel"] != "_gemm_kernel" or "COMPANION=True" not in cost["title"]:
+    if cost["kernel"] != "_gemm_kernel" or (
+        " without " in cost["title"] and "inner" in cost["title"].split(" without ")[1]
+    ):
         return 0
     return 2 * (rank_of(cost) or 0) // 16
 

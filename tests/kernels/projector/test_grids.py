@@ -56,7 +56,7 @@ def grids(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Grid]]:
         for module in LAUNCHERS:
             patch.setattr(module, "launch", launch)
         # Which fake tensors cannot be recorded for.
-        patch.setattr(recorded_calls, "_on_device", lambda tensor: False)
+        patch.setattr(recorded_calls, "replayable", lambda tensor: False)
         passes.device_limits.cache_clear()
         yield seen
     passes.device_limits.cache_clear()

@@ -214,7 +214,7 @@ def test_selective_checkpointing(device: str, monkeypatch: pytest.MonkeyPatch) -
     runs: list[str] = []
     forward = passes.forward
     monkeypatch.setattr(passes, "forward", lambda *a: (runs.append("forward"), forward(*a))[1])
-    # From a tape, the function that is counted would not run.
+    # From a recording, the function that is counted would not run.
     monkeypatch.setattr(recorded_calls, "hooked", lambda: True)
 
     def run(policy: CheckpointPolicy | None) -> dict[str, Tensor]:

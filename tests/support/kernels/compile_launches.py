@@ -146,6 +146,14 @@ def covering(launches: Iterable[Launch], cover: str) -> list[Launch]:
     return chosen
 
 
+# Operands whose absence makes a kernel another one.
+OPTIONAL = {
+    "inner", "outer", "low_ptr", "deviation_ptr", "bias_ptr", "blocks_ptr", "seed_ptr", "t_ptr",
+    "v_ptr", "a_out_ptr", "b_out_ptr", "exact_ptr", "partial_a_ptr", "partial_b_ptr",
+    "partial_bias_ptr", "partial_e_ptr", "partial_scale_ptr",
+}  # fmt: skip
+
+
 def covered_by(launch: Launch, cover: str) -> set[tuple[object, ...]]:
     """What a launch covers: its values; any two that are not off; two sizes with a switch."""
     values = [(name, repr(v)) for name, v in launch.constants.items() if name.isupper()]
@@ -154,6 +162,10 @@ def covered_by(launch: Launch, cover: str) -> set[tuple[object, ...]]:
     covers.add((launch.kernel, launch.dtype))
     sizes = sorted(value for value in values if value[1] not in ("True", "False"))
     switches = sorted(value for value in values if value[1] == "True")
+    switches += [
+        (name, "given") for name, kind in sorted(launch.source.signature.items())
+        if name in OPTIONAL and kind != "constexpr"
+    ]  # fmt: skip
     if cover != "values":
         covers |= {(launch.kernel, *pair) for pair in itertools.combinations(sizes + switches, 2)}
     if cover == "triples":

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from prodial_kernels import prodial_linear
+from prodial_kernels.kernels.projector import passes
+from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import LinearCase, assert_all_accurate
 
 # Drawn before every call whose mask has to be known.
@@ -95,6 +97,19 @@ def watch(
         return original(*args, **options)
 
     monkeypatch.setattr(module, name, watched)
+
+
+def replan(
+    monkeypatch: pytest.MonkeyPatch, direction: Literal["forward", "backward"], **changes: Any
+) -> None:
+    """Let every call of a direction run by its own plan with ``changes``."""
+    choose = getattr(passes, f"choose_{direction}")
+    monkeypatch.setattr(
+        passes,
+        f"choose_{direction}",
+        lambda *args, **named: replace(choose(*args, **named), **changes),
+    )
+    recorded_calls.reset()
 
 
 def run(case: LinearCase, impl: str = "triton") -> Tensor:

@@ -79,9 +79,9 @@ class Launch:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Compile-time constants by name."""
+        """Compile-time constants by name, those of a named tuple by its fields."""
         names = self.source.fn.arg_names
-        return {names[path[0]]: value for path, value in self.source.constants.items()}
+        return flat({names[path[0]]: value for path, value in self.source.constants.items()})
 
     @property
     def dtype(self) -> str:
@@ -99,6 +99,15 @@ class Launch:
         named = f"sm_{self.device.arch} {self.kernel} {self.dtype}"
         without = f" without {','.join(absent)}" if absent else ""
         return f"{named} {listed} warps={warps} stages={stages}{without}"
+
+
+def flat(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a launch, with the fields of named tuples, in capitals, in their place."""
+    found = {}
+    for name, value in arguments.items():
+        fields = value._asdict() if hasattr(value, "_asdict") else None
+        found |= {name: value} if fields is None else {k.upper(): v for k, v in fields.items()}
+    return found
 
 
 _device_numbers = itertools.count()

@@ -2,7 +2,7 @@
 
 ``kernel[grid](...)`` binds and specialises the arguments, looks the kernel up and wraps every
 tensor descriptor, about 100 µs of Python. Once that has happened, only addresses and the stream
-differ from call to call: :class:`DirectLaunch` keeps the rest. What the driver's C function takes
+differ from call to call: :class:`RawLaunch` keeps the rest. What the driver's C function takes
 differs between versions of Triton, so it is not written down here: Triton's own launcher is run
 once with a stand-in for that function, which keeps what it is given.
 """
@@ -26,7 +26,7 @@ class UnsupportedLaunch(Exception):
     """A kernel that cannot be launched directly; the message says why."""
 
 
-class DirectLaunch:
+class RawLaunch:
     """One compiled kernel with its grid and every argument, addresses and stream left open.
 
     It may stand in for ``kernel[grid](*arguments)`` only where dtypes, shapes, strides, integers,

@@ -1,6 +1,6 @@
 """Writes down the launches of some projectors in order, and what they take together, as JSON.
 
-python overlapping_launches.py FILE
+python launch_order.py FILE
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from prodial_kernels.kernels.projector import (
 )
 from support.kernels.compile_launches import compile_launch, cost_of
 from support.kernels.launch_matrix import Projector, record
-from support.kernels.launch_recorder import DEVICES, Launch, Recorder
+from support.kernels.launch_recorder import DEVICES, Launch, Recorder, flat
 
 BF16 = Projector(bias=False)
-# Plans of every kind, and some without what opens the way.
+# Plans of every kind, and some without a launch that triggers another.
 PROJECTORS = {
-    "beside": replace(BF16, k=1536, n=768),
-    "among": BF16,
-    "among, blocks": replace(BF16, block_size=48),
-    "among wide tiles": replace(BF16, m=16384),
-    "late": replace(BF16, r=64),
+    "side by side": replace(BF16, k=1536, n=768),
+    "co-resident": BF16,
+    "co-resident, blocks": replace(BF16, block_size=48),
+    "co-resident, wide tiles": replace(BF16, m=16384),
+    "deferred": replace(BF16, r=64),
     "many tokens": replace(BF16, m=16384, k=1536, n=768),
-    "in parts": replace(BF16, m=16384, k=2048, n=8192),
-    "columns apart": replace(BF16, k=2048, n=8512),
+    "column panels": replace(BF16, m=16384, k=2048, n=8192),
+    "tail columns": replace(BF16, k=2048, n=8512),
     "channel-first X": replace(BF16, k=4096, n=2048, x_channel_first=True),
     "channel-first Y": replace(BF16, m=4096, k=768, n=1536, y_channel_first=True),
     "no LoRA, no blocks": replace(BF16, m=4096, k=1024, block_size=None, r=None),
@@ -55,15 +55,15 @@ class Step:
     Attributes:
         name: The kernel, or the edge.
         side: Whether it is on the side stream.
-        opens: Whether the next launch may begin early.
-        early: Whether the driver is asked to begin it early.
+        triggers: Whether it triggers the next launch.
+        pdl: Whether it is a PDL launch to the driver.
         waits: Whether the kernel then waits.
     """
 
     name: str
     side: bool = False
-    opens: bool = False
-    early: bool = False
+    triggers: bool = False
+    pdl: bool = False
     waits: bool = False
 
 
@@ -79,10 +79,11 @@ def steps_of(each: Projector, arch: int) -> list[Step]:
         return call
 
     def launched(kernel: Any, *_: Any, side: Any = None, **named: Any) -> Step:
+        constants = flat(named)
         return Step(
             kernel.__name__.removeprefix("_").removesuffix("_kernel"), side is not None,
-            opens=named.get("OPEN", False), early=named.get("launch_pdl", False),
-            waits=named.get("EARLY", False),
+            triggers=constants.get("TRIGGERS_NEXT", False), pdl=named.get("launch_pdl", False),
+            waits=constants.get("PDL", False),
         )  # fmt: skip
 
     with ExitStack() as stack:
@@ -150,17 +151,17 @@ def main(file: Path) -> None:
         }
         for arch in (80, 90, 100)
     }
-    beside = launches_of(PROJECTORS["beside"])
+    side_by_side = launches_of(PROJECTORS["side by side"])
     code = {
         name: {each.kernel: comes_first(f"griddepcontrol.{instruction}", each)
-               for each in beside if each.constants.get(flag)}
+               for each in side_by_side if each.constants.get(flag)}
         for name, flag, instruction in (
-            ("waits", "EARLY", "wait"), ("opens", "OPEN", "launch_dependents"),
+            ("waits", "PDL", "wait"), ("triggers", "TRIGGERS_NEXT", "launch_dependents"),
         )
     }  # fmt: skip
     room = {
         f"{name}: {kernel}": left
-        for name in ("among", "among, blocks", "among wide tiles")
+        for name in ("co-resident", "co-resident, blocks", "co-resident, wide tiles")
         for kernel, left in room_beside_product(PROJECTORS[name]).items()
     }
     file.write_text(json.dumps({"orders": orders, "code": code, "room": room}))

@@ -1,4 +1,4 @@
-"""Compares what a tape hands to the driver with what Triton's JIT hands to it, byte by byte."""
+"""Compares a replayed launch with one by Triton's JIT, byte by byte as the driver gets them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prodial_kernels.kernels.projector import (
     reduce,
 )
 from prodial_kernels.kernels.projector.operands import Needs, ProjectionOptions
-from prodial_kernels.kernels.replay import recorded_calls, tape
+from prodial_kernels.kernels.replay import recorded_calls, recording
 from support.kernels.stand_in_driver import STREAM, DriverLaunch, StandInDriver
 
 KERNELS = (
@@ -54,23 +54,23 @@ def both_ways(channel_first: bool, p: int, driver: StandInDriver) -> tuple[Call,
     options = ProjectionOptions("triton", lora_scaling=1.0)
     given = operands(channel_first, p)
     length = M // 2 if channel_first else 0
-    y, h = recorded_calls.taped(passes.recorded_forward, given, (options, length))
+    y, h = recorded_calls.replayed(passes.recorded_forward, given, (options, length))
     forward = Call(given, [y, h], driver.taken())
     assert y is not None
     given = [torch.empty_like(y), *given, y, h, None]
     needs = Needs(True, False, True, True, True, True, False)
-    results = recorded_calls.taped(passes.recorded_backward, given, (options, needs))
+    results = recorded_calls.replayed(passes.recorded_backward, given, (options, needs))
     return forward, Call(given, list(results), driver.taken())
 
 
 def check(channel_first: bool, p: int, driver: StandInDriver) -> None:
-    """The second call is recorded, those after it are a tape's, each on other addresses."""
+    """The second call is recorded, those after it are a recording's, each on other addresses."""
     both_ways(channel_first, p, driver)
     driver.learn(KERNELS)
     # All are held, so that no address comes back.
     runs = [both_ways(channel_first, p, driver) for _ in range(3)]
-    for jit, *by_tape in zip(*runs, strict=True):
-        for other in by_tape:
+    for jit, *by_replay in zip(*runs, strict=True):
+        for other in by_replay:
             check_same(jit, other)
 
 
@@ -96,17 +96,16 @@ def main() -> int:
     """Run every check; an AssertionError tells what is wrong."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(recorded_calls, "_on_device", return_value=True),
-        mock.patch.object(tape, "current_handle", return_value=STREAM),
+        mock.patch.object(recorded_calls, "replayable", return_value=True),
+        mock.patch.object(recording, "current_handle", return_value=STREAM),
     ):
         driver = StandInDriver(Path(folder))
         for channel_first in (False, True):
             for p in (1, 12):
                 check(channel_first, p, driver)
         assert not recorded_calls.obstacles(), recorded_calls.obstacles()
-        tapes = list(recorded_calls._tapes.values())
-        assert len(tapes) == 8
-        assert None not in tapes
+        counts = recorded_calls.counts()
+        assert (counts["replayed"], counts["run"]) == (8, 0), counts
     return 0
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from prodial_kernels.kernels.choices.tile_sizes import MAX_FUSED_RANK, rides_forward
+from prodial_kernels.kernels.choices.forward_plan import fuses_low_rank
+from prodial_kernels.kernels.choices.tile_sizes import MAX_FUSED_RANK
 from prodial_kernels.kernels.projector import passes
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import LinearCase, assert_case_accurate, make_case
-from support.kernels.kernel_cases import triton_linear, watch
+from support.kernels.kernel_cases import replan, triton_linear, watch
 
 HOPPER = (9, 0)
 
@@ -25,12 +26,12 @@ HOPPER = (9, 0)
     ],
 )  # fmt: skip
 def test_for_few_columns_and_ranks_that_fit(n: int, r_pad: int, expected: bool) -> None:
-    assert rides_forward(n, r_pad, capability=HOPPER) is expected
+    assert fuses_low_rank(n, r_pad, HOPPER) is expected
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)
 def test_on_no_device_where_it_was_not_measured(capability: tuple[int, int]) -> None:
-    assert not rides_forward(768, 16, capability=capability)
+    assert not fuses_low_rank(768, 16, capability)
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which launch made H, call by call."""
     calls = []
 
-    def see_prepare(*args: Any, x: Any = None, **options: Any) -> None:
-        if x is not None:
+    def see_prepare(*args: Any, low_rank_of: Any = None, **options: Any) -> None:
+        if low_rank_of is not None:
             calls.append("prepare")
 
     def see_gemm(*args: Any, **options: Any) -> None:
@@ -56,26 +57,25 @@ def case_of(device: str, k: int = 48, n: int = 40, r: int = 5, m: int = 70) -> L
 
 
 @pytest.mark.parametrize("r", [1, 16, 20, 50])
-@pytest.mark.parametrize("rides", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
 def test_both_ways_give_the_definition(
-    kernel_device: str, monkeypatch: pytest.MonkeyPatch, made: list[str], rides: bool, r: int
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, made: list[str], fused: bool, r: int
 ) -> None:
-    monkeypatch.setattr(passes, "rides_forward", lambda *args, **options: rides)
-    recorded_calls.forget()
+    replan(monkeypatch, "forward", fused_low_rank=fused)
     case = case_of(kernel_device, r=r)
     for part in ({}, {"bias": None}, {"blocks": None}, {"scale": None}):
         assert_case_accurate(replace(case, **part), triton_linear, compute=torch.float16)
-    recorded_calls.forget()
-    assert set(made) == {"gemm" if rides else "prepare"}
+    recorded_calls.reset()
+    assert set(made) == {"gemm" if fused else "prepare"}
 
 
 @pytest.mark.parametrize(
     "shape", [{"k": 44}, {"n": 36}, {"k": 45, "n": 37}, {"m": 24, "n": 512}], ids=str
 )
-def test_not_where_rows_are_not_aligned_or_tokens_are_turned(
+def test_not_where_rows_are_not_aligned_or_blocks_apply_to_activations(
     kernel_device: str, made: list[str], shape: dict[str, int]
 ) -> None:
-    recorded_calls.forget()
+    recorded_calls.reset()
     assert_case_accurate(case_of(kernel_device, **shape), triton_linear, compute=torch.float16)
-    recorded_calls.forget()
+    recorded_calls.reset()
     assert set(made) == {"prepare"}

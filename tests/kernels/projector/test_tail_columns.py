@@ -1,4 +1,4 @@
-"""The last, nearly empty column of forward's tiles, computed apart."""
+"""The last, nearly empty column of forward's tiles, computed by narrow tiles."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from prodial_kernels.kernels.choices.tile_sizes import NARROW, choose_gemm, columns_apart
+from prodial_kernels.kernels.choices.forward_plan import NARROW, choose_gemm, tail_columns
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.projector import passes
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import assert_case_accurate, make_case
-from support.kernels.kernel_cases import triton_linear, watch
+from support.kernels.kernel_cases import replan, triton_linear, watch
 
-HOPPER: dict[str, Any] = {"capability": (9, 0), "processors": 132}
+HOPPER = DeviceLimits((9, 0), 132)
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,8 @@ HOPPER: dict[str, Any] = {"capability": (9, 0), "processors": 132}
         (2048, 8192, 0), (2048, 3352, 0), (2048, 64, 0), (2048, 8448 + 192, 0),
     ],
 )  # fmt: skip
-def test_where_they_would_begin_another_round(m: int, n: int, expected: int) -> None:
-    assert columns_apart(m, n, choose_gemm(m, n, **HOPPER), 132) == expected
+def test_where_they_would_need_another_round(m: int, n: int, expected: int) -> None:
+    assert tail_columns(m, n, choose_gemm(m, n, HOPPER), 132) == expected
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -41,14 +42,10 @@ def test_the_same_product_in_two_launches(
         launched.append((options["config"], v.shape[0]))
 
     watch(monkeypatch, passes, "launch_gemm", see)
-    monkeypatch.setattr(passes, "rides_forward", lambda *args, **options: False)
-    monkeypatch.setattr(
-        passes, "device_limits", lambda device: {"capability": (9, 0), "processors": 4}
-    )
-    recorded_calls.forget()
+    replan(monkeypatch, "forward", fused_low_rank=False, tail_columns=n - 256)
     case = make_case(m, 32, n, block_size=1, r=4, device=kernel_device)
     case = case if bias else replace(case, bias=None)
     assert_case_accurate(case, triton_linear, compute=torch.float16)
-    recorded_calls.forget()
+    recorded_calls.reset()
     (_, most), (config, rest), _ = launched
     assert (most, rest, config) == (256, n - 256, NARROW)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.replay.streams import current_handle, side_stream
 
-# The kinds of step on a tape; the first two also number the streams.
+# The kinds of step on a recording; the first two also number the streams.
 MAIN, SIDE, FORK, JOIN = range(4)
 
 # Shape, strides and dtype.
@@ -18,7 +18,7 @@ Output = tuple[torch.Size, tuple[int, ...], torch.dtype]
 Step = tuple[int, Callable[[int, list[int]], None], list[tuple[int, int]]]
 
 
-class Tape:
+class Recording:
     """What one call launched and allocated, without addresses.
 
     Args:
@@ -64,16 +64,16 @@ class Tape:
             addresses.extend([base + offset for offset in self._offsets])
         if not self._forks:
             stream = current_handle(device)
-            for _, direct, operands in self._steps:
-                direct(stream, [addresses[slot] + offset for slot, offset in operands])
+            for _, raw, operands in self._steps:
+                raw(stream, [addresses[slot] + offset for slot, offset in operands])
             return tuple(results)
         current, side = torch.cuda.current_stream(device), side_stream(device)
         streams = (current.cuda_stream, side.handle)
-        for kind, direct, operands in self._steps:
+        for kind, raw, operands in self._steps:
             if kind == FORK:
                 side.fork(current)
             elif kind == JOIN:
                 side.join(current)
             else:
-                direct(streams[kind], [addresses[slot] + offset for slot, offset in operands])
+                raw(streams[kind], [addresses[slot] + offset for slot, offset in operands])
         return tuple(results)

@@ -1,4 +1,4 @@
-"""Tapes of launches: what they repeat, when they must not, and what the driver sees of it."""
+"""Recorded launches: what is replayed, when they must not, and what the driver sees of it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from triton.compiler import make_backend
 from triton.runtime.jit import native_specialize_impl
 
 from prodial_kernels import kernels
-from prodial_kernels.kernels.replay import recorded_calls, recorder, tape
-from prodial_kernels.kernels.replay.direct_launch import UnsupportedLaunch
+from prodial_kernels.kernels.replay import recorded_calls, recorder, recording
+from prodial_kernels.kernels.replay.raw_launch import UnsupportedLaunch
 from prodial_kernels.kernels.replay.recorder import fork, join, launch
 from prodial_kernels.kernels.replay.workspace import ALIGNMENT, Lifetime, pack
 from support.kernels.uninterpreted import run_uninterpreted
 
 
 def test_the_driver_gets_what_triton_gives_it(tmp_path: Path) -> None:
-    run_uninterpreted(tmp_path, "taped_launches.py")
+    run_uninterpreted(tmp_path, "replayed_launches.py")
 
 
-# --- Which calls share a tape. ------------------------------------------------------------------
+# --- Which calls share a recording. --------------------------------------------------------------
 
 
 def some_tensor(draw: random.Random) -> Tensor:
@@ -73,7 +73,7 @@ def test_the_order_of_operands_is_in_the_key() -> None:
     assert len(keys) == 4
 
 
-# --- What a tape repeats. -----------------------------------------------------------------------
+# --- What is replayed. ----------------------------------------------------------------------------
 
 
 class Kernel:
@@ -123,19 +123,18 @@ class Side:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     made = Kernel()
-    monkeypatch.setattr(recorder, "DirectLaunch", Direct)
-    monkeypatch.setattr(recorded_calls, "_on_device", lambda _: True)
-    monkeypatch.setattr(tape, "current_handle", lambda _: 7)
+    monkeypatch.setattr(recorder, "RawLaunch", Direct)
+    monkeypatch.setattr(recorded_calls, "replayable", lambda _: True)
+    monkeypatch.setattr(recording, "current_handle", lambda _: 7)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=7))
-    for module in (tape, recorder):
+    for module in (recording, recorder):
         monkeypatch.setattr(module, "side_stream", lambda _: Side(made))
-    recorded_calls.forget()
+    recorded_calls.reset()
     yield made
-    recorded_calls.forget()
-    recorded_calls._obstacles.clear()
+    recorded_calls.reset()
 
 
-def by_tape(kernel: Kernel, run: Callable[[], Any]) -> bool:
+def by_replay(kernel: Kernel, run: Callable[[], Any]) -> bool:
     """Whether ``run`` launched past Triton's JIT."""
     before = kernel.by_jit
     kernel.direct.clear()
@@ -148,8 +147,8 @@ def two_steps(kernel: Kernel) -> Callable[..., tuple[Tensor | None, ...]]:
     def function(x: Tensor, factor: int = 1) -> tuple[Tensor | None, ...]:
         between = torch.empty(len(x), dtype=torch.float32, device=x.device)
         y = torch.empty_like(x)
-        launch(kernel, (factor,), x, between, N=len(x), num_warps=4)
-        launch(kernel, (factor,), between, y.view(-1)[2:], N=len(x), num_warps=4)
+        launch(kernel, (factor,), x=x, y=between, N=len(x), num_warps=4)
+        launch(kernel, (factor,), x=between, y=y.view(-1)[2:], N=len(x), num_warps=4)
         return y, None
 
     return function
@@ -160,11 +159,11 @@ def test_from_the_third_call_on(kernel: Kernel) -> None:
     x = torch.empty(6, 2, dtype=torch.float16)
 
     def repeated() -> bool:
-        return by_tape(kernel, lambda: recorded_calls.taped(function, (x,), ()))
+        return by_replay(kernel, lambda: recorded_calls.replayed(function, (x,), ()))
 
     assert [repeated() for _ in range(3)] == [False, False, True]
     other = torch.empty_like(x)
-    y, nothing = recorded_calls.taped(function, (other,), ())
+    y, nothing = recorded_calls.replayed(function, (other,), ())
     assert nothing is None
     assert y is not None
     assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
@@ -178,7 +177,7 @@ def test_other_calls_are_not_taken_for_it(kernel: Kernel) -> None:
     x = torch.empty(34, 4, dtype=torch.float16)[1:33]
 
     def call(operand: Tensor, *options: Any) -> bool:
-        return by_tape(kernel, lambda: recorded_calls.taped(function, (operand,), options))
+        return by_replay(kernel, lambda: recorded_calls.replayed(function, (operand,), options))
 
     assert [call(x) for _ in range(3)] == [False, False, True]
     assert not call(x, 2)
@@ -192,7 +191,7 @@ def test_other_calls_are_not_taken_for_it(kernel: Kernel) -> None:
 def test_a_hook_sees_every_launch(kernel: Kernel) -> None:
     function = two_steps(kernel)
     x = torch.empty(4)
-    call = lambda: by_tape(kernel, lambda: recorded_calls.taped(function, (x,), ()))  # noqa: E731
+    call = lambda: by_replay(kernel, lambda: recorded_calls.replayed(function, (x,), ()))  # noqa: E731
     assert [call() for _ in range(3)] == [False, False, True]
     hook = lambda _: None  # noqa: E731
     for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
@@ -212,20 +211,20 @@ def test_a_kernel_with_hooks_of_its_own_is_left_to_triton(
     function = two_steps(kernel)
     x = torch.empty(4)
     assert not any(
-        by_tape(kernel, lambda: recorded_calls.taped(function, (x,), ())) for _ in range(4)
+        by_replay(kernel, lambda: recorded_calls.replayed(function, (x,), ())) for _ in range(4)
     )
     assert "hooks of its own" in recorded_calls.obstacles()[0]
 
 
-def test_tapes_are_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded_calls, "TAPES", 3)
+def test_recordings_are_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded_calls, "RECORDINGS", 3)
     function = two_steps(kernel)
     for size in range(1, 9):
         for _ in range(2):
-            recorded_calls.taped(function, (torch.empty(size),), ())
-    assert len(recorded_calls._tapes) == len(recorded_calls._met) == 3
+            recorded_calls.replayed(function, (torch.empty(size),), ())
+    assert recorded_calls.counts() == {"replayed": 3, "run": 0, "met": 3}
     newest = torch.empty(8)
-    assert by_tape(kernel, lambda: recorded_calls.taped(function, (newest,), ()))
+    assert by_replay(kernel, lambda: recorded_calls.replayed(function, (newest,), ()))
 
 
 @pytest.mark.parametrize(
@@ -238,29 +237,29 @@ def test_tapes_are_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> N
         (lambda x, y: y[1:], "something else than new tensors"),
     ],
 )
-def test_what_a_tape_cannot_repeat_is_run_as_it_is(
+def test_what_a_recording_cannot_repeat_is_run_as_it_is(
     kernel: Kernel, caplog: pytest.LogCaptureFixture, change: Callable[..., Any], reason: str
 ) -> None:
     def function(x: Tensor) -> tuple[Tensor]:
         y = torch.empty_like(x)
-        launch(kernel, (1,), x, y, 3)
+        launch(kernel, (1,), x=x, y=y, N=3)
         changed = change(x, y)
         return (changed if isinstance(changed, Tensor) else y,)
 
     x = torch.ones(4)
     assert not any(
-        by_tape(kernel, lambda: recorded_calls.taped(function, (x,), ())) for _ in range(4)
+        by_replay(kernel, lambda: recorded_calls.replayed(function, (x,), ())) for _ in range(4)
     )
     (obstacle,) = recorded_calls.obstacles()
     assert reason in obstacle
     assert [record.levelname for record in caplog.records] == ["WARNING"], "said once"
 
 
-def test_nothing_is_taped_for_no_tokens(kernel: Kernel) -> None:
+def test_nothing_is_recorded_for_no_tokens(kernel: Kernel) -> None:
     function = two_steps(kernel)
     x = torch.empty(0, 3)
     assert not any(
-        by_tape(kernel, lambda: recorded_calls.taped(function, (x,), ())) for _ in range(4)
+        by_replay(kernel, lambda: recorded_calls.replayed(function, (x,), ())) for _ in range(4)
     )
     assert not recorded_calls.obstacles()
 
@@ -270,12 +269,12 @@ def test_a_foreign_tensor_is_no_operand(kernel: Kernel) -> None:
 
     def function(x: Tensor) -> tuple[Tensor]:
         y = torch.empty_like(x)
-        launch(kernel, (1,), table, y, 3)
+        launch(kernel, (1,), x=table, y=y, N=3)
         return (y,)
 
     x = torch.ones(4)
     assert not any(
-        by_tape(kernel, lambda: recorded_calls.taped(function, (x,), ())) for _ in range(4)
+        by_replay(kernel, lambda: recorded_calls.replayed(function, (x,), ())) for _ in range(4)
     )
     assert "neither an operand nor its own" in recorded_calls.obstacles()[0]
 
@@ -283,15 +282,15 @@ def test_a_foreign_tensor_is_no_operand(kernel: Kernel) -> None:
 def test_operands_that_cannot_be_told_apart_are_not_recorded(kernel: Kernel) -> None:
     def function(x: Tensor, dy: Tensor) -> tuple[Tensor]:
         y = torch.empty_like(x)
-        launch(kernel, (1,), x.t(), y, 3)
-        launch(kernel, (1,), dy, y, 3)
+        launch(kernel, (1,), x=x.t(), y=y, N=3)
+        launch(kernel, (1,), x=dy, y=y, N=3)
         return (y,)
 
     x, dy = torch.empty(4, 4), torch.empty(4, 4)
     both = torch.empty(8, 4)
 
     def call(*operands: Tensor) -> bool:
-        return by_tape(kernel, lambda: recorded_calls.taped(function, operands, ()))
+        return by_replay(kernel, lambda: recorded_calls.replayed(function, operands, ()))
 
     assert not any(call(x, x) for _ in range(4))
     assert not any(call(both[:4], both[4:]) for _ in range(4))
@@ -307,11 +306,11 @@ def test_an_unknown_launcher_is_left_to_triton(
     def refuse(*_: Any) -> None:
         raise UnsupportedLaunch("its launcher is a later.Triton")
 
-    monkeypatch.setattr(recorder, "DirectLaunch", refuse)
+    monkeypatch.setattr(recorder, "RawLaunch", refuse)
     x = torch.empty(4)
     function = two_steps(kernel)
     assert not any(
-        by_tape(kernel, lambda: recorded_calls.taped(function, (x,), ())) for _ in range(4)
+        by_replay(kernel, lambda: recorded_calls.replayed(function, (x,), ())) for _ in range(4)
     )
     assert recorded_calls.obstacles() == [
         "kernel cannot be launched directly: its launcher is a later.Triton"
@@ -327,17 +326,17 @@ def test_a_side_stream_is_forked_used_and_joined(
         y, z = torch.empty_like(x), torch.empty_like(x)
         here, there = torch.empty(400), torch.empty(400)
         side = fork(x.device)
-        launch(kernel, (1,), x, here, 3)
-        launch(kernel, (1,), here, y, 3)
-        launch(kernel, (1,), x, there, 3, side=side)
-        launch(kernel, (1,), there, z, 3, side=side)
+        launch(kernel, (1,), x=x, y=here, N=3)
+        launch(kernel, (1,), x=here, y=y, N=3)
+        launch(kernel, (1,), x=x, y=there, N=3, side=side)
+        launch(kernel, (1,), x=there, y=z, N=3, side=side)
         join(side, x.device)
         return y, z
 
     x = torch.empty(4)
     for _ in range(3):
         kernel.direct.clear()
-        y, z = recorded_calls.taped(function, (x,), ())
+        y, z = recorded_calls.replayed(function, (x,), ())
     assert [stream for stream, _ in kernel.direct] == [-1, 7, 7, 8, 8, -2]
     (_, (_, here)), _, (_, (_, there)), _ = kernel.direct[1:5]
     assert kernel.direct[2] == (7, [here, y.data_ptr()])
@@ -352,12 +351,12 @@ def test_a_side_stream_that_is_not_joined_is_an_obstacle(
     def function(x: Tensor) -> tuple[Tensor]:
         fork(x.device)
         y = torch.empty_like(x)
-        launch(kernel, (1,), x, y, 3)
+        launch(kernel, (1,), x=x, y=y, N=3)
         return (y,)
 
     x = torch.empty(4)
     for _ in range(3):
-        recorded_calls.taped(function, (x,), ())
+        recorded_calls.replayed(function, (x,), ())
     assert recorded_calls.obstacles() == ["its side stream is not joined"]
 
 

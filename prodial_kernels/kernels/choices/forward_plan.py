@@ -1,0 +1,184 @@
+"""What forward launches, decided once from sizes alone. Imports no Triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from prodial_kernels.kernels.choices.costs import COSTS
+from prodial_kernels.kernels.choices.partition import ceil_div, fold_programs
+from prodial_kernels.kernels.choices.tile_sizes import (
+    MAX_FUSED_RANK,
+    TALL,
+    WIDE,
+    DeviceLimits,
+    GemmConfig,
+    choose_low_rank,
+    column_panels,
+    pdl_pays,
+    pointer_gemm,
+    tiles_of,
+)
+
+NARROW = GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
+"""A tile that finds room on a multiprocessor beside one of ``WIDE``."""
+
+# The widest result whose product also computes H, by the widest padded rank: it costs 7 to 12% of
+# that, as much as the pass over X that it saves at these widths (H100).
+_FUSED_COLUMNS = {32: 3072, MAX_FUSED_RANK: 2048}
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """What forward launches.
+
+    Attributes:
+        gemm: Tile sizes of the product; ``pdl`` where the launch before is worth triggering it.
+        fused_low_rank: Whether H = X Aᵀ is computed within the product, else by a separate pass.
+        on_activations: Whether U = X D_bᵀ is made and the product applies s, else V = s ⊙ (W D_b).
+        panels: The column panels that V is made in: (first column, how many) of each.
+        tail_columns: How many of the last columns narrow tiles compute on a second stream.
+    """
+
+    gemm: GemmConfig
+    fused_low_rank: bool
+    on_activations: bool
+    panels: tuple[tuple[int, int], ...]
+    tail_columns: int
+
+
+@lru_cache(maxsize=1024)
+def choose_forward(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    r_pad: int | None,
+    block_size: int | None,
+    scale: bool,
+    dropout: bool,
+    x_channel_first: bool,
+    y_channel_first: bool,
+    aligned: bool,
+    limits: DeviceLimits,
+) -> ForwardPlan:
+    """Return the plan of forward for X [m, k] and Y [m, n].
+
+    Args:
+        m: Tokens.
+        n: Columns of Y.
+        k: Columns of X.
+        r_pad: Padded rank, or None without a LoRA term.
+        block_size: P, or None without blocks.
+        scale: Whether there is a scale.
+        dropout: Whether a mask is drawn for H.
+        x_channel_first: Whether X is channel-first.
+        y_channel_first: Whether Y is, which the product then computes as [n, m].
+        aligned: Whether the copy engine can load X, W and all that is made of them.
+        limits: Of the device.
+    """
+    blocks, lora = block_size is not None, r_pad is not None
+    # The product reads X as it is, and its H is of tokens by rows.
+    fusable = (
+        r_pad is not None and not dropout and not y_channel_first and aligned
+        and fuses_low_rank(n, r_pad, limits.capability)
+    )  # fmt: skip
+    on_activations = applies_to_activations(
+        m, n, blocks=blocks, scale=scale, channel_first=x_channel_first, fused_low_rank=fusable
+    )
+    fused = fusable and not (on_activations and blocks)
+    config = choose_gemm(*((n, m) if y_channel_first else (m, n)), limits, whole=y_channel_first)
+    folds = (blocks or scale) and not on_activations
+    panels = column_panels(m, n, 2 * k, config) if folds else ((0, n),)
+    tail = 0
+    if len(panels) == 1 and not y_channel_first and not fused:
+        tail = tail_columns(m, n, config, limits.processors)
+    # PDL is safe only directly behind a launch of ours, and not while a side stream is forked.
+    pdl = False
+    if (folds or blocks or lora) and not tail:
+        separate = r_pad is not None and not fused
+        rows = m if on_activations else panels[0][1]
+        before = fold_programs(rows, k, block_size or 1, beside_low=separate)
+        if separate:
+            before += ceil_div(m, choose_low_rank(m, r_pad or 0, dropout=dropout)[0])
+        pdl = pdl_pays(
+            config, before, block_size=block_size or 1, beside_low=separate,
+            processors=limits.processors,
+        )  # fmt: skip
+    return ForwardPlan(replace(config, pdl=pdl), fused, on_activations, panels, tail)
+
+
+def choose_gemm(m: int, n: int, limits: DeviceLimits, *, whole: bool = False) -> GemmConfig:
+    """Return the tile sizes for the forward product [m, n] of 16-bit operands.
+
+    Measured on an H100 (benchmarks/results); other devices get sizes that fit them all.
+
+    Args:
+        m: Rows of the result.
+        n: Columns of the result.
+        limits: Of the device.
+        whole: Whether :func:`tail_columns` is left out of account.
+    """
+    if limits.capability[0] != 9:
+        # Within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
+        return pointer_gemm(64)
+    tail = 0 if whole else tail_columns(m, n, WIDE, limits.processors)
+    # The product runs in rounds of whole tiles.
+    wide = ceil_div(tiles_of(WIDE, m, n - tail), limits.processors)
+    tall = COSTS.tall_round * ceil_div(tiles_of(TALL, m, n), limits.processors)
+    return replace(WIDE if wide <= tall else TALL, programs=limits.processors, flatten=True)
+
+
+def fuses_low_rank(n: int, r_pad: int, capability: tuple[int, int]) -> bool:
+    """Whether H = X Aᵀ of rank r_pad is computed within a Hopper's product with n columns."""
+    widest = next((n for rank, n in _FUSED_COLUMNS.items() if r_pad <= rank), 0)
+    return capability[0] == 9 and n <= widest
+
+
+def applies_to_activations(
+    m: int,
+    n: int,
+    *,
+    blocks: bool,
+    scale: bool,
+    channel_first: bool,
+    fused_low_rank: bool = False,
+) -> bool:
+    """Whether forward makes U = X D_bᵀ and scales the product, instead of V = s ⊙ (W D_b).
+
+    Either is read and written once beside the product, so D_b is applied to the smaller of X [m, k]
+    and W [n, k]; without blocks neither is needed. With U the product does not read X, and so H
+    cannot be fused.
+
+    Args:
+        m: Tokens.
+        n: Columns of the result.
+        blocks: Whether there are blocks.
+        scale: Whether there is a scale.
+        channel_first: Whether X is, to whose rows D_b is not applied.
+        fused_low_rank: Whether H is computed within the product if V is made.
+    """
+    if channel_first:
+        return scale and not blocks
+    if not blocks:
+        return scale
+    return (2 * m if fused_low_rank else m) < n
+
+
+def tail_columns(m: int, n: int, config: GemmConfig, processors: int) -> int:
+    """Return how many of the last columns of an [m, n] product narrow tiles had better compute.
+
+    The last column of tiles costs as much as any other, however few of its columns there are. Where
+    it needs a round of its own, narrow tiles compute what it holds, beside the others.
+
+    Args:
+        m: Rows of the result.
+        n: Columns of the result.
+        config: Tile sizes of the product.
+        processors: Multiprocessors of the device.
+    """
+    rest = n % config.block_n if n > config.block_n else 0
+    if config.block_n != WIDE.block_n or not config.tma or not 0 < rest <= 2 * NARROW.block_n:
+        return 0
+    rounds = ceil_div(tiles_of(config, m, n), processors)
+    return rest if ceil_div(tiles_of(config, m, n - rest), processors) < rounds else 0
