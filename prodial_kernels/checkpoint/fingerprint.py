@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels._suggestions import some_of
+from prodial_kernels._checks import some_of
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.hashing import hash_tensor
 from prodial_kernels.quantization import QuantizedLinear

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prodial_kernels._suggestions import did_you_mean, option_meant
+from prodial_kernels._checks import did_you_mean, option_meant
 from prodial_kernels.training.config import OPTIONS, ConfigError
 from prodial_kernels.upstream import MissingExtraError
 

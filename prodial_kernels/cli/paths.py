@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from prodial_kernels._suggestions import similar_path
+from prodial_kernels._checks import similar_path
 
 _DESCRIPTION = "adapter_config.json"
 # What a run calls its parts. Nobody means a hub id by a path that ends so.

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from prodial_kernels._suggestions import some_of
+from prodial_kernels._checks import some_of
 from prodial_kernels.files.atomic import left_beside, remove_files
 from prodial_kernels.files.sha256 import sha256_of_file
 

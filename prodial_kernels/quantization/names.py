@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from prodial_kernels._suggestions import some_of
+from prodial_kernels._checks import some_of
 
 _SHOWN = 6
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")

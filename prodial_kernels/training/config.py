@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from prodial_kernels._checks import DIAGONALS, IMPLS
-from prodial_kernels._suggestions import option_meant
+from prodial_kernels._checks import DIAGONALS, IMPLS, option_meant
 from prodial_kernels.config import PRESETS, Preset, ProdialConfig
 from prodial_kernels.training.options import ConfigError as ConfigError
 from prodial_kernels.training.options import check_choice, checked_value, option, options_of

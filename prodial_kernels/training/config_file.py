@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prodial_kernels._suggestions import similar_path
+from prodial_kernels._checks import similar_path
 from prodial_kernels.files.reading import read_bytes
 from prodial_kernels.training.config import OPTIONS, ConfigError, FinetuneConfig
 from prodial_kernels.training.options import checked_value

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from prodial_kernels._suggestions import did_you_mean
+from prodial_kernels._checks import did_you_mean
 
 
 class ConfigError(ValueError):

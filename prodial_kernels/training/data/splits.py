@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from prodial_kernels._suggestions import similar_path
+from prodial_kernels._checks import similar_path
 from prodial_kernels.training.data.batches import TrainingBatches
 from prodial_kernels.training.data.chat import rendered
 from prodial_kernels.training.data.documents import separate_documents

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from prodial_kernels._suggestions import did_you_mean
+from prodial_kernels._checks import did_you_mean
 from prodial_kernels.training.scoring.log_likelihood import EvaluationError
 
 
