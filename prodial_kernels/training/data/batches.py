@@ -30,23 +30,19 @@ class Batch(NamedTuple):
 
 
 class TrainingBatches(Protocol):
-    """Batches addressed by step, so that a resumed run continues without replaying anything."""
+    """Batches addressed by step, so that a resumed run continues without replaying anything.
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every sequence has been used at least once."""
+    Attributes:
+        steps_per_epoch: Steps after which every sequence has been used at least once.
+        n_tokens: Tokens of one epoch, without padding.
+        notes: What became of the examples: how they are ended, and how many were cut; a line each.
+        n_truncated: Sequences that lost tokens, because they were longer than a sequence may be.
+    """
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of one epoch, without padding."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What became of the examples: how they are ended, and how many were cut; a line each."""
-
-    @property
-    def n_truncated(self) -> int:
-        """Sequences that lost tokens, because they were longer than a sequence may be."""
+    steps_per_epoch: int
+    n_tokens: int
+    notes: Sequence[str]
+    n_truncated: int
 
     @property
     def fingerprint(self) -> str:

@@ -88,21 +88,13 @@ class SharedWindows:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
-        self.notes = tuple(notes)
+        self.notes: Sequence[str] = tuple(notes)
         self.n_truncated = 0
         self._pieces = list(pieces)
         self._windows = best_fit([len(piece) for piece in pieces], seq_len)
         self._order = EpochOrder(len(self._windows), seed)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every window has been used at least once."""
-        return -(-len(self._windows) // self.batch_size)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of one epoch, without padding."""
-        return sum(len(piece) for piece in self._pieces)
+        self.steps_per_epoch = -(-len(self._windows) // batch_size)
+        self.n_tokens = sum(map(len, pieces))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -56,7 +56,7 @@ class PackedBatches:
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
-        self.notes = tuple(notes)
+        self.notes: Sequence[str] = tuple(notes)
         self.n_truncated = 0
         self._tokens = tokens
         starts = torch.arange(0, len(tokens) - seq_len + 1, seq_len)
@@ -65,6 +65,8 @@ class PackedBatches:
             starts = torch.cat([starts, torch.tensor([len(tokens) - seq_len])])
         self._starts = starts
         self._order = EpochOrder(len(starts), seed)
+        self.steps_per_epoch = -(-len(starts) // batch_size)
+        self.n_tokens = len(tokens)
 
     @classmethod
     def from_documents(
@@ -89,16 +91,6 @@ class PackedBatches:
         return cls(
             torch.cat(parts), seq_len=seq_len, batch_size=batch_size, seed=seed, notes=[note]
         )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every window has been used at least once."""
-        return -(-len(self._starts) // self.batch_size)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of one epoch."""
-        return len(self._tokens)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -75,12 +75,14 @@ class PaddedBatches:
         self.mask_prompt = mask_prompt
         self.n_truncated = sum(len(c) + len(t) > seq_len for c, t in pairs)
         cut = [_cut(pair, seq_len) for pair in pairs]
-        self.notes = (*notes, *_losses(pairs, cut, seq_len))
+        self.notes: Sequence[str] = (*notes, *_losses(pairs, cut, seq_len))
         self._pad_token = pad_token
         self._tokens = torch.cat([ids for pair in cut for ids in pair])
         self._context_lengths = torch.tensor([len(pair.context) for pair in cut])
         self._lengths = torch.tensor([len(c) + len(t) for c, t in cut])
         self._starts = self._lengths.cumsum(0) - self._lengths
+        self.steps_per_epoch = -(-len(pairs) // batch_size)
+        self.n_tokens = len(self._tokens)
         self._plan: tuple[int, list[Tensor]] = (-1, [])
 
     @classmethod
@@ -133,16 +135,6 @@ class PaddedBatches:
             mask_prompt=mask_prompt,
             notes=[note],
         )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps in which every sequence is used once."""
-        return -(-len(self._lengths) // self.batch_size)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of one epoch, without padding."""
-        return len(self._tokens)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,23 +7,21 @@ lm-evaluation-harness builds, so that accuracies are comparable with published o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
-from prodial_kernels.training.data.conversation_rows import (
-    parse_alpaca,
-    parse_messages,
-    parse_sharegpt,
-)
 from prodial_kernels.training.data.examples import (
+    Conversation,
     DataError,
     Example,
+    Message,
     MultipleChoice,
     PromptCompletion,
     texts_of,
 )
 from prodial_kernels.training.data.findings import Findings
-from prodial_kernels.training.data.row_values import Row, label, string, strings
+
+Row: TypeAlias = Mapping[str, Any]
 
 BLANK = "left out, nothing but white space"
 """What happens to an example without text, as :class:`Findings` counts it."""
@@ -180,6 +178,131 @@ def _parse_arc(row: Row) -> Example:
     return MultipleChoice((context,) * len(texts), texts, labels.index(answer))
 
 
+# The templates of Stanford Alpaca, which most data sets in this form were written for.
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def _parse_alpaca(row: Row) -> Example:
+    """Make a prompt of an instruction and its input, if it has one; the output completes it."""
+    instruction, output = string(row, "instruction"), string(row, "output")
+    if not output:
+        raise DataError("'output' is empty: it needs at least one character")
+    # Tables without an input in some rows hold nothing there.
+    given = string(row, "input") if row.get("input") is not None else ""
+    template = _ALPACA_WITH_INPUT if given else _ALPACA
+    # Not str.format: the texts may hold braces, and one must not be looked for in another.
+    before, after = template.split("{instruction}")
+    return PromptCompletion(before + instruction + after.replace("{input}", given), output)
+
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+def _parse_messages(row: Row) -> Example:
+    """Make a conversation of ``messages``: objects with ``role`` and ``content``."""
+    return Conversation(
+        tuple(
+            Message(as_string(turn["role"], f"{where}.role"), _content(turn, "content", where))
+            for turn, where in _turns(row, "messages", ("role", "content"))
+        )
+    )
+
+
+def _parse_sharegpt(row: Row) -> Example:
+    """Make a conversation of ``conversations``: objects with ``from`` and ``value``."""
+    messages = []
+    for turn, where in _turns(row, "conversations", ("from", "value")):
+        role = as_string(turn["from"], f"{where}.from")
+        messages.append(Message(_SHAREGPT_ROLES.get(role, role), _content(turn, "value", where)))
+    return Conversation(tuple(messages))
+
+
+def _turns(row: Row, key: str, wanted: tuple[str, str]) -> Iterator[tuple[Row, str]]:
+    turns = row[key]
+    if isinstance(turns, str) or not isinstance(turns, (list, tuple)):
+        raise DataError(f"'{key}' must be a list of messages, got {type(turns).__name__}")
+    for index, turn in enumerate(turns):
+        where = f"'{key}'[{index}]"
+        if not isinstance(turn, Mapping) or not set(wanted) <= set(turn):
+            raise DataError(
+                f"{where} must be an object with '{wanted[0]}' and '{wanted[1]}', got {turn!r:.60}"
+            )
+        others = {k for k, value in turn.items() if k not in wanted and value not in (None, [], "")}
+        if others:
+            raise DataError(
+                f"{where} has {', '.join(sorted(map(str, others)))}; only text messages are read, "
+                "no tool calls and no images"
+            )
+        yield turn, where
+
+
+def _content(turn: Row, key: str, where: str) -> str:
+    return as_string(turn[key], f"{where}.{key}")
+
+
+# --- Values of a row: checked one by one, and named where they are wrong. -------------------------
+
+
+def string(row: Row, key: str) -> str:
+    """Return a value that must be text.
+
+    Raises:
+        DataError: It is something else.
+    """
+    return as_string(row[key], f"'{key}'")
+
+
+def as_string(value: Any, what: str) -> str:
+    """Return a text; ``what`` names it in the error.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if not isinstance(value, str):
+        raise DataError(f"{what} must be a string, got {type(value).__name__}: {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} is not valid Unicode: {error.reason}") from None
+    return value
+
+
+def strings(value: Any, what: str) -> tuple[str, ...]:
+    """Return texts that must come in a list.
+
+    Raises:
+        DataError: It is something else.
+    """
+    if isinstance(value, str) or not isinstance(value, (list, tuple)):
+        raise DataError(f"{what} must be a list of strings, got {type(value).__name__}")
+    return tuple(as_string(item, f"{what}[{index}]") for index, item in enumerate(value))
+
+
+def label(row: Row, key: str) -> int:
+    """Return a whole number, written as one or as digits.
+
+    Raises:
+        DataError: It is something else.
+    """
+    value = row[key]
+    # No label has as many digits as Python refuses to read.
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if value in ("", None):
+        raise DataError(f"'{key}' is empty: test splits often come without labels; use another")
+    raise DataError(f"'{key}' must be a whole number, got {value!r:.60}")
+
+
 _LETTERS_TO_DIGITS = str.maketrans("ABCDE", "12345")
 _DIGITS_TO_LETTERS = str.maketrans("12345", "ABCDE")
 
@@ -187,9 +310,9 @@ SCHEMAS = (
     Schema("text", ("text",), _parse_text),
     Schema("prompt/completion", ("prompt", "completion"), _parse_prompt_completion),
     Schema("multiple choice", ("context", "choices", "label"), _parse_multiple_choice),
-    Schema("Alpaca", ("instruction", "output"), parse_alpaca, ("input",)),
-    Schema("messages", ("messages",), parse_messages),
-    Schema("ShareGPT", ("conversations",), parse_sharegpt),
+    Schema("Alpaca", ("instruction", "output"), _parse_alpaca, ("input",)),
+    Schema("messages", ("messages",), _parse_messages),
+    Schema("ShareGPT", ("conversations",), _parse_sharegpt),
     Schema(
         "HellaSwag", ("endings", "label"), _parse_hellaswag,
         ("ctx", "ctx_a", "ctx_b", "activity_label"),

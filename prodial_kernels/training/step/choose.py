@@ -15,9 +15,8 @@ from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.head import head_obstacle
 from prodial_kernels.models.layers.recompute import draws_numbers
 from prodial_kernels.training.config import ResolvedConfig
-from prodial_kernels.training.step.buckets import Buckets
 from prodial_kernels.training.step.eager import EagerStep, TrainingStep
-from prodial_kernels.training.step.graphed import CudaGraphs, GraphedStep, choose_graph
+from prodial_kernels.training.step.graphed import Buckets, CudaGraphs, GraphedStep, choose_graph
 from prodial_kernels.training.step.loss import choose_loss, make_loss
 
 

@@ -15,9 +15,8 @@ from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.layers.head import eval_mode
 from prodial_kernels.training.data.batches import IGNORED, Batch
 from prodial_kernels.training.run.state import Position, load_state, save_state
-from prodial_kernels.training.step.buckets import Buckets
 from prodial_kernels.training.step.eager import EagerStep, StepResult, TrainingStep
-from prodial_kernels.training.step.graphed import CudaGraphs, GraphedStep, GraphError
+from prodial_kernels.training.step.graphed import Buckets, CudaGraphs, GraphedStep, GraphError
 from prodial_kernels.training.step.loss import Loss, make_loss
 from prodial_kernels.training.step.optimizers import make_optimizer
 from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups

@@ -23,9 +23,8 @@ from prodial_kernels.training.data.examples import DataError
 from prodial_kernels.training.data.padding import PaddedBatches
 from prodial_kernels.training.data.splits import make_batches
 from prodial_kernels.training.finetuning import finetune
-from prodial_kernels.training.step.buckets import Buckets
 from prodial_kernels.training.step.eager import EagerStep
-from prodial_kernels.training.step.graphed import GraphedStep
+from prodial_kernels.training.step.graphed import Buckets, GraphedStep
 from prodial_kernels.training.step.loss import ChunkedLoss, FullLoss, find_head
 from support.models import build
 from support.tiny_model import write_text, write_tiny_model

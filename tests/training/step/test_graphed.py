@@ -15,16 +15,20 @@ from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data.batches import IGNORED, Batch
 from prodial_kernels.training.run.state import Position, load_state, save_state
-from prodial_kernels.training.step.buckets import MAX_BUCKETS, Buckets, Shape, buffers, fill
 from prodial_kernels.training.step.choose import ModelFacts, decide, facts_of, make_step
 from prodial_kernels.training.step.eager import EagerStep
 from prodial_kernels.training.step.graphed import (
+    MAX_BUCKETS,
     MOST_PARTS,
     MOST_TOKENS,
     WARM_UP,
+    Buckets,
     GraphedStep,
     GraphError,
+    Shape,
+    buffers,
     choose_graph,
+    fill,
 )
 from prodial_kernels.training.step.loss import ChunkedLoss, LossError, find_head
 from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
