@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         quantize_linear,
         quantize_model,
     )
-    from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+    from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 
 __all__ = [
     "ProdialConfig",
@@ -58,7 +58,7 @@ _HOMES = {
     "QuantizedLinear": "quantization",
     "VisionMamba": "models.vision_mamba",
     "adapter_disabled": "linear",
-    "adapter_parameter_groups": "training.step.parameter_groups",
+    "adapter_parameter_groups": "training.step.optimizers",
     "apply_prodial": "models.adapt.inject",
     "capture": "captured",
     "fuse_norms": "models.layers.fused_norms",

@@ -14,8 +14,7 @@ from prodial_kernels.models.adapt.targets import find_targets
 from prodial_kernels.models.loading.load import empty_model
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.config import ResolvedConfig
-from prodial_kernels.training.step.optimizers import make_optimizer
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups, make_optimizer
 
 
 @dataclass(frozen=True)

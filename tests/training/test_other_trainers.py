@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, adapter_disabled, apply_prodial
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 from support.models import build
 
 ROWS = [{"input_ids": [3 + (i * j) % 40 for j in range(12)]} for i in range(16)]

@@ -34,8 +34,7 @@ from prodial_kernels.training.sizes import parse_budget, size_text
 from prodial_kernels.training.step.chunked_loss import chunk_rows
 from prodial_kernels.training.step.eager import EagerStep
 from prodial_kernels.training.step.loss import ChunkedLoss, FullLoss
-from prodial_kernels.training.step.optimizers import make_optimizer
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups, make_optimizer
 from support import mamba_ssm_loaded  # noqa: F401
 from support.tiny_model import byte_tokenizer, subprocess_environment, write_text, write_tiny_model
 

@@ -18,8 +18,7 @@ from prodial_kernels.training.run.state import Position, load_state, save_state
 from prodial_kernels.training.step.eager import EagerStep, StepResult, TrainingStep
 from prodial_kernels.training.step.graphed import Buckets, CudaGraphs, GraphedStep, GraphError
 from prodial_kernels.training.step.loss import Loss, make_loss
-from prodial_kernels.training.step.optimizers import make_optimizer
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups, make_optimizer
 from support import mamba_ssm_loaded  # noqa: F401
 from support.models import build, randomise_adapters
 

@@ -20,7 +20,7 @@ from prodial_kernels import (
     remove_prodial,
     save_adapter,
 )
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 from support.mixers.toy import Toy, toy_ids
 from support.models import build, token_ids
 

@@ -20,7 +20,7 @@ from prodial_kernels import (
 )
 from prodial_kernels.config import get_preset
 from prodial_kernels.models.vision_mamba.norm import AddRMSNorm
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 from support.models import randomise_adapters
 
 CONFIG = ProdialConfig(r=3, block_size=2, modules_to_save=("head",))

@@ -31,7 +31,7 @@ from prodial_kernels.training.step.graphed import (
     fill,
 )
 from prodial_kernels.training.step.loss import ChunkedLoss, LossError, find_head
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 from support.models import build, randomise_adapters
 
 CUDA = torch.device("cuda")

@@ -15,12 +15,12 @@ from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.training.run.state import Position, load_state, save_state
 from prodial_kernels.training.step.optimizers import (
     OptimizerError,
+    adapter_parameter_groups,
     is_capturable,
     make_capturable,
     make_optimizer,
     set_learning_rate,
 )
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
 from support.models import build
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
-from prodial_kernels.training.step.parameter_groups import adapter_parameter_groups
+from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 from support.models import build
 
 
