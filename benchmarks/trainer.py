@@ -38,7 +38,7 @@ from benchmarks.harness.rows import ratio, reported  # noqa: E402
 from benchmarks.harness.store import results_of  # noqa: E402
 from benchmarks.models.rows import ModelRow, shapes_of, write_rows  # noqa: E402
 from benchmarks.models.upstream import notes  # noqa: E402
-from benchmarks.training.trainer_steps import MODELS, VARIANTS, Settings, measure, profiled  # noqa: E402
+from benchmarks.training.trainer_steps import CONFIGS, VARIANTS, Settings, measure, profiled  # noqa: E402
 
 SHAPES = ((4, 512), (8, 2048))
 TINY_SHAPES = ((2, 16),)
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     option = parser.add_argument
     option("--output", type=Path, help="JSON (default benchmarks/results/<device>/trainer.json)")
-    option("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    option("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     option("--shapes", nargs="+", metavar="BxL", help="default: 4x512 8x2048")
     option("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     option("--steps", type=int, default=20, help="that count (default 20)")

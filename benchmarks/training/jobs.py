@@ -25,7 +25,7 @@ class Sizes:
     published: str
 
 
-MODELS = {
+SIZES = {
     "mamba-130m": Sizes("mamba", 768, 24, 50280, "state-spaces/mamba-130m-hf"),
     "mamba-1.4b": Sizes("mamba", 2048, 48, 50280, "state-spaces/mamba-1.4b-hf"),
     "mamba-2.8b": Sizes("mamba", 2560, 64, 50280, "state-spaces/mamba-2.8b-hf"),
@@ -40,7 +40,7 @@ class Job:
 
     Attributes:
         name: Unique.
-        model: Key of :data:`MODELS`.
+        model: Key of :data:`SIZES`.
         batch: Sequences.
         length: Tokens of one.
         quantize: As ``prodial finetune`` has it, like the next three; None for bf16.
@@ -85,7 +85,7 @@ class Job:
         """The line that runs it on real weights; None where the command line cannot."""
         if self.library != "transformers":
             return None
-        options = {"model": MODELS[self.model].published, "data": "notes.txt", **self.options()}
+        options = {"model": SIZES[self.model].published, "data": "notes.txt", **self.options()}
         if memory_budget is not None:
             options["memory_budget"] = memory_budget
         flags = (f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in options.items())

@@ -24,7 +24,7 @@ from torch import nn
 
 from benchmarks.harness.memory import release
 from benchmarks.harness.profiling import kernel_times
-from benchmarks.training.jobs import LEAST, MODELS, Job, JobRow
+from benchmarks.training.jobs import LEAST, SIZES, Job, JobRow
 from benchmarks.training.random_weights import random_quantized
 from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, prepare_blocks
@@ -83,6 +83,8 @@ class PreparedJob:
     def measure(self) -> list[JobRow]:
         """The job's row."""
         with self.held:
+            # What was free meanwhile went back to the device: a step takes it again.
+            self.training.take()
             return [self.training.measure(self.task.steps, profile=self.task.profile)]
 
 
@@ -162,7 +164,7 @@ class Training:
         torch.manual_seed(0)
         self.model = build(job, place, dtype)
         method = prepare_method(self.model, config)
-        layers = MODELS[job.model].layers
+        layers = SIZES[job.model].layers
         levels = block_levels(self.model, config.chosen_activations, plan)
         self.levels = levels or (KEEP,) * layers
         prepare_blocks(self.model, self.levels, device=place)
@@ -170,7 +172,7 @@ class Training:
         self._step = make_step(
             self.model, method.optimizer, config, choice, device=place, say=self._said.append
         )
-        vocabulary = MODELS[job.model].vocabulary
+        vocabulary = SIZES[job.model].vocabulary
         tokens = torch.randint(0, vocabulary, (job.batch * job.length * 4,), dtype=torch.int32)
         self._batches = PackedBatches(tokens, seq_len=job.length, batch_size=job.batch)
         self.model.train()
@@ -235,7 +237,7 @@ def build(job: Job, place: torch.device, dtype: torch.dtype) -> nn.Module:
     from mamba_ssm import MambaLMHeadModel
     from mamba_ssm.models.config_mamba import MambaConfig
 
-    sizes = MODELS[job.model]
+    sizes = SIZES[job.model]
     model: nn.Module = MambaLMHeadModel(
         MambaConfig(
             d_model=sizes.width, n_layer=sizes.layers, vocab_size=sizes.vocabulary,
@@ -249,10 +251,10 @@ def build(job: Job, place: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def transformers_config(model: str) -> Any:
-    """The configuration of one of :data:`MODELS`."""
+    """The configuration of one of :data:`SIZES`."""
     from transformers import AutoConfig
 
-    sizes = MODELS[model]
+    sizes = SIZES[model]
     return AutoConfig.for_model(
         sizes.family, hidden_size=sizes.width, state_size=16, num_hidden_layers=sizes.layers,
         vocab_size=sizes.vocabulary, use_cache=False,

@@ -23,7 +23,7 @@ from prodial_kernels.models.patch_point import AdaptedMixer
 RANK = 16
 VARIANTS = ("frozen", "prodial", "captured", "lora-fused", "lora-unfused", "captured-unwatched")
 # Names of the configuration's class and its options.
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-130m": (
         "Mamba", {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 24}
     ),
@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-TINY: dict[str, tuple[str, dict[str, Any]]] = {
+TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-130m": (
         "Mamba", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
     ),
@@ -107,7 +107,7 @@ def build(name: str, variant: str, settings: Settings) -> tuple[nn.Module, Seque
     import transformers
 
     _load_upstream(settings)
-    prefix, options = (TINY if settings.tiny else MODELS)[name]
+    prefix, options = (TINY_CONFIGS if settings.tiny else CONFIGS)[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**options)
     with torch.device(settings.device):

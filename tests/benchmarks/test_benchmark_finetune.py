@@ -16,7 +16,7 @@ from benchmarks import finetune
 from benchmarks.harness.process import WorkerError
 from benchmarks.harness.rows import values_of
 from benchmarks.training import curves
-from benchmarks.training.jobs import GB, JOBS, LEAST, MODELS, MORE_JOBS, TINY_JOBS, Job, JobRow
+from benchmarks.training.jobs import GB, JOBS, LEAST, MORE_JOBS, SIZES, TINY_JOBS, Job, JobRow
 from benchmarks.training.steps import LR, JobTask, plan_of, prepared
 from prodial_kernels.cli import commands
 from prodial_kernels.quantization import QuantizedLinear
@@ -40,7 +40,7 @@ def test_the_jobs_are_those_that_must_fit() -> None:
     names = [job.name for job in (*JOBS, *MORE_JOBS, *TINY_JOBS)]
     assert len(set(names)) == len(names)
     for job in JOBS:
-        assert job.model in MODELS
+        assert job.model in SIZES
         # What it must keep is what it is given.
         if job.must[1] is not None:
             assert parse_budget(str(job.memory_budget)) == job.must[1] * GB
@@ -84,7 +84,7 @@ def test_the_command_says_what_is_planned(
     assert command is not None
     assert commands.main(shlex.split(command)[1:]) == 0
     expected = replace(
-        config, model=MODELS[job.model].published, data="notes.txt", lr=given[0].lr,
+        config, model=SIZES[job.model].published, data="notes.txt", lr=given[0].lr,
         max_bytes=None, eval_tokens=None,
     )  # fmt: skip
     assert given == [expected]
@@ -107,7 +107,7 @@ def test_a_row_is_measured(job: Job) -> None:
     assert row.how == "steps launched one by one"
     assert not row.graphed
     assert row.levels == {"keep" if job.activations == "auto" else job.activations: 4}
-    assert len(layers) == (2 * MODELS["tiny"].layers if job.quantize else 0)
+    assert len(layers) == (2 * SIZES["tiny"].layers if job.quantize else 0)
     assert row.command.startswith("prodial finetune --model embedded --data notes.txt")
     assert JobRow(**json.loads(json.dumps(values_of(row)))).title == row.title
 

@@ -11,7 +11,14 @@ import torch
 
 from benchmarks import trainer
 from benchmarks.models.rows import ModelRow
-from benchmarks.training.trainer_steps import MODELS, TINY, VARIANTS, Settings, build, profiled
+from benchmarks.training.trainer_steps import (
+    CONFIGS,
+    TINY_CONFIGS,
+    VARIANTS,
+    Settings,
+    build,
+    profiled,
+)
 
 # What PEFT asks of transformers under an older name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -59,7 +66,7 @@ def test_options_that_cannot_be(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 def test_unfused_lora_trains_both_projectors_and_fused_one() -> None:
     settings = Settings(device="cpu", tiny=True)
-    assert TINY.keys() == MODELS.keys()
+    assert TINY_CONFIGS.keys() == CONFIGS.keys()
     for variant, trained in (
         ("lora-unfused", {"in_proj", "out_proj"}),
         ("lora-fused", {"in_proj"}),

@@ -7,12 +7,11 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.projector.rivals.layer import Layer, leaves
 from benchmarks.projector.rivals.methods import ADAPTER
-from prodial_kernels.functional import checked_linear
-from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
+from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.ops.diagonal import deviation, rotate
 from prodial_kernels.ops.reference import scale_deviation_of
 from prodial_kernels.testing import LinearCase
@@ -24,15 +23,27 @@ Formula = Callable[..., Tensor]
 
 
 def ours(case: LinearCase) -> Layer:
-    """The package: its Triton kernels on a GPU, its portable form elsewhere."""
+    """The package's layer: its Triton kernels on a GPU, its portable form elsewhere.
+
+    By its public names alone, so that other versions of the package can be compared with this one.
+    """
     trained = leaves(case, *ADAPTER)
-    # As a layer keeps it; the gradient is the scale's.
-    trained["scale"] = scale_deviation_of(trained["scale"].detach()).requires_grad_()
-    blocks, deviation, a, b = trained.values()
-    impl: Impl = "triton" if case.x.is_cuda else "torch"
-    operands = Operands(case.weight, blocks, deviation, a, b)
-    options = ProjectionOptions(impl, case.lora_scaling, diagonal=case.diagonal)
-    return Layer(lambda x: checked_linear(x, operands, options, training=True), trained)
+    blocks, scale, a, b = (leaf.detach() for leaf in trained.values())
+    n, k = case.weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(case.weight, requires_grad=False)
+    layer = ProdialLinear.from_linear(
+        linear, r=a.shape[0], block_size=blocks.shape[1], lora_alpha=case.lora_scaling * a.shape[0],
+        diagonal=case.diagonal, impl="triton" if case.x.is_cuda else "torch",
+    )  # fmt: skip
+    # A layer keeps the scale's deviation from 1; the gradient is the scale's.
+    values = {"blocks": blocks, "scale": scale_deviation_of(scale), "a": a, "b": b}
+    for name, parameter in layer.adapter_parameters():
+        parameter.data = values[name.removeprefix("prodial_")]
+    named = dict(layer.adapter_parameters())
+    return Layer(
+        layer, {leaf: named[f"prodial_{name}"] for leaf, name in zip(trained, values, strict=True)}
+    )
 
 
 def formula(
