@@ -19,6 +19,11 @@ def module_paths(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return paths
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around the forward or the backward of ``module``."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
+
+
 def place(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     """Put ``module`` at every one of the dotted ``paths``."""
     for path in paths:

@@ -1,8 +1,8 @@
-"""How a mixer is given another path and gets its own back: what every family here builds on.
+"""Replacing methods of upstream's modules, and restoring them: the base of every mixer family.
 
 An adapted mixer keeps its parameters, children and attributes; only its class becomes a subclass
 whose chosen methods go through a *policy*. Most policies run upstream's own method on a
-:class:`View` of the mixer, which answers differently in a few points and lives for one call: no
+:class:`View`, a proxy of the mixer with a few attributes replaced, which lives for one call: no
 copy of upstream's code, and nothing shared between threads.
 """
 
@@ -26,29 +26,29 @@ A module-level function, so that models pickle.
 
 
 class Undo(Protocol):
-    """A change to a model that can be taken back; copied and pickled together with the model."""
+    """A change to a model that can be undone; copied and pickled together with the model."""
 
     def remove(self) -> None:
-        """Give the model back what was changed."""
+        """Undo the change."""
 
 
 class AdaptedMixer:
-    """A mixer whose methods go through policies, until :meth:`remove`."""
+    """A mixer whose methods go through policies until :meth:`remove`."""
 
     def __init__(self, mixer: nn.Module, policies: Mapping[str, Policy]) -> None:
-        """Let the methods named in ``policies`` go through them."""
+        """Replace the class of ``mixer``; its methods named in ``policies`` go through them."""
         self.mixer = mixer
         self.original = type(mixer)
         original: Any = self.original  # mypy holds that classes of modules cannot be hashed
         mixer.__class__ = _adapted_class(original, tuple(policies.items()))
 
     def remove(self) -> None:
-        """Give the mixer its own class back."""
+        """Restore the mixer's own class."""
         self.mixer.__class__ = self.original
 
 
 class View:
-    """What upstream's method gets for ``self``: the mixer, except for the attributes given."""
+    """A proxy for upstream's ``self``: the mixer, except for the attributes given."""
 
     def __init__(self, mixer: nn.Module, /, **given: Any) -> None:
         """Answer with ``given`` where it has the name, else with the mixer's attribute."""
@@ -68,11 +68,11 @@ class View:
 def rebound(function: Any, **names: Any) -> Any:
     """Return ``function`` with global names of its module replaced; the module stays as it is.
 
-    What decorates the function decorates the twin too: each decorator's cell that holds the
-    function below it holds its twin.
+    Decorators are copied too: the cell of a decorator that holds the decorated function holds its
+    copy instead.
 
     Raises:
-        UpstreamError: The function, or what decorates it, is not what can be copied so.
+        UpstreamError: The function, or a decorator of it, cannot be copied this way.
     """
     if not isinstance(function, FunctionType):
         raise _not_copied(function)
@@ -88,9 +88,11 @@ def rebound(function: Any, **names: Any) -> Any:
         cells = tuple(
             inner if holds else cell for cell, holds in zip(cells or (), holding, strict=True)
         )
-    twin = FunctionType(function.__code__, module, function.__name__, function.__defaults__, cells)
-    twin.__kwdefaults__ = function.__kwdefaults__
-    return twin
+    copied = FunctionType(
+        function.__code__, module, function.__name__, function.__defaults__, cells
+    )
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
 
 
 def _not_copied(function: Any) -> upstream.UpstreamError:
@@ -109,16 +111,16 @@ def _adapted_class(original: Any, policies: tuple[tuple[str, Policy], ...]) -> t
 
     def adapted(name: str, policy: Policy) -> Callable[..., Any]:
         def through_policy(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # Looked up now: who replaces upstream's method later means this mixer too.
+            # Looked up at the call, so that a later replacement of upstream's method counts.
             return policy(self, getattr(original, name), *args, **kwargs)
 
-        # Who asks for the arguments is told upstream's. Not __wrapped__, which would be unwrapped,
-        # and the policy left out.
+        # inspect.signature gives upstream's. __wrapped__ would too, but callers would unwrap it
+        # and leave the policy out.
         vars(through_policy)["__signature__"] = inspect.signature(getattr(original, name))
         return through_policy
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # Pickle finds classes by name, and this one has none.
+        # Pickle finds classes by name, which this one does not have.
         _, _, *state = original.__reduce_ex__(self, protocol)
         return (_new_adapted, (original, policies), *state)
 

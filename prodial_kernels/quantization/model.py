@@ -9,7 +9,7 @@ from torch import nn
 
 from prodial_kernels._checks import check_choice
 from prodial_kernels.module_patterns import matches_name
-from prodial_kernels.module_tree import module_paths, replace_each
+from prodial_kernels.module_tree import has_hooks, module_paths, replace_each
 from prodial_kernels.quantization.convert import (
     FORMATS,
     QuantizationError,
@@ -128,7 +128,7 @@ def _check_replaceable(module: nn.Module, path: str, owners: Iterable[nn.Module]
             f"{path} is a {type(module).__module__}.{type(module).__name__}; only a plain "
             "nn.Linear can be quantised (before apply_prodial, and only once)"
         )
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+    if has_hooks(module):
         raise ValueError(f"{path} has hooks, which would be lost; remove them first")
     shared = [
         other

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.aliases import second_name
 from prodial_kernels.module_patterns import matches_name
-from prodial_kernels.module_tree import module_paths
+from prodial_kernels.module_tree import has_hooks, module_paths
 from prodial_kernels.quantization import QuantizedLinear
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -183,7 +183,7 @@ def require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | Qu
             f"{kind} with a forward of its own, which an adapted layer would not run; adapt the "
             "plain nn.Linear"
         )
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+    if has_hooks(module):
         raise ValueError(
             f"{kind} with hooks, which an adapted layer would not run; remove them, and register "
             "them again after apply_prodial"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.module_tree import has_hooks
 from prodial_kernels.quantization import QuantizedLinear
 
 # What the head is made to return once, to see what the model does to it.
@@ -193,7 +194,7 @@ def _last_layer(model: nn.Module) -> nn.Linear | QuantizedLinear:
             f"the head of {type(model).__name__} is a {type(layer).__name__}, not a plain "
             "nn.Linear: an adapter or another wrapper acts on the logits there"
         )
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    if has_hooks(layer):
         raise HeadError(f"the head of {type(model).__name__} has hooks, which act on the logits")
     return layer
 

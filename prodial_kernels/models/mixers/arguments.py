@@ -1,8 +1,8 @@
-"""What the arguments of a call of upstream's mean, whatever this release of it calls them.
+"""Recognising the arguments of upstream's methods, whatever a release calls them.
 
-Names of arguments change (transformers 5.24 calls ``cache`` what 5.23 called ``cache_params``), are
-given by position or by keyword, and old spellings go on arriving through ``**kwargs``. So a policy
-hands arguments on as they came, and where it must know one it asks here.
+Arguments are renamed (transformers 5.24 calls ``cache`` what 5.23 called ``cache_params``), come by
+position or by keyword, and arrive under old names in ``**kwargs``. So a policy passes arguments on
+unchanged, and recognises the few that it must know by the functions here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 _CACHE_NAME = re.compile(r"cache|past|inference_params|(conv|ssm|recurrent)_states?$")
-# Of a cache, and not one: where in it to write, how long it is.
+# Arguments about a cache that are no cache: where in it to write, how long it is.
 _ABOUT_A_CACHE = re.compile(r"position|length|seqlen|offset|index|idx|mask")
 _CACHE_CLASS = re.compile(r"(Cache|InferenceParams)$")
-# How transformers' and mamba_ssm's caches are used; a class of any name may do the same.
+# Methods of transformers' and mamba_ssm's caches, by which any class is recognised as one.
 _CACHE_MEMBERS = ("update_conv_state", "update_recurrent_state", "key_value_memory_dict")
 
 

@@ -4,19 +4,19 @@ In training without a cache, eight of the ten mixer classes hand ``self.out_proj
 fused function and return its result, so ``out_proj`` is never called. An adapted mixer takes
 one of these paths:
 
-* Mamba-2 and its relatives run upstream's own ``forward`` on a view whose ``out_proj`` has no
-  weight: the fused function then stops before the projection. Where it is mamba-ssm's, it is
-  replaced, for this call, by :mod:`prodial_kernels.models.mixers.mamba2_scan`, so that the
-  projector's input is not kept; any other (a hub kernel) is followed by a call of the projector.
+* Mamba-2 and its relatives run upstream's own ``forward`` on a proxy of the mixer whose
+  ``out_proj`` has no weight: the fused function then stops before the projection. Where it is
+  mamba-ssm's, :mod:`prodial_kernels.models.mixers.mamba2_scan` replaces it for this call, so that
+  the projector's input is not kept; after any other (a hub kernel) the projector is called.
   Without mamba-ssm, the same forward calls the projector itself.
 * ``mamba`` runs the block of :mod:`prodial_kernels.models.mixers.mamba1_block`.
 * Where the fused function is unusable (``falcon_mamba``: its backward leaves out the Jacobian of
   the B, C and dt norms) or computes something else than evaluation (``falcon_h1`` with a norm
-  before the gate), upstream's ``forward`` runs on a view that is not training, which ``forward``
-  uses for nothing but the choice of the path: separate convolution and scan kernels.
+  before the gate), upstream's ``forward`` runs on a proxy with ``training=False``, which
+  ``forward`` reads only to choose its path: separate convolution and scan kernels.
 
-What these paths rely on is read off upstream's code when adapters are applied; a release in which
-something is different gives a warning, and runs what is right there too, or an error.
+The assumptions of these paths are checked against upstream's code when adapters are applied. A
+release that differs gives a warning and takes a path that is right for it, or an error.
 
 transformers is recognised by module names and never imported here.
 """
@@ -38,6 +38,7 @@ from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
 from prodial_kernels.models.mixers.projection import adapted_children, is_explicit
 from prodial_kernels.models.mixers.structure import (
+    forward_of,
     global_of,
     names_in,
     times_read,
@@ -65,15 +66,14 @@ def recognises(module: nn.Module) -> bool:
     Those that call no fused function call their projectors, and are left alone. Code that a
     checkpoint brings along is not transformers'.
     """
-    owner = next((cls for cls in type(module).__mro__ if "forward" in vars(cls)), nn.Module)
-    return owner.__module__.startswith("transformers.")
+    return forward_of(module)[0].__module__.startswith("transformers.")
 
 
 def check(mixer: nn.Module, targets: frozenset[str]) -> None:
     """Refuse nothing: whatever is adapted in these modules takes effect.
 
-    Warns of a forward that reads a projector's weight in a way that is unknown: an adapter acts
-    there through an adapted weight that is formed in every step.
+    Warns of a forward that reads a projector's weight for an unknown function: there the adapted
+    weight is formed in every step.
     """
     if fused_function(mixer) is None:
         for method, name in weight_reads(type(mixer), targets & {"in_proj", "out_proj"}):
@@ -87,8 +87,8 @@ def check(mixer: nn.Module, targets: frozenset[str]) -> None:
 def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
     """Give every mixer of ``model`` that holds an adapted projector its path.
 
-    FalconMamba's mixers are kept off the fused function even where they hold no adapter
-    themselves: any adapter below such a mixer would get a wrong gradient.
+    FalconMamba's mixers never take the fused function, not even without an adapter of their own:
+    its wrong gradient would reach the adapters of earlier layers.
 
     Returns:
         What undoes it, one per changed mixer.
@@ -98,17 +98,17 @@ def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
 
 
 def fused_function(mixer: nn.Module) -> str | None:
-    """Name of the fused function that the mixer's transformers ``forward`` calls, if any."""
+    """Return the name of the fused function that the mixer's ``forward`` calls, if any."""
     found = _fused_forward(mixer)
     return None if found is None else found[1]
 
 
 def _fused_forward(mixer: nn.Module) -> tuple[Forward, str] | None:
-    """The mixer's transformers ``forward`` and the fused function in it, if it calls one."""
+    """Return transformers' ``forward`` of the mixer and the fused function it calls, if any."""
     for cls in type(mixer).__mro__:
         if cls.__module__.startswith("transformers.models.") and "forward" in vars(cls):
             forward = vars(cls)["forward"]
-            # The other two are what the views answer for.
+            # The policies replace out_proj and training in what this forward sees.
             for name in (FUSED_S6, FUSED_SSD):
                 if {"out_proj", "training", name} <= names_in(forward):
                     return forward, name
@@ -159,7 +159,7 @@ def mamba_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any
 def _masked_input(
     upstream: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """The mixer's input without its padding; None where more is given than input and mask."""
+    """Return the input with padding set to 0; None if more than it and a mask is given."""
     arguments = named_arguments(upstream, args, kwargs)
     given = {name: v for name, v in arguments.items() if v is not None and v is not False}
     hidden = given.pop(next(iter(parameters_of(upstream)), ""), None)
@@ -232,7 +232,7 @@ def _of_mamba_ssm(upstream: Forward) -> Callable[..., Tensor] | None:
 
 
 def _offloaded(mixer: nn.Module) -> bool:
-    """Whether accelerate moves weights in and out, which a decorator of ``forward`` sees to."""
+    """Whether accelerate moves the children's weights, which only a call of the module triggers."""
     return any(hasattr(child, "_hf_hook") for child in mixer.children())
 
 

@@ -33,7 +33,7 @@ from prodial_kernels.models.mixers.projection import (
     operands_of,
 )
 from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
-from prodial_kernels.models.mixers.structure import global_of, names_in, unknown_in
+from prodial_kernels.models.mixers.structure import forward_of, global_of, names_in, unknown_in
 from prodial_kernels.models.patch_point import AdaptedMixer, Policy, Undo, View, rebound
 from prodial_kernels.ops.function import differentiable_projection
 from prodial_kernels.ops.prefetch import Prefetch
@@ -201,14 +201,14 @@ class _RecomputedInput:
 
 
 class _NoProjection:
-    """An ``out_proj`` that upstream's fused function leaves to the caller."""
+    """An ``out_proj`` without a weight, which upstream's fused function leaves to the caller."""
 
     weight = None
     bias = None
 
 
 def _kind(mixer: nn.Module) -> str | None:
-    """Name of the mixer's class in mamba_ssm, whose forward it must not have overridden."""
+    """Return the name of the mixer's mamba_ssm class; None if a subclass overrides forward."""
     for cls in type(mixer).__mro__:
         if "forward" not in vars(cls):
             continue
@@ -230,8 +230,8 @@ def _kind(mixer: nn.Module) -> str | None:
 
 
 def _difference(mixer: nn.Module, kind: str) -> str | None:
-    """Say what of the mixer's forward is not as its policy takes it, or return None."""
-    forward = next(vars(cls)["forward"] for cls in type(mixer).__mro__ if "forward" in vars(cls))
+    """Say how the mixer's forward differs from what its policy assumes, or return None."""
+    _, forward = forward_of(mixer)
     if kind == "Mamba":
         return unknown_in(mixer, forward, parts=MAMBA_PARTS, known=("act", "step", _STATES))
     if kind == "Mamba3":

@@ -60,12 +60,12 @@ def _dense_operands(
 
 
 def placeholder(x: Tensor, features: int) -> Tensor:
-    """Stand for a tensor like ``x`` [b, l, …] with other features, at the cost of one element."""
+    """Return a stand-in of one element for a tensor like ``x`` [b, l, …] with other features."""
     return x.new_empty(1).expand(*x.shape[:-1], features)
 
 
 def is_explicit(layer: nn.Module) -> bool:
-    """Whether :func:`operands_of` can prepare a call of ``layer``: not of the definition."""
+    """Whether :func:`operands_of` can prepare a call of ``layer``: unless it is the reference."""
     return not isinstance(layer, ProdialLinear) or layer.impl != "reference"
 
 
@@ -87,10 +87,10 @@ def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:
 
 
 class ProjectorOfView:
-    """A projector as upstream's code should see it: multiplying by its ``weight`` calls it.
+    """A proxy of a projector for upstream's code: multiplying by its ``weight`` calls it.
 
     ``weight`` supports what mamba_ssm does with one: ``weight @ columns``, ``F.linear(x, weight)``
-    and reading its device, dtype and shape. Everything else of the projector is as it is.
+    and reading its device, dtype and shape. Other attributes are the projector's own.
     """
 
     def __init__(self, layer: ProdialLinear) -> None:

@@ -1,8 +1,8 @@
-"""Whether upstream's code is what the policies take it for; read off its code, never run.
+"""Whether upstream's code is what the policies assume; read from its bytecode, never run.
 
-A policy that computes upstream's forward in another way relies on what that forward does. A part, a
-method or an argument that came with a later release would be left out in silence; so what a forward
-reads is compared with what is known of it, once, when adapters are applied.
+A policy that computes upstream's forward in another way would silently leave out a part, a method
+or an argument that a later release adds. So the names that a forward reads are compared with the
+known ones, once, when adapters are applied.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ from torch import Tensor, nn
 from prodial_kernels.models.mixers.arguments import could_be_cache, parameters_of
 
 
+def forward_of(module: nn.Module) -> tuple[type, Callable[..., Any]]:
+    """Return the class that defines the forward of ``module``, and that function."""
+    owner = next(cls for cls in type(module).__mro__ if "forward" in vars(cls))
+    return owner, vars(owner)["forward"]
+
+
 def code_of(function: Any) -> CodeType | None:
     """Return the code of a function below its decorators; None if it is not written in Python."""
     code = getattr(inspect.unwrap(function), "__code__", None)
@@ -32,7 +38,7 @@ def names_in(function: Any) -> frozenset[str]:
 
 
 def global_of(function: Any, name: str) -> Any:
-    """Return what a global name of a function's module stands for now, or None."""
+    """Return the current value of a global of a function's module, or None."""
     return getattr(inspect.unwrap(function), "__globals__", {}).get(name)
 
 
@@ -62,7 +68,7 @@ def unknown_in(
     parts: Iterable[str],
     known: Iterable[str] = (),
 ) -> str | None:
-    """Say what is not known of a mixer's forward, or return None.
+    """Say which part of a mixer's forward is unknown, or return None.
 
     Args:
         mixer: Whose forward it is.
@@ -97,7 +103,7 @@ def weight_reads(cls: type[nn.Module], names: Iterable[str]) -> Iterator[tuple[s
         if base is nn.Module or base.__module__.startswith("torch."):
             continue
         for method, member in vars(base).items():
-            # What a subclass overrides does not run.
+            # Overridden methods do not run.
             if method == "__init__" or getattr(cls, method, None) is not member:
                 continue
             code = code_of(member) if isinstance(member, FunctionType) else None

@@ -6,7 +6,7 @@ So an adapted mixer of Vim's runs :func:`bidirectional_mamba`, on which
 :class:`prodial_kernels.VisionMamba` is built too. Vim is recognised by structure and never
 imported here.
 
-MambaVision's mixer calls its projectors: nothing has to be done for it.
+MambaVision's mixer calls its projectors and needs no policy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prodial_kernels.models.mixers.arguments import cache_among, named_arguments
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS
 from prodial_kernels.models.mixers.projection import ProjectorOfView, adapted_children
 from prodial_kernels.models.mixers.selective_scan import BACKWARD, FORWARD, Direction
-from prodial_kernels.models.mixers.structure import names_in, unknown_in
+from prodial_kernels.models.mixers.structure import forward_of, names_in, unknown_in
 from prodial_kernels.models.mixers.vim_scan import directed_scan
 from prodial_kernels.models.patch_point import AdaptedMixer, View
 
@@ -47,8 +47,8 @@ def bidirectional_mamba(
     Args:
         mixer: Holds ``in_proj``, ``out_proj`` and the parts that ``directions`` name.
         hidden_states: [b, l, d].
-        average: Whether the sum of the directions is divided by their number.
-        directions: What is scanned.
+        average: Whether to divide the sum of the directions by their number.
+        directions: The scans to run.
         scan: As in :func:`~prodial_kernels.models.mixers.vim_scan.directed_scan`, which also says
             what is raised.
 
@@ -69,8 +69,7 @@ def bidirectional_mamba(
 
 def recognises(mixer: nn.Module) -> bool:
     """Whether ``mixer`` is Vim's: by its ``bimamba_type`` and by what its forward does."""
-    owner = next((cls for cls in type(mixer).__mro__ if "forward" in vars(cls)), nn.Module)
-    names = names_in(vars(owner)["forward"])
+    names = names_in(forward_of(mixer)[1])
     return {"bimamba_type", "mamba_inner_fn_no_out_proj", "out_proj"} <= names and (
         all(hasattr(mixer, name) for name in ("bimamba_type", "in_proj", "out_proj"))
     )
@@ -93,9 +92,8 @@ def check(mixer: Any, targets: frozenset[str]) -> None:
             f"{subject}'v2' and use_fast_path=False, which scans forwards only; set "
             "use_fast_path=True, as the published models are used"
         )
-    owner = next(cls for cls in type(mixer).__mro__ if "forward" in vars(cls))
     parts = [*MAMBA_PARTS, *(_BACKWARD_PARTS if mixer.bimamba_type == "v2" else ())]
-    problem = unknown_in(mixer, vars(owner)["forward"], parts=parts, known=_KNOWN)
+    problem = unknown_in(mixer, forward_of(mixer)[1], parts=parts, known=_KNOWN)
     if problem is not None:
         raise ValueError(
             f"{subject}{mixer.bimamba_type!r}: {problem} to prodial_kernels, which computes the "
