@@ -1,4 +1,4 @@
-"""Whether a cached W' is still the one that a layer's tensors make."""
+"""Detecting that a cached W' no longer matches the tensors it was formed from."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Merged(Protocol):
         """Whether it does."""
 
     def renew_merged(self) -> None:
-        """Form it anew if what it is made of has changed."""
+        """Form it anew if one of its tensors has changed."""
 
 
 def merge_again(layer: Merged, incompatible_keys: object = None) -> None:

@@ -1,4 +1,4 @@
-"""The scale as it was stored before and is now: version 0.1.0 kept s, later ones keep s − 1."""
+"""Versions of the stored scale: release 0.1.0 kept s, later releases keep s − 1."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEPT_AS = "_prodial_scale_version"
 
 
 def unpickled(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a layer as they are today, for those that a pickle holds.
+    """Return a pickled layer's attributes in today's form.
 
     Raises:
         ValueError: A version newer than this package knows.
@@ -51,7 +51,7 @@ def from_first_version(scale: Tensor) -> Tensor:
 
 
 def scale_to_load(scale: Tensor, version: int | None) -> Tensor:
-    """Return s − 1 for what a state dict holds.
+    """Return s − 1 for the scale of a state dict.
 
     Args:
         scale: [out_features], s or s − 1.

@@ -1,4 +1,4 @@
-"""Adapters of other libraries in the same model: PEFT freezes what is not its own.
+"""Adapters of PEFT in the same model, which freezes the parameters that are not its own.
 
 ``get_peft_model`` sets ``requires_grad`` to False on every parameter but its own, those of ProDiaL
 included, and tells nobody. A layer therefore looks, where it would train, whether it still may.

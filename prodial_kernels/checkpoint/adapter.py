@@ -1,4 +1,4 @@
-"""``save_adapter`` and ``load_adapter``: between an adapted model and a directory."""
+"""Saving an adapter to a directory, and loading it into a model."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
 
 
 def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterReport:
-    """Put the adapter in ``directory`` into ``model``, in place.
+    """Load the adapter in ``directory`` into ``model``, in place.
 
     A plain model gets the saved configuration by ``apply_prodial`` first; a model that is already
     adapted must have that configuration (``impl`` aside). Everything is checked before the first
@@ -219,7 +219,7 @@ def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterRep
 
 
 def _prospective(model: nn.Module, saved: SavedAdapter, origin: str) -> Contents:
-    """What :func:`contents_of` would find in a plain model, but for the adapter's tensors."""
+    """Return :func:`contents_of` of a plain model as if adapted, without the adapter's tensors."""
     try:
         targets = find_targets(model, saved.config)
         state = base_state(model)
@@ -282,7 +282,7 @@ def _check_fits(
 
 @contextmanager
 def _readable_base(origin: str) -> Iterator[None]:
-    """Turn what a malformed description of a base model runs into into an AdapterError."""
+    """Turn the errors of a malformed description of a base model into an AdapterError."""
     try:
         yield
     except AdapterError:
@@ -296,7 +296,7 @@ def _readable_base(origin: str) -> Iterator[None]:
 
 @contextmanager
 def _applied(model: nn.Module, config: ProdialConfig, origin: str) -> Iterator[None]:
-    """Apply ``config``, and take it out again if the block raises."""
+    """Apply ``config``, and remove it if the block raises."""
     try:
         apply_prodial(model, config)
     except ValueError as error:
@@ -355,7 +355,7 @@ def _printable(content: Mapping[str, Any], key: str) -> str | None:
 
 
 def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], origin: str) -> None:
-    """Copy every source over the target of its name and shape, after checking them all."""
+    """Copy every source to the target of its name and shape, after checking all of them."""
     ready: dict[str, Tensor] = {}
     for name, target in targets.items():
         source = sources[name]
@@ -376,5 +376,5 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], ori
 
 
 def describe_tensor(tensor: Tensor) -> dict[str, Any]:
-    """Shape and dtype, as JSON files that stand beside tensors list them."""
+    """Return a tensor's shape and dtype, as JSON files beside tensor files list them."""
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}

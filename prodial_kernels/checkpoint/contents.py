@@ -1,4 +1,4 @@
-"""What an adapter consists of in a model: its own tensors, what is trained beside it, the rest."""
+"""The tensors of an adapted model: the adapter's, those trained beside it, and the base's."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Contents:
 
 
 def contents_of(model: nn.Module, config: ProdialConfig) -> Contents:
-    """Sort the tensors of an adapted ``model``; they are the model's own.
+    """Classify the tensors of an adapted ``model``; they are the model's own, not copies.
 
     Raises:
         AdapterError: A module's state is not made of tensors.
@@ -91,7 +91,7 @@ def running_statistics(model: nn.Module) -> list[str]:
 
 
 def base_without(state: Mapping[str, object], beside: Mapping[str, Tensor]) -> dict[str, Values]:
-    """Return what of ``state`` is neither in ``beside`` nor tied to a tensor in it."""
+    """Return the entries of ``state`` that are neither in ``beside`` nor tied to a tensor in it."""
     held = {id(tensor) for tensor in beside.values()}
     return {
         name: value

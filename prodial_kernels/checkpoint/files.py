@@ -1,4 +1,4 @@
-"""Two files that change together: a kill at any moment leaves the old or the new adapter.
+"""Replacing two files atomically: a kill at any moment leaves the old or the new adapter.
 
 ``adapter_config.json`` holds the SHA-256 of the tensors it belongs to, and replacing it is the
 commit. New tensors are first written to ``adapter_model.<sha256>.<unique>.pending``, then the
@@ -164,7 +164,7 @@ def _find_payload(directory: Path, digest: str) -> bytes | None:
 
 
 def _version(directory: Path) -> tuple[int, int, int] | None:
-    """What changes with every commit."""
+    """Return an identity of the JSON file, which changes with every commit."""
     try:
         found = os.stat(directory / CONFIG_FILE)
     except OSError:
@@ -174,7 +174,7 @@ def _version(directory: Path) -> tuple[int, int, int] | None:
 
 @contextmanager
 def _settle(directory: Path) -> Iterator[None]:
-    """Be the only one to save here, with a save that was killed finished, or its traces removed."""
+    """Lock the directory, and first finish a save that was killed, or remove its traces."""
     try:
         with locked(directory, wait=_SECONDS_TO_WAIT):
             digest = _committed_digest(directory)
@@ -204,7 +204,7 @@ def _leftovers(directory: Path) -> list[Path]:
 
 
 def _check_own(path: Path) -> None:
-    """Raise where a save would replace what is not ours; what cannot be read is nobody's."""
+    """Raise where a save would replace another library's file; an unreadable one is replaced."""
     header = _readable(path)
     if header is not None and "format_version" not in header:
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""Which model is this: the names, shapes and every value of its tensors."""
+"""Identifying a base model by the names, shapes and every value of its tensors."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def check_layers(saved: Mapping[str, Any], current: Mapping[str, Any], origin: s
 
 
 def check_has_values(name: str, tensor: Tensor) -> None:
-    """Raise AdapterError for a tensor whose values are not all here."""
+    """Raise AdapterError for a tensor on the meta device, or a sharded one."""
     if tensor.is_meta:
         raise AdapterError(
             f"{name} is on the meta device and has no values; load the weights first"
@@ -152,7 +152,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 class _Hashes:
-    """Hashes of a model's values, of tied ones once. The model must live as long."""
+    """A cache of hashes of a model's values, tied ones once; it must not outlive the model."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, torch.dtype], str] = {}
@@ -193,7 +193,7 @@ def _difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
 
 
 def _other_format(saved: Mapping[str, Any], linears: Linears) -> str:
-    """What to do where a layer was stored in another format than it is now; empty where none."""
+    """Return advice where a layer's storage format differs from the saved one, or nothing."""
     for path, layer in describe_layers(linears).items():
         then, now = saved[path]["format"], layer["format"]
         if then != now:
@@ -257,7 +257,7 @@ def samples(tensor: Tensor) -> list[float]:
 
 
 def roundings_of_one(a: list[float], b: list[float]) -> bool:
-    """Whether values in bfloat16 and in float16 may be roundings of the same."""
+    """Whether values in bfloat16 and in float16 may be roundings of the same values."""
     first, second = torch.tensor(a).double(), torch.tensor(b).double()
     difference = (first - second).abs()
     largest = torch.maximum(first.abs(), second.abs())

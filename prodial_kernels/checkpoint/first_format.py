@@ -1,4 +1,4 @@
-"""Adapters in format 1, as prodial-kernels 0.1.0 wrote them: what was stored otherwise then."""
+"""Reading adapters in format 1, as prodial-kernels 0.1.0 wrote them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def convert_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of today: the scale, stored as s, becomes s − 1."""
+    """Return the tensors in today's form: the scale, stored as s, becomes s − 1."""
     return {
         name: from_first_version(t) if name.rpartition(".")[2] == "prodial_scale" else t
         for name, t in tensors.items()

@@ -65,7 +65,7 @@ def atomic_directory(
 
 
 def _put(temporary: Path, path: Path, own_files: Callable[[Path], Sequence[str]] | None) -> None:
-    """Rename ``temporary`` to ``path``; try again where another process is at the same."""
+    """Rename ``temporary`` to ``path``; retry where another process does the same."""
     for _ in range(_TRIES):
         previous = beside(path, "previous")
         names: tuple[str, ...] = ()
@@ -146,7 +146,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def safetensors_errors(path: Path) -> Iterator[None]:
-    """Turn safetensors' own error about a failed write into the OSError that it stands for."""
+    """Turn safetensors' own error about a failed write into an OSError."""
     from safetensors import SafetensorError
 
     try:
@@ -170,7 +170,7 @@ def beside(path: Path, kind: str) -> Path:
 
 
 def left_beside(path: Path, kind: str, *, ended: bool = False) -> list[Path]:
-    """Return what has a name that :func:`beside` gave out for ``path``.
+    """Return the paths whose names :func:`beside` gave out for ``path``.
 
     Args:
         path: As for :func:`beside`.
@@ -198,7 +198,7 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk, where the system lets one ask."""
+    """Flush a file, or a directory's entries, to the disk, where the system supports it."""
     if os.name != "posix" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)

@@ -1,4 +1,4 @@
-"""What JSON can hold of measured values: it has no infinity and no NaN."""
+"""Measured values for JSON, which has neither infinity nor NaN."""
 
 from __future__ import annotations
 

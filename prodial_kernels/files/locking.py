@@ -3,7 +3,7 @@
 The system's own lock on the directory where there is one: it ends with the process that holds it.
 Elsewhere (Windows, and file systems without ``flock`` on directories, as NFS) a file ``.lock`` in
 the directory: locked itself on Windows, else created exclusively with the holder's name in it, and
-taken over from a process of this machine that has gone.
+taken over from a process of this machine that has ended.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _take(directory: Path) -> _Release:
 
 
 def _module(name: str) -> Any:
-    """Import what only some systems have; asked for by name, so that type checkers let it be."""
+    """Import a module that only some systems have, by name so that type checkers do not ask."""
     try:
         return import_module(name)
     except ImportError:
@@ -149,7 +149,7 @@ def _release_file(file: Path, content: bytes) -> None:
 
 
 def _removed_stale(file: Path) -> bool:
-    """Remove the lock of a process that has gone; whether it is worth trying again."""
+    """Remove the lock of a process that has ended; return whether to try again."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A name for this process that others can read, to tell whether it has ended."""
+"""Names of processes, by which another process can tell whether one has ended."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The bytes of one file that a user names, in a time that ends.
+"""Reading a file that a user names, in bounded time.
 
-Regular files are read whole. A pipe (``<(command)``, ``/dev/stdin``) is read until it ends, but
-not for longer than it stays silent, and not without bound. A device is not read at all.
+Regular files are read whole. A pipe (``<(command)``, ``/dev/stdin``) is read until it ends, unless
+it stays silent too long or exceeds a size. A device is not read at all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which directories hold a model that this package wrote, so that it may replace them.
+"""Recognising directories that this package wrote, the only ones that it replaces.
 
 A written model has a file :data:`MARKER` beside its own with every file's size and SHA-256. Only
 what still is exactly that is ever replaced: a file more, or one that changed, is somebody's work.
@@ -80,7 +80,7 @@ def own_files(path: Path) -> list[str]:
 
 
 def check_place(path: Path, apart: Mapping[str, Path], *, around: Mapping[str, Path]) -> None:
-    """Raise unless a directory keeps away from others.
+    """Raise where a directory to write overlaps with others.
 
     Args:
         path: Where a directory is to be written; without links in it.
@@ -124,7 +124,7 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _listed(directory: Path) -> dict[str, Any] | None:
-    """What the marker of a directory says of its files; None where there is none, or no sound one.
+    """Return a directory's files as its marker lists them; None without a valid marker.
 
     It may come from anywhere: a name that leads out of the directory makes it none.
     """
@@ -152,7 +152,7 @@ def _is(file: Path, entry: Mapping[str, Any]) -> bool:
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Whether a place is a folder or below it, by whatever names the file system has for them."""
+    """Whether a path is a folder or below it, also through links and other names."""
     if path == folder or folder in path.parents:
         return True
     return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))

@@ -1,4 +1,4 @@
-"""A weighted sum of adapters as one adapter, where the effects of adapters have a sum."""
+"""A weighted sum of adapters as one adapter, where that sum has the form of an adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHY_NOT = (
 def check_combination(
     configs: dict[str, ProdialPeftConfig], weights: Sequence[float], combination_type: str
 ) -> None:
-    """Refuse what has no exact form.
+    """Refuse combinations without an exact form.
 
     Raises:
         ValueError: Adapters with both s and D_b, or with modules trained as a whole or LoRA beside
@@ -117,7 +117,7 @@ def fill_combination(
                 rows.append(layer.prodial_a)
                 columns.append(weight * layer.lora_scaling * layer.prodial_b)
     if blocks is not None and diagonal == "relu":
-        # Until here E, whose diagonal is not positive; from here the D_a that gives it.
+        # So far E = D_b - I, whose diagonal is not positive; from here on the D_a that gives it.
         blocks.diagonal(dim1=-2, dim2=-1).neg_()
     if rows:
         lora_a.copy_(torch.cat(rows, 0))

@@ -1,4 +1,4 @@
-"""Between this package's adapter directories and PEFT's, every number kept as it is."""
+"""Converting between this package's adapter directories and PEFT's, without loss."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _lora(saved: SavedAdapter, directory: object) -> LoraConfig:
 
 
 def _own_config(config: Any, directory: Path) -> tuple[ProdialConfig, Mapping[str, str]]:
-    """Return what ``apply_prodial`` takes, and how each part is called in the file."""
+    """Return the configuration for ``apply_prodial``, and the name of each part in the file."""
     lora = type(config) is LoraConfig
     if not lora and not isinstance(config, ProdialPeftConfig):
         raise AdapterError(f"{directory} holds PEFT's {config.peft_type}, not ProDiaL or LoRA")
@@ -184,7 +184,7 @@ def _own_config(config: Any, directory: Path) -> tuple[ProdialConfig, Mapping[st
 def _fill(
     parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], directory: Path
 ) -> None:
-    """Copy every tensor to the parameter of its name, after looking at all of them."""
+    """Copy every tensor to the parameter of its name, after checking all of them."""
     different = sorted(parameters.keys() ^ tensors.keys())
     if different:
         raise AdapterError(

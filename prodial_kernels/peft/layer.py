@@ -39,13 +39,13 @@ class Factor(nn.Module):
         self.widest = weight.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factor:
-        """Move or cast, but never narrow: 16 bits lose an optimiser's small updates."""
+        """Move or cast, but never narrow the dtype: 16 bits lose an optimiser's small updates."""
         super()._apply(never_narrower(fn, self.widest), recurse=recurse)
         return self
 
 
 def _active_part(attribute: str) -> property:
-    """What ``ProdialLinear`` knows as its parameter: the part of the adapter in use, or None."""
+    """Return a property: a part of the adapter in use, in the place of a parameter, or None."""
 
     def get(self: ProdialPeftLinear) -> nn.Parameter | None:
         name, factors = self.adapter_in_use, self.factors(attribute)
@@ -173,13 +173,13 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         return self._modules[attribute]
 
     def active_names(self) -> list[str]:
-        """Return what PEFT made active, whether this layer has it or not."""
+        """Return the adapters that PEFT made active, whether this layer has them or not."""
         names = self._active_adapter
         return [names] if isinstance(names, str) else list(names)
 
     @contextmanager
     def reading(self, adapter_name: str) -> Iterator[None]:
-        """Let the layer's tensors and options be those of one adapter, active or not."""
+        """Give the layer the tensors and options of one adapter, active or not, meanwhile."""
         before = self._reading
         self._reading = adapter_name
         self._use(adapter_name)
@@ -227,7 +227,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         self.merged_adapters = [name]
 
     def renew_merged(self) -> None:
-        """Make the cached W' anew if what it is made of has changed: of the adapter merged."""
+        """Form the cached W' of the merged adapter anew if one of its tensors has changed."""
         if not self.merged_adapters:
             super().renew_merged()
             return
@@ -242,7 +242,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return what takes the layer's place: the layer of before, or a dense one with W'.
+        """Return the layer to replace this one by: the original, or a dense one with W'.
 
         PEFT calls it; ``merge`` writes W' of the adapter named, of the merged one, or the active.
         """
@@ -261,7 +261,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         return plain
 
     def original_layer(self) -> nn.Module:
-        """Return the layer that this one took the place of, on the device of today."""
+        """Return the layer that this one replaced, on the current device."""
         for original in self.read_from:
             return original.to(weight_like(self.base_layer).device)
         return self.base_layer
@@ -290,7 +290,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         return f"{super().extra_repr()}, adapters={known}, active={self.adapter_in_use!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ProdialPeftLinear:
-        """Move or cast; a merged weight is made anew, and factors see to their own width."""
+        """Move or cast; a merged weight is formed anew, and factors keep their own width."""
         merged = list(self.merged_adapters)
         self.unmerge()
         nn.Module._apply(self, fn, recurse=recurse)

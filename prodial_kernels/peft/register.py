@@ -1,4 +1,4 @@
-"""Make PEFT know the name PRODIAL, in memory: its enumeration and its four mappings.
+"""Registering the method PRODIAL with the running PEFT: its enumeration and four mappings.
 
 PEFT looks methods up by members of ``PeftType``, an enumeration that its versions before 0.21 test
 for membership; no entry point adds one. So a member is made here, as ``enum`` makes them, and then
@@ -64,7 +64,7 @@ PEFT_TYPE = _member()
 
 
 def register(config_class: Any, tuner_class: Any) -> None:
-    """Tell PEFT which classes the name stands for; twice is as good as once.
+    """Tell PEFT which classes the name stands for; a second call does nothing.
 
     Raises:
         ValueError: PEFT has a method of this name already, by other classes.

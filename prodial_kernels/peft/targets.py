@@ -1,4 +1,4 @@
-"""Which layers a configuration means in a model that PEFT may have adapted, and why not."""
+"""Resolving a configuration to the layers of a model that PEFT may have adapted, or refusing it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def check_lora_targets(
     is_prodial: Callable[[str], bool],
     is_lora: Callable[[str], bool],
 ) -> None:
-    """Refuse, before anything changes, where PEFT's LoRA would have no effect or two meanings.
+    """Refuse, before anything changes, layers on which PEFT's LoRA would fail or be ambiguous.
 
     Raises:
         ValueError: A layer that is ProDiaL's too or is trained as a whole; a part of a mixer,
@@ -119,7 +119,7 @@ def check_lora_targets(
 
 
 def _outside_adapters(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Every module with its paths, but for what is inside of adapted layers."""
+    """Return every module with its paths, except those inside adapted layers."""
     paths = module_paths(model)
     inside = {
         child

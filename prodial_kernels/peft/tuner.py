@@ -1,4 +1,4 @@
-"""``ProdialTuner``: what PEFT asks of a method: put adapters in, switch, merge, take them out."""
+"""``ProdialTuner``, PEFT's interface of a method: adding, switching, merging, removing adapters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ProdialTuner(BaseTuner):
     """A model whose linear layers carry ProDiaL adapters: ``base_model`` of a ``PeftModel``."""
 
     prefix = PREFIX
-    # What PEFT does with "the method's layers" is meant for LoRA's beside ours too.
+    # PEFT's operations on the method's layers include LoRA's layers beside ours.
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
@@ -49,7 +49,7 @@ class ProdialTuner(BaseTuner):
             _check_without_peft_model(model, peft_config)
         super().__init__(model, peft_config, adapter_name, **options)
 
-    # --- Putting adapters in. -------------------------------------------------------------------
+    # --- Adding adapters. -----------------------------------------------------------------------
 
     def inject_adapter(
         self,
@@ -174,7 +174,7 @@ class ProdialTuner(BaseTuner):
             )
         yield
 
-    # --- Taking adapters out. -------------------------------------------------------------------
+    # --- Removing adapters. ---------------------------------------------------------------------
 
     def _unload_and_optionally_merge(
         self,
@@ -183,7 +183,7 @@ class ProdialTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """``merge_and_unload`` and ``unload``: give the model its layers and its mixers back."""
+        """``merge_and_unload`` and ``unload``: restore the model's layers and mixers."""
         foreign = merge and self._check_before_merging(adapter_names or ())
 
         def plain(_: str, layer: ProdialPeftLinear) -> nn.Module:
@@ -217,7 +217,7 @@ class ProdialTuner(BaseTuner):
 
 
 class _LoraBeside(LoraModel):
-    """PEFT's LoRA, as a maker of layers in a model that another tuner holds."""
+    """PEFT's LoRA, creating layers in a model that another tuner manages."""
 
     def __init__(self, model: nn.Module, active_adapters: list[str]) -> None:
         nn.Module.__init__(self)
@@ -277,7 +277,7 @@ def _layers(model: nn.Module) -> dict[str, ProdialPeftLinear]:
 
 @contextmanager
 def _own_mixers(model: nn.Module) -> Iterator[None]:
-    """Give the mixers their own classes, and afterwards the paths for what is then adapted."""
+    """Restore the mixers' own classes meanwhile, then adapt the mixers of adapted layers."""
     for undo in vars(model).pop(_MIXERS, ()):
         undo.remove()
     try:
@@ -289,7 +289,7 @@ def _own_mixers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Give ``model`` its structure back if what is done to it fails half way."""
+    """Restore the structure of ``model`` if the block raises."""
     before = Snapshot(model)
     try:
         yield
@@ -299,7 +299,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def _dtype_between_layers(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype that hidden states have: bitsandbytes' layers took any, dense ones do not.
+    """Return the dtype of hidden states: bitsandbytes' layers take any, dense ones do not.
 
     ``prepare_model_for_kbit_training`` makes it fp32, whatever the model was loaded in.
     """

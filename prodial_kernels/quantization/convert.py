@@ -1,4 +1,4 @@
-"""From a dense layer or a checkpoint's entries to a quantised layer, and what that loses."""
+"""Making a quantised layer from a dense one or from a checkpoint's entries, and its error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class QuantizationError:
-    """What quantising a weight lost.
+    """The error of a quantised weight.
 
     Attributes:
         maximum: Largest |quantised − dense|.

@@ -262,5 +262,5 @@ def check_scales(name: str, scales: Tensor) -> None:
 
 
 def _takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels write this; fp64, which serves tests, they do not."""
+    """Whether the kernels support device and dtype; they do not support fp64."""
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""Give a model on the meta device its weights, quantising on the way: it is never dense as a whole.
+"""Loading weights into a model on the meta device, quantising layer by layer: it is never dense.
 
 model = ...                                  # built under torch.device("meta")
 load_quantized(model, TensorFiles("falcon-mamba-7b"), "nf4", device="cuda")
@@ -114,7 +114,7 @@ def load_quantized(
 
 
 class _Loader:
-    """Puts quantised layers in the place of a model's dense ones, and counts."""
+    """Replaces a model's dense layers by quantised ones, and counts errors and bytes."""
 
     def __init__(self, model: nn.Module, device: torch.device, format: str | None) -> None:
         self.device = device
@@ -161,7 +161,7 @@ class _Loader:
         self._put(paths, layer.to(self.device, dtype), linear.weight.nbytes)
 
     def report(self) -> QuantizationReport:
-        """What was done."""
+        """Return the report."""
         formats = " and ".join(sorted(self._formats)) or "no format"
         return QuantizationReport(formats, self._errors, self._before, self._after)
 
@@ -174,7 +174,7 @@ class _Loader:
 
 
 class _Slots:
-    """Where the model's own tensors go, every name and module of a shared one included."""
+    """The places of a model's tensors by name; a shared tensor has several."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -207,7 +207,7 @@ class _Slots:
 
 
 def _stored_layers(theirs: Mapping[str, str], model: nn.Module) -> dict[str, dict[str, str]]:
-    """Layers that the checkpoint holds quantised: path -> entry of the format -> its name there."""
+    """Return the layers stored quantised: path -> entry of the format -> name in the checkpoint."""
     stored: dict[str, dict[str, str]] = {}
     for name in theirs:
         path = next((name.removesuffix(f".{s}") for s in SIGNS if name.endswith(f".{s}")), None)

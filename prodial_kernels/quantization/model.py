@@ -1,4 +1,4 @@
-"""Quantise the frozen layers of a model in place, one at a time."""
+"""Quantising the frozen layers of a model in place, one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are called, and what their names say of how they are stored."""
+"""Names of a checkpoint's tensors, and the storage formats that they reveal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OF_ADAPTER = re.compile(r"(.+)\.(?:prodial_[a-z_]+|base_layer\..+)")
 SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8", "weight_scale_inv": "fp8"}
 """The entry of a state dict by which a layer in a format is recognised."""
 
-# What others write beside a weight, and whose it is: none of it can be read as if it were dense.
+# Entries that other libraries write beside a weight, which can then not be read as dense.
 _OTHERS = {
     "weight.quant_state.bitsandbytes__fp4": "bitsandbytes' FP4; the 4-bit format read is nf4",
     "qweight": "GPTQ or AWQ",
@@ -63,12 +63,12 @@ def is_part_of_adapter(name: str, weights: Collection[str]) -> bool:
 
 
 def is_part(name: str) -> bool:
-    """Whether ``name`` is called as a tensor of an adapted layer is."""
+    """Whether ``name`` has the form of an adapted layer's tensor."""
     return _OF_ADAPTER.fullmatch(name) is not None
 
 
 def foreign_format(name: str) -> str | None:
-    """Whose storage format ``name`` is an entry of; None for what belongs to none, or is read."""
+    """Return whose unsupported storage format ``name`` is an entry of, or None."""
     if name.rpartition(".")[2] in SIGNS:
         return None
     for entry, whose in _OTHERS.items():

@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes of a model with adapted or quantised layers: one that loads.
+"""Making ``save_pretrained`` of a model with adapted or quantised layers write a loadable one.
 
 Their state dicts hold codes, and a base layer beside an adapter's parts; a class of transformers
 knows neither, and completes a checkpoint with random weights. So the models given to
@@ -31,7 +31,7 @@ _AROUND = "_prodial_part_of_another"
 
 @runtime_checkable
 class StandsForLinear(Protocol):
-    """A layer that is not a plain linear one, and computes what one does."""
+    """An adapted or quantised layer: one that computes what a plain linear layer does."""
 
     in_features: int
     out_features: int
@@ -41,7 +41,7 @@ class StandsForLinear(Protocol):
 
 
 class _PlainSaving:
-    """Takes the place of a model's own ``save_pretrained``, copied and pickled with the model."""
+    """Replaces a model's own ``save_pretrained``; copied and pickled with the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
@@ -82,7 +82,7 @@ class _PlainSaving:
 
 
 class _PartOfAnother:
-    """Refuses to be saved by a model around the one that is watched, which knows nothing of it."""
+    """Refuses ``save_pretrained`` of a model around the watched one: it would write codes."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -110,7 +110,7 @@ def watch_saving(model: nn.Module) -> None:
 
 
 def release_saving(model: nn.Module) -> None:
-    """Give back ``save_pretrained`` to what has only plain layers again."""
+    """Restore ``save_pretrained`` of every module that has only plain layers again."""
     for module in model.modules():
         for name in (_METHOD, _AROUND):
             change = vars(module).get(name)
@@ -186,7 +186,7 @@ def _plain_entries(path: str, layer: Any) -> dict[str, Tensor]:
 
 
 def _twin(layer: Any, given: Mapping[str, Any]) -> Any:
-    """A layer like ``layer`` with the tensors of a state dict; a sharded one has none itself."""
+    """Return a copy of ``layer`` with the tensors of a state dict, for a sharded layer."""
     try:
         if isinstance(layer, QuantizedLinear):
             return type(layer).from_entries(given, given.get("bias"), layer.dtype)
@@ -208,14 +208,14 @@ def _twin(layer: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _memory(tensor: Any) -> Any:
-    """What tensors that share memory have in common; nothing where there is no memory."""
+    """Return an identity of the tensor's memory; of the tensor itself where it has none."""
     if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.untyped_storage().data_ptr()
 
 
 def _stand_ins(model: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every layer of ``model`` that stands for a plain one, at each of its paths."""
+    """Yield every adapted or quantised layer of ``model``, at each of its paths."""
     if isinstance(model, StandsForLinear):
         yield path, model
         return
@@ -239,7 +239,7 @@ def _check_saveable(model: Any, arguments: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _plain_config(model: Any) -> Iterator[None]:
-    """Write the configuration that the plain model needs; the one in memory stays."""
+    """Set the plain model's configuration while it is written."""
     config = getattr(model, "config", None)
     settled = _settled(model)
     before = {name: getattr(config, name) for name in settled}
@@ -263,7 +263,7 @@ def _settled(model: Any) -> dict[str, bool]:
 
 
 def _untied(model: Any) -> bool:
-    """Whether input and output embeddings, tied in the base model, are apart now."""
+    """Whether input and output embeddings, tied in the base model, are no longer tied."""
     try:
         inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -299,7 +299,7 @@ def _refuse_saving_around(module: nn.Module, *_: Any) -> None:
 def _without_plain_weights(
     module: nn.Module, state: MutableMapping[str, Any], prefix: str, *rest: Any
 ) -> None:
-    """Before a state is loaded: leave out plain weights that were written beside what they say."""
+    """Before a state is loaded: drop plain weights that were saved beside an adapter's parts."""
     errors: list[str] = rest[-1]
     for path, layer in _stand_ins(module):
         start = f"{prefix}{path}." if path else prefix

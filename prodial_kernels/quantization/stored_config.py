@@ -1,4 +1,4 @@
-"""Which ``quantization_config`` of a checkpoint says something that is read here, all of it."""
+"""Checking that every field of a checkpoint's ``quantization_config`` is supported."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Finding a model's projectors, replacing them with adapted ones, and taking that back."""
+"""Finding a model's projectors, replacing them by adapted ones, and undoing it."""

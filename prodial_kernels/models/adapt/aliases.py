@@ -1,9 +1,9 @@
-"""Second names of a target: what would go on using the layer, or its weight, without the adapter.
+"""Other references to a target, through which it would be used without the adapter.
 
-An adapted layer takes the place of a layer at every path at which a model's modules hold it. Held
-in another way, by a module that computes with it, the old layer or its weight stays where it is,
-and the adapter has no effect there, nor a gradient. Two layers or embeddings that are tied share a
-weight, and each does its own work: that is no second name.
+An adapted layer replaces a layer at every path of the model's module tree. A module that refers to
+the layer, or to its weight, in another way keeps the old one, on which the adapter has no effect
+and from which it gets no gradient. Tied layers and embeddings share a weight but are layers of
+their own: that is no second reference.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from prodial_kernels.quantization import QuantizedLinear
 
-# Layers in their own right, which may be tied to one another.
+# Layers that may be tied to one another.
 _TIED = (nn.Linear, QuantizedLinear, nn.Embedding, nn.EmbeddingBag)
-# Of what modules keep for themselves.
+# Attributes in which torch registers tensors and modules.
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 _DEPTH = 4
 
 
 def second_name(model: nn.Module, layers: Mapping[nn.Module, str]) -> tuple[str, str] | None:
-    """Find what holds one of ``layers``, or its weight, besides the modules' tree.
+    """Find a reference to one of ``layers``, or to its weight, outside the module tree.
 
-    Looked for are parameters and buffers that share its memory, and what modules keep as plain
-    attributes: tensors, modules and bound methods, in lists, tuples, sets and dicts, partials and
-    closures too.
+    Checked are parameters and buffers that share the weight's memory, and plain attributes of
+    modules: tensors, modules and bound methods, also in lists, tuples, sets, dicts, partials and
+    closures.
 
     Args:
         model: What holds the layers.
@@ -75,7 +75,7 @@ def second_name(model: nn.Module, layers: Mapping[nn.Module, str]) -> tuple[str,
 
 
 def _weights(layer: nn.Module) -> list[Tensor]:
-    """The tensors that an adapter stands before: all but the bias."""
+    """Return the tensors that an adapter changes the effect of: all but the bias."""
     named: Iterable[tuple[str, Tensor | None]] = (
         *layer._parameters.items(), *layer._buffers.items(),
     )  # fmt: skip
@@ -83,7 +83,7 @@ def _weights(layer: nn.Module) -> list[Tensor]:
 
 
 def _parts(value: Any, depth: int = _DEPTH) -> Iterator[Tensor | nn.Module]:
-    """Tensors and modules that a plain attribute holds; what is in those is not looked at."""
+    """Yield the tensors and modules that a plain attribute holds."""
     if isinstance(value, Tensor | nn.Module):
         yield value
         return
@@ -115,7 +115,7 @@ def _contents(cell: Any) -> Any:
 
 
 def _storage(tensor: Tensor) -> int:
-    """What tensors that share memory have in common; without memory, the tensor itself."""
+    """Return an identity of the tensor's memory; of the tensor itself where it has none."""
     try:
         return tensor.untyped_storage().data_ptr() or id(tensor)
     except (NotImplementedError, RuntimeError):
@@ -123,7 +123,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one storage have bytes in common: parts of one allocation have not."""
+    """Whether two tensors of one storage overlap; parts of one allocation need not."""
     if one is other:
         return True
     (begin, end), (first, last) = _extent(one), _extent(other)

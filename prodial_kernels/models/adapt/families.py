@@ -1,4 +1,4 @@
-"""The families of mixers that are known, and the refusal of mixers that would bypass an adapter."""
+"""The known families of mixers, and the refusal of modules that would bypass an adapter."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from prodial_kernels.models.patch_point import Undo
 
 @dataclass(frozen=True)
 class Family:
-    """What injection asks of a family of mixers; one file of this folder each.
+    """The interface of a family of mixers; each is one file of ``models/mixers``.
 
     Attributes:
-        recognises: Whether a module is a mixer whose adapters the family makes take effect.
+        recognises: Whether a module is a mixer of this family.
         check: Called with a recognised mixer and the names of its children that are to be
             adapted, before anything changes; raises ValueError to refuse.
         adapt: Called with the model once its layers are adapted; returns what undoes it.
@@ -38,7 +38,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def check_mixers(model: nn.Module, targets: Iterable[Target]) -> None:
-    """Refuse, before anything changes, what would leave an adapter without effect or speed.
+    """Refuse, before anything changes, targets whose adapter would have no effect or be slow.
 
     Raises:
         ValueError: A known mixer that cannot be adapted as asked, or an unknown module that

@@ -1,4 +1,4 @@
-"""Put adapters into a model, merge them, take them out again."""
+"""Adding adapters to a model, merging them, and removing them."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
 
 
 def remove_prodial(model: ModelT) -> ModelT:
-    """Take the adapters out: the very layers that were there before are put back, in place.
+    """Remove the adapters and restore the layers that they wrapped, in place.
 
     ``requires_grad`` is as it was before ``apply_prodial``. Modules of ``modules_to_save`` keep
     the values they were trained to. On an error or an interrupt the model is as it was.
@@ -236,7 +236,7 @@ def _get_state(model: nn.Module, *, taking_out: str | None = None) -> _State:
             until then some layers are plain and others adapted.
     """
     inner = unwrapped(model)
-    # Its own attribute: wrappers that pass attributes on have other names for the parameters.
+    # Not by getattr: wrappers forward attributes, but name the parameters differently.
     state = vars(inner).get(_STATE)
     if not isinstance(state, _State):
         raise ValueError(
@@ -261,13 +261,13 @@ def _refuse_wrapper(model: nn.Module) -> None:
 
 
 def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
-    """Say where the LoRA part is of full rank already: it then has more parameters than W."""
+    """Warn where r makes the LoRA part full rank: it then has more parameters than W."""
     narrow = {
         (target.linear.in_features, target.linear.out_features)
         for target in targets
         if r >= min(target.linear.in_features, target.linear.out_features)
     }
-    # The default rank on a toy's narrow layers costs nothing worth a word.
+    # The default rank on the narrow layers of a toy model costs too little for a warning.
     if narrow and r > ProdialConfig.r:
         k, n = min(narrow, key=min)
         warnings.warn(
@@ -279,7 +279,7 @@ def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
 
 
 def _check_mergeable(model: nn.Module, state: _State) -> None:
-    """Raise ValueError where a layer's W' is not finite or not there, before any is replaced."""
+    """Raise ValueError where a W' is not finite or sharded, before any layer is replaced."""
     for path, layer in ({} if state.unfinished else adapted_layers(model)).items():
         shards = [name for name, p in layer.named_parameters() if hasattr(p, "full_tensor")]
         if shards:
@@ -298,7 +298,7 @@ def _check_mergeable(model: nn.Module, state: _State) -> None:
 
 
 def _detach(model: nn.Module, state: _State) -> None:
-    # The last change first. After an interrupt all are undone again, which changes nothing.
+    # The last change first; undoing one twice, after an interrupt, changes nothing.
     for handle in reversed(state.handles):
         handle.remove()
     for name, parameter in model.named_parameters(remove_duplicate=False):

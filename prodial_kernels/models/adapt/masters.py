@@ -22,7 +22,7 @@ _READ_AS = "_prodial_read_as"
 
 
 class Masters:
-    """The parameters of one module that have become masters, until :meth:`remove`."""
+    """The fp32 masters of one module, until :meth:`remove`."""
 
     def __init__(self, module: nn.Module, read_as: Mapping[str, torch.dtype]) -> None:
         """Make masters of the module's own parameters: by name, the dtype to read each in."""
@@ -67,7 +67,7 @@ def apply_keeping_masters(
     fn: Callable[[Tensor], Tensor],
     recurse: bool = True,
 ) -> nn.Module:
-    """``_apply`` of a module with masters: move them, cast what they are read in, never narrow."""
+    """``_apply`` of a module with masters: a cast changes the dtype they are read in alone."""
     read_as: dict[str, torch.dtype] = vars(module)[_READ_AS]
     kept: dict[int, Tensor] = {}
     for name, dtype in read_as.items():

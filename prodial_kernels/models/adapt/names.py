@@ -1,4 +1,4 @@
-"""A model's tensors by the names they have where nothing is wrapped and nothing adapted."""
+"""A model's tensors by the names they have in the plain model, neither wrapped nor adapted."""
 
 from __future__ import annotations
 

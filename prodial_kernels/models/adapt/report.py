@@ -72,7 +72,7 @@ class AdapterReport:
 
 
 def table_lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a table: the header, a rule, the rows; all but the first column right."""
+    """Return a table's lines: header, rule, rows; all columns but the first right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for cells in rows:
@@ -137,7 +137,7 @@ def _row(members: list[tuple[str, nn.Module]]) -> ReportRow:
 
 
 def _packed(module: nn.Module) -> int:
-    """Weights that are no parameters because a storage format holds them, shared ones once."""
+    """Count the weights in storage formats, which are no parameters; shared ones once."""
     return sum(
         layer.in_features * layer.out_features
         for layer in module.modules()

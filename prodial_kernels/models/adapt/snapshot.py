@@ -1,4 +1,4 @@
-"""The structure of a model as it was, to go back to whatever stopped a change, and wherever."""
+"""The structure of a model before a change, to restore when an error or interrupt stops it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Snapshot:
     """Classes, attributes, children, hooks and flags of every module; no value is copied."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Note how ``model`` is now."""
+        """Record the structure of ``model``."""
         self._modules = [
             (module, type(module), dict(vars(module)), _registries(module))
             for module in model.modules()
@@ -22,7 +22,7 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Give the model back its structure; values that were changed in place stay changed."""
+        """Restore the model's structure; values that were changed in place stay changed."""
         for module, cls, attributes, registries in self._modules:
             module.__class__ = cls
             for registry, content in registries:
@@ -39,7 +39,7 @@ class Snapshot:
 
 
 def _registries(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The dictionaries of parameters, buffers, children and hooks, each with a copy."""
+    """Return the dictionaries of parameters, buffers, children and hooks, each with a copy."""
     return [
         (value, value.copy())
         for name, value in vars(module).items()

@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration means, and every reason to refuse it."""
+"""Resolving a configuration to the modules of a model, or refusing it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Saved:
         if self.parameter is None:
             yield from self.module.parameters()
         else:
-            # By the registry: as an attribute, a master is read in 16 bits.
+            # From the registry: read as an attribute, a master has 16 bits.
             parameter = self.module._parameters[self.parameter]
             if parameter is not None:
                 yield parameter
@@ -63,7 +63,7 @@ def path_pattern(path: str) -> str:
 
 
 def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
-    """Return the layers that ``config.target_modules`` means, in the model's order.
+    """Return the layers that ``config.target_modules`` matches, in the model's order.
 
     Raises:
         ValueError: Nothing matches, a name matches nothing, a match cannot be adapted, a target
@@ -93,7 +93,7 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
 
 
 def refuse_second_names(model: nn.Module, layers: dict[nn.Module, str]) -> None:
-    """Raise ValueError where ``model`` holds one of ``layers``, or its weight, unseen.
+    """Raise ValueError where ``model`` refers to one of ``layers`` outside its module tree.
 
     Args:
         model: The model.
@@ -163,7 +163,7 @@ def _saved_parameters(model: nn.Module, name: str) -> Iterator[Saved]:
 
 
 def require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | QuantizedLinear:
-    """Return ``module``, or raise ValueError where an adapted layer would not do all it does."""
+    """Return ``module``, or raise ValueError where an adapted layer could not replace it."""
     kind = f"target {name!r} matches {path!r}, a {type(module).__module__}.{type(module).__name__}"
     if not isinstance(module, nn.Linear | QuantizedLinear):
         raise ValueError(f"{kind}, not an nn.Linear; make target_modules match linear layers only")

@@ -1,4 +1,4 @@
-"""Vision Mamba, a model to adapt and to test with: :class:`VisionMamba`."""
+"""Vision Mamba, an image classifier to adapt: :class:`VisionMamba`."""
 
 from prodial_kernels.models.vision_mamba.model import VisionMamba
 

@@ -1,4 +1,4 @@
-"""``VisionMamba``: Vision Mamba (arXiv:2401.09417) as published, and nothing of its variants."""
+"""``VisionMamba``: Vision Mamba (arXiv:2401.09417) as published, without its variants."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class VisionMamba(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Draw what the parts have not drawn for themselves."""
+        """Initialise the parameters that no part has initialised itself."""
         for tensor in (self.cls_token, self.pos_embed, self.head.weight):
             nn.init.trunc_normal_(tensor, std=0.02)
         projection = self.patch_embed.proj
