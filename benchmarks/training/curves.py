@@ -31,6 +31,7 @@ from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import apply_levels
 from prodial_kernels.models.loading.load import load_model
 from prodial_kernels.training.config import FinetuneConfig, ResolvedConfig
+from prodial_kernels.training.data.batches import BatchSizes
 from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.memory.run_plan import block_levels
 from prodial_kernels.training.method import prepare_method
@@ -180,7 +181,7 @@ def losses_of(maker: str, variant: Variant, device: str, steps: int) -> list[flo
     if levels is not None:
         apply_levels(model, levels)
     model.train()
-    batches = PackedBatches(tokens, seq_len=config.seq_len, batch_size=BATCH // variant.parts)
+    batches = PackedBatches(tokens, BatchSizes(config.seq_len, BATCH // variant.parts))
     choice = decide(config, facts_of(model), torch.device(device))
     step = make_step(model, optimizer, config, choice, device=torch.device(device))
     options = LoopOptions(steps=steps, lr=LR, warmup=config.warmup)

@@ -29,6 +29,7 @@ from benchmarks.training.random_weights import random_quantized
 from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, prepare_blocks
 from prodial_kernels.training.config import FinetuneConfig, ResolvedConfig
+from prodial_kernels.training.data.batches import BatchSizes
 from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.memory.allocator import grow_segments
 from prodial_kernels.training.memory.device import limited
@@ -174,7 +175,7 @@ class Training:
         )
         vocabulary = SIZES[job.model].vocabulary
         tokens = torch.randint(0, vocabulary, (job.batch * job.length * 4,), dtype=torch.int32)
-        self._batches = PackedBatches(tokens, seq_len=job.length, batch_size=job.batch)
+        self._batches = PackedBatches(tokens, BatchSizes(job.length, job.batch))
         self.model.train()
         release(place.type, workspaces=True)
         self._built = time.perf_counter()

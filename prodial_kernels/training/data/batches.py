@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,27 +32,76 @@ class Batch(NamedTuple):
     seq_idx: Tensor | None = None
 
 
-class TrainingBatches(Protocol):
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """Sizes of training batches, and the seed of their order.
+
+    Attributes:
+        seq_len: Tokens in a window, or the most in a padded sequence; at least 2.
+        batch_size: Sequences in a batch.
+        seed: Decides the order of every epoch.
+
+    Raises:
+        ValueError: A size is too small.
+    """
+
+    seq_len: int
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        check_sizes({"seq_len": (self.seq_len, 2), "batch_size": (self.batch_size, 1)})
+
+
+class TrainingBatches(ABC):
     """Batches addressed by step, so that a resumed run continues without replaying anything.
 
     Attributes:
+        sizes: Of a batch, with the seed.
         steps_per_epoch: Steps after which every sequence has been used at least once.
         n_tokens: Tokens of one epoch, without padding.
         notes: What became of the examples: how they are ended, and how many were cut; a line each.
         n_truncated: Sequences that lost tokens, because they were longer than a sequence may be.
     """
 
-    steps_per_epoch: int
-    n_tokens: int
-    notes: Sequence[str]
-    n_truncated: int
+    def __init__(
+        self, sizes: BatchSizes, *, sequences: int, tokens: int, notes: Sequence[str]
+    ) -> None:
+        """Describe batches of ``sequences`` sequences with ``tokens`` tokens in all."""
+        self.sizes = sizes
+        self.steps_per_epoch = -(-sequences // sizes.batch_size)
+        self.n_tokens = tokens
+        self.notes = tuple(notes)
+        self.n_truncated = 0
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of data, sizes and seed: equal fingerprints mean equal batches at every step."""
+        kind, options, tensors = self._identity()
+        sizes = self.sizes
+        digest = hashlib.sha256(
+            repr((kind, sizes.seq_len, sizes.batch_size, sizes.seed, *options)).encode()
+        )
+        for tensor in tensors:
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step (from 0, without bound: epochs follow on each other)."""
+        """Return the batch of a step (from 0, without bound: epochs follow on each other).
+
+        Raises:
+            ValueError: The step is negative.
+        """
+        check_sizes({"step": (step, 0)})
+        return self._batch(step)
+
+    @abstractmethod
+    def _batch(self, step: int) -> Batch: ...
+
+    @abstractmethod
+    def _identity(self) -> tuple[str, tuple[object, ...], tuple[Tensor, ...]]:
+        """What the fingerprint is of: the kind of batches, options beside the sizes, the data."""
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -85,14 +137,6 @@ class EpochOrder:
             order = torch.randperm(self._n, generator=epoch_generator(self._seed, epoch))
             self._last = (epoch, order.tolist())
         return self._last[1][place]
-
-
-def fingerprint(parts: tuple[object, ...], *tensors: Tensor) -> str:
-    """Hash settings and tensor contents."""
-    digest = hashlib.sha256(repr(parts).encode())
-    for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def check_sizes(sizes: dict[str, tuple[int, int]]) -> None:

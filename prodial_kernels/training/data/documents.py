@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,18 +19,13 @@ from torch import Tensor, nn
 from prodial_kernels.training.data.batches import (
     IGNORED,
     Batch,
+    BatchSizes,
     EpochOrder,
-    check_sizes,
-    fingerprint,
+    TrainingBatches,
 )
 from prodial_kernels.training.data.examples import DataError
 from prodial_kernels.training.data.padding import PaddedBatches
-from prodial_kernels.training.data.tokenization import (
-    EncodedPair,
-    encode,
-    eos_token,
-    leading_tokens,
-)
+from prodial_kernels.training.data.tokenization import EncodedPair, encode_documents, eos_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,77 +47,50 @@ def resets_state(model: nn.Module) -> bool:
     )
 
 
-class SharedWindows:
+class SharedWindows(TrainingBatches):
     """Whole documents side by side in windows of one length, marked by ``seq_idx``.
 
     Which documents share a window is decided once, by best fit; the windows come in a new random
     order every epoch. A window's end that no document fits is filled up, without labels.
+
+    A batch has int64 ``[batch_size, seq_len]`` twice, and ``seq_idx``, int32 of that shape. A
+    document's first token is no label: what precedes it is another document's.
     """
 
     def __init__(
-        self,
-        pieces: Sequence[Tensor],
-        *,
-        seq_len: int,
-        batch_size: int,
-        seed: int = 0,
-        notes: Sequence[str] = (),
+        self, pieces: Sequence[Tensor], sizes: BatchSizes, notes: Sequence[str] = ()
     ) -> None:
         """Put pieces into windows.
 
         Args:
             pieces: int32 ``[n]`` each, 2 to ``seq_len`` tokens.
-            seq_len: Tokens in a window, at least 2.
-            batch_size: Windows in a batch.
-            seed: Decides the order of every epoch.
+            sizes: Of windows and batches.
             notes: What to say of the pieces.
 
         Raises:
             DataError: No pieces.
-            ValueError: ``seq_len`` or ``batch_size`` is too small.
         """
-        check_sizes({"seq_len": (seq_len, 2), "batch_size": (batch_size, 1)})
         if not pieces:
             raise DataError("there are no documents of two or more tokens to train on")
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.seed = seed
-        self.notes: Sequence[str] = tuple(notes)
-        self.n_truncated = 0
         self._pieces = list(pieces)
-        self._windows = best_fit([len(piece) for piece in pieces], seq_len)
-        self._order = EpochOrder(len(self._windows), seed)
-        self.steps_per_epoch = -(-len(self._windows) // batch_size)
-        self.n_tokens = sum(map(len, pieces))
+        self._windows = best_fit([len(piece) for piece in pieces], sizes.seq_len)
+        self._order = EpochOrder(len(self._windows), sizes.seed)
+        super().__init__(
+            sizes, sequences=len(self._windows), tokens=sum(map(len, pieces)), notes=notes
+        )
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of data, sizes and seed: equal fingerprints mean equal batches at every step."""
-        settings = ("shared", self.seq_len, self.batch_size, self.seed)
+    def _identity(self) -> tuple[str, tuple[object, ...], tuple[Tensor, ...]]:
         lengths = torch.tensor([len(piece) for piece in self._pieces])
-        return fingerprint(settings, torch.cat(self._pieces), lengths)
+        return "shared", (), (torch.cat(self._pieces), lengths)
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step.
-
-        Args:
-            step: From 0, without bound.
-
-        Returns:
-            int64 ``[batch_size, seq_len]`` twice, and ``seq_idx``, int32 of that shape. A
-            document's first token is no label: what precedes it is another document's.
-
-        Raises:
-            ValueError: The step is negative.
-        """
-        check_sizes({"step": (step, 0)})
-        shape = (self.batch_size, self.seq_len)
+    def _batch(self, step: int) -> Batch:
+        shape = (self.sizes.batch_size, self.sizes.seq_len)
         input_ids = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED)
         seq_idx = torch.zeros(shape, dtype=torch.int32)
-        for row in range(self.batch_size):
+        for row in range(shape[0]):
             at = 0
-            window = self._windows[self._order.index(step * self.batch_size + row)]
+            window = self._windows[self._order.index(step * shape[0] + row)]
             for place, index in enumerate(window):
                 ids = self._pieces[index].long()
                 end = at + len(ids)
@@ -138,10 +105,8 @@ class SharedWindows:
 def separate_documents(
     documents: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
+    sizes: BatchSizes,
     *,
-    seq_len: int,
-    batch_size: int,
-    seed: int = 0,
     shared: bool = False,
 ) -> SharedWindows | PaddedBatches:
     """Make batches of documents that do not see each other.
@@ -152,20 +117,15 @@ def separate_documents(
     Args:
         documents: Texts.
         tokenizer: Has an EOS token.
-        seq_len: The most tokens in a sequence, at least 2.
-        batch_size: Sequences in a batch.
-        seed: Decides the order of every epoch.
+        sizes: Of sequences and batches.
         shared: Let short documents share windows; only for models that :func:`resets_state`
             answers True for.
 
     Raises:
         DataError: No text, or a tokenizer without an EOS token.
-        ValueError: A size is out of range.
     """
-    check_sizes({"seq_len": (seq_len, 2), "batch_size": (batch_size, 1)})
-    before = torch.tensor(leading_tokens(tokenizer), dtype=torch.int32)
-    after = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
-    cut = [torch.cat([before, ids, after]).split(seq_len) for ids in encode(tokenizer, documents)]
+    seq_len = sizes.seq_len
+    cut = [ids.split(seq_len) for ids in encode_documents(tokenizer, documents)]
     # One token has nothing to learn.
     pieces = [piece for parts in cut for piece in parts if len(piece) > 1]
     notes = [f"no text sees another one, each is ended by {tokenizer.eos_token!r}"]
@@ -176,15 +136,9 @@ def separate_documents(
             "into pieces that do not see each other"
         )
     if shared:
-        return SharedWindows(pieces, seq_len=seq_len, batch_size=batch_size, seed=seed, notes=notes)
-    return PaddedBatches(
-        [EncodedPair(piece[:1], piece[1:]) for piece in pieces],
-        pad_token=int(after),
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        notes=notes,
-    )
+        return SharedWindows(pieces, sizes, notes)
+    pairs = [EncodedPair(piece[:1], piece[1:]) for piece in pieces]
+    return PaddedBatches(pairs, sizes, pad_token=eos_token(tokenizer), notes=notes)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 from prodial_kernels.training.data.batches import (
     IGNORED,
     Batch,
-    check_sizes,
+    BatchSizes,
+    TrainingBatches,
     epoch_generator,
-    fingerprint,
 )
 from prodial_kernels.training.data.examples import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.data.tokenization import EncodedPair, encode_pairs, eos_token
@@ -29,22 +28,21 @@ _BATCHES_SORTED_TOGETHER = 16
 _LENGTH_MULTIPLE = 8
 
 
-class PaddedBatches:
+class PaddedBatches(TrainingBatches):
     """Sequences grouped by length, in a new random order every epoch.
 
     Every sequence comes exactly once an epoch, so an epoch's last batch may be smaller. The plan
     of an epoch follows from ``(seed, epoch)``, so any step can be asked for without the ones
-    before it.
+    before it. A batch is two int64 tensors ``[n, length]``, where ``n <= batch_size`` and
+    ``length`` is the longest sequence's, rounded up to a multiple of 8.
     """
 
     def __init__(
         self,
         pairs: Sequence[EncodedPair],
+        sizes: BatchSizes,
         *,
         pad_token: int,
-        seq_len: int,
-        batch_size: int,
-        seed: int = 0,
         mask_prompt: bool = True,
         notes: Sequence[str] = (),
     ) -> None:
@@ -55,70 +53,59 @@ class PaddedBatches:
 
         Args:
             pairs: What to train on.
+            sizes: Of sequences and batches.
             pad_token: Fills up short sequences; any valid id, since it is never learned.
-            seq_len: The most tokens in a sequence, at least 2.
-            batch_size: Sequences in a batch.
-            seed: Decides the plan of every epoch.
             mask_prompt: Learn the continuations only.
             notes: What to say of the sequences, beside what is cut off them.
 
         Raises:
             DataError: No pairs.
-            ValueError: ``seq_len`` or ``batch_size`` is too small.
         """
-        check_sizes({"seq_len": (seq_len, 2), "batch_size": (batch_size, 1)})
         if not pairs:
             raise DataError("there are no examples to train on")
-        self.seq_len = seq_len
-        self.batch_size = batch_size
-        self.seed = seed
-        self.mask_prompt = mask_prompt
-        self.n_truncated = sum(len(c) + len(t) > seq_len for c, t in pairs)
-        cut = [_cut(pair, seq_len) for pair in pairs]
-        self.notes: Sequence[str] = (*notes, *_losses(pairs, cut, seq_len))
+        cut = [_cut(pair, sizes.seq_len) for pair in pairs]
+        self._mask_prompt = mask_prompt
         self._pad_token = pad_token
         self._tokens = torch.cat([ids for pair in cut for ids in pair])
         self._context_lengths = torch.tensor([len(pair.context) for pair in cut])
         self._lengths = torch.tensor([len(c) + len(t) for c, t in cut])
         self._starts = self._lengths.cumsum(0) - self._lengths
-        self.steps_per_epoch = -(-len(pairs) // batch_size)
-        self.n_tokens = len(self._tokens)
         self._plan: tuple[int, list[Tensor]] = (-1, [])
+        super().__init__(
+            sizes,
+            sequences=len(pairs),
+            tokens=len(self._tokens),
+            notes=(*notes, *_losses(pairs, cut, sizes.seq_len)),
+        )
+        self.n_truncated = sum(len(c) + len(t) > sizes.seq_len for c, t in pairs)
 
     @classmethod
     def from_examples(
         cls,
         examples: Sequence[PromptCompletion | MultipleChoice],
         tokenizer: PreTrainedTokenizerBase,
+        sizes: BatchSizes,
         *,
-        seq_len: int,
-        batch_size: int,
-        seed: int = 0,
         mask_prompt: bool = True,
     ) -> PaddedBatches:
-        """Tokenise examples: completions end with EOS, of multiple choice the right one is learned.
+        """Tokenise examples of one kind: completions end with EOS, of choices the right is learned.
 
         Choices get no EOS, because the likelihoods that decide the accuracy have none either.
 
         Raises:
             DataError: No examples, or a tokenizer without an EOS token.
-            ValueError: A size is out of range.
         """
-        eos = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
+        eos = eos_token(tokenizer)
+        completions = any(isinstance(example, PromptCompletion) for example in examples)
         texts = [
             (e.prompt, e.completion) if isinstance(e, PromptCompletion) else e.pair(e.label)
             for e in examples
         ]
+        end = torch.tensor([eos] if completions else [], dtype=torch.int32)
         pairs = [
-            EncodedPair(context, torch.cat([ids, eos]))
-            if isinstance(example, PromptCompletion)
-            else EncodedPair(context, ids)
-            for example, (context, ids) in zip(
-                examples, encode_pairs(tokenizer, texts), strict=True
-            )
+            EncodedPair(context, torch.cat([ids, end]))
+            for context, ids in encode_pairs(tokenizer, texts)
         ]
-        pad = tokenizer.pad_token_id
-        completions = any(isinstance(example, PromptCompletion) for example in examples)
         note = (
             f"each completion is ended by {tokenizer.eos_token!r}"
             if completions
@@ -126,36 +113,14 @@ class PaddedBatches:
         )
         if mask_prompt:
             note += "; what stands before it is read, not learned"
-        return cls(
-            pairs,
-            pad_token=int(eos if pad is None else pad),
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-            mask_prompt=mask_prompt,
-            notes=[note],
-        )
+        pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return cls(pairs, sizes, pad_token=int(pad), mask_prompt=mask_prompt, notes=[note])
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of data, sizes and seed: equal fingerprints mean equal batches at every step."""
-        settings = ("padded", self.seq_len, self.batch_size, self.seed, self.mask_prompt)
-        return fingerprint(settings, self._tokens, self._lengths, self._context_lengths)
+    def _identity(self) -> tuple[str, tuple[object, ...], tuple[Tensor, ...]]:
+        data = (self._tokens, self._lengths, self._context_lengths)
+        return "padded", (self._mask_prompt,), data
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a step.
-
-        Args:
-            step: From 0, without bound.
-
-        Returns:
-            Two int64 tensors ``[n, length]``, where ``n <= batch_size`` and ``length`` is the
-            longest sequence's, rounded up to a multiple of 8.
-
-        Raises:
-            ValueError: The step is negative.
-        """
-        check_sizes({"step": (step, 0)})
+    def _batch(self, step: int) -> Batch:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._plan[0] != epoch:
             self._plan = (epoch, self._plan_of(epoch))
@@ -169,18 +134,19 @@ class PaddedBatches:
         for target, row in enumerate(rows.tolist()):
             start, n = int(self._starts[row]), int(self._lengths[row])
             ids = self._tokens[start : start + n].long()
-            learned_from = int(self._context_lengths[row]) if self.mask_prompt else 0
+            learned_from = int(self._context_lengths[row]) if self._mask_prompt else 0
             input_ids[target, :n] = ids
             labels[target, learned_from:n] = ids[learned_from:]
         return Batch(input_ids, labels)
 
     def _plan_of(self, epoch: int) -> list[Tensor]:
-        generator = epoch_generator(self.seed, epoch)
+        generator = epoch_generator(self.sizes.seed, epoch)
         order = torch.randperm(len(self._lengths), generator=generator)
         batches: list[Tensor] = []
-        for group in order.split(self.batch_size * _BATCHES_SORTED_TOGETHER):
+        batch_size = self.sizes.batch_size
+        for group in order.split(batch_size * _BATCHES_SORTED_TOGETHER):
             by_length = group[self._lengths[group].argsort(stable=True)]
-            batches.extend(by_length.split(self.batch_size))
+            batches.extend(by_length.split(batch_size))
         shuffled = torch.randperm(len(batches), generator=generator)
         return [batches[int(index)] for index in shuffled]
 

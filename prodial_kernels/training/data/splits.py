@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from prodial_kernels._checks import similar_path
-from prodial_kernels.training.data.batches import TrainingBatches
+from prodial_kernels.training.data.batches import BatchSizes, TrainingBatches
 from prodial_kernels.training.data.chat import rendered
 from prodial_kernels.training.data.documents import separate_documents
 from prodial_kernels.training.data.examples import DataError, Example, Kind, kind_of, text_bytes
@@ -230,27 +230,14 @@ def make_batches(
         DataError: No examples, more than one kind, or too little text for one window.
         ValueError: A size is out of range.
     """
+    sizes = BatchSizes(seq_len, batch_size, seed)
     if kind_of(examples) == "text":
         texts = [example for example in examples if isinstance(example, str)]
         if packing == "documents":
-            return separate_documents(
-                texts, tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed, shared=resets
-            )
-        return PackedBatches.from_documents(
-            texts,
-            tokenizer,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            seed=seed,
-        )
-    return PaddedBatches.from_examples(
-        rendered([example for example in examples if not isinstance(example, str)], tokenizer),
-        tokenizer,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        seed=seed,
-        mask_prompt=mask_prompt,
-    )
+            return separate_documents(texts, tokenizer, sizes, shared=resets)
+        return PackedBatches.from_documents(texts, tokenizer, sizes)
+    rows = rendered([example for example in examples if not isinstance(example, str)], tokenizer)
+    return PaddedBatches.from_examples(rows, tokenizer, sizes, mask_prompt=mask_prompt)
 
 
 def _open(

@@ -40,6 +40,20 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator
         yield ids
 
 
+def encode_documents(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]
+) -> Iterator[Tensor]:
+    """Tokenise documents, each ended by EOS (and begun by BOS, if the model does).
+
+    Raises:
+        DataError: The tokenizer has no EOS token.
+    """
+    before = torch.tensor(leading_tokens(tokenizer), dtype=torch.int32)
+    after = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
+    for ids in encode(tokenizer, documents):
+        yield torch.cat([before, ids, after])
+
+
 def encode_up_to(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], n_tokens: int | None
 ) -> Iterator[tuple[str, Tensor]]:

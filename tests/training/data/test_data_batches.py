@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from prodial_kernels.training.data.batches import IGNORED, epoch_generator
+from prodial_kernels.training.data.batches import IGNORED, BatchSizes, epoch_generator
 from prodial_kernels.training.data.examples import DataError, MultipleChoice, PromptCompletion
 from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.data.padding import PaddedBatches
@@ -41,7 +41,7 @@ def test_packed_documents_end_with_eos_and_labels_are_the_inputs(byte_tokenizer:
 
 
 def test_packed_windows_cover_every_token_once_an_epoch_and_the_tail_too() -> None:
-    batches = PackedBatches(stream(103), seq_len=10, batch_size=4, seed=3)
+    batches = PackedBatches(stream(103), BatchSizes(10, 4, seed=3))
     assert batches.steps_per_epoch == 3
     rows = torch.cat([batches.batch(step).input_ids for step in range(11)])[: 4 * 11]
     for epoch in range(4):  # 44 samples are 4 epochs of 11 windows
@@ -53,7 +53,7 @@ def test_packed_windows_cover_every_token_once_an_epoch_and_the_tail_too() -> No
 
 def test_packed_order_differs_between_epochs_and_seeds() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        batches = PackedBatches(stream(200), seq_len=10, batch_size=20, seed=seed)
+        batches = PackedBatches(stream(200), BatchSizes(10, 20, seed=seed))
         return batches.batch(epoch).input_ids[:, 0].tolist()
 
     orders = [order(0, 0), order(0, 1), order(1, 0), list(range(0, 200, 10))]
@@ -62,7 +62,7 @@ def test_packed_order_differs_between_epochs_and_seeds() -> None:
 
 
 def test_packed_batch_is_full_where_windows_are_fewer_than_the_batch() -> None:
-    batches = PackedBatches(stream(25), seq_len=10, batch_size=8)
+    batches = PackedBatches(stream(25), BatchSizes(10, 8))
     assert batches.batch(5).input_ids.shape == (8, 10)
 
 
@@ -155,7 +155,7 @@ def test_padded_batches_hold_sequences_of_like_length(byte_tokenizer: Any) -> No
 def test_too_long_pairs_lose_the_start_of_the_context_then_the_end() -> None:
     def cut(n_context: int, n_continuation: int) -> list[int]:
         pair = EncodedPair(stream(n_context), 100 + stream(n_continuation))
-        batches = PaddedBatches([pair], pad_token=0, seq_len=8, batch_size=1)
+        batches = PaddedBatches([pair], BatchSizes(8, 1), pad_token=0)
         assert batches.n_truncated == 1
         input_ids, labels, _ = batches.batch(0)
         assert (labels[0] >= 100).tolist() == (input_ids[0] >= 100).tolist()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.config import FinetuneConfig
-from prodial_kernels.training.data.batches import IGNORED, Batch
+from prodial_kernels.training.data.batches import IGNORED, Batch, BatchSizes
 from prodial_kernels.training.data.documents import (
     SharedWindows,
     best_fit,
@@ -68,9 +68,7 @@ class _Forgetful(_Mixer):
 
 
 def _batches(tokenizer: Any, shared: bool, batch_size: int = 2) -> SharedWindows | PaddedBatches:
-    return separate_documents(
-        DOCUMENTS, tokenizer, seq_len=16, batch_size=batch_size, shared=shared
-    )
+    return separate_documents(DOCUMENTS, tokenizer, BatchSizes(16, batch_size), shared=shared)
 
 
 def test_windows_hold_every_document_once_and_whole(byte_tokenizer: Any) -> None:
@@ -170,9 +168,7 @@ def test_order_differs_between_epochs_and_any_step_is_reproducible(byte_tokenize
     assert any(epoch != epochs[0] for epoch in epochs)
     assert again.batch(2 * n).input_ids.tolist() == epochs[2][0]
     assert again.fingerprint == batches.fingerprint
-    other = separate_documents(
-        DOCUMENTS, byte_tokenizer, seq_len=16, batch_size=1, seed=1, shared=True
-    )
+    other = separate_documents(DOCUMENTS, byte_tokenizer, BatchSizes(16, 1, seed=1), shared=True)
     assert other.fingerprint != batches.fingerprint
 
 
@@ -223,6 +219,6 @@ def test_a_run_on_documents_says_how_they_are_kept_apart(
 def test_nothing_to_learn(byte_tokenizer: Any) -> None:
     for shared in (True, False):
         with pytest.raises(DataError, match="to train on"):
-            separate_documents([""], byte_tokenizer, seq_len=8, batch_size=1, shared=shared)
+            separate_documents([""], byte_tokenizer, BatchSizes(8, 1), shared=shared)
     with pytest.raises(ValueError, match="seq_len must be at least 2"):
-        separate_documents(["ab"], byte_tokenizer, seq_len=1, batch_size=1)
+        separate_documents(["ab"], byte_tokenizer, BatchSizes(1, 1))
