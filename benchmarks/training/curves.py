@@ -276,8 +276,8 @@ def compare(model: str, waiting: Mapping[Variant, Callable[[], list[float]]]) ->
             print(text, flush=True)
             yield row
             continue
-        apart = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
-        row.mean, row.largest = fmean(apart), max(apart)
+        deviations = [abs(a - b) for a, b in zip(losses, plain, strict=True)]
+        row.mean, row.largest = fmean(deviations), max(deviations)
         row.shift = fmean(losses) - fmean(plain)
         if variant == CONTROL:
             # At least a rounding of the loss itself.

@@ -13,8 +13,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -61,12 +60,28 @@ class JobTask:
     bytes: int = 8 << 30
 
     def prepare(self, device: str, alone: AbstractContextManager[object]) -> PreparedJob:
-        """Build the model and take the first steps."""
+        """Plan the job, hold PyTorch to its budget, build the model and take the first steps.
+
+        On ``"cpu"`` nothing is planned.
+
+        Raises:
+            ConfigError: An option that cannot be used.
+            MemoryPlanError: The job does not fit into its budget.
+        """
+        started = time.perf_counter()
+        if self.job.memory_budget is not None:
+            # Read when CUDA starts, which has not happened yet.
+            grow_segments()
+        place = torch.device(device)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        options = {"loss": self.loss, "optimizer": self.optimizer}
+        config, plan = plan_of(self.job, place, dtype, **options)
+        held = ExitStack()
         with ExitStack() as stack:
-            options = {"loss": self.loss, "optimizer": self.optimizer}
-            training = stack.enter_context(prepared(self.job, device, **options))
-            return PreparedJob(self, training, stack.pop_all())
-        raise AssertionError("an ExitStack drops no exception here")
+            stack.enter_context(limited(place, None if plan is None else plan.allowed))
+            training = Training(self.job, config, plan, place, dtype, started)
+            held = stack.pop_all()
+        return PreparedJob(self, training, held)
 
     def rows(self, status: str) -> list[JobRow]:
         """Its row where there are no figures, with the reason."""
@@ -89,34 +104,10 @@ class PreparedJob:
             return [self.training.measure(self.task.steps, profile=self.task.profile)]
 
 
-@contextmanager
-def prepared(job: Job, device: str, **options: Any) -> Iterator[Training]:
-    """Plan a job, hold PyTorch to its budget, build it and take its first steps.
-
-    Args:
-        job: The job.
-        device: ``"cuda"``, or ``"cpu"``, where nothing is planned.
-        options: Further ones of ``FinetuneConfig``, such as ``loss``.
-
-    Raises:
-        ConfigError: An option that cannot be used.
-        MemoryPlanError: The job does not fit into its budget.
-    """
-    started = time.perf_counter()
-    if job.memory_budget is not None:
-        # Read when CUDA starts, which has not happened yet.
-        grow_segments()
-    place = torch.device(device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config, plan = plan_of(job, place, dtype, **options)
-    with limited(place, None if plan is None else plan.allowed):
-        yield Training(job, config, plan, place, dtype, started)
-
-
 def plan_of(
     job: Job, place: torch.device, dtype: torch.dtype, **options: Any
 ) -> tuple[ResolvedConfig, RunPlan | None]:
-    """Return what the command line would run, and its memory plan; see :func:`prepared`."""
+    """Return what the command line would run, and its memory plan; see :class:`JobTask`."""
     least = job.memory_budget == LEAST
     budget = None if least else job.memory_budget
     with TemporaryDirectory() as folder:
@@ -155,7 +146,7 @@ class Training:
         self, job: Job, config: ResolvedConfig, plan: RunPlan | None, place: torch.device,
         dtype: torch.dtype, started: float,
     ) -> None:  # fmt: skip
-        """Build it, and take the first steps; see :func:`prepared`."""
+        """Build it, and take the first steps; see :class:`JobTask`."""
         self._job = job
         self._config = config
         self._plan = plan
