@@ -265,7 +265,7 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {
+COMMANDS = {
     "finetune": _Command(
         "[options]",
         "fine-tune a model; evaluate, save and merge it",
@@ -292,6 +292,7 @@ _COMMANDS = {
         _CONVERT_EXAMPLES, options.add_convert_options, _convert,
     ),
 }  # fmt: skip
+"""Every command by its name."""
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
@@ -322,7 +323,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser.add_argument("--version", action="version", version=f"prodial {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     made: dict[str, _Parser] = {}
-    for name, command in _COMMANDS.items():
+    for name, command in COMMANDS.items():
         subparser = commands.add_parser(
             name,
             help=command.summary,

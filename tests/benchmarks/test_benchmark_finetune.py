@@ -78,7 +78,7 @@ def test_the_command_says_what_is_planned(
         return 0
 
     monkeypatch.setitem(
-        commands._COMMANDS, "finetune", commands._COMMANDS["finetune"]._replace(run=parsed)
+        commands.COMMANDS, "finetune", commands.COMMANDS["finetune"]._replace(run=parsed)
     )  # fmt: skip
     command = job.command(budget)
     assert command is not None

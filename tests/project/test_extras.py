@@ -39,7 +39,7 @@ def test_what_is_missing_is_named_with_the_extra(missing: str, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", sorted(commands._COMMANDS))
+@pytest.mark.parametrize("command", sorted(commands.COMMANDS))
 def test_commands_say_what_to_install(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,9 +70,9 @@ def test_prodial_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for line in prodial_lines(page):
         _, command, *options = shlex.split(line, comments=True)
         ran: list[str] = []
-        entry = commands._COMMANDS[command]
+        entry = commands.COMMANDS[command]
         stub = entry._replace(run=lambda _, ran=ran: ran.append("ran") or 0)
-        monkeypatch.setitem(commands._COMMANDS, command, stub)
+        monkeypatch.setitem(commands.COMMANDS, command, stub)
         assert commands.main([command, *options]) == 0, line
         assert ran, line
 
@@ -98,6 +98,13 @@ def test_ci_runs_the_readme_test_command() -> None:
     commands = [block.strip() for block in code_blocks(FRONT, "bash") if "pytest" in block]
     assert len(commands) == 1
     assert "\n" not in commands[0]
+
+
+def test_ci_names_tests_that_exist() -> None:
+    named = re.findall(r"tests/[\w/*.]+\.py", (ROOT / ".ci" / "run").read_text())
+    assert len(named) >= 6
+    for pattern in named:
+        assert list(ROOT.glob(pattern)), pattern
 
 
 def test_the_first_sentence_gives_what_was_measured() -> None:
