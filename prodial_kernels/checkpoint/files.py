@@ -30,7 +30,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 # 1: the scale is kept as s, and of the base a few values of each adapted weight. 2: as s - 1.
 FORMAT_VERSION = 2
 _READABLE = (1, 2)
-_SECONDS_TO_WAIT = 300.0
+SECONDS_TO_WAIT = 300.0
 
 
 def write_files(directory: Path, header: Mapping[str, Any], payload: bytes) -> None:
@@ -176,7 +176,7 @@ def _version(directory: Path) -> tuple[int, int, int] | None:
 def _settle(directory: Path) -> Iterator[None]:
     """Lock the directory, and first finish a save that was killed, or remove its traces."""
     try:
-        with locked(directory, wait=_SECONDS_TO_WAIT):
+        with locked(directory, wait=SECONDS_TO_WAIT):
             digest = _committed_digest(directory)
             tensors = directory / TENSOR_FILE
             if digest is not None and not _has_digest(tensors, digest):
@@ -189,7 +189,7 @@ def _settle(directory: Path) -> Iterator[None]:
                 leftover.unlink(missing_ok=True)
             yield
     except AlreadyLocked as error:
-        waited = f"another process has been saving for {_SECONDS_TO_WAIT:.0f} s ({error})"
+        waited = f"another process has been saving for {SECONDS_TO_WAIT:.0f} s ({error})"
         raise TimeoutError(errno.ETIMEDOUT, waited, str(directory)) from error
 
 

@@ -35,6 +35,11 @@ _lock = threading.RLock()
 _checked: dict[tuple[torch.device, torch.dtype], Choice] = {}
 
 
+def forget_checks() -> None:
+    """Let the next call on each device and dtype make its check again."""
+    _checked.clear()
+
+
 def resolve_impl(impl: str, x: Tensor | None = None) -> Impl:
     """Return the implementation that ``impl`` stands for on ``x``.
 

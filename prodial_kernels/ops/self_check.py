@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -28,7 +29,9 @@ _RESULTS = ("y", "dx", "dblocks", "dscale", "da", "db")
 _TYPICAL, _LARGEST = 2.0, 8.0
 
 
-def difference(device: torch.device, dtype: torch.dtype) -> str | None:
+def difference(
+    device: torch.device, dtype: torch.dtype, kernels: Callable[..., list[Tensor]] | None = None
+) -> str | None:
     """Compare forward and backward of the kernels with the definition in fp64.
 
     Draws no random numbers and waits for the device, so not while a CUDA graph is captured.
@@ -36,6 +39,7 @@ def difference(device: torch.device, dtype: torch.dtype) -> str | None:
     Args:
         device: A CUDA device.
         dtype: fp16 or bf16.
+        kernels: What is compared, called as :func:`by_kernels`, which is the default.
 
     Returns:
         What differs, for people; None where nothing does.
@@ -47,7 +51,7 @@ def difference(device: torch.device, dtype: torch.dtype) -> str | None:
     unwatched = getattr(_python_dispatch, "_disable_current_modes", nullcontext)
     with unwatched(), torch.no_grad():
         try:
-            return _compared(device, dtype)
+            return _compared(device, dtype, kernels or by_kernels)
         except Exception as error:  # whatever a compiler, a driver or a kernel raises
             failed = f"{type(error).__name__}: {error}".splitlines()[0]
         try:
@@ -61,10 +65,12 @@ def difference(device: torch.device, dtype: torch.dtype) -> str | None:
         return failed
 
 
-def _compared(device: torch.device, dtype: torch.dtype) -> str | None:
+def _compared(
+    device: torch.device, dtype: torch.dtype, kernels: Callable[..., list[Tensor]]
+) -> str | None:
     operands = _operands(dtype)
-    exact = _by_definition(*(tensor.double() for tensor in operands))
-    found = _by_kernels(*(tensor.to(device) for tensor in operands))
+    exact = by_definition(*(tensor.double() for tensor in operands))
+    found = kernels(*(tensor.to(device) for tensor in operands))
     unit = torch.finfo(dtype).eps
     for name, result, expected in zip(_RESULTS, found, exact, strict=True):
         error = result.double().cpu() - expected
@@ -100,14 +106,14 @@ def _operands(dtype: torch.dtype) -> tuple[Tensor, ...]:
     )
 
 
-def _by_definition(x: Tensor, dy: Tensor, *tensors: Tensor) -> list[Tensor]:
+def by_definition(x: Tensor, dy: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Y and the gradients in fp64."""
     operands = Operands(*tensors)
     y, h = torch_forward(x, operands, _OPTIONS)
     return _there(y, torch_backward(dy, x, operands, h, _OPTIONS, _NEEDS))
 
 
-def _by_kernels(x: Tensor, dy: Tensor, *tensors: Tensor) -> list[Tensor]:
+def by_kernels(x: Tensor, dy: Tensor, *tensors: Tensor) -> list[Tensor]:
     """The same by the kernels."""
     operands = Operands(*tensors)
     y, h = linear_forward(x, operands, _OPTIONS)

@@ -83,7 +83,7 @@ class QuantizedLinear(nn.Module, ABC):
         self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
         """Dequantise ``packed``: by a kernel where the weight is on a GPU."""
-        if _takes_kernels(packed[0].device, dtype):
+        if takes_kernels(packed[0].device, dtype):
             # Triton launches on the current device, which need not be that of the weight.
             with torch.cuda.device_of(packed[0]):
                 return self.launch(packed, dtype, out)
@@ -261,6 +261,6 @@ def check_scales(name: str, scales: Tensor) -> None:
         raise ValueError(f"{name} is not finite; fetch the checkpoint again")
 
 
-def _takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+def takes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels support device and dtype; they do not support fp64."""
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16, torch.float32)

@@ -33,7 +33,7 @@ def check_whole(directory: Path) -> bytes:
 
 
 def test_who_waits_too_long_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_SECONDS_TO_WAIT", 0.0)
+    monkeypatch.setattr(files, "SECONDS_TO_WAIT", 0.0)
     with locked(tmp_path), pytest.raises(TimeoutError, match="another process has been saving"):
         save(tmp_path, OLD)
 

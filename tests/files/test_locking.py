@@ -44,7 +44,9 @@ class _Windows:
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which locks the system has."""
     kind: str = request.param
-    modules: dict[str, Any] = {"windows": {"msvcrt": _Windows()}}.get(kind, {})
+    modules: dict[str, Any] = {"fcntl": None}
+    if kind == "windows":
+        modules["msvcrt"] = _Windows()
     if kind == "no flock here":
 
         def flock(*_: Any) -> None:
@@ -52,7 +54,8 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
         modules = {"fcntl": SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4)}
     if kind != "flock":
-        monkeypatch.setattr(locking, "_module", modules.get)
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
     return kind
 
 
@@ -101,7 +104,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path, kind: str) -> None:
 def test_a_lock_file_of_a_dead_process_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locking, "_module", {}.get)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
     dead = f"{process_name().partition('-')[0]}-{2**22 + 1}"
     (tmp_path / LOCK_FILE).write_text(f"{dead} 0123\n")
     with locked(tmp_path):
@@ -113,7 +116,7 @@ def test_a_lock_file_of_a_dead_process_is_taken_over(
 def test_a_lock_file_of_who_knows_whom_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
-    monkeypatch.setattr(locking, "_module", {}.get)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
     (tmp_path / LOCK_FILE).write_text(content)
     with pytest.raises(AlreadyLocked, match=r"remove .*\.lock"), locked(tmp_path):
         pass

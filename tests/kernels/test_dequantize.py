@@ -27,7 +27,7 @@ def assert_same_bits(layer: QuantizedLinear, dtype: torch.dtype) -> None:
         found = layer.cuda().dequantize(dtype=dtype).cpu()
     else:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("prodial_kernels.quantization.layer._takes_kernels", lambda *_: True)
+            patch.setattr("prodial_kernels.quantization.layer.takes_kernels", lambda *_: True)
             found = layer.dequantize(dtype=dtype)
     assert torch.equal(bits(found), bits(defined))
 

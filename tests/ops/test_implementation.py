@@ -36,12 +36,13 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         gpu.checks.append((device.index, dtype))
         return gpu.differs
 
-    monkeypatch.setattr(implementation, "_checked", {})
+    implementation.forget_checks()
     monkeypatch.setattr(implementation, "difference", difference)
     monkeypatch.setattr(implementation, "device_capability", lambda device: gpu.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu.name)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
-    return gpu
+    yield gpu
+    implementation.forget_checks()
 
 
 @pytest.mark.parametrize("capability", COMPILED_FOR, ids=str)
@@ -119,11 +120,8 @@ def test_a_capture_is_not_disturbed(
 
 
 def test_a_compiler_keeps_the_answer_and_does_not_trace_the_check(
-    device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    device: SimpleNamespace,
 ) -> None:
-    monkeypatch.setattr(implementation, "_by_architecture", lambda device: made)
-    made = implementation.Choice("triton")
-
     def function(x: Tensor) -> Tensor:
         taken = implementation._impl_while_compiling(x.device, x.dtype)
         return 2 * x if taken == "triton" else x
@@ -146,44 +144,34 @@ def test_the_check_passes_what_is_right(kernel_device: str) -> None:
 
 
 @pytest.mark.parametrize("which", range(6))
-def test_the_check_sees_one_wrong_tile(
-    which: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make = self_check._by_kernels
-
+def test_the_check_sees_one_wrong_tile(which: int, kernel_device: str) -> None:
     def wrong(*operands: Tensor) -> list[Tensor]:
-        results = make(*operands)
+        results = self_check.by_definition(*(operand.double() for operand in operands))
         flat = results[which].view(-1)
         flat[-max(1, len(flat) // 64) :] += 0.2 * flat.abs().max()
         return results
 
-    monkeypatch.setattr(self_check, "_by_kernels", wrong)
     name = ("y", "dx", "dblocks", "dscale", "da", "db")[which]
-    found = DIFFERENCE(torch.device(kernel_device), torch.float16)
+    found = DIFFERENCE(torch.device(kernel_device), torch.float16, wrong)
     assert found is not None
     assert found.startswith(f"{name} is ")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_check_sees_what_is_not_finite(
-    value: float, kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_sees_what_is_not_finite(value: float, kernel_device: str) -> None:
     def wrong(*operands: Tensor) -> list[Tensor]:
-        results = self_check._by_definition(*(operand.double() for operand in operands))
+        results = self_check.by_definition(*(operand.double() for operand in operands))
         results[3][5] = value
         return results
 
-    monkeypatch.setattr(self_check, "_by_kernels", wrong)
-    found = DIFFERENCE(torch.device(kernel_device), torch.float16)
+    found = DIFFERENCE(torch.device(kernel_device), torch.float16, wrong)
     assert found is not None
     assert found.startswith("dscale is ")
 
 
-def test_the_check_survives_a_compiler_that_fails(
-    kernel_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_survives_a_compiler_that_fails(kernel_device: str) -> None:
     def fail(*operands: Tensor) -> list[Tensor]:
         raise OSError("no assembler\nfor this device")
 
-    monkeypatch.setattr(self_check, "_by_kernels", fail)
-    assert DIFFERENCE(torch.device(kernel_device), torch.float16) == "OSError: no assembler"
+    found = DIFFERENCE(torch.device(kernel_device), torch.float16, fail)
+    assert found == "OSError: no assembler"

@@ -80,5 +80,5 @@ def by_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     kernel: bool = request.param == "kernel"
     if kernel and torch.cuda.is_available():
         pytest.skip("the Triton interpreter is off where there is a GPU")
-    monkeypatch.setattr(chunked_loss, "_takes_kernel", lambda *_: kernel)
+    monkeypatch.setattr(chunked_loss, "takes_kernel", lambda *_: kernel)
     return kernel

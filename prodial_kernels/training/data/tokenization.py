@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Tokenizers take some 170 bytes for every character that they are given at once, and return Python
 # lists. Taking texts in groups, and long texts in pieces, of about this many characters keeps that
 # short-lived, while only tensors of 4 bytes a token stay.
-_CHARACTERS_AT_ONCE = 1 << 17
+CHARACTERS_AT_ONCE = 1 << 17
 # What is read on both sides of a place where a long text may be cut. No word is this long.
 _AROUND_A_CUT = 128
 # How many places of each kind are tried before a piece is made longer.
@@ -65,7 +65,7 @@ def encode_up_to(
     """
     so_far = 0
     for start, end in _groups(texts):
-        if len(texts[start]) <= _CHARACTERS_AT_ONCE:
+        if len(texts[start]) <= CHARACTERS_AT_ONCE:
             group = list(texts[start:end])
             encoded: Iterable[tuple[str, Tensor]] = zip(
                 group, map(_tensor, _ids(tokenizer, group)), strict=True
@@ -152,12 +152,12 @@ def _groups(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield where groups begin and end; a text that is too long for one is a group of its own."""
     start = size = 0
     for index, text in enumerate(texts):
-        if len(text) > _CHARACTERS_AT_ONCE and start < index:
+        if len(text) > CHARACTERS_AT_ONCE and start < index:
             yield start, index
             start = index
             size = 0
         size += len(text)
-        if size >= _CHARACTERS_AT_ONCE:
+        if size >= CHARACTERS_AT_ONCE:
             yield start, index + 1
             start, size = index + 1, 0
     if start < len(texts):
@@ -205,13 +205,13 @@ def _long(
 
 def _cut_after(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> tuple[int, list[int]]:
     """Find where the piece from ``start`` ends, and the tokens just before that place."""
-    end = start + _CHARACTERS_AT_ONCE
+    end = start + CHARACTERS_AT_ONCE
     while end < len(text):
-        for place in _places(text, start + _CHARACTERS_AT_ONCE // 2, end):
+        for place in _places(text, start + CHARACTERS_AT_ONCE // 2, end):
             before = _divided(tokenizer, text, place)
             if before is not None:
                 return place, before
-        end += _CHARACTERS_AT_ONCE
+        end += CHARACTERS_AT_ONCE
     return len(text), []
 
 

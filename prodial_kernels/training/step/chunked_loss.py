@@ -39,7 +39,7 @@ def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int
         dtype: Of the logits.
         device: Where they are made.
     """
-    wide = dtype if _takes_kernel(device, dtype) else _wide(dtype)
+    wide = dtype if takes_kernel(device, dtype) else _wide(dtype)
     rows = max(_LEAST_ROWS, _CHUNK_BYTES // (wide.itemsize * vocabulary))
     return 1 << (rows.bit_length() - 1)
 
@@ -97,7 +97,7 @@ def chunked_losses(
         ``[n]``, fp32 (fp64 for fp64 logits), nats.
     """
     losses = hidden.new_empty(len(targets), dtype=_wide(matrix.dtype))
-    buffer = _buffer(matrix, min(rows, len(targets)))
+    buffer = logits_buffer(matrix, min(rows, len(targets)))
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
         logits = _logits(hidden[part], matrix, bias, buffer)
@@ -137,7 +137,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Of two dimensions: a factor of none would be rounded to the dtype of what it multiplies.
         factor = torch.full((1, 1), scale, dtype=wide, device=hidden.device) * weight
         losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        buffer = _buffer(matrix, min(rows, len(targets)))
+        buffer = logits_buffer(matrix, min(rows, len(targets)))
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             places = part if positions is None else positions[part]
@@ -201,7 +201,7 @@ def _spans(vocabulary: int) -> Sequence[slice]:
     return [span for span in spans if span.start < span.stop]
 
 
-def _buffer(matrix: Tensor, rows: int) -> Tensor:
+def logits_buffer(matrix: Tensor, rows: int) -> Tensor:
     """Room for ``rows`` rows of logits, each a little wider than the vocabulary and 0 there.
 
     Products read to the ends of the rows: oneDNN's in bf16 on a CPU with AMX does, and keeps a NaN.
@@ -245,7 +245,7 @@ def _cross_entropy_(
         scale: Of the logits.
         gradient: Whether it is asked for.
     """
-    if _takes_kernel(logits.device, logits.dtype):
+    if takes_kernel(logits.device, logits.dtype):
         from prodial_kernels.kernels.cross_entropy import cross_entropy_
 
         # Triton launches on the current device, which need not be that of the logits.
@@ -266,7 +266,7 @@ def _cross_entropy_(
         logits.copy_(powers).masked_fill_(~learned[:, None], 0)
 
 
-def _takes_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+def takes_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel computes this; fp64, which serves tests, it does not."""
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16, torch.float32)
 

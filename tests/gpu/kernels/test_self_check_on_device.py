@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,14 +22,15 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+def _unchecked() -> Iterator[None]:
     if torch.cuda.get_device_capability() not in COMPILED_FOR:
         pytest.skip("auto takes PyTorch on this architecture")
-    monkeypatch.setattr(implementation, "_checked", {})
+    implementation.forget_checks()
     # A recorded product launches what it was recorded from, whatever a test puts in its place.
     recorded_calls.reset()
     yield
     recorded_calls.reset()
+    implementation.forget_checks()
 
 
 def x_of(dtype: torch.dtype) -> Tensor:

@@ -233,7 +233,7 @@ def test_epoch_generators_are_independent() -> None:
 
 
 def test_encode_is_the_tokenizer_text_by_text(merging_tokenizer: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("prodial_kernels.training.data.tokenization._CHARACTERS_AT_ONCE", 10)
+    monkeypatch.setattr("prodial_kernels.training.data.tokenization.CHARACTERS_AT_ONCE", 10)
     texts = ["the thing", "", "x" * 30, "a the ab", "é", "", "end"]
     encoded = list(encode(merging_tokenizer, texts))
     assert [e.tolist() for e in encoded] == [merging_tokenizer(t)["input_ids"] for t in texts]

@@ -71,7 +71,7 @@ def test_pieces_give_the_tokens_of_the_whole(
     tokenizer, text = tokenizers[name], TEXTS[kind]
     whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     for size in (300, 1024):
-        monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", size)
+        monkeypatch.setattr(tokenization, "CHARACTERS_AT_ONCE", size)
         before, ids, after = encode(tokenizer, ["short", text, "end"])
         assert ids.tolist() == whole
         assert before.tolist() == tokenizer("short", add_special_tokens=False)["input_ids"]
@@ -82,7 +82,7 @@ def test_pieces_give_the_tokens_of_the_whole(
 def test_the_tokenizer_never_gets_a_long_text_whole(
     tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr(tokenization, "CHARACTERS_AT_ONCE", 1000)
     longest = 0
     ids_of = tokenization._ids
 
@@ -115,7 +115,7 @@ def test_no_more_is_tokenised_than_is_asked_for(
     tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tokenizers["embedded"]
-    monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr(tokenization, "CHARACTERS_AT_ONCE", 1000)
     (found,) = encode_up_to(tokenizer, [TEXTS["prose"], "never read"], 50)
     text, ids = found
     assert TEXTS["prose"].startswith(text)
@@ -137,7 +137,7 @@ def test_a_limit_counts_tokens_and_bytes_that_belong_together(
             head_dim=8, n_groups=1, expand=2, chunk_size=16,
         )
     )  # fmt: skip
-    monkeypatch.setattr(tokenization, "_CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr(tokenization, "CHARACTERS_AT_ONCE", 1000)
     documents = ["a short one", TEXTS["prose"], "never read"]
     metrics = evaluate_language_model(
         Scorer(model, tokenizers["embedded"], seq_len=32), documents, max_tokens=80

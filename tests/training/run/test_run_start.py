@@ -290,10 +290,8 @@ def test_runs_where_there_is_no_lock_of_the_system(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Windows, which also keeps no count of a process's memory and flushes no directory."""
-    from prodial_kernels.files import locking
-
-    monkeypatch.setattr(locking, "_module", {}.get)
-    monkeypatch.setitem(sys.modules, "resource", None)
+    for module in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, module, None)
     result = run(place, tmp_path / "run", **_SHORT)
     assert result.peak_bytes == 0
     assert not list((tmp_path / "run").rglob(".lock"))

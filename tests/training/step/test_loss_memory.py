@@ -100,7 +100,7 @@ def test_products_are_aligned_and_copy_nothing(
     """Of an odd vocabulary all but a few columns."""
     if torch.cuda.is_available():
         pytest.skip("the Triton interpreter is off where there is a GPU")
-    monkeypatch.setattr(chunked_loss, "_takes_kernel", lambda *_: True)
+    monkeypatch.setattr(chunked_loss, "takes_kernel", lambda *_: True)
     vocabulary, tokens, width = 1003, 64, 32
     weight, shift = torch.randn(vocabulary, width).half(), torch.randn(vocabulary).half()
     model = HeadOnly(torch.randn(1, tokens, width).half(), weight, shift if bias else None, 1.0)
