@@ -22,6 +22,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_unconfigure() -> None:
+    """Give back to the collector what modules left out, which libraries' ends look for."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def kernel_device() -> str:
     """Where the Triton kernels run: the GPU, or the CPU under the interpreter."""
@@ -38,6 +43,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_model(folder / "model")
     write_text(folder / "text.txt")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _the_collector_sees_what_the_module_makes() -> None:
+    """Leave older objects out of collections, and of what tests ask the collector for.
+
+    Else each collection, of which running out of memory or a captured step takes several, goes
+    through the millions of objects that PyTorch and transformers consist of.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -49,8 +49,9 @@ def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor], **close:
         )
 
 
-@pytest.mark.parametrize("impl", ["torch", "auto", "reference"])
-@pytest.mark.parametrize("block_size", [1, 6])
+@pytest.mark.parametrize(
+    ("block_size", "impl"), [(1, "torch"), (6, "torch"), (6, "auto"), (6, "reference")]
+)
 def test_one_graph_for_every_number_of_tokens(block_size: int, impl: str) -> None:
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=backend)
@@ -59,7 +60,7 @@ def test_one_graph_for_every_number_of_tokens(block_size: int, impl: str) -> Non
         torch._dynamo.mark_dynamic(x, 1)
         return compiled(x, *operands, impl=impl)
 
-    for tokens in (5, 7, 64, 33):
+    for tokens in (5, 64, 33):
         case = make_case((2, tokens), 42, 29, block_size=block_size)
         assert_same(run(case, with_dynamic_tokens, impl=impl), run(case, call, impl=impl))
     assert backend.frame_count == 1
@@ -68,7 +69,7 @@ def test_one_graph_for_every_number_of_tokens(block_size: int, impl: str) -> Non
 def test_automatic_dynamic_shapes_settle_after_two_graphs() -> None:
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    for tokens in (5, 7, 64, 33, 12):
+    for tokens in (5, 7, 33):
         case = make_case(tokens, 42, 29, block_size=6)
         assert_same(run(case, compiled), run(case, call))
     assert backend.frame_count == 2

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from prodial_kernels.testing import LinearCase, assert_all_accurate, make_case
 from support.kernels.kernel_cases import dropout_mask, gradients_of, triton_linear
-from support.kernels.launch_matrix import Projector
+from support.kernels.launch_matrix import Projector, matrix
 from support.kernels.uninterpreted import run_uninterpreted
 
 PARTS = 28
@@ -119,18 +118,14 @@ def test_launches_match_fp64(part: int, projectors: list[Projector]) -> None:
     assert len(projectors) > PARTS
 
 
-def test_the_check_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU: projectors survive their file, and one of each kind is compared."""
     monkeypatch.setattr(sys.modules[__name__], "ROWS", 2)
-    found = tmp_path / "projectors.json"
-    run_uninterpreted(
-        tmp_path, "compile_launches.py", "--quick", "--cover", "values",
-        "--projectors", str(found),
-    )  # fmt: skip
-    chosen = [Projector.from_json(values) for values in json.loads(found.read_text())]
-    assert len(chosen) > 20
-    assert any(p.dropout for p in chosen)
-    assert any(p.dtype is torch.float16 for p in chosen)
+    all_of_them = list(matrix(quick=True))
+    written = json.dumps([projector.as_json() for projector in all_of_them])
+    assert [Projector.from_json(values) for values in json.loads(written)] == all_of_them
+    assert any(p.dropout for p in all_of_them)
+    assert any(p.dtype is torch.float16 for p in all_of_them)
     if not torch.cuda.is_available():
         small = Projector(m=5, k=24, n=20, block_size=6, r=3, dtype=torch.float16)
         for each in (

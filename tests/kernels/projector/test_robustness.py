@@ -79,22 +79,23 @@ def test_one_dense_block(device: str, block_size: int) -> None:
     assert_matches_fp64(case, compute=compute_dtype(device))
 
 
-SUBSETS = [
-    subset
-    for size in range(len(LinearCase.TRAINED) + 1)
-    for subset in itertools.combinations(LinearCase.TRAINED, size)
-]
+def subsets(device: str) -> list[tuple[str, ...]]:
+    """Every choice of gradients; interpreted, those in which any three occur in every way."""
+    most = len(LinearCase.TRAINED)
+    return [
+        subset
+        for size in (range(most + 1) if device == "cuda" else (0, 1, most - 1, most))
+        for subset in itertools.combinations(LinearCase.TRAINED, size)
+    ]
 
 
-@pytest.mark.parametrize("with_x", [False, True], ids=["x frozen", "x trained"])
-def test_every_subset_of_the_gradients_is_that_of_all(device: str, with_x: bool) -> None:
+def test_every_subset_of_the_gradients_is_that_of_all(device: str) -> None:
     case = make_case(9, 12, 20, block_size=6, r=3, device=device)
     case = case.cast(compute_dtype(device), torch.float32)
     everything = gradients_of(case, triton_linear, LinearCase.TRAINED)
-    for subset in SUBSETS:
-        if ("x" in subset) is with_x:
-            for name, tensor in gradients_of(case, triton_linear, subset).items():
-                assert torch.equal(tensor, everything[name]), (name, subset)
+    for subset in subsets(device):
+        for name, tensor in gradients_of(case, triton_linear, subset).items():
+            assert torch.equal(tensor, everything[name]), (name, subset)
 
 
 def test_leading_shapes_row_strides_and_a_channel_first_gradient(device: str) -> None:
@@ -110,8 +111,10 @@ def test_leading_shapes_row_strides_and_a_channel_first_gradient(device: str) ->
     }
     channel_first = case.grad_output.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert channel_first.stride(-1) == 5
-    for gradient, x in itertools.product((case.grad_output, channel_first), layouts.values()):
-        assert_matches_fp64(replace(case, x=x, grad_output=gradient), compute=dtype)
+    for name, x in layouts.items():
+        assert_matches_fp64(replace(case, x=x), compute=dtype)
+        if name in ("an odd offset", "channels first"):
+            assert_matches_fp64(replace(case, x=x, grad_output=channel_first), compute=dtype)
 
 
 def test_a_channel_first_gradient_of_a_matrix(device: str) -> None:
@@ -186,8 +189,9 @@ def test_what_is_not_finite_is_passed_on(device: str, where: str, value: float) 
             assert torch.equal(tensor[rows], clean[name][rows]), name
 
 
-@pytest.mark.parametrize(("k", "block_size"), [(36, 1), (36, 6), (192, 96)])
-@pytest.mark.parametrize("r", [3, 70])
+@pytest.mark.parametrize(
+    ("r", "k", "block_size"), [(3, 36, 6), (3, 192, 96), (70, 36, 1), (70, 192, 96)]
+)
 def test_dropout_matches_fp64_under_its_mask(device: str, r: int, k: int, block_size: int) -> None:
     dtype, p = compute_dtype(device), 0.25
     mask = dropout_mask(33, k, p, device=device, dtype=dtype)
@@ -271,7 +275,7 @@ def test_compile_is_one_graph_for_every_number_of_tokens(device: str, dropout: f
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=backend)
-    for tokens in (5, 7, 33, 12):
+    for tokens in (5, 33, 12):
         case = make_case((2, tokens), 12, 20, block_size=6, r=3, device=device)
         case = case.cast(compute_dtype(device), torch.float32)
         torch._dynamo.mark_dynamic(case.x, 1)
@@ -305,7 +309,7 @@ def test_operators_pass_opcheck(device: str, absent: tuple[str, ...]) -> None:
     torch.library.opcheck(operators.linear_forward.default, (*operands, *options, 0))
     y, h = operators.linear_forward(*operands, *options, 0)
     needs = [getattr(case, name) is not None for name in LinearCase.TRAINED]
-    for asked in (needs, [False, *needs[1:]], [True, *[False] * 5]):
+    for asked in (needs, [True, *[False] * 5]):
         kept_h = None if case.lora_a is None else h
         torch.library.opcheck(
             operators.linear_backward.default,

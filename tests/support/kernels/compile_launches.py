@@ -32,6 +32,16 @@ from support.kernels.launch_recorder import DEVICES, Launch, Recorder
 WGMMA = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\}\s*,\s*(\S)")
 
 
+# The kernels whose time goes into products of matrices.
+PRODUCTS = {"_gemm_kernel", "_input_side_kernel", "_output_side_kernel", "_weight_side_kernel"}
+# What the tests cover of each architecture's launches, see :func:`covering`. Most rules are about
+# Hopper's asynchronous products. sm_86, sm_89 and sm_120 multiply by the instruction of sm_80 and
+# get the same launches, so the largest launch of each kernel is enough there.
+CHECKED = {
+    90: "products", 80: "values", 100: "values", 86: "kernels", 89: "kernels", 120: "kernels",
+}  # fmt: skip
+
+
 @dataclass
 class Cost:
     """What one launch takes of the device.
@@ -115,11 +125,15 @@ def _bad_kernel(x_ptr, w_ptr, y_ptr, SIDE: tl.constexpr):
     tl.store(y_ptr + at, y * tl.load(y_ptr + at))
 
 
-def bad_launch(recorder: Recorder) -> None:
-    """Launch what breaks the rules, to see that it is noticed."""
-    x = torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")
-    recorder.origin = "self-check"
-    _bad_kernel[(1,)](x, x, x, SIDE=128, num_warps=4, maxnreg=96)
+def bad_launch() -> Launch:
+    """A launch that breaks the rules, to see that it is noticed."""
+    recorder = Recorder()
+    with recorder.on(DEVICES[90]):
+        x = torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")
+        recorder.origin = "self-check"
+        _bad_kernel[(1,)](x, x, x, SIDE=128, num_warps=4, maxnreg=96)
+    (launch,) = recorder.launches
+    return launch
 
 
 def weight(launch: Launch) -> int:
@@ -133,8 +147,9 @@ def covering(launches: Iterable[Launch], cover: str) -> list[Launch]:
     """Choose launches so that every value of every constant of a kernel occurs.
 
     What is too much for a device is seldom one constant alone, so ``"pairs"`` and ``"triples"``
-    ask for values together, see :func:`covered_by`. Greedy: the launch that brings the most comes
-    first, among equals the one that holds the most on the chip.
+    ask for values together, see :func:`covered_by`; ``"products"`` asks for pairs in the kernels
+    that multiply matrices, and ``"kernels"`` for each kernel once. Greedy: the launch that brings
+    the most comes first, among equals the one that holds the most on the chip.
     """
     left = [(covered_by(launch, cover), weight(launch), launch) for launch in launches]
     chosen = []
@@ -156,6 +171,10 @@ OPTIONAL = {
 
 def covered_by(launch: Launch, cover: str) -> set[tuple[object, ...]]:
     """What a launch covers: its values; any two that are not off; two sizes with a switch."""
+    if cover == "kernels":
+        return {(launch.kernel,)}
+    if cover == "products":
+        cover = "pairs" if launch.kernel in PRODUCTS else "values"
     values = [(name, repr(v)) for name, v in launch.constants.items() if name.isupper()]
     values += [(name, str(launch.options[name])) for name in ("num_warps", "num_stages")]
     covers: set[tuple[object, ...]] = {(launch.kernel, value) for value in values}
@@ -189,6 +208,31 @@ def select(arch: int, cover: str, quick: bool = False) -> list[Launch]:
     with recorder.on(DEVICES[arch]):
         launches = record(recorder, matrix(quick))
     return launches if cover == "all" else covering(launches, cover)
+
+
+def select_for_all() -> list[Launch]:
+    """The launches that the tests compile, for each of ``CHECKED``.
+
+    The launchers know Hopper and the rest, so the whole matrix is recorded on the first of either;
+    on the others, only the projectors whose launches cover every pair of constants there.
+
+    Raises:
+        RuntimeError: A device of the rest launches something else than the first.
+    """
+    hopper, first, *others = CHECKED
+    chosen = covering(select(hopper, "all", quick=True), CHECKED[hopper])
+    rest = select(first, "all", quick=True)
+    chosen += covering(rest, CHECKED[first])
+    telling = list({launch.origin: None for launch in covering(rest, "pairs")})
+    covered = set[tuple[object, ...]]().union(*(covered_by(launch, "pairs") for launch in rest))
+    for arch in others:
+        recorder = Recorder()
+        with recorder.on(DEVICES[arch]):
+            launches = record(recorder, iter(telling))
+        if set().union(*(covered_by(launch, "pairs") for launch in launches)) != covered:
+            raise RuntimeError(f"sm_{arch} launches otherwise than sm_{first}: record its matrix")
+        chosen += covering(launches, CHECKED[arch])
+    return chosen
 
 
 def compile_all(launches: list[Launch], jobs: int) -> list[Cost]:
@@ -237,25 +281,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--projectors", type=Path, help="write the projectors here, compile none")
-    parser.add_argument("--self-check", action="store_true", help="compile one bad kernel")
+    parser.add_argument(
+        "--tests", action="store_true", help="what the tests compile, and a bad one"
+    )
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it")
     start = time.monotonic()
-    if options.self_check:
-        recorder = Recorder()
-        with recorder.on(DEVICES[90]):
-            bad_launch(recorder)
-        options.json.write_text(
-            json.dumps([asdict(cost_of(launch)) for launch in recorder.launches])
-        )
-        return
-    launches = [
-        launch
-        for arch in options.arch
-        for launch in select(arch, options.cover, options.quick)
-        if options.kernel in launch.kernel
-    ]
+    if options.tests:
+        launches = [bad_launch(), *select_for_all()]
+    else:
+        launches = [
+            launch
+            for arch in options.arch
+            for launch in select(arch, options.cover, options.quick)
+            if options.kernel in launch.kernel
+        ]
     if options.projectors:
         chosen = {launch.origin: launch.origin.as_json() for launch in launches}
         options.projectors.write_text(json.dumps(list(chosen.values())))

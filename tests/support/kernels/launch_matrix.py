@@ -116,15 +116,18 @@ def matrix(quick: bool = False) -> Iterator[Projector]:
     """Every projector of the check; the launches they share are compiled once.
 
     Args:
-        quick: Fewer block sizes and ranks: those that put the least and the most on the chip.
+        quick: Fewer: the block sizes and ranks that put the least and the most on the chip, one
+            dtype where the other only repeats it, one gradient trained alone or left out at a time.
+            No value of a constant, and no two of them together, is lost by it.
     """
     plain = Projector()
     block_sizes = (None, 1, 48, 128) if quick else BLOCK_SIZES
     ranks = (None, 4, 64, 256) if quick else RANKS
-    dtypes = (torch.bfloat16, torch.float16)
+    both = (torch.bfloat16, torch.float16)
+    dtypes = both[:1] if quick else both
     # Constants that come from the adapter, with few and with many tokens.
     for m, dtype, p, r, dropout, relu in itertools.product(
-        (2048, 16384), dtypes, block_sizes, ranks, (False, True), (True, False)
+        (2048, 16384), both, block_sizes, ranks, (False, True), (True, False)
     ):
         if (dropout and r is None) or (not relu and (p is None or dropout)):
             continue
@@ -164,10 +167,21 @@ def matrix(quick: bool = False) -> Iterator[Projector]:
         (False, True),
     ):  # fmt: skip
         there = (True, p is not None, scale, r is not None, r is not None, bias)
-        for needs in itertools.product(*((False, True) if part else (False,) for part in there)):
+        for needs in one_or_all_but_one(there) if quick else subsets(there):
             yield replace(
                 plain, block_size=p, r=r, dropout=dropout, scale=scale, bias=bias, needs=needs
             )
+
+
+def subsets(there: tuple[bool, ...]) -> Iterator[tuple[bool, ...]]:
+    """Every choice of gradients among the parts that are there."""
+    return itertools.product(*((False, True) if part else (False,) for part in there))
+
+
+def one_or_all_but_one(there: tuple[bool, ...]) -> Iterator[tuple[bool, ...]]:
+    """Of :func:`subsets`, those with one gradient, with all but one, and with all."""
+    few = (1, sum(there) - 1, sum(there))
+    return (needs for needs in subsets(there) if sum(needs) in few)
 
 
 def record(recorder: Recorder, projectors: Iterator[Projector]) -> list[Launch]:

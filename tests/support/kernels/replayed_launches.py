@@ -100,12 +100,11 @@ def main() -> int:
         mock.patch.object(recording, "current_handle", return_value=STREAM),
     ):
         driver = StandInDriver(Path(folder))
-        for channel_first in (False, True):
-            for p in (1, 12):
-                check(channel_first, p, driver)
+        for channel_first, p in ((False, 1), (True, 12)):
+            check(channel_first, p, driver)
         assert not recorded_calls.obstacles(), recorded_calls.obstacles()
         counts = recorded_calls.counts()
-        assert (counts["replayed"], counts["run"]) == (8, 0), counts
+        assert (counts["replayed"], counts["run"]) == (4, 0), counts
     return 0
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from support.tiny_model import subprocess_environment, write_text, write_tiny_model
 
-_STEPS = 120
+_STEPS = 48
 
 
 def _start(place: Path, output: str, *more: str) -> subprocess.Popen[str]:
     arguments = [
         "finetune", "--model", "model", "--data", "text.txt", "--output", output,
         "--steps", str(_STEPS), "--batch-size", "4", "--seq-len", "48", "--lora-dropout", "0.2",
-        "--grad-accumulation", "2", "--eval-every", "20", "--save-every", "7", "--device", "cpu",
+        "--grad-accumulation", "2", "--eval-every", "12", "--save-every", "7", "--device", "cpu",
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "prodial_kernels", *arguments, *more],
@@ -56,8 +56,8 @@ def test_kill_and_resume_gives_identical_losses(tmp_path: Path) -> None:
     metrics = tmp_path / "b" / "metrics.jsonl"
     with _start(tmp_path, "a") as undisturbed:
         try:
-            _kill_after(_start(tmp_path, "b"), metrics, 25)
-            _kill_after(_start(tmp_path, "b", "--resume"), metrics, 75)
+            _kill_after(_start(tmp_path, "b"), metrics, 10)
+            _kill_after(_start(tmp_path, "b", "--resume"), metrics, 30)
             _finish(_start(tmp_path, "b", "--resume"))
             _finish(undisturbed)
         finally:

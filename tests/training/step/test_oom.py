@@ -59,16 +59,11 @@ def exhausted(target: Any, name: str, *, call: int, before: bool = False) -> Ite
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "dropout": {"lora_dropout": 0.2},
-    "accumulation": {"grad_accumulation": 2, "lora_dropout": 0.1},
-    "checkpoint": {"activations": "checkpoint", "lora_dropout": 0.2},
-    "recompute": {"activations": "recompute"},
-    "nf4": {"quantize": "nf4", "activations": "checkpoint"},
-    "int8": {"quantize": "int8", "lora_dropout": 0.1},
-    "fp8": {"quantize": "fp8", "activations": "recompute"},
-    "chunked": {"loss": "chunked", "schedule": "cosine"},
-    "documents": {"packing": "documents", "grad_accumulation": 2},
-    "blocks": {"block_size": 2, "diagonal": "free", "clip": 0.0},
+    "accumulation, dropout": {"grad_accumulation": 2, "lora_dropout": 0.1},
+    "nf4, checkpoint": {"quantize": "nf4", "activations": "checkpoint", "lora_dropout": 0.2},
+    "int8, blocks": {"quantize": "int8", "block_size": 2, "diagonal": "free", "clip": 0.0},
+    "fp8, recompute": {"quantize": "fp8", "activations": "recompute"},
+    "chunked, documents": {"loss": "chunked", "schedule": "cosine", "packing": "documents"},
     "full": {"method": "full", "lr": 1e-3},
     "lora": {"method": "lora", "loss": "full"},
 }
