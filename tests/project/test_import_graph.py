@@ -63,38 +63,25 @@ def part_in(module: str, folder: str) -> str | None:
 # --- Importing. ---------------------------------------------------------------------------------
 
 PROBE = """
-import json, sys, time
+import json, sys
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
 import prodial_kernels
 for name in prodial_kernels.__all__:
     getattr(prodial_kernels, name)
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "loaded": sorted(set(sys.modules) - before)}))
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
 
-@pytest.fixture(scope="module")
-def fresh_import() -> dict[str, object]:
-    """What a new process loads when every public name is used, beyond torch itself."""
+def test_import_loads_the_package_alone() -> None:
+    """Beyond torch: no triton, no transformers, not torch's compiler, which take seconds each."""
     output = subprocess.run(
         [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True
     ).stdout
-    return json.loads(output)
-
-
-@pytest.mark.parametrize(
-    "library",
-    ["triton", "transformers", "tokenizers", "peft", "mamba_ssm", "causal_conv1d", "matplotlib",
-     "datasets", "tqdm"],
-)  # fmt: skip
-def test_import_does_not_load(fresh_import: dict[str, list[str]], library: str) -> None:
-    assert library not in {name.split(".")[0] for name in fresh_import["loaded"]}
-
-
-def test_import_takes_less_than_a_second_beyond_torch(fresh_import: dict[str, float]) -> None:
-    assert fresh_import["seconds"] < 1.0
+    loaded = set(json.loads(output))
+    libraries = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"torch"}
+    assert libraries == {"prodial_kernels", "safetensors"}
+    assert not loaded & {"torch._dynamo", "torch._inductor", "sympy"}
 
 
 def test_public_names() -> None:
