@@ -120,7 +120,7 @@ def launch_exact_scale(
     """
     weight, blocks = operands.weight, operands.blocks
     n, k = weight.shape
-    diagonal = diagonal_of(blocks, options.diagonal == "relu")
+    diagonal = diagonal_of(blocks, options)
     spans = block_programs(k, config.window, diagonal.p)
     exact = partial_sums(spans, n, device=dy.device)
     splits = partial_scale.shape[0]

@@ -1,7 +1,5 @@
 """From dU to dX, and the gradients summed over tokens on the input side: A and D_b."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +9,7 @@ from prodial_kernels.kernels.choices.tile_sizes import InputSideConfig
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.pdl import trigger_next
 from prodial_kernels.kernels.projector.tiles import (
+    WalkTile,
     apply_diagonal,
     deviation_sums,
     diagonal_of,
@@ -23,15 +22,6 @@ from prodial_kernels.kernels.projector.tiles import (
     window_columns,
 )
 from prodial_kernels.kernels.replay.recorder import launch
-
-
-class InputSideTile(NamedTuple):
-    """Compile-time sizes of ``_input_side_kernel``: tokens and columns of a tile, R_PAD, stages."""
-
-    m: int
-    window: int
-    rank: int
-    stages: int
 
 
 @triton.jit
@@ -55,8 +45,8 @@ def _input_side_kernel(
     if TRIGGERS_NEXT:
         trigger_next()
     P: tl.constexpr = DIAGONAL.p
-    BLOCK_M: tl.constexpr = TILE.m
-    WINDOW: tl.constexpr = TILE.window
+    BLOCK_M: tl.constexpr = TILE.rows
+    WINDOW: tl.constexpr = TILE.columns
     R_PAD: tl.constexpr = TILE.rank
     HAS_BLOCKS: tl.constexpr = blocks_ptr is not None
     HAS_LORA: tl.constexpr = t_ptr is not None
@@ -165,7 +155,7 @@ def launch_input_side(
     """
     blocks, lora_a = operands.blocks, operands.lora_a
     m, k = token_shape(x)
-    diagonal = diagonal_of(blocks, options.diagonal == "relu")
+    diagonal = diagonal_of(blocks, options)
     r_pad = t.shape[1] if t is not None else 16
     window = block_window(config.window, diagonal.p)
     columns = block_programs(k, window, diagonal.p)
@@ -185,7 +175,7 @@ def launch_input_side(
         batch_du=0 if du is None else du.stride(0), batch_x=x.stride(0),
         splits=splits, dropout=options.lora_dropout,
         NEED_X=need_x, CHANNEL_FIRST=channel_first, DIAGONAL=diagonal,
-        TILE=InputSideTile(config.block_m, window, r_pad, config.num_stages),
+        TILE=WalkTile(config.block_m, window, r_pad, config.num_stages),
         TRIGGERS_NEXT=triggers_next, num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip
     return partial_a, partial_e

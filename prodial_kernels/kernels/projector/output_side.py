@@ -1,7 +1,6 @@
 """Gradients summed over tokens on the output side: B, s and the bias."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -11,6 +10,7 @@ from prodial_kernels.kernels.choices.partition import ceil_div, split_tokens
 from prodial_kernels.kernels.choices.tile_sizes import OutputSideConfig
 from prodial_kernels.kernels.projector.operands import Needs, Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.tiles import (
+    WalkTile,
     load_tile,
     partial_sums,
     tiled,
@@ -19,15 +19,6 @@ from prodial_kernels.kernels.projector.tiles import (
 )
 from prodial_kernels.kernels.replay.recorder import launch
 from prodial_kernels.kernels.replay.streams import SideStream
-
-
-class OutputSideTile(NamedTuple):
-    """Compile-time sizes of ``_output_side_kernel``: tokens, columns of a tile, R_PAD, stages."""
-
-    m: int
-    n: int
-    rank: int
-    stages: int
 
 
 @triton.jit
@@ -50,8 +41,8 @@ def _output_side_kernel(
     A program owns BLOCK_N columns of one split, one after another, split by split, so that it
     walks the tokens together with a product that runs beside it.
     """
-    BLOCK_M: tl.constexpr = TILE.m
-    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
     R_PAD: tl.constexpr = TILE.rank
     NEED_SCALE: tl.constexpr = partial_scale_ptr is not None
     NEED_BIAS: tl.constexpr = partial_bias_ptr is not None
@@ -220,7 +211,7 @@ def launch_output_side(
         batch_dy=dy.stride(0), batch_y=0 if y is None else y.stride(0),
         splits=splits, tiles_per_split=rows // config.block_m,
         CHANNEL_FIRST=channel_first, TMA=tma,
-        TILE=OutputSideTile(config.block_m, config.block_n, r_pad, config.num_stages),
+        TILE=WalkTile(config.block_m, config.block_n, r_pad, config.num_stages),
         num_warps=config.num_warps, num_stages=2, side=side,
     )  # fmt: skip
     return partial_b, partial_scale, partial_bias

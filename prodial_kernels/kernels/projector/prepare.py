@@ -1,6 +1,6 @@
 """What the large products need first: V = s ⊙ (W D_b) or U = X D_bᵀ, the factors, and L = X I."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -183,30 +183,18 @@ def _fold(
             tl.store(target, b, mask=mask_n[:, None])
 
 
-class _LowRank(NamedTuple):
-    """The job L = dropout(X) I: I = Aᵀ of A [R, K] where ``transposed``, else α B of B [K, R]."""
-
-    x: Tensor
-    inner: Tensor
-    seed: Tensor | None
-    low: Tensor
-    transposed: bool
-
-
-class _Fold(NamedTuple):
-    """The job V = s ⊙ (W D_b), A' and B': those of ``v``, ``a_out`` and ``b_out`` not None."""
-
-    source: Tensor
-    blocks: Tensor | None
-    scale_deviation: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-    v: Tensor | None
-    a_out: Tensor | None
-    b_out: Tensor | None
-    diagonal: Diagonal
-    on_activations: bool
-    b_transposed: bool
+# What the kernel is given for a job that is not asked for.
+_NO_LOW_RANK = {
+    **dict.fromkeys(("x_ptr", "inner_ptr", "seed_ptr", "low_ptr")),
+    **dict.fromkeys(("M", "DEPTH", "R", "LENGTH", "stride_x", "batch_x"), 0),
+    "TRANSPOSED": False, "CHANNEL_FIRST": False,
+}  # fmt: skip
+_NO_FOLD = {
+    **dict.fromkeys(("w_ptr", "blocks_ptr", "deviation_ptr", "b_ptr", "v_ptr", "b_out_ptr")),
+    **dict.fromkeys(("ROWS", "N", "K", "stride_w", "stride_v"), 0),
+    "a_out_ptr": None, "columns": 1, "DIAGONAL": Diagonal(1, True), "ON_ACTIVATIONS": False,
+    "B_TRANSPOSED": False,
+}  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -252,23 +240,38 @@ def launch_prepare(
     if activations is not None:
         source, scale_deviation = activations, None
     n, k = weight.shape
-    v = a_out = b_out = low_rank = None
+    v = a_out = b_out = low = None
+    low_rank, r = _NO_LOW_RANK, 0
     if blocks is not None or scale_deviation is not None:
         v = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     if lora_b is not None:
+        r = lora_b.shape[1]
         shape = (r_pad, n) if b_transposed else (n, r_pad)
         b_out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    if low_rank_of is not None and lora_a is not None:
-        low_rank = _LowRank(low_rank_of, lora_a, seed, _low_of(low_rank_of, r_pad), True)
-    elif lora_a is not None:
-        a_out = torch.empty((r_pad, k), dtype=weight.dtype, device=weight.device)
-    fold = _Fold(
-        weight if v is None else source, blocks, scale_deviation, lora_a, lora_b, v, a_out, b_out,
-        diagonal_of(blocks, options.diagonal == "relu"), activations is not None, b_transposed,
+    if lora_a is not None:
+        r = lora_a.shape[0]
+        if low_rank_of is not None:
+            low, low_rank = _low_rank_job(low_rank_of, lora_a, seed, r_pad)
+        else:
+            a_out = torch.empty((r_pad, k), dtype=weight.dtype, device=weight.device)
+    diagonal = diagonal_of(blocks, options)
+    tile = fold_tile(diagonal.p, beside_low=low is not None)
+    columns = 1
+    if v is not None or a_out is not None:
+        columns = block_programs(k, tile[1], diagonal.p)
+    read = weight if v is None else source
+    rows = max(int(a_out is not None) if v is None else read.shape[0], 0 if b_out is None else n)
+    _launch(
+        {
+            **low_rank, "R": r, "inner_ptr": lora_a, "w_ptr": read, "blocks_ptr": blocks,
+            "deviation_ptr": scale_deviation, "b_ptr": lora_b, "v_ptr": v, "b_out_ptr": b_out,
+            "a_out_ptr": a_out, "ROWS": read.shape[0], "N": n, "K": k,
+            "stride_w": read.stride(0), "stride_v": k, "columns": columns, "DIAGONAL": diagonal,
+            "ON_ACTIVATIONS": activations is not None, "B_TRANSPOSED": b_transposed,
+        },
+        columns * ceil_div(rows, tile[0]), tile, options, r_pad,
+        TRIGGERS_NEXT=triggers_next, num_warps=4 if seed is not None or diagonal.p <= 64 else 8,
     )  # fmt: skip
-    warps = 4 if seed is not None or fold.diagonal.p <= 64 else 8
-    _launch(low_rank, fold, options, r_pad, warps, triggers_next=triggers_next)
-    low = None if low_rank is None else low_rank.low
     return Prepared(source if v is None else v, a_out, b_out, low)
 
 
@@ -280,70 +283,46 @@ def launch_low_rank(
     side: SideStream | None = None,
 ) -> Tensor:
     """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``side``."""
-    low = _low_of(dy, r_pad)
-    _launch(_LowRank(dy, lora_b, None, low, False), None, options, r_pad, 4, side=side)
+    low, job = _low_rank_job(dy, lora_b, None, r_pad, transposed=False)
+    _launch(
+        {**job, **_NO_FOLD}, 0, fold_tile(1), options, r_pad,
+        TRIGGERS_NEXT=False, num_warps=4, side=side,
+    )  # fmt: skip
     return low
 
 
-def _low_of(x: Tensor, r_pad: int) -> Tensor:
-    return torch.empty((token_shape(x)[0], r_pad), dtype=x.dtype, device=x.device)
+def _low_rank_job(
+    x: Tensor, inner: Tensor, seed: Tensor | None, r_pad: int, *, transposed: bool = True
+) -> tuple[Tensor, dict[str, Any]]:
+    """L of ``inner``, A [R, K] where ``transposed`` or B [K, R], and what the kernel is given."""
+    m, depth = token_shape(x)
+    low = torch.empty((m, r_pad), dtype=x.dtype, device=x.device)
+    return low, {
+        "x_ptr": x, "inner_ptr": inner, "seed_ptr": seed, "low_ptr": low,
+        "M": m, "DEPTH": depth, "R": inner.shape[0 if transposed else 1],
+        "LENGTH": x.shape[2] if x.ndim == 3 else m, "stride_x": x.stride(-2),
+        "batch_x": x.stride(0), "TRANSPOSED": transposed, "CHANNEL_FIRST": x.ndim == 3,
+    }  # fmt: skip
 
 
 def _launch(
-    low_rank: _LowRank | None,
-    fold: _Fold | None,
+    jobs: dict[str, Any],
+    programs_fold: int,
+    fold: tuple[int, int],
     options: ProjectionOptions,
     r_pad: int,
-    warps: int,
-    *,
-    triggers_next: bool = False,
-    side: SideStream | None = None,
+    **launched: Any,
 ) -> None:
-    """Launch the jobs that are given, as one kernel."""
-    x = inner = seed = low = None
-    m = depth = r = length = stride_x = batch_x = 0
-    transposed = channel_first = False
-    if low_rank is not None:
-        x, inner, seed, low, transposed = low_rank
-        m, depth = token_shape(x)
-        r = inner.shape[0] if transposed else inner.shape[1]
-        channel_first = x.ndim == 3
-        length = x.shape[2] if channel_first else m
-        stride_x, batch_x = x.stride(-2), x.stride(0)
-    even = stride_x % 16 == 0 and depth % 16 == 0
-    block_m, block_k = choose_low_rank(m, r_pad, dropout=seed is not None, even=even)
-    programs_low = ceil_div(m, block_m)
-
-    source = blocks = scale_deviation = lora_b = v = a_out = b_out = None
-    height = n = k = stride_w = programs_fold = 0
-    columns = 1
-    diagonal, on_activations, b_transposed = Diagonal(1, True), False, False
-    tile = fold_tile(1)
-    if fold is not None:
-        source, blocks, scale_deviation, lora_a, lora_b, v, a_out, b_out, diagonal = fold[:9]
-        on_activations, b_transposed = fold.on_activations, fold.b_transposed
-        (height, k), stride_w = fold.source.shape, fold.source.stride(0)
-        if lora_a is not None:
-            inner, r = lora_a, lora_a.shape[0]
-        if lora_b is not None:
-            n, r = lora_b.shape
-        tile = fold_tile(diagonal.p, beside_low=low is not None)
-        if v is not None or a_out is not None:
-            columns = block_programs(k, tile[1], diagonal.p)
-        rows = max(height if v is not None else int(a_out is not None), n)
-        programs_fold = columns * ceil_div(rows, tile[0])
+    """Launch both jobs, the second by so many programs, each on a tile of the size ``fold``."""
+    m, dropout = jobs["M"], jobs["seed_ptr"] is not None
+    even = jobs["stride_x"] % 16 == 0 and jobs["DEPTH"] % 16 == 0
+    rows, depth = choose_low_rank(m, r_pad, dropout=dropout, even=even)
+    programs_low = ceil_div(m, rows)
     if programs_low + programs_fold == 0:
         return
     launch(
-        _prepare_kernel, (programs_low + programs_fold,),
-        x_ptr=x, inner_ptr=inner, seed_ptr=seed, low_ptr=low,
-        w_ptr=source, blocks_ptr=blocks, deviation_ptr=scale_deviation, b_ptr=lora_b,
-        v_ptr=v, b_out_ptr=b_out, a_out_ptr=a_out,
-        M=m, ROWS=height, N=n, K=k, DEPTH=depth, R=r, LENGTH=length, alpha=options.lora_scaling,
-        stride_x=stride_x, batch_x=batch_x, stride_w=stride_w, stride_v=k,
-        dropout=options.lora_dropout, programs_low=programs_low, columns=columns,
-        TRANSPOSED=transposed, CHANNEL_FIRST=channel_first, DIAGONAL=diagonal,
-        ON_ACTIVATIONS=on_activations, B_TRANSPOSED=b_transposed,
-        TILE=PrepareTile(block_m, block_k, 3 if r_pad <= 64 else 2, *tile, r_pad),
-        TRIGGERS_NEXT=triggers_next, num_warps=warps, num_stages=2, side=side,
+        _prepare_kernel, (programs_low + programs_fold,), **jobs, alpha=options.lora_scaling,
+        dropout=options.lora_dropout, programs_low=programs_low,
+        TILE=PrepareTile(rows, depth, 3 if r_pad <= 64 else 2, *fold, r_pad),
+        num_stages=2, **launched,
     )  # fmt: skip

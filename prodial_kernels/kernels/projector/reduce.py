@@ -132,7 +132,7 @@ def launch_reduce(
     n, k = operands.weight.shape
     r = 0 if operands.lora_a is None else operands.lora_a.shape[0]
     r_pad = padded_rank(r)
-    diagonal = diagonal_of(operands.blocks, options.diagonal == "relu")
+    diagonal = diagonal_of(operands.blocks, options)
     end_b = ceil_div(n * r_pad, BLOCK) if outputs.b is not None else 0
     has_columns = outputs.scale is not None or outputs.bias is not None
     end_n = end_b + (ceil_div(n, BLOCK) if has_columns else 0)

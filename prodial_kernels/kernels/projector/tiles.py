@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from prodial_kernels.kernels.projector.operands import ProjectionOptions
+
 
 class Diagonal(NamedTuple):
     """How a kernel reads D_b from D_a [K / P, P, P]; a compile-time constant.
@@ -21,9 +23,18 @@ class Diagonal(NamedTuple):
     relu: bool
 
 
-def diagonal_of(blocks: Tensor | None, relu: bool) -> Diagonal:
+def diagonal_of(blocks: Tensor | None, options: ProjectionOptions) -> Diagonal:
     """How to read D_b from ``blocks``."""
-    return Diagonal(block_size_of(blocks), relu)
+    return Diagonal(block_size_of(blocks), options.diagonal == "relu")
+
+
+class WalkTile(NamedTuple):
+    """Compile-time sizes of a kernel that walks tiles: rows and columns, R_PAD, stages."""
+
+    rows: int
+    columns: int
+    rank: int
+    stages: int
 
 
 def partial_sums(splits: int, *shape: int, device: torch.device) -> Tensor:

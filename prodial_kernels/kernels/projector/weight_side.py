@@ -1,7 +1,5 @@
 """From F = dYᵀ X, the sums over the weight: ds and the blocks' gradient in one read of F and W."""
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +7,7 @@ from torch import Tensor
 from prodial_kernels.kernels.choices.partition import block_programs, block_window, split_tokens
 from prodial_kernels.kernels.projector.operands import Needs, Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.tiles import (
+    WalkTile,
     apply_diagonal,
     deviation_sums,
     diagonal_of,
@@ -21,14 +20,6 @@ from prodial_kernels.kernels.replay.recorder import launch
 
 # Columns of a tile, loads in flight, and programs that share the rows.
 WINDOW, STAGES, PROGRAMS = 64, 3, 264
-
-
-class WeightSideTile(NamedTuple):
-    """Compile-time sizes of ``_weight_side_kernel``: rows and columns of a tile, stages."""
-
-    n: int
-    window: int
-    stages: int
 
 
 @triton.jit
@@ -44,8 +35,8 @@ def _weight_side_kernel(
     A program owns whole blocks within ``window`` columns and every ``splits``-th tile of rows.
     """
     P: tl.constexpr = DIAGONAL.p
-    BLOCK_N: tl.constexpr = TILE.n
-    WINDOW: tl.constexpr = TILE.window
+    BLOCK_N: tl.constexpr = TILE.rows
+    WINDOW: tl.constexpr = TILE.columns
     pid_k = tl.program_id(0)
     split = tl.program_id(1)
     offs_k, mask_k = window_columns(pid_k, K, P, WINDOW)
@@ -92,7 +83,7 @@ def launch_weight_side(
     """
     weight, blocks, scale_deviation, *_ = operands
     n, k = weight.shape
-    diagonal = diagonal_of(blocks, options.diagonal == "relu")
+    diagonal = diagonal_of(blocks, options)
     p = diagonal.p
     window = block_window(WINDOW, p)
     columns = block_programs(k, window, p)
@@ -108,7 +99,7 @@ def launch_weight_side(
         f_ptr=f, w_ptr=weight, blocks_ptr=blocks, deviation_ptr=scale_deviation,
         partial_scale_ptr=partial_scale, partial_e_ptr=partial_e,
         N=n, K=k, stride_f=f.stride(0), stride_w=weight.stride(0), splits=splits,
-        DIAGONAL=diagonal, TILE=WeightSideTile(block_n, window, STAGES),
+        DIAGONAL=diagonal, TILE=WalkTile(block_n, window, 16, STAGES),
         num_warps=4 if p <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return partial_scale, partial_e

@@ -52,7 +52,8 @@ class RawLaunch:
         self._compiled = compiled  # unloads its module when it is deleted
         self._launch = _driver_function(launcher.launch)
         self._stream = _only_index(given, _STREAM)
-        self._nested = isinstance(given[-1], tuple | list)
+        # By exact type: the last argument itself may be a constant that is a named tuple.
+        self._nested = type(given[-1]) in (tuple, list)
         self._arguments = list(given[-1] if self._nested else given)
         if self._nested:
             self._launch = _with_head(self._launch, given[:-1], self._stream)
