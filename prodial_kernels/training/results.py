@@ -6,15 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from prodial_kernels.training.merging import Agreement
-from prodial_kernels.training.scoring.language_model import LanguageModelMetrics
-from prodial_kernels.training.scoring.multiple_choice import MultipleChoiceMetrics
-
-Metrics: TypeAlias = LanguageModelMetrics | MultipleChoiceMetrics
 
 # What each metric is called, for people, and how it is written; the first is the headline.
 _SHOWN = {

@@ -57,7 +57,7 @@ def _own_code(cls: type) -> Any:
 
 
 class Calling(View):
-    """A module that, when it is called, is another function; for a :class:`View` of its block."""
+    """Stands in for a module in a :class:`View` of its block: calls a function instead."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], **given: Any) -> None:
         """Answer with ``given`` where it has the name, as a view does."""

@@ -51,7 +51,7 @@ class SharedWindows(TrainingBatches):
     """Whole documents side by side in windows of one length, marked by ``seq_idx``.
 
     Which documents share a window is decided once, by best fit; the windows come in a new random
-    order every epoch. A window's end that no document fits is filled up, without labels.
+    order every epoch. A window's end that no document fits is padding, without labels.
 
     A batch has int64 ``[batch_size, seq_len]`` twice, and ``seq_idx``, int32 of that shape. A
     document's first token is no label: what precedes it is another document's.
@@ -96,7 +96,7 @@ class SharedWindows(TrainingBatches):
                 end = at + len(ids)
                 input_ids[row, at:end] = ids
                 labels[row, at + 1 : end] = ids[1:]
-                # What is filled up belongs to the last document, behind all of it.
+                # Padding belongs to the last document, behind all of it.
                 seq_idx[row, at:] = place
                 at = end
         return Batch(input_ids, labels, seq_idx)

@@ -8,8 +8,8 @@ the weight of a label are written into such tensors before every launch.
 
 * A shape's first steps run eagerly, as real steps, so that kernels are compiled and moments exist;
   the last of them is watched for operations that wait for the device, which no graph can hold.
-* Lengths are filled up to one of a few buckets, batches to their full size, so that few shapes
-  are captured.
+* Sequences are padded to one of a few lengths, batches to their full size, so that few shapes are
+  captured.
 * A step whose loss or gradient is not finite is left out on the device (``found_inf`` of the fused
   AdamW), so that the host need not look before the update.
 * Dropout draws from the device's generator, which replays advance as eager steps do; a saved state
@@ -124,9 +124,9 @@ class Shape(NamedTuple):
 class Buckets:
     """The shapes that steps of one run are given.
 
-    Lengths fall by √2, so that filling up adds a sixth on average. Sequences are filled up on the
-    right and have no label there, so that nothing reaches the tokens before and nothing is learned;
-    missing sequences of an epoch's last batch are filled up likewise.
+    Lengths fall by √2, so that padding adds a sixth on average. Padding is on the right and has no
+    label, so that it reaches no token before it and nothing is learned from it; missing sequences
+    of an epoch's last batch are padding likewise.
     """
 
     def __init__(self, batch_size: int, seq_len: int) -> None:
