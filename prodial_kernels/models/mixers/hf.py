@@ -36,7 +36,7 @@ from prodial_kernels.models.mixers.arguments import mask_among, named_arguments,
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
-from prodial_kernels.models.mixers.projection import adapted_children, is_explicit
+from prodial_kernels.models.mixers.projection import NoProjection, adapted_children, is_explicit
 from prodial_kernels.models.mixers.structure import (
     forward_of,
     global_of,
@@ -245,11 +245,8 @@ def _scan_and_project(
     return scan_and_project(fused, projector, Keeping(output=False), *args, **kwargs)
 
 
-class _DeferredProjector:
-    """An ``out_proj`` without a weight, which the fused function therefore leaves to the caller."""
-
-    weight = None
-    bias = None
+class _DeferredProjector(NoProjection):
+    """An ``out_proj`` that notes whether upstream has called it."""
 
     def __init__(self, projector: nn.Module) -> None:
         self.projector = projector

@@ -27,8 +27,9 @@ from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
 from prodial_kernels.models.mixers.projection import (
-    ProjectorOfView,
+    NoProjection,
     adapted_children,
+    calling_projectors,
     is_explicit,
     operands_of,
 )
@@ -116,19 +117,21 @@ def mamba_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Te
 
 def unfused(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
     """Upstream's ``forward`` on separate kernels: its fused function would take W'."""
-    return upstream(_view(mixer, use_fast_path=False, use_mem_eff_path=False), *args, **kwargs)
+    return upstream(
+        calling_projectors(mixer, use_fast_path=False, use_mem_eff_path=False), *args, **kwargs
+    )
 
 
 def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
     """``Mamba2.forward`` and ``Mamba2Simple.forward``, fused where upstream is."""
     cached = cache_among(named_arguments(upstream, args, kwargs)) is not None
     if not mixer.use_mem_eff_path or cached:
-        return upstream(_view(mixer), *args, **kwargs)
+        return upstream(calling_projectors(mixer), *args, **kwargs)
     if getattr(mixer, "d_ssm", mixer.d_inner) < mixer.d_inner:
         # The fused function without out_proj fails in its backward here (UnboundLocalError).
         return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
     in_proj = _in_proj(mixer, split_first(upstream, args, kwargs)[0])
-    view = View(mixer, in_proj=in_proj, out_proj=_NoProjection())
+    view = View(mixer, in_proj=in_proj, out_proj=NoProjection())
     if not is_explicit(mixer.out_proj):
         return mixer.out_proj(upstream(view, *args, **kwargs))
     recomputed = in_proj if isinstance(in_proj, _RecomputedInput) else None
@@ -142,7 +145,7 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
 
 def viewed(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Any:
     """Upstream's method with projectors that are called instead of multiplied by their weights."""
-    return upstream(_view(mixer), *args, **kwargs)
+    return upstream(calling_projectors(mixer), *args, **kwargs)
 
 
 _STATES = "_get_states_from_cache"
@@ -200,13 +203,6 @@ class _RecomputedInput:
         return made
 
 
-class _NoProjection:
-    """An ``out_proj`` without a weight, which upstream's fused function leaves to the caller."""
-
-    weight = None
-    bias = None
-
-
 def _kind(mixer: nn.Module) -> str | None:
     """Return the name of the mixer's mamba_ssm class; None if a subclass overrides forward."""
     for cls in type(mixer).__mro__:
@@ -237,8 +233,3 @@ def _difference(mixer: nn.Module, kind: str) -> str | None:
     if kind == "Mamba3":
         return None
     return difference(global_of(forward, _MAMBA2[0]))
-
-
-def _view(mixer: nn.Module, **given: Any) -> View:
-    projectors = {name: ProjectorOfView(layer) for name, layer in adapted_children(mixer).items()}
-    return View(mixer, **projectors, **given)

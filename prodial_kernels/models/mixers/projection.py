@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prodial_kernels.functional import checked_linear, prepared
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.linear import ProdialLinear, weight_like
+from prodial_kernels.models.patch_point import View
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.quantization import QuantizedLinear
 
@@ -104,6 +105,19 @@ class ProjectorOfView:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
+
+
+class NoProjection:
+    """A projector without a weight, which upstream's fused functions leave to the caller."""
+
+    weight = None
+    bias = None
+
+
+def calling_projectors(mixer: nn.Module, **given: Any) -> View:
+    """Return a proxy of ``mixer`` whose adapted projectors are called where it reads weights."""
+    projectors = {name: ProjectorOfView(layer) for name, layer in adapted_children(mixer).items()}
+    return View(mixer, **projectors, **given)
 
 
 class _CalledWeight:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS
-from prodial_kernels.models.mixers.projection import ProjectorOfView, adapted_children
+from prodial_kernels.models.mixers.projection import adapted_children, calling_projectors
 from prodial_kernels.models.mixers.selective_scan import BACKWARD, FORWARD, Direction
 from prodial_kernels.models.mixers.structure import forward_of, names_in, unknown_in
 from prodial_kernels.models.mixers.vim_scan import directed_scan
-from prodial_kernels.models.patch_point import AdaptedMixer, View
+from prodial_kernels.models.patch_point import AdaptedMixer
 
 # By the mixer's bimamba_type. "v1" scans the forward convolution's output both ways.
 _DIRECTIONS: dict[str, tuple[Direction, ...]] = {"v2": (FORWARD, BACKWARD), "none": (FORWARD,)}
@@ -125,8 +125,7 @@ def vim_forward(mixer: Any, upstream: Callable[..., Tensor], *args: Any, **kwarg
                 f"{cached} with bimamba_type={kind!r}: a bidirectional mixer needs the whole "
                 f"sequence; pass {cached}=None"
             )
-        views = {name: ProjectorOfView(layer) for name, layer in adapted_children(mixer).items()}
-        return upstream(View(mixer, **views), *args, **kwargs)
+        return upstream(calling_projectors(mixer), *args, **kwargs)
     hidden_states, positional, named = split_first(upstream, args, kwargs)
     unknown = [value for value in (*positional, *named.values()) if value is not None]
     if unknown:
