@@ -16,7 +16,7 @@ from benchmarks.models.modules import (
     prepare_modules,
 )
 from benchmarks.projector.breakdown import prepare_breakdown
-from benchmarks.projector.cases import TABLE_SHAPES, TINY, Case, CaseSet, model_cases, with_variants
+from benchmarks.projector.cases import TABLE_SHAPES, TINY, Case, model_cases, variants_of
 from benchmarks.projector.measure import BARE, FULL, QUICK, Settings, prepare_case
 from benchmarks.projector.measure import TINY as TINY_SETTINGS
 from benchmarks.projector.rivals import FLOOR, OURS, RIVALS, select
@@ -94,12 +94,18 @@ class Wanted:
     scaling: bool = False
     tiny: bool = False
 
-    def cases(self) -> CaseSet:
-        """The projectors of the table, and their variants."""
+    def cases(self) -> list[Case]:
+        """The projectors of the table."""
         if self.tiny:
-            return CaseSet(TINY, (replace(TINY[0], p=12),))
+            return [*TINY]
         shapes = model_cases(self.model) if self.model else TABLE_SHAPES
-        return with_variants([replace(case, dtype=self.dtype) for case in shapes])
+        return [replace(case, dtype=self.dtype) for case in shapes]
+
+    def variants(self) -> list[Case]:
+        """Variants of them, with only ProDiaL and the floor."""
+        if self.tiny:
+            return [replace(TINY[0], p=12)]
+        return [variant for case in self.cases() for variant in variants_of(case)]
 
     def sweeps(self) -> Sweeps:
         """The sweeps of the projector among the jobs; empty where there are none."""
@@ -138,16 +144,16 @@ def _projectors(wanted: Wanted) -> list[Job]:
     bare, full = BARE, QUICK if wanted.quick else FULL
     if wanted.tiny:
         full, bare = TINY_SETTINGS, replace(TINY_SETTINGS, forward=False, eager=False)
-    found = wanted.cases()
+    cases, variants = wanted.cases(), wanted.variants()
     jobs: list[Job] = []
     if not wanted.scaling:
-        jobs += [Job("table", case, chosen, full) for case in found.cases]
-        jobs += [Job("variants", case, alone, bare) for case in found.variants if OURS in alone]
-    measured = {case.key for case in (*found.cases, *found.variants) if not wanted.scaling}
+        jobs += [Job("table", case, chosen, full) for case in cases]
+        jobs += [Job("variants", case, alone, bare) for case in variants if OURS in alone]
+    measured = {case.key for case in (*cases, *variants) if not wanted.scaling}
     swept = {case.key: case for sweep in wanted.sweeps().values() for case in sweep}
     jobs += [Job("scaling", swept[key], swept_by, bare) for key in swept if key not in measured]
     if OURS in chosen and not (wanted.scaling or wanted.quick):
-        jobs += [Job("breakdown", case, (FLOOR, OURS)) for case in found.cases]
+        jobs += [Job("breakdown", case, (FLOOR, OURS)) for case in cases]
     return jobs
 
 

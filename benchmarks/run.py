@@ -37,7 +37,7 @@ from benchmarks.compare import (  # noqa: E402
     comparison_table,
 )
 from benchmarks.harness import environment, store  # noqa: E402
-from benchmarks.harness.pool import InProcess, Runner, WorkerPool  # noqa: E402
+from benchmarks.harness.pool import InProcess, WorkerPool  # noqa: E402
 from benchmarks.jobs import LEVELS, Job, Wanted, plan  # noqa: E402
 from benchmarks.projector.roofline import Ceilings, CeilingsTask  # noqa: E402
 from benchmarks.projector.shapes import MODELS  # noqa: E402
@@ -134,7 +134,7 @@ def _run(options: argparse.Namespace, arguments: list[str], started: float) -> i
             raise
         if base is not None:
             start = time.monotonic()
-            cases = wanted.cases().cases
+            cases = wanted.cases()
             verdicts = compare(base, environment.ROOT, cases, device, 5 if options.tiny else 10)
             record.comparison = [{**asdict(v), "word": v.word} for v in verdicts]
             record.base = options.base
@@ -197,7 +197,7 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _runner(
     options: argparse.Namespace, jobs: int, device: str
-) -> AbstractContextManager[Runner[Job | CeilingsTask]]:
+) -> AbstractContextManager[InProcess[Job | CeilingsTask] | WorkerPool[Job | CeilingsTask]]:
     """Workers, or this process alone where there are none."""
     workers = options.workers
     if workers is None:

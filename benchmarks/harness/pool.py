@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from benchmarks.harness.process import Worker, WorkerEnded, WorkerError
 from benchmarks.harness.rows import status_of
@@ -28,8 +28,11 @@ TASKS_A_SEAT = 3
 PATIENCE_S = 120.0
 
 
-class Runner(Protocol[T]):
-    """What :class:`WorkerPool` and :class:`InProcess` have in common."""
+class InProcess(Generic[T]):
+    """Everything in this process, task by task."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
 
     def run(self, tasks: Sequence[T], until: float, report: Report[T]) -> list[T]:
         """Do the tasks, reporting each one's rows at once; return those dropped.
@@ -39,16 +42,6 @@ class Runner(Protocol[T]):
             until: When to stop, on :func:`time.monotonic`'s clock.
             report: Called with each task that was measured, or failed.
         """
-
-
-class InProcess(Generic[T]):
-    """Everything in this process, task by task."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def run(self, tasks: Sequence[T], until: float, report: Report[T]) -> list[T]:
-        """As :meth:`Runner.run` says."""
         for count, task in enumerate(tasks):
             if time.monotonic() > until:
                 return list(tasks[count:])
@@ -96,7 +89,7 @@ class WorkerPool(Generic[T]):
             seat.worker.close()
 
     def run(self, tasks: Sequence[T], until: float, report: Report[T]) -> list[T]:
-        """As :meth:`Runner.run` says."""
+        """As :meth:`InProcess.run` says."""
         waiting: deque[T] = deque(tasks)
         dropped: list[T] = []
         while waiting:

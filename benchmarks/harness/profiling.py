@@ -30,11 +30,16 @@ def kernels_of(step: Callable[[], None], device: str, repeats: int = 1) -> list[
         for _ in range(repeats):
             step()
         synchronise(cuda)
+    return kernels_in(profiler, repeats, cuda=cuda)
+
+
+def kernels_in(profiler: profile, steps: int, *, cuda: bool) -> list[Kernel]:
+    """What a profiler saw in so many steps; the longest kernel first."""
     found = []
     for event in profiler.key_averages():
         us = event.self_device_time_total if cuda else event.self_cpu_time_total
         if us > 0:
-            found.append(Kernel(event.key, us / repeats, event.count / repeats))
+            found.append(Kernel(event.key, us / steps, event.count / steps))
     return sorted(found, key=lambda kernel: -kernel.us)
 
 

@@ -50,14 +50,6 @@ class Case:
         return f"{self.m},{self.k},{self.n} P={self.p} r={self.r} {self.dtype}"
 
 
-@dataclass(frozen=True)
-class CaseSet:
-    """Cases with every rival, and variants of them with only ProDiaL and the floor."""
-
-    cases: tuple[Case, ...]
-    variants: tuple[Case, ...] = ()
-
-
 BLOCK_SIZES = (12, 24, 48)
 TABLE_SHAPES = (
     Case(2048, 768, 3072, model="mamba-130m in_proj"),
@@ -77,13 +69,10 @@ def block_size(wanted: int, k: int) -> int:
     return wanted if k % wanted == 0 else 1 << wanted.bit_length()
 
 
-def with_variants(cases: Sequence[Case]) -> CaseSet:
-    """Add the block sizes of the paper and a larger rank to each case."""
-    variants = []
-    for case in cases:
-        variants += [replace(case, p=block_size(p, case.k)) for p in BLOCK_SIZES]
-        variants.append(replace(case, r=4 * case.r))
-    return CaseSet(tuple(cases), tuple(variants))
+def variants_of(case: Case) -> list[Case]:
+    """The case with the block sizes of the paper, and with a larger rank."""
+    blocks = [replace(case, p=block_size(p, case.k)) for p in BLOCK_SIZES]
+    return [*blocks, replace(case, r=4 * case.r)]
 
 
 def model_cases(model: str, tokens: Sequence[int] = (2048, 16384)) -> tuple[Case, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness.memory import MIB, release
+from benchmarks.harness.profiling import kernels_in
 from benchmarks.harness.rows import Unavailable
 from benchmarks.models.upstream import limit_configurations
 from prodial_kernels import ProdialConfig, apply_prodial
@@ -293,14 +294,11 @@ class Profiler:
             self.text = f"host, {steps} steps, {wall} while it is profiled\n{out.getvalue()}"
             return
         self._device.stop()
-        events = sorted(
-            self._device.key_averages(), key=lambda event: -event.self_device_time_total
-        )
-        total = sum(event.self_device_time_total for event in events) / 1000 / steps
+        kernels = kernels_in(self._device, steps, cuda=True)
+        total = sum(kernel.us for kernel in kernels) / 1000
         lines = [
-            f"{event.self_device_time_total / 1000 / steps:8.3f} ms {event.count / steps:7.1f} x  "
-            f"{event.key[:90]}"
-            for event in events[:top]
+            f"{kernel.us / 1000:8.3f} ms {kernel.count:7.1f} x  {kernel.name[:90]}"
+            for kernel in kernels[:top]
         ]
         self.text = "\n".join([f"device, {total:.2f} ms of kernels in {wall}", *lines])
 

@@ -14,7 +14,7 @@ from benchmarks.harness import memory, store
 from benchmarks.harness.profiling import short_name
 from benchmarks.harness.timing import Replay, Summary, interleave
 from benchmarks.projector import tables
-from benchmarks.projector.cases import TABLE_SHAPES, Case, with_variants
+from benchmarks.projector.cases import TABLE_SHAPES, Case, variants_of
 from benchmarks.projector.rivals import RIVALS, select
 from benchmarks.projector.roofline import Ceilings, work
 from benchmarks.projector.rows import ProjectorRow
@@ -134,11 +134,11 @@ def test_targets_cover_the_table() -> None:
 
 
 def test_variants_divide() -> None:
-    cases = with_variants(TABLE_SHAPES)
-    assert len(cases.variants) == 4 * len(cases.cases)
-    assert all(case.k % case.p == 0 for case in cases.variants)
-    assert {case.p for case in cases.variants if case.k == 768} == {1, 12, 24, 48}
-    assert {case.p for case in cases.variants if case.k == 2048} == {1, 16, 32, 64}
+    variants = [variant for case in TABLE_SHAPES for variant in variants_of(case)]
+    assert len(variants) == 4 * len(TABLE_SHAPES)
+    assert all(case.k % case.p == 0 for case in variants)
+    assert {case.p for case in variants if case.k == 768} == {1, 12, 24, 48}
+    assert {case.p for case in variants if case.k == 2048} == {1, 16, 32, 64}
 
 
 def test_shapes_of_models() -> None:

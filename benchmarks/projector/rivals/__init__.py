@@ -22,7 +22,6 @@ class Rival:
         method: The entry of ``rivals.methods.METHODS`` that it is checked against.
         prepare: Makes the layer from the case's operands.
         strong: Part of ``--quick``.
-        compiles: Whether a first run generates code, which is then done in parallel beforehand.
         requires: Module of an optional dependency.
     """
 
@@ -30,7 +29,6 @@ class Rival:
     method: str
     prepare: Callable[[LinearCase], Layer]
     strong: bool = False
-    compiles: bool = False
     requires: str = ""
 
     def missing(self) -> str:
@@ -42,19 +40,17 @@ class Rival:
 
 RIVALS = (
     Rival(FLOOR, "frozen", plain.frozen, strong=True),
-    Rival(OURS, "ProDiaL", plain.ours, strong=True, compiles=True),
-    Rival("concat", "ProDiaL", concat.concat, strong=True, compiles=True),
+    Rival(OURS, "ProDiaL", plain.ours, strong=True),
+    Rival("concat", "ProDiaL", concat.concat, strong=True),
     Rival(
         "materialised-compiled", "ProDiaL", plain.adapted(plain.materialised, compiled=True),
-        strong=True, compiles=True,
+        strong=True,
     ),
     Rival("materialised", "ProDiaL", plain.adapted(plain.materialised)),
-    Rival(
-        "formula-compiled", "ProDiaL", plain.adapted(plain.formula, compiled=True), compiles=True
-    ),
+    Rival("formula-compiled", "ProDiaL", plain.adapted(plain.formula, compiled=True)),
     Rival("formula", "ProDiaL", plain.adapted(plain.formula)),
     Rival("authors", "ProDiaL", plain.adapted(plain.authors)),
-    Rival("lora-compiled", "LoRA", plain.lora_compiled, compiles=True),
+    Rival("lora-compiled", "LoRA", plain.lora_compiled),
     Rival("lora", "LoRA", plain.lora),
     Rival("peft-lora", "LoRA", peft.lora, requires="peft"),
     Rival("peft-dora", "DoRA", peft.dora, requires="peft"),
