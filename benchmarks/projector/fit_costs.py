@@ -24,14 +24,14 @@ from prodial_kernels.kernels.choices.backward_plan import PRODUCT_TILES
 from prodial_kernels.kernels.choices.costs import COSTS, Costs
 from prodial_kernels.kernels.choices.tile_sizes import GemmConfig, OutputSideConfig
 from prodial_kernels.kernels.projector import gemm, output_side, passes, prepare, reduce
-from prodial_kernels.kernels.projector.input_sums import InputSums, launch_input_sums
+from prodial_kernels.kernels.projector.input_side import InputSums, launch_input_sums
 from prodial_kernels.kernels.projector.operands import (
     Gradients,
     Needs,
     Operands,
     ProjectionOptions,
 )
-from prodial_kernels.kernels.projector.output_sums import OutputSums
+from prodial_kernels.kernels.projector.output_side import OutputSums
 from prodial_kernels.kernels.replay.recorder import fork, join
 
 OPTIONS = ProjectionOptions("triton", lora_scaling=1.0)

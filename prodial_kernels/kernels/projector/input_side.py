@@ -1,16 +1,20 @@
 """From dU to dX, and the gradients summed over tokens on the input side: A and D_b."""
 
+from functools import partial
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import block_programs, block_window, split_tokens
 from prodial_kernels.kernels.choices.tile_sizes import InputSideConfig
-from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
+from prodial_kernels.kernels.projector.operands import Needs, Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.pdl import trigger_next
 from prodial_kernels.kernels.projector.tiles import (
     WalkTile,
     apply_diagonal,
+    block_size_of,
     deviation_sums,
     diagonal_of,
     dropout_keep,
@@ -179,3 +183,58 @@ def launch_input_side(
         TRIGGERS_NEXT=triggers_next, num_warps=config.num_warps, num_stages=2,
     )  # fmt: skip
     return partial_a, partial_e
+
+
+class InputSums(NamedTuple):
+    """What :func:`launch_reduce` adds up: fp32 parts of dA and dE; None where not needed."""
+
+    a: Tensor | None = None
+    blocks: Tensor | None = None
+    launched: bool = False
+
+
+def launch_input_sums(
+    du: Tensor | None,
+    x: Tensor,
+    t: Tensor | None,
+    operands: Operands,
+    options: ProjectionOptions,
+    needs: Needs,
+    *,
+    config: InputSideConfig,
+    triggers_next: bool,
+) -> InputSums:
+    """Overwrite ``du`` by dX where that is needed, and sum over the tokens of X.
+
+    Shapes and ``triggers_next`` as in :func:`launch_input_side`; ``needs`` asks only for parts that
+    ``operands`` have.
+    """
+    blocks, seed = operands.blocks, operands.noise
+    changes_x = needs.x and (blocks is not None or t is not None)
+    if not (changes_x or needs.lora_a or needs.blocks):
+        return InputSums()
+    walk = partial(
+        launch_input_side, x=x, options=options, config=config, triggers_next=triggers_next
+    )
+    # A wide block beside a wide rank is too much for one program: then dA, which reads no dU,
+    # the blocks' part of dX and the LoRA part come one after the other.
+    if t is None or seed is None or block_size_of(blocks) <= 64 or t.shape[1] <= 32:
+        parts = walk(
+            du, t=t, operands=operands, need_x=changes_x, need_a=needs.lora_a,
+            need_blocks=needs.blocks,
+        )  # fmt: skip
+        return InputSums(*parts, launched=True)
+    partial_a = partial_e = None
+    if needs.lora_a:
+        partial_a, _ = walk(
+            None, t=t, operands=operands, need_x=False, need_a=True, need_blocks=False
+        )
+    if changes_x or needs.blocks:
+        alone = operands._replace(lora_a=None, noise=None)
+        _, partial_e = walk(
+            du, t=None, operands=alone, need_x=needs.x, need_a=False, need_blocks=needs.blocks
+        )
+    if needs.x:
+        alone = operands._replace(blocks=None)
+        walk(du, t=t, operands=alone, need_x=True, need_a=False, need_blocks=False)
+    return InputSums(partial_a, partial_e, launched=True)

@@ -1,14 +1,16 @@
 """Gradients summed over tokens on the output side: B, s and the bias."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div, split_tokens
-from prodial_kernels.kernels.choices.tile_sizes import OutputSideConfig
-from prodial_kernels.kernels.projector.operands import Needs, Operands, ProjectionOptions
+from prodial_kernels.kernels.choices.tile_sizes import ExactScaleConfig, OutputSideConfig
+from prodial_kernels.kernels.projector.exact_scale import launch_exact_scale
+from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.tiles import (
     WalkTile,
     load_tile,
@@ -215,3 +217,41 @@ def launch_output_side(
         num_warps=config.num_warps, num_stages=2, side=side,
     )  # fmt: skip
     return partial_b, partial_scale, partial_bias
+
+
+class OutputSums(NamedTuple):
+    """What :func:`launch_reduce` adds up: fp32 parts of dB, ds (twice) and dbias, or None."""
+
+    b: Tensor | None = None
+    scale: Tensor | None = None
+    exact: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def launch_output_sums(
+    dy: Tensor,
+    x: Tensor,
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
+    needs: Needs,
+    *,
+    config: OutputSideConfig,
+    exact: ExactScaleConfig,
+    side: SideStream | None,
+) -> OutputSums:
+    """Launch the sums, and ds anew where the division form is not sound, on ``side``.
+
+    Shapes as in :func:`prodial_kernels.kernels.projector.passes.backward`; ``needs`` asks only for
+    parts that ``operands`` have. On a side stream, what it returns must outlive the join.
+    """
+    if not (needs.lora_b or needs.scale or needs.bias):
+        return OutputSums()
+    low = kept.h if needs.scale or needs.lora_b else None
+    b, scale, bias = launch_output_side(
+        dy, kept.y, low, operands, options, needs, config=config, side=side
+    )
+    anew = None
+    if scale is not None:
+        anew = launch_exact_scale(dy, x, operands, scale, options, config=exact, side=side)
+    return OutputSums(b, scale, anew, bias)

@@ -16,7 +16,7 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     padded_rank,
 )
 from prodial_kernels.kernels.projector.gemm import launch_gemm
-from prodial_kernels.kernels.projector.input_sums import InputSums, launch_input_sums
+from prodial_kernels.kernels.projector.input_side import InputSums, launch_input_sums
 from prodial_kernels.kernels.projector.operands import (
     Gradients,
     Kept,
@@ -24,7 +24,7 @@ from prodial_kernels.kernels.projector.operands import (
     Operands,
     ProjectionOptions,
 )
-from prodial_kernels.kernels.projector.output_sums import OutputSums, launch_output_sums
+from prodial_kernels.kernels.projector.output_side import OutputSums, launch_output_sums
 from prodial_kernels.kernels.projector.pdl import supports_pdl
 from prodial_kernels.kernels.projector.prepare import launch_low_rank, launch_prepare
 from prodial_kernels.kernels.projector.reduce import launch_reduce

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
 from prodial_kernels.kernels.choices.tile_sizes import padded_rank
-from prodial_kernels.kernels.projector.input_sums import InputSums
+from prodial_kernels.kernels.projector.input_side import InputSums
 from prodial_kernels.kernels.projector.operands import Gradients, Operands, ProjectionOptions
-from prodial_kernels.kernels.projector.output_sums import OutputSums
+from prodial_kernels.kernels.projector.output_side import OutputSums
 from prodial_kernels.kernels.projector.pdl import pdl_options, wait_for_previous
 from prodial_kernels.kernels.projector.tiles import diagonal_of
 from prodial_kernels.kernels.replay.recorder import launch

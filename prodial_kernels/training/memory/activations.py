@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prodial_kernels.kernels.choices.tile_sizes import padded_rank
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, RECOMPUTE
 from prodial_kernels.ops.layout import direct_length
 from prodial_kernels.ops.projection import LEAST_PREFETCHED
@@ -86,7 +87,7 @@ def _read_by_norm(layer: LayerShape, tokens: Tokens) -> int:
 def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
     m, c = tokens.count, tokens.itemsize
     inner, state = layer.inner, layer.state
-    low_rank = c * m * _padded(layer.rank)
+    low_rank = c * m * padded_rank(layer.rank) if layer.rank else 0
     if layer.mixer == MAMBA:
         chunks = tokens.batch * -(-tokens.length // _SCAN_CHUNK)
         # States; A, D and dt's bias in fp32.
@@ -209,12 +210,7 @@ def _weight_workspace(layer: LayerShape, tokens: Tokens) -> int:
     """The folded weight, the dequantised one, and partial sums of the adapter's gradients."""
     largest = max((n * k for n, k in layer.weights), default=0)
     sides = max((n + k for n, k in layer.weights), default=0)
-    partial = _SPLITS * _FP32 * _padded(layer.rank) * sides if layer.rank else 0
+    partial = _SPLITS * _FP32 * padded_rank(layer.rank) * sides if layer.rank else 0
     folded = tokens.itemsize * largest if layer.rank else 0
     unpacked = tokens.itemsize * largest if tokens.dense_weight else 0
     return folded + unpacked + partial
-
-
-def _padded(rank: int) -> int:
-    """Columns of H as the kernels make it: a power of two, at least 16; 0 without an adapter."""
-    return max(16, 1 << (rank - 1).bit_length()) if rank else 0

@@ -16,7 +16,7 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     choose_output_side,
     tiles_of,
 )
-from prodial_kernels.kernels.projector import output_sums, passes
+from prodial_kernels.kernels.projector import output_side, passes
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import assert_case_accurate, make_case
 from support.kernels.kernel_cases import replan, triton_linear, watch
@@ -177,7 +177,7 @@ def test_a_co_resident_output_side_is_launched_after_the_product(
 ) -> None:
     order = []
     for module, name in (
-        (passes, "gemm"), (output_sums, "output_side"), (output_sums, "exact_scale"),
+        (passes, "gemm"), (output_side, "output_side"), (output_side, "exact_scale"),
     ):  # fmt: skip
 
         def see(*args: Any, name: str = name, **options: Any) -> None:
