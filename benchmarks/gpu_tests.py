@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.harness.sources import ROOT, gpu_test_files, hash_of, needed
+from prodial_kernels.files.atomic import atomic_text
 
 RECORD = ROOT / "benchmarks" / "results" / "gpu-tests.json"
 
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command": "python -m benchmarks.gpu_tests",
         "counts": counter.counts,
     }
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    atomic_text(options.output, json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
     return code
 
