@@ -12,7 +12,6 @@ their memory. Two nodes that keep none take their places (:class:`_Enter`, :clas
 from __future__ import annotations
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -22,12 +21,9 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from prodial_kernels.captured.engine import Flat, Graphed, Leaf, Section, Source
+from prodial_kernels.kernels.replay.streams import watched_for_waits
 
 Result = TypeVar("Result")
-
-_SYNCHRONISES = "called a synchronizing CUDA operation"
-# Torch's own warning about the check, once in a process.
-_PROTOTYPE = "Synchronization debug mode is a prototype feature"
 
 
 class CudaEngine:
@@ -56,27 +52,7 @@ class CudaEngine:
 
     def watched(self, function: Callable[[], Result]) -> tuple[Result, list[str]]:
         """See :class:`Engine`."""
-        before = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                result = function()
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-        places: dict[str, None] = {}
-        others = []
-        for warning in caught:
-            said = str(warning.message)
-            if _SYNCHRONISES in said:
-                places[f"{warning.filename}:{warning.lineno}"] = None
-            elif _PROTOTYPE not in said:
-                others.append(warning)
-        for warning in others:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-        return result, list(places)
+        return watched_for_waits(function)
 
     def release(self) -> None:
         """See :class:`Engine`."""

@@ -47,11 +47,9 @@ def check_first_base(saved: Mapping[str, Any], linears: Linears, origin: str) ->
             f"{origin} describes its base model in a way that contradicts itself: it was changed "
             "after it was saved; copy it again from where it was saved"
         )
-    weights = {}
-    for path, linear in linears.items():
-        weight = linear.weight
+    weights = {path: linear.weight for path, linear in linears.items()}
+    for path, weight in weights.items():
         check_has_values(path, weight)
-        weights[path] = weight
     current = {p: {"shape": list(w.shape), "samples": None} for p, w in weights.items()}
     check_layers(layers, current, origin)
     wrong = [

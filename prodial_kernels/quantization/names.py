@@ -97,3 +97,8 @@ def check_dense_dtype(name: str, dtype: str) -> None:
                 f"({', '.join(SIGNS)} beside it). Use the dense checkpoint, or fetch this one again"
             )
         )
+
+
+def is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
+    """Whether ``value`` is among ``allowed`` and of its type: neither 64.0 nor True is a size."""
+    return any(type(value) is type(other) and value == other for other in allowed)

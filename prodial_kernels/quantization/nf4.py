@@ -25,6 +25,7 @@ from prodial_kernels.quantization.blockwise import (
     quantize_blockwise,
 )
 from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, check_scales
+from prodial_kernels.quantization.names import is_one_of
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -239,8 +240,8 @@ def _read_state(tensor: Tensor) -> dict[str, Any]:
     nested = {name: state[name] for name in _NESTED if name in state}
     fits = (
         read["quant_type"] == "nf4"
-        and _is_one_of(read["blocksize"], _BLOCKSIZES)
-        and _is_one_of(read["dtype"], tuple(_DTYPES))
+        and is_one_of(read["blocksize"], _BLOCKSIZES)
+        and is_one_of(read["dtype"], tuple(_DTYPES))
         and isinstance(read["shape"], list)
         and len(read["shape"]) == 2
         and all(type(size) is int and size > 0 for size in read["shape"])
@@ -251,7 +252,7 @@ def _read_state(tensor: Tensor) -> dict[str, Any]:
     if fits and nested:
         offset = nested["nested_offset"]
         fits = (
-            _is_one_of(nested["nested_blocksize"], _BLOCKSIZES)
+            is_one_of(nested["nested_blocksize"], _BLOCKSIZES)
             and nested["nested_dtype"] == "float32"
             and type(offset) in (int, float)
             and math.isfinite(offset)
@@ -263,11 +264,6 @@ def _read_state(tensor: Tensor) -> dict[str, Any]:
             f"{', '.join(_NESTED)} (such a blocksize, 'float32', a finite number); got {state}"
         )
     return {**read, **nested}
-
-
-def _is_one_of(value: object, allowed: tuple[object, ...]) -> bool:
-    """Whether ``value`` is among ``allowed`` and of its type: neither 64.0 nor True is a size."""
-    return any(type(value) is type(other) and value == other for other in allowed)
 
 
 def _check_count(name: str, tensor: Tensor, expected: int) -> None:

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-_Check = Callable[[Any], bool]
+from prodial_kernels.quantization.names import is_one_of
 
-
-def _any(value: Any) -> bool:
-    return True
-
-
-def _is(*allowed: Any) -> _Check:
-    return lambda value: any(value == a and type(value) is type(a) for a in allowed)
-
-
-# Field -> whether a value is one whose meaning is read from the tensors, or has none for them.
-_FIELDS: dict[str, dict[str, _Check]] = {
+# Field -> the values that are read; None for a field that has no meaning for stored tensors, or one
+# that is read from them.
+_FIELDS: dict[str, dict[str, tuple[Any, ...] | None]] = {
     "bitsandbytes": {
-        "_load_in_4bit": _any,
-        "_load_in_8bit": _any,
-        "load_in_4bit": _any,
-        "load_in_8bit": _any,
-        "bnb_4bit_compute_dtype": _any,
-        "bnb_4bit_quant_storage": _any,
-        "bnb_4bit_quant_type": _is("nf4"),
-        "bnb_4bit_use_double_quant": _any,
-        "llm_int8_enable_fp32_cpu_offload": _any,
-        "llm_int8_has_fp16_weight": _is(False),
-        "llm_int8_skip_modules": _any,
-        "llm_int8_threshold": _any,
+        "_load_in_4bit": None, "_load_in_8bit": None, "load_in_4bit": None, "load_in_8bit": None,
+        "bnb_4bit_compute_dtype": None, "bnb_4bit_quant_storage": None,
+        "bnb_4bit_quant_type": ("nf4",), "bnb_4bit_use_double_quant": None,
+        "llm_int8_enable_fp32_cpu_offload": None, "llm_int8_has_fp16_weight": (False,),
+        "llm_int8_skip_modules": None, "llm_int8_threshold": None,
     },
     "fp8": {
-        "activation_scheme": _is("dynamic"),
-        "dequantize": _any,
-        "fmt": _is("e4m3"),
-        "modules_to_not_convert": _any,
-        "scale_fmt": _is("float", "ue8m0", None),
-        "weight_block_size": _is([128, 128], (128, 128)),
+        "activation_scheme": ("dynamic",), "dequantize": None, "fmt": ("e4m3",),
+        "modules_to_not_convert": None, "scale_fmt": ("float", "ue8m0", None),
+        "weight_block_size": ([128, 128], (128, 128)),
     },
-}
+}  # fmt: skip
 
 
 def check_stored_config(config: Mapping[str, Any]) -> None:
@@ -65,8 +47,8 @@ def check_stored_config(config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name == "quant_method" or (name.startswith("bnb_4bit_") and not four_bits):
             continue
-        check = fields.get(name)
-        if check is None or not check(value):
+        read = fields.get(name, ())
+        if read is not None and not is_one_of(value, read):
             raise ValueError(
                 f"its quantization_config says {name}={value!r} ({method}), which is not read "
                 "here. Use the dense checkpoint, with --quantize where it is too large"

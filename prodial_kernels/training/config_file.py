@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prodial_kernels._checks import similar_path
+from prodial_kernels.files.json_values import each_once
 from prodial_kernels.files.reading import read_bytes
 from prodial_kernels.training.config import OPTIONS, ConfigError, FinetuneConfig
 from prodial_kernels.training.options import checked_value
@@ -60,7 +61,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 def _parse(text: str, *, toml: bool) -> Any:
     if not toml:
-        return json.loads(text, object_pairs_hook=_each_once)
+        return json.loads(text, object_pairs_hook=each_once)
     try:
         import tomllib
     except ImportError as error:
@@ -70,11 +71,3 @@ def _parse(text: str, *, toml: bool) -> Any:
 
 def _format_of(file: Path) -> str:
     return "TOML" if file.suffix.lower() == ".toml" else "JSON (or name it .toml)"
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
-    return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from prodial_kernels._checks import check_choice
 from prodial_kernels.checkpoint import AdapterError, save_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE
 from prodial_kernels.models.loading.load import (
@@ -38,8 +39,7 @@ def convert_adapter(
     """
     from prodial_kernels.peft.convert import check_output, load_peft, to_peft
 
-    if to not in FORMS:
-        raise ValueError(f"to must be one of {', '.join(FORMS)}, got {to!r}")
+    check_choice("to", to, FORMS)
     if to != "prodial":
         to_peft(adapter, output, method="prodial" if to == "peft" else to)
         return

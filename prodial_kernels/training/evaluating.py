@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prodial_kernels.files.json_values import finite_or_none
+from prodial_kernels.files.json_values import JsonReport, finite_or_none
 from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import merge_prodial
 from prodial_kernels.models.loading.load import LoadedModel
@@ -25,7 +24,7 @@ from prodial_kernels.training.scoring.log_likelihood import Scorer
 
 
 @dataclass(frozen=True)
-class Assessment:
+class Assessment(JsonReport):
     """Metrics of one model on one source. ``str()`` is a table.
 
     Attributes:
@@ -39,10 +38,6 @@ class Assessment:
     data: str
     metrics: Mapping[str, Any]
     notes: Sequence[str] = ()
-
-    def to_json(self) -> str:
-        """Return everything as indented JSON."""
-        return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
         rows = [("model", self.model), ("data", self.data)]

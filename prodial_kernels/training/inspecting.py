@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.checkpoint import SavedAdapter, read_adapter
-from prodial_kernels.files.json_values import finite_or_none
+from prodial_kernels.files.json_values import JsonReport
 from prodial_kernels.linear import ADAPTER_PARAMETERS
 from prodial_kernels.models.adapt.inject import apply_prodial
 from prodial_kernels.models.adapt.report import AdapterReport, table_lines
@@ -53,7 +52,7 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
-class AdapterInspection:
+class AdapterInspection(JsonReport):
     """A saved adapter. ``str()`` is a table.
 
     Attributes:
@@ -71,10 +70,6 @@ class AdapterInspection:
     config: Mapping[str, Any]
     layers: Sequence[LayerStatistics]
     trainable: int
-
-    def to_json(self) -> str:
-        """Return everything as indented JSON."""
-        return _json(self)
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -95,7 +90,7 @@ class AdapterInspection:
 
 
 @dataclass(frozen=True)
-class ModelInspection:
+class ModelInspection(JsonReport):
     """What an adapter would train in a model. ``str()`` is a table.
 
     Attributes:
@@ -108,17 +103,9 @@ class ModelInspection:
     config: Mapping[str, Any]
     report: AdapterReport
 
-    def to_json(self) -> str:
-        """Return everything as indented JSON."""
-        return _json(self)
-
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
         return f"{two_columns([('model', self.model), ('adapter', settings)])}\n\n{self.report}"
-
-
-def _json(report: AdapterInspection | ModelInspection) -> str:
-    return json.dumps(finite_or_none(asdict(report)), indent=2, allow_nan=False)
 
 
 def is_adapter(path: str | Path) -> bool:

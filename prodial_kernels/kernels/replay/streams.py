@@ -1,13 +1,21 @@
-"""A second stream, for work that shares the device with a large product."""
+"""A second stream, beside a large product, and where the host waits for any of them."""
 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
+Result = TypeVar("Result")
+
 _threads = threading.local()
+
+_SYNCHRONISES = "called a synchronizing CUDA operation"
+# Torch's own warning about the check, once in a process.
+_PROTOTYPE = "Synchronization debug mode is a prototype feature"
 
 # Private to torch, which has it in builds for CUDA only.
 _RAW_STREAM: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -58,3 +66,26 @@ def current_handle(device: torch.device) -> int:
     if _RAW_STREAM is None:
         return int(torch.cuda.current_stream(device).cuda_stream)
     return int(_RAW_STREAM(device.index))
+
+
+def watched_for_waits(function: Callable[[], Result]) -> tuple[Result, list[str]]:
+    """Run a function; return its result, and where it waits for the device, which no graph can."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    places: dict[str, None] = {}
+    others = []
+    for warning in caught:
+        said = str(warning.message)
+        if _SYNCHRONISES in said:
+            places[f"{warning.filename}:{warning.lineno}"] = None
+        elif _PROTOTYPE not in said:
+            others.append(warning)
+    for warning in others:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return result, list(places)

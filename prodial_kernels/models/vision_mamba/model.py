@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prodial_kernels._checks import check_choice
 from prodial_kernels.models.vision_mamba.mixer import BidirectionalMamba
 from prodial_kernels.models.vision_mamba.norm import AddRMSNorm
 
@@ -94,8 +95,7 @@ class VisionMamba(nn.Module):
         Raises:
             ValueError: An unknown size.
         """
-        if size not in SIZES:
-            raise ValueError(f"size must be one of {sorted(SIZES)}, got {size!r}")
+        check_choice("size", size, tuple(SIZES))
         return cls(SIZES[size], **options)
 
     def forward(self, images: Tensor) -> Tensor:

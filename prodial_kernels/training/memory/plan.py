@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from prodial_kernels._checks import check_choice
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVEL_TEXTS, LEVELS
 from prodial_kernels.training.config import ACTIVATIONS
 from prodial_kernels.training.memory.activations import levels_of
@@ -140,8 +141,7 @@ def plan_memory(
         MemoryPlanError: Nothing fits; the message says what would, with numbers.
         ValueError: An unknown ``activations``.
     """
-    if activations not in ACTIVATIONS:
-        raise ValueError(f"activations must be one of {ACTIVATIONS}, got {activations!r}")
+    check_choice("activations", activations, ACTIVATIONS)
     device = device or DeviceMemory()
     smallest = None
     for plan in _candidates(model, job, budget, activations, device):

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -29,6 +28,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from prodial_kernels._checks import check_choice
+from prodial_kernels.kernels.replay.streams import watched_for_waits
 from prodial_kernels.training.config import CUDA_GRAPHS
 from prodial_kernels.training.data.batches import IGNORED, Batch
 from prodial_kernels.training.step.eager import (
@@ -58,9 +59,6 @@ MAX_BUCKETS = 8
 """Lengths in all, each a graph of its own; the shortest is a tenth of the longest."""
 
 _MULTIPLE = 8
-
-_SYNCHRONISES = "called a synchronizing CUDA operation"
-
 Function: TypeAlias = Callable[[], None]
 
 
@@ -92,8 +90,7 @@ def choose_graph(
         GraphError: ``"on"``, and it cannot be.
         ValueError: An unknown mode.
     """
-    if mode not in CUDA_GRAPHS:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, CUDA_GRAPHS))}, got {mode!r}")
+    check_choice("mode", mode, CUDA_GRAPHS)
     if mode == "off":
         return False, "as asked for"
     missing = list(obstacles)
@@ -201,19 +198,8 @@ class CudaGraphs:
 
     def run_watched(self, function: Function) -> list[str]:
         """Run a function and return where it waits for the device, which no graph can do."""
-        before = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                self.run(function)
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
-        found: dict[str, None] = {}
-        for warning in caught:
-            if _SYNCHRONISES in str(warning.message):
-                found[f"{warning.filename}:{warning.lineno}"] = None
-        return list(found)
+        _, places = watched_for_waits(lambda: self.run(function))
+        return places
 
     def capture(self, function: Function) -> Function:
         """Capture a function, without running it, and return what runs it."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prodial_kernels._checks import check_choice
 from prodial_kernels.models.layers.head import HeadError, OutputHead, find_head, run_model
 from prodial_kernels.training.config import LOSSES
 from prodial_kernels.training.data.batches import IGNORED, to_device
@@ -166,8 +167,7 @@ def choose_loss(
         LossError: ``kind`` cannot be used here.
         ValueError: An unknown ``kind``.
     """
-    if kind not in LOSSES:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, LOSSES))}, got {kind!r}")
+    check_choice("kind", kind, LOSSES)
     if kind == "full":
         return kind, "as asked for"
     if head_obstacle is not None:

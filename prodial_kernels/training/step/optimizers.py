@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels._checks import check_choice
 from prodial_kernels.training.config import OPTIMIZERS
 
 _BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
@@ -101,8 +102,7 @@ def check_optimizer(kind: str, device: torch.device) -> None:
         OptimizerError: As :func:`make_optimizer`.
         ValueError: An unknown ``kind``.
     """
-    if kind not in OPTIMIZERS:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, OPTIMIZERS))}, got {kind!r}")
+    check_choice("kind", kind, OPTIMIZERS)
     if kind == "adamw":
         return
     if device.type != "cuda":

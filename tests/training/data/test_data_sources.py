@@ -254,7 +254,9 @@ def test_budget_reads_no_more_files_than_it_needs(
     make_files(tmp_path, 50)
     read: list[Path] = []
     read_text = paths.read_text
-    monkeypatch.setattr(paths, "read_text", lambda path: read.append(path) or read_text(path))
+    monkeypatch.setattr(
+        paths, "read_text", lambda path, found: read.append(path) or read_text(path, found)
+    )
     split = load_documents(tmp_path, max_bytes=400, held_out_fraction=0.5)
     assert total_bytes(split.train) <= 200
     assert total_bytes(split.held_out) <= 200

@@ -19,7 +19,7 @@ from pathlib import Path
 from prodial_kernels.training.data.examples import DataError, Example
 from prodial_kernels.training.data.findings import Findings
 from prodial_kernels.training.data.schemas import parse_rows
-from prodial_kernels.training.data.sources.tables import TABLE_SUFFIXES, noted, rows_of
+from prodial_kernels.training.data.sources.tables import TABLE_SUFFIXES, rows_of
 from prodial_kernels.training.data.sources.text_files import NotTextError, read_text
 
 PROSE_SUFFIXES = (".txt", ".md", ".rst", ".tex", "")
@@ -117,7 +117,7 @@ def file_candidates(path: Path) -> Candidates:
     if suffix in TABLE_SUFFIXES:
         examples: Sequence[Example] = parse_rows(rows_of(path, findings), findings)
         return example_candidates(str(path), examples, findings)
-    text = noted(read_text(path), findings)
+    text = read_text(path, findings)
     if suffix in PROSE_SUFFIXES:
         # Also of pipes, which have no ending.
         texts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
@@ -153,11 +153,10 @@ def example_candidates(
 def _files(name: str, root: Path, files: list[Path], findings: Findings) -> Candidates:
     def read(index: int) -> Example | None:
         try:
-            text = read_text(files[index])
+            return read_text(files[index], findings)
         except NotTextError:
             findings.count("skipped, not UTF-8 text", "file")
             return None
-        return noted(text, findings)
 
     positions = [stable_position(f.relative_to(root).as_posix()) for f in files]
     return Candidates(name, positions, read, findings)

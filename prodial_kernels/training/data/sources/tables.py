@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prodial_kernels.files.json_values import each_once
 from prodial_kernels.training.data.examples import DataError
 from prodial_kernels.training.data.findings import Findings
-from prodial_kernels.training.data.sources.text_files import Text, read_text
+from prodial_kernels.training.data.sources.text_files import read_text
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (*JSON_SUFFIXES, ".csv", ".tsv", ".parquet")
@@ -36,21 +37,12 @@ def rows_of(path: Path, findings: Findings) -> Iterator[tuple[str, Any]]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet(path)
-    text = noted(read_text(path), findings)
+    text = read_text(path, findings)
     if suffix in (".csv", ".tsv"):
         return _separated(path, text, "\t" if suffix == ".tsv" else ",", findings)
     if text.lstrip().startswith("["):
         return _json_array(path, text)
     return _json_lines(path, text)
-
-
-def noted(text: Text, findings: Findings) -> str:
-    """Return the text of a file; count what was changed to get it."""
-    if text.had_mark:
-        findings.count("byte-order mark left out", "file")
-    if text.had_returns:
-        findings.count("line ends \\r\\n or \\r read as \\n", "file")
-    return text.text
 
 
 def parsed_json(text: str, where: Callable[[int], str], advice: str) -> Any:
@@ -65,7 +57,7 @@ def parsed_json(text: str, where: Callable[[int], str], advice: str) -> Any:
         DataError: Not valid, nested too deeply, a number of too many digits, or a key given twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=each_once)
     except json.JSONDecodeError as error:
         line = text.split("\n")[error.lineno - 1]
         raise DataError(
@@ -77,15 +69,6 @@ def parsed_json(text: str, where: Callable[[int], str], advice: str) -> Any:
     # Python's limit on the digits of an integer; and a key given twice.
     except ValueError as error:
         raise DataError(f"{where(1)}: not usable JSON: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.60} is given twice in one object")
-    return values
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from prodial_kernels.files.reading import read_bytes
 from prodial_kernels.training.data.examples import DataError
+from prodial_kernels.training.data.findings import Findings
 
 MOST_OF_A_PIPE = 1 << 29
 """The most bytes that are taken from a pipe."""
@@ -36,22 +36,12 @@ class NotTextError(DataError):
     """A file holds something else than UTF-8 text."""
 
 
-class Text(NamedTuple):
-    """A file's text, and what was changed to get it.
+def read_text(path: Path, findings: Findings) -> str:
+    """Read a UTF-8 file, with line feeds as line ends and without a byte-order mark.
 
-    Attributes:
-        text: With line feeds as line ends, without a byte-order mark.
-        had_mark: Whether a byte-order mark was left out.
-        had_returns: Whether carriage returns were turned into line feeds.
-    """
-
-    text: str
-    had_mark: bool
-    had_returns: bool
-
-
-def read_text(path: Path) -> Text:
-    """Read a UTF-8 file.
+    Args:
+        path: The file.
+        findings: Told what was changed to get that.
 
     Raises:
         NotTextError: It is of another format or encoding, or holds NUL characters.
@@ -76,10 +66,12 @@ def read_text(path: Path) -> Text:
             f"{path}: not UTF-8 text (byte {content[offset]:#04x} at offset {offset}); convert it "
             "to UTF-8, or unpack it if it is compressed"
         ) from None
-    had_returns = "\r" in text
-    if had_returns:
+    if content.startswith(_UTF_8_MARK):
+        findings.count("byte-order mark left out", "file")
+    if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return Text(text, content.startswith(_UTF_8_MARK), had_returns)
+        findings.count("line ends \\r\\n or \\r read as \\n", "file")
+    return text
 
 
 def _zeros(content: bytes) -> str:
