@@ -168,11 +168,7 @@ class Deferred(Tensor):
         return made
 
     def content(self) -> Tensor:
-        """Return the tensor with its content.
-
-        Raises:
-            Unreadable: The content was not kept.
-        """
+        """Return the tensor with its content; Unreadable where that was not kept."""
         return self.deferral.value(self.block, self.number)
 
     @classmethod

@@ -168,11 +168,7 @@ def capture_with(
     norms: bool = True,
     together: bool = True,
 ) -> Captured:
-    """:func:`capture` with the caller's engine; ``together=False`` gives each block its own graph.
-
-    Raises:
-        CaptureError: See there.
-    """
+    """:func:`capture` by the caller's engine; ``together=False`` gives each block its own graph."""
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value is not None and value < 1:
             raise CaptureError(f"{name} must be at least 1, got {value}")
@@ -186,11 +182,7 @@ def capture_with(
 
 
 def _blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """Return the blocks to capture, each once, in order.
-
-    Raises:
-        CaptureError: The model cannot be captured.
-    """
+    """Return the blocks to capture, each once, in order; CaptureError where there are none."""
     processes = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         processes = torch.distributed.get_world_size()

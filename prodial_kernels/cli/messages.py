@@ -137,12 +137,7 @@ def repeated(parser: argparse.ArgumentParser, words: Sequence[str]) -> str | Non
 
 
 def unexpected(words: Sequence[str], given: Sequence[str]) -> str:
-    """Return what to say of words that belong to no flag.
-
-    Args:
-        words: Those words.
-        given: The whole command line.
-    """
+    """Return what to say of words that belong to no flag."""
     first = words[0]
     place = given.index(first) if first in given else 0
     if place >= 2 and given[place - 2] == "--memory-budget":

@@ -241,11 +241,7 @@ def per_target(text: str) -> tuple[str | None, int]:
 
 
 def merged_blocks(option: str, parts: list[tuple[str | None, int]]) -> int | dict[str, int]:
-    """Return one number, or the numbers by target.
-
-    Raises:
-        ConfigError: Several numbers, not all of them with a target.
-    """
+    """Return one number, or the numbers by target; ConfigError for several without one each."""
     if len(parts) == 1 and parts[0][0] is None:
         return parts[0][1]
     named = {name: number for name, number in parts if name is not None}

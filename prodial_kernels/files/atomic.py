@@ -1,7 +1,8 @@
 """Files and directories that appear whole or not at all, whatever happens meanwhile.
 
 The package's only way to write a file that somebody keeps: under a temporary name that no other
-process uses and that is not followed as a link, flushed to the disk, then renamed.
+process uses and that is not followed as a link, flushed to the disk, then renamed. Each function
+that writes raises OSError where the disk is full, or the place cannot be written.
 """
 
 from __future__ import annotations
@@ -105,22 +106,14 @@ def remove_files(directory: Path, names: Sequence[str]) -> None:
 
 
 def atomic_text(path: Path, text: str) -> None:
-    """Write a text file in one step, flushed to the disk; its directory must be there.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
-    """
+    """Write a text file in one step, flushed to the disk; its directory must be there."""
     with atomic_file(path) as temporary:
         write_new(temporary, text.encode("utf-8"))
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path`` to write a new file under, which then takes its place.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
-    """
+    """Yield a name beside ``path`` to write a new file under, which then takes its place."""
     temporary = beside(path, "partial")
     try:
         yield temporary
@@ -133,11 +126,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to a safetensors file.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
-    """
+    """Write tensors to a safetensors file."""
     from safetensors.torch import save_file
 
     with safetensors_errors(path):

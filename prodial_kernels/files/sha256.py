@@ -12,11 +12,7 @@ _BLOCK = 1 << 20
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return 64 hexadecimal digits of a file's bytes, of which one MiB is held at a time.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return 64 hexadecimal digits of a file's bytes, of which one MiB is held at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):

@@ -53,11 +53,7 @@ def combined_config(
     weights: Sequence[float],
     layers: dict[str, ProdialPeftLinear],
 ) -> ProdialPeftConfig:
-    """Return the configuration of the combination, by exact paths.
-
-    Raises:
-        ValueError: Adapters with other block sizes in one layer.
-    """
+    """Return the combination by exact paths; ValueError where a layer has blocks of two sizes."""
     ranks: dict[str, int] = {}
     sizes: dict[str, int] = {}
     for path, layer in layers.items():

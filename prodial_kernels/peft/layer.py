@@ -128,8 +128,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter active, and trainable but in ``inference_mode``; a merge stays.
 
-        Raises:
-            ValueError: More than one of the layer's adapters.
+        ValueError for more than one of the layer's adapters.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.check_one_of(names)
@@ -137,11 +136,7 @@ class ProdialPeftLinear(ProdialLinear, BaseTunerLayer):
         self._use(self.adapter_in_use)
 
     def check_one_of(self, adapter_names: Iterable[str]) -> str | None:
-        """Return the one of these adapters that the layer has; None if it has none of them.
-
-        Raises:
-            ValueError: It has several.
-        """
+        """Return the one of these adapters that the layer has, or None; ValueError for several."""
         here = [name for name in adapter_names if name in self._prodial_options]
         if len(here) > 1:
             raise ValueError(

@@ -39,11 +39,7 @@ if Version(OLDEST) > PEFT_VERSION:
 
 
 def _member() -> PeftType:
-    """Return ``PeftType.PRODIAL``, made if it is not there.
-
-    Raises:
-        UpstreamError: The enumeration does not have it afterwards.
-    """
+    """Return ``PeftType.PRODIAL``, made if it is not there, or raise UpstreamError."""
     if NAME in PeftType.__members__:
         return PeftType[NAME]
     member = str.__new__(PeftType, NAME)

@@ -121,8 +121,7 @@ class ProdialTuner(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter active, and trainable but in ``inference_mode``.
 
-        Raises:
-            ValueError: Several adapters that one layer has.
+        ValueError for several adapters that one layer has.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for layer in _layers(self.model).values():

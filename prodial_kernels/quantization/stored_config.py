@@ -26,11 +26,7 @@ _FIELDS: dict[str, dict[str, tuple[Any, ...] | None]] = {
 
 
 def check_stored_config(config: Mapping[str, Any]) -> None:
-    """Raise unless a checkpoint's ``quantization_config`` is understood, field by field.
-
-    Raises:
-        ValueError: Another library's format, or a field that says what is not read here.
-    """
+    """Raise ValueError unless a ``quantization_config`` of a checkpoint is read, field by field."""
     method = getattr(config.get("quant_method"), "value", config.get("quant_method"))
     if method is None and ({"load_in_4bit", "load_in_8bit"} & config.keys()):
         # As transformers takes it.

@@ -106,9 +106,6 @@ def merge_to_directory(
             they are no wider than the checkpoint's.
         quantize: As for :func:`load_adapted`.
 
-    Returns:
-        How well merged and adapted model agree.
-
     Raises:
         AdapterError: The adapter is damaged, or does not belong to the model.
         FileExistsError: ``output`` exists and is not to be replaced.

@@ -260,11 +260,7 @@ class FinetuneConfig:
 
     @classmethod
     def check_names(cls, names: Iterable[str], *, source: str = "the configuration") -> None:
-        """Raise unless all names are options.
-
-        Raises:
-            ConfigError: Lists the unknown and the known names.
-        """
+        """Raise ConfigError, which lists unknown and known names, unless all are options."""
         unknown = sorted(set(names) - set(OPTIONS))
         if not unknown:
             return
@@ -374,11 +370,7 @@ class FinetuneConfig:
         return values
 
     def _check_together(self) -> None:
-        """Raise where options contradict each other, as far as no model is needed to tell.
-
-        Raises:
-            ConfigError: Names the options, and what to do.
-        """
+        """Raise ConfigError where options contradict each other, as far as no model tells."""
         if not 0.0 < self.held_out_fraction < 1.0:
             raise ConfigError(
                 f"`held_out_fraction` must lie between 0 and 1, got {self.held_out_fraction}"

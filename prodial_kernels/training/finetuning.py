@@ -83,6 +83,7 @@ def finetune(
     Raises:
         MissingExtraError: transformers, tqdm or matplotlib is not installed.
         ConfigError: An option that cannot be used.
+        ValueError: Options of the adapter that contradict each other, or do not fit the model.
         DataError: The data cannot be used.
         ModelError: The model or the device cannot be used.
         GraphError: ``cuda_graph="on"``, and it cannot be.

@@ -115,11 +115,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def inspect_adapter(path: str | Path) -> AdapterInspection:
-    """Read and verify an adapter, without its model.
-
-    Raises:
-        AdapterError: The adapter is missing or damaged.
-    """
+    """Read and verify an adapter, without its model; AdapterError if it is missing or damaged."""
     saved = read_adapter(path)
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in saved.tensors.items():

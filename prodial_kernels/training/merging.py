@@ -146,9 +146,6 @@ def check_written_model(
         by_blocks: Keep the model on the CPU and bring its blocks to the device one by one.
         rounded: What :func:`round_as_stored` gave for the model before it was written.
 
-    Returns:
-        The comparison with ``expected``.
-
     Raises:
         MergeError: They differ by more than rounding.
     """

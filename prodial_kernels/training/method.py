@@ -33,11 +33,7 @@ class PreparedMethod:
 
 
 def prepare_method(model: nn.Module, config: ResolvedConfig) -> PreparedMethod:
-    """Freeze and adapt, or free, the model's parameters, in place, and make the optimiser.
-
-    Args:
-        model: The pretrained model, on its device.
-        config: What to do.
+    """Freeze and adapt, or free, the parameters of a model on its device, and make the optimiser.
 
     Raises:
         OptimizerError: The optimiser needs what is not there.
@@ -58,10 +54,6 @@ def prepare_method(model: nn.Module, config: ResolvedConfig) -> PreparedMethod:
 def trained_on_meta(config: ResolvedConfig, dtype: torch.dtype) -> nn.Module:
     """Build a run's model as it will be trained, on the ``meta`` device: shapes, no weights.
 
-    Args:
-        config: What to do.
-        dtype: Of the frozen weights.
-
     Raises:
         ModelError: There is no such model, or its configuration cannot be read.
         ValueError: The adapter does not fit the model.
@@ -72,13 +64,9 @@ def trained_on_meta(config: ResolvedConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def make_trainable(model: nn.Module, config: ResolvedConfig) -> ProdialConfig | None:
-    """Freeze and adapt the model's parameters, or free all of them, in place.
+    """Freeze and adapt the model's parameters, or free all of them, in place; return the adapter.
 
-    Returns:
-        The adapter's configuration; None for full fine-tuning.
-
-    Raises:
-        ValueError: The adapter does not fit the model.
+    There is none for full fine-tuning. ValueError where it does not fit the model.
     """
     if config.method == "full":
         model.requires_grad_(True)
@@ -102,12 +90,7 @@ def adapter_for(model: nn.Module, config: ResolvedConfig) -> ProdialConfig:
 
 
 def check_rank(model: nn.Module, adapter: ProdialConfig) -> None:
-    """Raise if no adapted layer can have a product B A of the rank that is asked for.
-
-    Raises:
-        ValueError: ``r`` is more than the smaller side of every layer, or the adapter does not fit
-            the model.
-    """
+    """Raise ValueError if no adapted layer can have a product B A of the rank that is asked for."""
     sides = {
         min(t.linear.in_features, t.linear.out_features): t.paths[0]
         for t in find_targets(model, adapter)

@@ -105,11 +105,6 @@ _EXPECTED = {
 def checked_value(option: Option, value: Any, *, required: bool = False) -> Any:
     """Check one value by itself; integers pass as floats, lists as tuples.
 
-    Args:
-        option: The option.
-        value: Its value; None where it is not given.
-        required: Whether it must be given.
-
     Raises:
         ConfigError: It is of another type, not finite, out of range or none of the choices.
     """
@@ -144,11 +139,7 @@ def checked_value(option: Option, value: Any, *, required: bool = False) -> Any:
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise unless a value is one of ``choices``.
-
-    Raises:
-        ConfigError: Lists the choices, and names the one that may be meant.
-    """
+    """Raise ConfigError, which names what may be meant, unless a value is one of ``choices``."""
     listed = tuple(choices)
     if value not in listed:
         raise ConfigError(

@@ -14,8 +14,7 @@ from prodial_kernels.models.patch_point import View
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the model's blocks in order: the list of modules with the most parameters.
 
-    Raises:
-        ValueError: There is no such list.
+    ValueError where there is none.
     """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]

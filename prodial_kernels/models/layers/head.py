@@ -157,11 +157,7 @@ def _probe(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _factor(model: nn.Module, layer: nn.Module, output: Any, values: Tensor) -> float:
-    """What a model multiplies ``values`` by, which its head has returned.
-
-    Raises:
-        HeadError: It does more than that to them.
-    """
+    """What a model multiplies its head's ``values`` by; HeadError where it does more to them."""
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.numel() != values.numel():
         raise HeadError(
@@ -204,8 +200,7 @@ def _run_to_head(
 ) -> tuple[Tensor, Any]:
     """Run the model with ``layer`` returning ``answer``; return the layer's input and the output.
 
-    Raises:
-        HeadError: The model called its head not exactly once.
+    HeadError unless the model calls its head exactly once.
     """
     seen: list[Tensor] = []
 

@@ -51,11 +51,7 @@ def scan_backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``silu(conv(x))``, causal and per channel: [b, E, l] -> contiguous [b, E, l].
-
-    Raises:
-        UpstreamError: The function takes other arguments than it did.
-    """
+    """``silu(conv(x))``, causal and per channel: [b, E, l] -> contiguous [b, E, l]."""
     from causal_conv1d import cpp_functions
 
     inputs = (x, weight, bias, None, None, None, True)
@@ -66,11 +62,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def convolve_backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, du: Tensor, dx: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of weight and bias from ``du`` [b, E, l]; that of x is written to ``dx``.
-
-    Raises:
-        UpstreamError: The function takes other arguments than it did.
-    """
+    """Gradients of weight and bias from ``du`` [b, E, l]; that of x is written to ``dx``."""
     from causal_conv1d import cpp_functions
 
     inputs = (x, weight, bias, du, None, None, None, dx, False, True)

@@ -140,14 +140,7 @@ class EpochOrder:
 
 
 def check_sizes(sizes: dict[str, tuple[int, int]]) -> None:
-    """Raise where a value is under its minimum.
-
-    Args:
-        sizes: Name to (value, minimum).
-
-    Raises:
-        ValueError: Names the first value that is too small.
-    """
+    """Raise ValueError for the first of ``sizes``, name to (value, minimum), that is too small."""
     for name, (value, minimum) in sizes.items():
         if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")

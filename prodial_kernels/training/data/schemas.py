@@ -252,20 +252,12 @@ def _content(turn: Row, key: str, where: str) -> str:
 
 
 def string(row: Row, key: str) -> str:
-    """Return a value that must be text.
-
-    Raises:
-        DataError: It is something else.
-    """
+    """Return a value that must be text; DataError for anything else."""
     return as_string(row[key], f"'{key}'")
 
 
 def as_string(value: Any, what: str) -> str:
-    """Return a text; ``what`` names it in the error.
-
-    Raises:
-        DataError: It is something else.
-    """
+    """Return a text, which ``what`` names in the error; DataError for anything else."""
     if not isinstance(value, str):
         raise DataError(f"{what} must be a string, got {type(value).__name__}: {value!r:.60}")
     try:
@@ -276,22 +268,14 @@ def as_string(value: Any, what: str) -> str:
 
 
 def strings(value: Any, what: str) -> tuple[str, ...]:
-    """Return texts that must come in a list.
-
-    Raises:
-        DataError: It is something else.
-    """
+    """Return texts that must come in a list; DataError for anything else."""
     if isinstance(value, str) or not isinstance(value, (list, tuple)):
         raise DataError(f"{what} must be a list of strings, got {type(value).__name__}")
     return tuple(as_string(item, f"{what}[{index}]") for index, item in enumerate(value))
 
 
 def label(row: Row, key: str) -> int:
-    """Return a whole number, written as one or as digits.
-
-    Raises:
-        DataError: It is something else.
-    """
+    """Return a whole number, written as one or as digits; DataError for anything else."""
     value = row[key]
     # No label has as many digits as Python refuses to read.
     if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:

@@ -120,9 +120,6 @@ def load_documents(
             includes what a smaller one takes. The last text is cut at a line end to fit.
         suffixes: File suffixes to take from a directory.
 
-    Returns:
-        The split.
-
     Raises:
         DataError: Nothing usable at the source; the message says what and how to go on.
         ValueError: ``held_out_fraction`` or ``max_bytes`` is out of range.
@@ -222,9 +219,6 @@ def make_batches(
         packing: Of texts: ``"stream"`` joins them, ``"documents"`` keeps them apart.
         resets: Whether the model resets its state between documents of one window (see
             ``documents.resets_state``); if not, ``"documents"`` pads.
-
-    Returns:
-        Batches that are addressed by step.
 
     Raises:
         DataError: No examples, more than one kind, or too little text for one window.

@@ -43,11 +43,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator
 def encode_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]
 ) -> Iterator[Tensor]:
-    """Tokenise documents, each ended by EOS (and begun by BOS, if the model does).
-
-    Raises:
-        DataError: The tokenizer has no EOS token.
-    """
+    """Tokenise documents, each ended by EOS (and begun by BOS, if the model does)."""
     before = torch.tensor(leading_tokens(tokenizer), dtype=torch.int32)
     after = torch.tensor([eos_token(tokenizer)], dtype=torch.int32)
     for ids in encode(tokenizer, documents):
@@ -118,11 +114,7 @@ def encode_pairs(
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that stands before a text's first: BOS, or EOS where there is no BOS.
-
-    Raises:
-        DataError: The tokenizer has neither.
-    """
+    """Return what stands before a text's first token: BOS, else EOS; DataError without both."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -130,11 +122,7 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token that ends a document.
-
-    Raises:
-        DataError: The tokenizer has none.
-    """
+    """Return the token that ends a document; DataError where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
         raise DataError("the tokenizer has no EOS token to end documents; set tokenizer.eos_token")
     return int(tokenizer.eos_token_id)

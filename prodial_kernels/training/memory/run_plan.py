@@ -96,19 +96,13 @@ def plan_run(
     The budget is ``config.memory_budget``, else what the device has free; without a
     ``memory_budget`` a plan that does not fit is returned all the same.
 
-    Args:
-        config: What the run is to do.
-        device: Where it will run.
-        dtype: What it will compute in.
-
     Returns:
         The choice, and the plan of it; None where nothing can be predicted and no budget asks for
         it: on a CPU, for mixers whose kernels are not installed, and for models without a list of
         blocks.
 
     Raises:
-        GraphError: ``cuda_graph="on"``, and it cannot be.
-        LossError: ``loss`` cannot be used on this model or machine.
+        GraphError, LossError: As :func:`~prodial_kernels.training.step.choose.decide`.
         MemoryPlanError: The job does not fit into ``memory_budget``, or its memory cannot be
             predicted here.
         ModelError: The model's configuration cannot be read.

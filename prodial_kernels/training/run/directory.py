@@ -145,11 +145,7 @@ class RunDirectory:
             _remove_empty(made)
 
     def check_there(self) -> None:
-        """Raise unless this still is the directory that :meth:`only_one_process` locked.
-
-        Raises:
-            RunError: It was removed, moved or replaced.
-        """
+        """Raise RunError unless this still is the directory that `only_one_process` locked."""
         try:
             found = self.path.stat()
         except OSError:
@@ -197,11 +193,7 @@ class RunDirectory:
         return identity
 
     def write_identity(self, identity: RunIdentity) -> None:
-        """Describe a new run; call it under the lock.
-
-        Raises:
-            OSError: The disk is full, or the place cannot be written.
-        """
+        """Describe a new run; call it under the lock."""
         values = {"format_version": FORMAT_VERSION, "made_with": versions(), **asdict(identity)}
         atomic_text(self.identity_file, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
@@ -250,10 +242,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def check_same_config(folder: RunDirectory, saved: RunIdentity, config: FinetuneConfig) -> None:
-    """Raise unless a resolved configuration computes what the saved run computes.
+    """Raise RunError unless a resolved configuration computes what the saved run computes.
 
-    Raises:
-        RunError: Names every option that differs, with both values.
+    It names every option that differs, with both values.
     """
     ours = config.to_dict()
     # What the version that began the run did not know yet, it did as is the default now.
@@ -265,11 +256,7 @@ def check_same_config(folder: RunDirectory, saved: RunIdentity, config: Finetune
 
 
 def check_same_identity(folder: RunDirectory, saved: RunIdentity, now: RunIdentity) -> None:
-    """Raise unless model, data and device are those of the saved run.
-
-    Raises:
-        RunError: Names what differs.
-    """
+    """Raise RunError, which says what differs, unless model, data and device are the saved."""
     differing = [
         f"{what} (its contents have changed)"
         for what, ours, theirs in (

@@ -12,11 +12,7 @@ from prodial_kernels.training.options import ConfigError
 
 
 def check_implementation(impl: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise unless ``impl`` can compute in ``dtype`` on ``device``.
-
-    Raises:
-        ConfigError: ``"triton"``, and the kernels cannot run.
-    """
+    """Raise ConfigError unless ``impl`` can compute in ``dtype`` on ``device``."""
     if impl == "triton":
         reason = triton_obstacle(torch.empty(0, dtype=dtype, device=device))
         if reason is not None:

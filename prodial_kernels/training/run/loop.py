@@ -104,9 +104,6 @@ def train(
         signals: A step that a signal arrives in is finished and saved before the loop stops.
         position: Where to start; by default at the beginning.
 
-    Returns:
-        The final position.
-
     Raises:
         NonFiniteLossError: The loss or its gradient is not finite. No step is taken with it.
         Interrupted: A signal arrived; the state is saved.

@@ -12,16 +12,7 @@ _LEAST_WINDOW = 7
 
 
 def plot_loss(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Draw the training loss, smoothed and raw, and the held-out points as a PNG.
-
-    Args:
-        records: Lines of ``metrics.jsonl``.
-        path: Where to write the picture.
-        title: Its title.
-
-    Raises:
-        OSError: The disk is full, or the place cannot be written.
-    """
+    """Draw training loss, smoothed and raw, and held-out points of ``metrics.jsonl`` as a PNG."""
     # The object interface: no global state, no display, nothing to close.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

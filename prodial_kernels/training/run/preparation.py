@@ -82,17 +82,7 @@ class Run:
 def check_options(config: ResolvedConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise if options cannot be used together, or not on this device, whatever the model.
 
-    Args:
-        config: What to do.
-        device: Where it is to run.
-        dtype: What it is to compute in.
-
-    Raises:
-        ConfigError: ``impl`` cannot run on this machine.
-        GraphError: ``cuda_graph="on"``, and it cannot be.
-        LossError: ``loss`` cannot be used on this machine.
-        OptimizerError: ``optimizer`` cannot be used on this machine.
-        ValueError: Options of the adapter that are out of range or contradict each other.
+    The errors are those that :func:`~prodial_kernels.training.finetuning.finetune` lists.
     """
     if config.method != "full":
         # A LoRA without a rank gets it from the model: any will do to check the rest.
@@ -116,21 +106,8 @@ def prepare(
 ) -> Run:
     """Load model and data, check whose run this is, and apply the method; nothing is written.
 
-    Args:
-        config: What to do.
-        folder: The run's directory.
-        saved: What run is there already; None for a new one.
-        display: Told what is found.
-        device: Where it runs.
-        dtype: What it computes in.
-        choice: How it takes its steps.
-        plan: Its memory plan, if it has one.
-
-    Raises:
-        DataError: The data cannot be used.
-        ModelError: The model or the device cannot be used.
-        RunError: The directory holds another run.
-        ValueError: The adapter does not fit the model.
+    ``saved`` is the run that is in ``folder`` already, None for a new one; the errors are those of
+    :func:`~prodial_kernels.training.finetuning.finetune`.
     """
     full = config.method == "full"
     split = load_documents(

@@ -73,9 +73,6 @@ def save_state(
         optimizer: Its per-parameter tensors are saved; learning rates follow from the step.
         run: Fingerprint of the run that this is a state of.
 
-    Returns:
-        The new state's directory.
-
     Raises:
         OSError: The disk is full or cannot be written. Earlier states are untouched.
     """
@@ -137,9 +134,6 @@ def load_state(
         optimizer: An optimiser over exactly those parameters, without state.
         run: Fingerprint of the run that is continued.
         fits: Whether a run can be at a position.
-
-    Returns:
-        The position to continue from.
 
     Raises:
         StateError: Files are missing, damaged, or of another run, model or version.

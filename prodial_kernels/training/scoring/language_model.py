@@ -82,9 +82,6 @@ def evaluate_language_model(
             that reaches the limit is shortened before it is tokenised, so that tokens and bytes
             still belong together.
 
-    Returns:
-        The metrics.
-
     Raises:
         DataError: No text to score, no BOS or EOS token, or a tokenizer of another model.
         EvaluationError: The loss is not finite.
@@ -118,13 +115,6 @@ def evaluate_completions(
 
     A prompt that does not fit into ``seq_len`` together with its completion loses its start.
 
-    Args:
-        scorer: The model, and how it is run.
-        examples: Prompts and completions.
-
-    Returns:
-        The metrics of the completions alone.
-
     Raises:
         DataError: No examples, or a tokenizer of another model.
         EvaluationError: The loss is not finite.
@@ -140,20 +130,12 @@ def evaluate_completions(
 def evaluate_examples(
     scorer: Scorer, examples: Sequence[Example], *, max_tokens: int | None = None
 ) -> LanguageModelMetrics | MultipleChoiceMetrics:
-    """Evaluate examples of any one kind with the function for that kind.
+    """Evaluate examples of any one kind with the function for that kind, whose errors it raises.
 
     Args:
         scorer: The model, and how it is run.
-        examples: Examples of one kind.
+        examples: Examples of one kind; DataError where they are of several.
         max_tokens: Limit for texts; other kinds are scored whole.
-
-    Returns:
-        The metrics of the kind.
-
-    Raises:
-        DataError: No examples, more than one kind, or a tokenizer of another model.
-        EvaluationError: A log-likelihood is not finite.
-        ValueError: ``max_tokens`` is less than 1.
     """
     kind = kind_of(examples)
     if kind == "multiple choice":

@@ -85,10 +85,9 @@ def run_lm_eval(
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raise unless lm-evaluation-harness is installed and knows the tasks.
+    """Raise EvaluationError unless lm-evaluation-harness is installed and knows the tasks.
 
-    Raises:
-        EvaluationError: It is not installed, or has no such task; names the one that may be meant.
+    The message names the task that may be meant.
     """
     _library()
     try:

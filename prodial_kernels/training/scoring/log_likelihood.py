@@ -98,9 +98,6 @@ class Scorer:
         modes back. Only the logits of scored tokens are made, some hundred at a time, where the
         model's head can be taken out (see ``head.py``).
 
-        Args:
-            scored: The windows.
-
         Returns:
             float64 ``[len(scored)]`` on the CPU, in nats.
 

@@ -52,13 +52,6 @@ def evaluate_multiple_choice(
     ``tokenization.encode_pairs``). A context that does not fit into ``seq_len`` together with its
     choice loses its start.
 
-    Args:
-        scorer: The model, and how it is run.
-        examples: The questions.
-
-    Returns:
-        The metrics.
-
     Raises:
         DataError: No examples, or a tokenizer of another model.
         EvaluationError: A log-likelihood is not finite.

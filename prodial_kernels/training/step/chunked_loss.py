@@ -85,13 +85,7 @@ def chunked_losses(
 ) -> Tensor:
     """Return ``−log softmax(scale (h Wᵀ + bias))[target]`` of every token, without gradients.
 
-    Args:
-        hidden: h ``[n, d]``, in the dtype of ``matrix``.
-        matrix: W ``[v, d]``.
-        bias: ``[v]`` in the same dtype, or None.
-        targets: int64 ``[n]``; an ignored one's loss is 0.
-        scale: Of the logits.
-        rows: Tokens in a chunk.
+    The arguments are those of :func:`chunked_cross_entropy`; an ignored target's loss is 0.
 
     Returns:
         ``[n]``, fp32 (fp64 for fp64 logits), nats.

@@ -83,9 +83,6 @@ def choose_graph(
         parts: Micro-batches of a step.
         obstacles: What of this run no graph can hold, such as ``"loss 'liger'"``.
 
-    Returns:
-        Whether to, and why, in a few words.
-
     Raises:
         GraphError: ``"on"``, and it cannot be.
         ValueError: An unknown mode.
@@ -134,11 +131,7 @@ class Buckets:
         self.lengths = sorted({seq_len, *(n for n in lengths if n < seq_len), _rounded(seq_len)})
 
     def shape_of(self, parts: Sequence[Batch]) -> Shape:
-        """Return the smallest shape that holds every micro-batch of a step.
-
-        Raises:
-            ValueError: None does.
-        """
+        """Return the smallest shape that holds every micro-batch of a step, or raise ValueError."""
         longest = max(part.input_ids.shape[1] for part in parts)
         widest = max(part.input_ids.shape[0] for part in parts)
         fitting = [length for length in self.lengths if length >= longest]

@@ -96,12 +96,7 @@ def make_optimizer(
 
 
 def check_optimizer(kind: str, device: torch.device) -> None:
-    """Raise unless an optimiser can be made for parameters on ``device``.
-
-    Raises:
-        OptimizerError: As :func:`make_optimizer`.
-        ValueError: An unknown ``kind``.
-    """
+    """Raise as :func:`make_optimizer` unless it can make one for parameters on ``device``."""
     check_choice("kind", kind, OPTIMIZERS)
     if kind == "adamw":
         return

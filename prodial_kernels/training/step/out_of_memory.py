@@ -60,11 +60,7 @@ class GuardedStep:
         )
 
     def begin(self, parts: Sequence[Batch], lr: float) -> None:
-        """See :class:`~prodial_kernels.training.step.eager.TrainingStep`.
-
-        Raises:
-            OutOfMemory: In the forward or backward pass, or in the update.
-        """
+        """See :class:`~prodial_kernels.training.step.eager.TrainingStep`; may raise OutOfMemory."""
         self._random = random_states()
         shape = " and ".join(
             sorted({f"{b} x {length}" for b, length in (part.input_ids.shape for part in parts)})
@@ -79,11 +75,7 @@ class GuardedStep:
             raise failed
 
     def finish(self) -> StepResult:
-        """See :class:`~prodial_kernels.training.step.eager.TrainingStep`.
-
-        Raises:
-            OutOfMemory: In what was left of the step.
-        """
+        """See :class:`~prodial_kernels.training.step.eager.TrainingStep`; may raise OutOfMemory."""
         failed = None
         try:
             return self._step.finish()

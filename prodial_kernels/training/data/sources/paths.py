@@ -141,8 +141,7 @@ def example_candidates(
 ) -> Candidates:
     """Wrap examples in memory; equal ones share a position, so also a side of the split.
 
-    Raises:
-        DataError: There are no examples.
+    DataError where there are none.
     """
     if not examples:
         raise DataError(f"{name}: empty: there is no text in it")
