@@ -6,6 +6,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from peft.tuners.lora import LoraModel
@@ -35,6 +36,7 @@ _MODULES = {"dis", "sre_parse", "selective_scan_cuda"}
 _PRIVATE = re.compile(r"_(?!prodial)[A-Za-z][A-Za-z0-9_]*[A-Za-z0-9]")
 
 
+@cache
 def private_uses(root: Path) -> dict[str, set[str]]:
     """Every private name and submodule of a library in the sources below ``root``, by file."""
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(root.rglob("*.py"))}

@@ -40,7 +40,7 @@ def test_after_peft_is_gone_it_can_be_adapted() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_beside_a_frozen_adapter_is_refused(compiled: bool) -> None:
-    model = Toy()
+    model = Toy(depth=2)
     apply_prodial(model, CONFIG)
     wrapped = with_lora(model)
     assert not any(p.requires_grad for n, p in model.named_parameters() if "prodial_" in n)

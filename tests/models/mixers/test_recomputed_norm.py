@@ -112,19 +112,23 @@ def step(model: Blocks, x: Tensor, **options: Any) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [x, *parameters])]
 
 
-@pytest.fixture(params=["torch", "triton"])
-def impl(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton" and torch.cuda.is_available():
+@pytest.fixture(params=[(m, impl) for m in (Mamba, Mamba2) for impl in ("torch", "triton")])
+def model(request: pytest.FixtureRequest) -> Blocks:
+    mixer, impl = request.param
+    if impl == "triton" and torch.cuda.is_available():
         pytest.skip("the Triton interpreter is off where there is a GPU")
-    return request.param
+    return Blocks(mixer, impl, torch.float32 if impl == "torch" else torch.float16)
 
 
-@pytest.fixture(params=[Mamba, Mamba2])
-def model(request: pytest.FixtureRequest, impl: str) -> Blocks:
-    return Blocks(request.param, impl, torch.float32 if impl == "torch" else torch.float16)
-
-
-@pytest.mark.parametrize("recompute_xz", [False, True])
+# The kernels, interpreted, see either mixer and either way once.
+@pytest.mark.parametrize(
+    ("model", "recompute_xz"),
+    [
+        *(((mixer, "torch"), again) for mixer in (Mamba, Mamba2) for again in (False, True)),
+        ((Mamba, "triton"), True), ((Mamba2, "triton"), False),
+    ],
+    indirect=["model"],
+)  # fmt: skip
 def test_the_same_gradients_without_keeping_the_input(
     model: Blocks, recompute_xz: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +212,9 @@ def kept_by(node: Any, until: Any) -> set[int]:
     return own.union(*(kept_by(next_node, until) for next_node, _ in node.next_functions))
 
 
+@pytest.mark.parametrize(
+    "model", [(Mamba, "torch"), (Mamba2, "torch"), (Mamba2, "triton")], indirect=True
+)
 def test_checkpointing_keeps_what_it_unpacks(model: Blocks) -> None:
     dtype = model.layers[0].mixer.conv1d.weight.dtype
     x = torch.randn(2, 16, 8, dtype=dtype)

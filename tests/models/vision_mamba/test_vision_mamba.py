@@ -274,7 +274,7 @@ def test_adapters_learn() -> None:
 
 
 def test_compiles_without_graph_breaks() -> None:
-    model = tiny()
+    model = tiny(depth=2)
     apply_prodial(model, CONFIG)
     randomise_adapters(model)
     expected = model(images())
