@@ -66,6 +66,8 @@ def check_flag(name: str, value: object) -> None:
 
 def check_finite(name: str, value: object) -> None:
     """Raise TypeError for what is no number, ValueError for one that fp32 does not hold."""
+    if type(value) is float and -FP32_MAX <= value <= FP32_MAX:
+        return  # in every call of a layer, where asking an abstract class takes longer
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
@@ -82,6 +84,8 @@ def check_finite(name: str, value: object) -> None:
 
 def check_dropout(lora_dropout: float) -> None:
     """Raise TypeError for what is no number, ValueError for a probability outside [0, 1)."""
+    if type(lora_dropout) is float and 0.0 <= lora_dropout < 1.0:
+        return
     if not isinstance(lora_dropout, Real) or isinstance(lora_dropout, bool):
         raise TypeError(f"lora_dropout must be a number, got {lora_dropout!r}")
     if not 0.0 <= lora_dropout < 1.0:

@@ -101,10 +101,10 @@ def checked_linear(
     Raises:
         RuntimeError, TypeError, ValueError: As :func:`prepared`.
     """
-    dtype = autocast_dtype(x)
-    if dtype is not None and x.is_floating_point():
-        x = x.to(dtype)
-    operands, options = prepared(x, operands, options, training=training)
+    cast_to = autocast_dtype(x)
+    if cast_to is not None and x.is_floating_point():
+        x = x.to(cast_to)
+    operands, options = _prepared(x, operands, options, training, cast_to)
     if options.impl == "reference":
         with autocast_off(x.device.type):
             return lay_out(reference_linear(x, operands, options), channel_first)
@@ -132,16 +132,28 @@ def prepared(
         ValueError: A shape, device or choice that does not fit, or a weight that requires a
             gradient (``"reference"`` and ``"plain"`` give one).
     """
-    impl, lora_scaling, lora_dropout, diagonal, packed = options
-    check_choice("diagonal", diagonal, DIAGONALS)
-    check_dropout(lora_dropout)
-    if not torch.compiler.is_compiling():
-        check_finite("lora_scaling", lora_scaling)
     cast_to = autocast_dtype(x)
+    if cast_to is not None and x.is_floating_point():
+        x = x.new_empty(1, dtype=cast_to).expand(x.shape)
+    return _prepared(x, operands, options, training, cast_to)
+
+
+def _prepared(
+    x: Tensor,
+    operands: Operands,
+    options: ProjectionOptions,
+    training: bool,
+    cast_to: torch.dtype | None,
+) -> tuple[Operands, ProjectionOptions]:
+    """:func:`prepared` of an ``x`` that autocast has cast to this dtype."""
+    impl, lora_scaling, lora_dropout, diagonal, packed = options
+    if impl != "plain":
+        check_choice("diagonal", diagonal, DIAGONALS)
+        check_dropout(lora_dropout)
+        if not torch.compiler.is_compiling():
+            check_finite("lora_scaling", lora_scaling)
     check_operands(x, *operands[:6], autocast=cast_to is not None)
-    dtype = cast_to or x.dtype
-    if x.dtype != dtype:
-        x = x.new_empty(1, dtype=dtype).expand(x.shape)
+    dtype = x.dtype
     chosen = impl if impl == "plain" else resolve_impl(impl, x)
     if impl == "triton":
         check_triton(x)

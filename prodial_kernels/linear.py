@@ -204,7 +204,6 @@ class ProdialLinear(nn.Module):
         Raises:
             RuntimeError: In training mode while merged, when no adapter gradient could flow.
         """
-        bias = self.base_layer.bias
         if not self.adapter_enabled:
             return lay_out(self.base_layer(input), channel_first)
         if self._merged_weight is not None:
@@ -213,36 +212,34 @@ class ProdialLinear(nn.Module):
                     "this ProdialLinear is merged, so its adapter would get no gradient; call "
                     "unmerge() before training, or eval() for inference"
                 )
-            merged = nn.functional.linear(input, self._cached_weight(), bias)
+            merged = nn.functional.linear(input, self._cached_weight(), self.base_layer.bias)
             return lay_out(merged, channel_first)
-        return self.adapted(input, bias, channel_first)
-
-    def adapted(self, x: Tensor, bias: Tensor | None, channel_first: bool = False) -> Tensor:
-        """``x W'ᵀ + bias`` with the adapter as it is, merged or not; shapes as in ``forward``."""
+        operands, options = self.projection()
         return checked_linear(
-            x, *self.projection(bias), training=self.training, channel_first=channel_first
+            input, operands, options, training=self.training, channel_first=channel_first
         )
 
-    def projection(self, bias: Tensor | None) -> tuple[Operands, ProjectionOptions]:
+    def projection(self, *, bias: bool = True) -> tuple[Operands, ProjectionOptions]:
         """What :func:`prodial_kernels.functional.prepared` takes; a packed weight stays packed.
+
+        Args:
+            bias: Whether to add the layer's bias.
 
         Raises:
             RuntimeError: PEFT has frozen the adapter, and this call is for training.
         """
+        parts = self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b
         if self.training and torch.is_grad_enabled():
-            check_still_trained(self, [parameter for _, parameter in self.adapter_parameters()])
+            check_still_trained(self, [part for part in parts if part is not None])
         base, packed = self.base_layer, None
         if isinstance(base, QuantizedLinear):
             weight, packed = base.stand_in(), base.packed_weight()
         else:
             weight = base.weight
-        operands = Operands(
-            weight, self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b, bias
-        )
         options = ProjectionOptions(
             cast(Impl, self.impl), self.lora_scaling, self.lora_dropout, self.diagonal, packed
         )
-        return operands, options
+        return Operands(weight, *parts, base.bias if bias else None), options
 
     @torch.no_grad()
     def reset_adapter(self) -> None:

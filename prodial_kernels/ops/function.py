@@ -38,12 +38,14 @@ def differentiable_projection(
         channel_first: Return contiguous [..., out_features, l] instead of [..., out_features].
         recomputed: Recomputes ``x`` in backward, so that it is not kept.
     """
-    kernels = options.impl == "triton"
-    length = x.shape[-2] if kernels and channel_first and direct_length(x.shape[-2]) else 0
-    with autocast_off(x.device.type):
-        x = x if x.dtype == operands.weight.dtype else x.to(operands.weight.dtype)
-        y: Tensor = ProdialLinearFunction.apply(x, recomputed, options, length, *operands)
-        return y if length else lay_out(y, channel_first)
+    length = 0
+    if channel_first and options.impl == "triton" and direct_length(x.shape[-2]):
+        length = x.shape[-2]
+    if x.dtype != operands.weight.dtype:
+        with autocast_off(x.device.type):
+            x = x.to(operands.weight.dtype)
+    y: Tensor = ProdialLinearFunction.apply(x, *operands, recomputed, options, length)
+    return y if length else lay_out(y, channel_first)
 
 
 class ProdialLinearFunction(torch.autograd.Function):
@@ -59,45 +61,43 @@ class ProdialLinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        weight: Tensor,
+        blocks: Tensor | None,
+        scale_deviation: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        bias: Tensor | None,
+        noise: Tensor | None,
         recomputed: Recomputed | None,
         options: ProjectionOptions,
         length: int,
-        *tensors: Tensor | None,
     ) -> Tensor:
         """X [..., l, K] -> Y [..., l, N], or channel-first [..., N, l] where ``length`` is l.
 
-        Args:
-            ctx: Autograd's.
-            x: In the dtype that is computed in.
-            recomputed: Recomputes ``x`` in backward, so that it is not kept.
-            options: Of any ``impl`` but ``"reference"``.
-            length: Not 0 with ``"triton"`` only.
-            tensors: The fields of ``Operands``.
+        ``x`` and the fields of ``Operands`` are in the dtype that is computed in; ``length`` is not
+        0 with ``"triton"`` only.
         """
-        operands = Operands(*tensors)  # type: ignore[arg-type]
-        needs = Needs(ctx.needs_input_grad[0], *ctx.needs_input_grad[4:10])
+        operands = Operands(weight, blocks, scale_deviation, lora_a, lora_b, bias, noise)
+        needs = Needs(*ctx.needs_input_grad[:7])
         kernels = options.impl == "triton"
-        if kernels:
-            x_shape, x = x.shape, token_matrix(x)
-        else:
-            x_shape = x.shape
+        given, x = x.shape, token_matrix(x) if kernels else x
         y, h = forward(x, operands, options, length)
-        n = operands.weight.shape[0]
-        shape = (*x_shape[:-2], n, length) if length else (*x_shape[:-1], n)
+        n = weight.shape[0]
+        shape = (*given[:-2], n, length) if length else (*given[:-1], n)
         if y.ndim != len(shape) or options.impl == "plain":
             # A view made in here could not be changed in place by whoever receives it.
             y = torch.ops.aten._unsafe_view(y, shape)
         keeps_x = needs.input and recomputed is None
-        ctx.shape = None if keeps_x else x.shape
         ctx.save_for_backward(
             x if keeps_x else None,
             y if needs.scale and takes_output(operands, options) else None,
             h if needs.lora_b or (kernels and needs.scale) else None,
-            *operands[:5],
-            operands.bias if kernels else None,  # which the gradient of s asks for
-            operands.noise,
-        )
+            weight, blocks, scale_deviation, lora_a, lora_b,
+            bias if kernels else None,  # which the gradient of s asks for
+            noise,
+        )  # fmt: skip
         ctx.recomputed, ctx.options, ctx.needs, ctx.length = recomputed, options, needs, length
+        ctx.shape = None if keeps_x else x.shape
         return y
 
     @staticmethod
@@ -113,32 +113,28 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     x, y, h, *tensors = ctx.saved_tensors
     operands, options, needs, length = Operands(*tensors), ctx.options, ctx.needs, ctx.length
     kernels = options.impl == "triton"
-    with autocast_off(grad_output.device.type):
-        scaled = None
-        if needs.input and ctx.recomputed is not None:
+    scaled = None
+    if needs.input and ctx.recomputed is not None:
+        with autocast_off(grad_output.device.type):
             x, scaled = ctx.recomputed.take()
-            x = token_matrix(x) if kernels else x
-        if x is None:  # its layout is enough, and without the kernels its shape
-            blank = grad_output.new_empty
-            x = blank(ctx.shape) if kernels else blank(()).expand(ctx.shape)
-        dy = grad_output
-        if kernels:
-            dy, y = _matrix(dy, length), None if y is None else _matrix(y, length)
-        dx, *adapter = backward(dy, x, operands, Kept(y, h, scaled), options, needs)
+        x = token_matrix(x) if kernels else x
+    if x is None:  # its layout is enough, and without the kernels its shape
+        blank = grad_output.new_empty
+        x = blank(ctx.shape) if kernels else blank(()).expand(ctx.shape)
+    dy = grad_output
+    if kernels:
+        dy, y = _matrix(dy, length), None if y is None else _matrix(y, length)
+    dx, *adapter = backward(dy, x, operands, Kept(y, h, scaled), options, needs)
     if dx is not None:
         if kernels and dx.ndim == 3:
             dx = dx.mT
         elif dx.ndim != grad_output.ndim:
-            dx = dx.view(_input_shape(grad_output, operands, length))
-    return dx, None, None, None, *adapter, None
+            tokens = (*grad_output.shape[:-2], length) if length else grad_output.shape[:-1]
+            dx = dx.view(*tokens, operands.weight.shape[1])
+    return dx, *adapter, None, None, None, None
 
 
 _refusing_twice = once_differentiable(_backward)
-
-
-def _input_shape(dy: Tensor, operands: Operands, length: int) -> tuple[int, ...]:
-    tokens = (*dy.shape[:-2], length) if length else dy.shape[:-1]
-    return *tokens, operands.weight.shape[1]
 
 
 def _matrix(y: Tensor, length: int) -> Tensor:

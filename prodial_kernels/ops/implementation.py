@@ -61,6 +61,9 @@ def resolve_impl(impl: str, x: Tensor | None = None) -> Impl:
         known = _checked.get((x.device, x.dtype))
         if known is not None:
             return known.impl
+    if impl != "auto":
+        check_choice("impl", impl, IMPLS)
+        return cast(Impl, impl)
     return choose_impl(impl, x).impl
 
 

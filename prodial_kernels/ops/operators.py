@@ -22,6 +22,7 @@ from prodial_kernels.kernels.projector.operands import (
     Operands,
     ProjectionOptions,
 )
+from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.detours import (
     add_low_rank,
     add_low_rank_gradient,
@@ -51,15 +52,16 @@ _library.define(
 
 def linear_forward(
     x: Tensor, operands: Operands, options: ProjectionOptions, length: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The operator ``linear_forward``: X -> Y and H [M, padded r], empty without LoRA.
+) -> tuple[Tensor, Tensor | None]:
+    """The operator ``linear_forward``: X -> Y and H [M, padded r], None without LoRA.
 
     Past the dispatcher where no one listens there. X is [M, K] or channel-first [b, K, l];
     Y [M, N], or with a ``length`` [M / length, N, length].
     """
     tensors = (x, *operands)
     if _dispatched(tensors):
-        return torch.ops.prodial_kernels.linear_forward(*tensors, *_scalars(options), length)
+        y, h = torch.ops.prodial_kernels.linear_forward(*tensors, *_scalars(options), length)
+        return y, None if operands.lora_a is None else h
     return _forward(x, operands, options, length)
 
 
@@ -135,14 +137,17 @@ def _replayed() -> Callable[..., Sequence[Any]]:
 
 def _forward(
     x: Tensor, operands: Operands, options: ProjectionOptions, length: int
-) -> tuple[Tensor, Tensor]:
-    operands = tiled(operands, options)
-    wide = is_wide(operands)
-    given = operands._replace(lora_a=None, lora_b=None) if wide else operands
-    y, h = _replayed()(_projector().recorded_forward, (x, *given), (options, length))
-    if wide:
-        h = add_low_rank(y, x, operands, options.lora_scaling)
-    return y, x.new_empty(0) if h is None else h
+) -> tuple[Tensor, Tensor | None]:
+    run, function = _replayed(), _projector().recorded_forward
+    if not (is_wide(operands) or is_dense(operands.blocks)):
+        y, h = run(function, (x, *operands), (options, length))
+        return y, h
+    with autocast_off(x.device.type):
+        operands = tiled(operands, options)
+        wide = is_wide(operands)
+        given = operands._replace(lora_a=None, lora_b=None) if wide else operands
+        y, h = run(function, (x, *given), (options, length))
+        return y, add_low_rank(y, x, operands, options.lora_scaling) if wide else h
 
 
 def _backward(
@@ -153,15 +158,17 @@ def _backward(
     options: ProjectionOptions,
     needs: Needs,
 ) -> Gradients:
-    dense = is_dense(operands.blocks)
-    dblocks = None
-    if dense and needs.blocks:
-        dblocks = dense_blocks_gradient(tokens_of(dy), tokens_of(x), operands, options)
-        needs = needs._replace(blocks=False)
-    operands = tiled(operands, options)
-    backward = _backward_by_products if is_wide(operands) else _backward_by_kernels
-    gradients = backward(dy, x, operands, kept, options, needs)
-    return gradients._replace(blocks=dblocks) if dense else gradients
+    wide, dense = is_wide(operands), is_dense(operands.blocks)
+    if not (wide or dense):
+        return _backward_by_kernels(dy, x, operands, kept, options, needs)
+    with autocast_off(dy.device.type):
+        dblocks = None
+        if dense and needs.blocks:
+            dblocks = dense_blocks_gradient(tokens_of(dy), tokens_of(x), operands, options)
+            needs = needs._replace(blocks=False)
+        backward = _backward_by_products if wide else _backward_by_kernels
+        gradients = backward(dy, x, tiled(operands, options), kept, options, needs)
+        return gradients._replace(blocks=dblocks) if dense else gradients
 
 
 def _backward_by_kernels(
@@ -214,7 +221,8 @@ def _options(lora_scaling: float, lora_dropout: float, relu: bool) -> Projection
 
 def _linear_forward(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
     *operands, alpha, dropout, relu, length = flat
-    return _forward(x, Operands(*operands), _options(alpha, dropout, relu), length)
+    y, h = _forward(x, Operands(*operands), _options(alpha, dropout, relu), length)
+    return y, x.new_empty(0) if h is None else h
 
 
 def _linear_forward_fake(x: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from prodial_kernels.kernels.projector.operands import (
     ProjectionOptions,
 )
 from prodial_kernels.ops import operators
+from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.detours import is_dense, is_wide
 from prodial_kernels.ops.layout import direct_length, token_matrix, transposed
 from prodial_kernels.ops.operators import linear_backward, linear_forward
@@ -41,13 +42,15 @@ def forward(
         options: The same in forward and backward.
         length: With ``"triton"``, return Y as [M / length, N, length] instead of [M, N].
     """
-    operands, options = _unpacked(operands, options)
-    if options.impl == "torch":
-        return torch_forward(x, operands, options)
-    if options.impl == "plain":
+    if options.packed is not None:
+        operands, options = _unpacked(operands, options)
+    if options.impl == "triton":
+        y, h = linear_forward(x, operands, options, length)
+        return y, None if is_wide(operands) else h
+    with autocast_off(x.device.type):
+        if options.impl == "torch":
+            return torch_forward(x, operands, options)
         return _plain(_sequences(x), operands, channel_first=False), None
-    y, h = linear_forward(x, operands, options, length)
-    return y, None if operands.lora_a is None or is_wide(operands) else h
 
 
 def backward(
@@ -63,13 +66,15 @@ def backward(
     dY is [..., N], X [..., K]. With ``"triton"``, dY and Y have one layout, X and dX one: matrices
     of tokens, or channel-first. The dX of ``"torch"`` is like X, that of ``"plain"`` [b, l, K].
     """
-    if options.impl == "plain":
-        operands = _unpacked(operands, options)[0] if needs.x else operands
-        return _plain_backward(_sequences(dy), _sequences(x), operands, needs)
-    operands, options = _unpacked(operands, options)
-    if options.impl == "torch":
-        return torch_backward(dy, x, operands, kept.h, options, needs)
-    return linear_backward(dy, x, operands, kept, options, needs)
+    if options.packed is not None and (needs.x or options.impl != "plain"):
+        operands, options = _unpacked(operands, options)
+    if options.impl == "triton":
+        return linear_backward(dy, x, operands, kept, options, needs)
+    with autocast_off(dy.device.type):
+        if options.impl == "torch":
+            return torch_backward(dy, x, operands, kept.h, options, needs)
+        given = _sequences(x) if needs.weight else None
+        return _plain_backward(_sequences(dy), given, operands, needs)
 
 
 def project(

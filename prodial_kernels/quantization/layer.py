@@ -158,12 +158,12 @@ class QuantizedLinear(nn.Module, ABC):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]; the argument is named as in ``nn.Linear``."""
-        return checked_linear(input, *self.projection(self.bias))
+        return checked_linear(input, *self.projection())
 
-    def projection(self, bias: Tensor | None) -> tuple[Operands, ProjectionOptions]:
+    def projection(self, *, bias: bool = True) -> tuple[Operands, ProjectionOptions]:
         """What ``x Wᵀ + bias`` computes with; see :func:`prodial_kernels.functional.prepared`."""
         options = ProjectionOptions("plain", packed=self.packed_weight())
-        return Operands(self.stand_in(), bias=bias), options
+        return Operands(self.stand_in(), bias=self.bias if bias else None), options
 
     def extra_repr(self) -> str:
         """The shape, the dtype computed in, and what a weight costs."""

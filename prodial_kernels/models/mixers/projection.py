@@ -34,7 +34,7 @@ def operands_of(
             answers False for.
     """
     if isinstance(layer, QuantizedLinear):
-        return prepared(x, *layer.projection(layer.bias))
+        return prepared(x, *layer.projection())
     if not isinstance(layer, ProdialLinear):
         return _dense_operands(x, layer.weight, layer.bias)
     base = layer.base_layer
@@ -49,7 +49,7 @@ def operands_of(
         return _dense_operands(x, layer.effective_weight(), layer.bias)
     if not is_explicit(layer):
         raise ValueError("a projector with impl='reference' has no explicit backward; call it")
-    return prepared(x, *layer.projection(layer.bias), training=layer.training)
+    return prepared(x, *layer.projection(), training=layer.training)
 
 
 def _dense_operands(
@@ -81,10 +81,10 @@ def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:
     """``x W'ᵀ``, [..., in_features] -> [..., out_features]."""
     base = layer.base_layer
     if not layer.adapter_enabled and isinstance(base, QuantizedLinear):
-        return checked_linear(x, *base.projection(None))
+        return checked_linear(x, *base.projection(bias=False))
     if not layer.adapter_enabled or layer.merged:
         return F.linear(x, layer.effective_weight())
-    return layer.adapted(x, None)
+    return checked_linear(x, *layer.projection(bias=False), training=layer.training)
 
 
 class ProjectorOfView:
