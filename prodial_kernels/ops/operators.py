@@ -55,8 +55,9 @@ def linear_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The operator ``linear_forward``: X -> Y and H [M, padded r], None without LoRA.
 
-    Past the dispatcher where no one listens there. X is [M, K] or channel-first [b, K, l];
-    Y [M, N], or with a ``length`` [M / length, N, length].
+    Calls the implementation directly unless a compiler, a dispatch mode or a tensor subclass has to
+    see the operator. X is [M, K] or channel-first [b, K, l]; Y [M, N], or with a ``length``
+    [M / length, N, length].
     """
     tensors = (x, *operands)
     if _dispatched(tensors):
@@ -73,7 +74,7 @@ def linear_backward(
     options: ProjectionOptions,
     needs: Needs,
 ) -> Gradients:
-    """The operator ``linear_backward``, past the dispatcher where no one listens there.
+    """The operator ``linear_backward``, called as :func:`linear_forward` calls its own.
 
     dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
     """
