@@ -314,10 +314,6 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """Return a preset of the paper by name.
-
-    Raises:
-        ValueError: Unknown name; the message lists the known ones.
-    """
+    """Return a preset of the paper by name; ValueError, which lists all, for an unknown one."""
     check_choice("preset", name, tuple(PRESETS))
     return PRESETS[name]

@@ -14,11 +14,7 @@ KEPT_AS = "_prodial_scale_version"
 
 
 def unpickled(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a pickled layer's attributes in today's form.
-
-    Raises:
-        ValueError: A version newer than this package knows.
-    """
+    """Return a pickled layer's attributes in today's form; ValueError for a newer version."""
     refuse_newer("the pickled layer", state.get(KEPT_AS))
     scale = state["_parameters"].get("prodial_scale")
     if KEPT_AS not in state and scale is not None:

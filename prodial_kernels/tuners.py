@@ -25,12 +25,12 @@ _FIX = (
 
 def tuner_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers that PEFT put into ``model``, found by what they carry."""
-    return [name for name, module in model.named_modules() if _is_tuner_layer(module)]
-
-
-def _is_tuner_layer(module: nn.Module) -> bool:
     # By name, so that PEFT need not be there, nor be imported.
-    return any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
+    ]
 
 
 def remember_model(model: nn.Module, layers: Iterable[nn.Module]) -> None:

@@ -99,22 +99,14 @@ class Deferral:
         return any(one() is not None for found in self._given[:-1] for one in found)
 
     def begin(self) -> None:
-        """Drop the deferred calls: the graph is replayed instead.
-
-        Raises:
-            Unreadable: One of the tensors they were given has been changed in place.
-        """
+        """Drop the deferred calls: the graph is replayed; Unreadable if an input has changed."""
         self._check()
         self.over = True
         self._calls.clear()
         self._versions.clear()
 
     def value(self, block: int, number: int) -> Tensor:
-        """Return a result; the deferred calls run eagerly at the first read.
-
-        Raises:
-            Unreadable: The graph has run, or a tensor was changed in place.
-        """
+        """Return a result; the deferred calls run eagerly at the first read, or Unreadable."""
         if self.over:
             raise Unreadable(
                 f"what a block of {self.name} returned is read after the last of them has run, "

@@ -42,7 +42,9 @@ def check_first_base(saved: Mapping[str, Any], linears: Linears, origin: str) ->
         origin: What the message calls the adapter and its base.
     """
     layers: dict[str, Any] = saved["layers"]
-    if saved["structure"] != _structure(layers):
+    shapes = {path: layer["shape"] for path, layer in layers.items()}
+    structure = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
+    if saved["structure"] != structure:
         raise AdapterError(
             f"{origin} describes its base model in a way that contradicts itself: it was changed "
             "after it was saved; copy it again from where it was saved"
@@ -63,11 +65,6 @@ def check_first_base(saved: Mapping[str, Any], linears: Linears, origin: str) ->
             f"{len(wrong)} of {len(layers)} layers, first in {wrong[0]}. Load the very base model "
             "it was trained on: not another size or revision, not a fine-tuned or merged one"
         )
-
-
-def _structure(layers: Mapping[str, Any]) -> str:
-    shapes = {path: layer["shape"] for path, layer in layers.items()}
-    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()
 
 
 def _same_but_for_rounding(a: list[float], b: list[float]) -> bool:

@@ -233,12 +233,9 @@ def _is_lora(config: ProdialPeftConfig, path: str) -> bool:
 
 
 def _check_without_peft_model(model: nn.Module, config: Any) -> None:
-    """Refuse what transformers' own ``load_adapter``, which makes no ``PeftModel``, would lose.
+    """Raise ValueError for what transformers' ``load_adapter``, without ``PeftModel``, would lose.
 
     It logs, and does not raise, when a file's names fit no module.
-
-    Raises:
-        ValueError: It would look for the names of one method only, or in the wrong place.
     """
     instead = (
         "use get_peft_model, PeftModel.from_pretrained or AutoPeftModelForCausalLM.from_pretrained "

@@ -44,7 +44,7 @@ class FP8Linear(QuantizedLinear):
         scales = []
         for rows in row_chunks(weight, TILE):
             part = weight[rows].float()
-            largest = _tile_maximum(part)
+            largest = F.max_pool2d(part.abs()[None], TILE, ceil_mode=True)[0]
             scale = torch.where(largest > NEGLIGIBLE, _LARGEST / largest, 1.0)
             codes[rows] = (part * _spread(scale, part)).to(torch.float8_e4m3fn)
             scales.append(1.0 / scale)
@@ -88,11 +88,6 @@ class FP8Linear(QuantizedLinear):
 
         codes, scale_inv = packed
         return dequantize_fp8(codes, scale_inv, out, dtype=dtype)
-
-
-def _tile_maximum(part: Tensor) -> Tensor:
-    """[rows, K] -> the largest magnitude of every tile."""
-    return F.max_pool2d(part.abs()[None], TILE, ceil_mode=True)[0]
 
 
 def _spread(scale: Tensor, like: Tensor) -> Tensor:

@@ -339,11 +339,7 @@ class FinetuneConfig:
         return ProdialConfig(**values, impl=self.impl)
 
     def reference_adapter(self) -> ProdialConfig:
-        """Return the ProDiaL adapter whose size a LoRA without ``r`` matches.
-
-        Raises:
-            ValueError: Adapter options that do not fit together.
-        """
+        """Return the ProDiaL adapter whose size LoRA without ``r`` matches; raises as `adapter`."""
         values = {name: getattr(self, name) for name in ADAPTER_OPTIONS}
         values |= {"train_scale": None, "train_diagonal": None, "preset": self.preset}
         return FinetuneConfig.from_dict(values).adapter()

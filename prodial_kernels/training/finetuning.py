@@ -156,11 +156,7 @@ def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIden
 
 
 def _restore(run: Run) -> Position:
-    """Load the newest state that can be; begin at step 0 where nothing was saved yet.
-
-    Raises:
-        StateError: States were saved, and none of them can be loaded.
-    """
+    """Load the newest state that can be, or begin at step 0; StateError where all are damaged."""
     states, reasons = saved_states(run.folder.states), []
     for path in reversed(states):
         try:

@@ -98,7 +98,9 @@ class FinetuneResult:
         if self.implementation is not None:
             lines.append(("projectors", self.implementation))
         if self.memory is not None:
-            lines.append(("predicted memory", _prediction(self.memory)))
+            predicted = self.memory["plan"]["allocated"] / 2**20
+            ratio = f"measured / predicted: {self.memory['ratio']:.2f}"
+            lines.append(("predicted memory", f"{predicted:,.0f} MiB ({ratio})"))
         lines.append(("merged = trained", str(self.agreement)))
         if self.adapter_dir is not None:
             lines.append(("adapter", str(self.adapter_dir)))
@@ -176,11 +178,6 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _prediction(memory: Mapping[str, Any]) -> str:
-    predicted = memory["plan"]["allocated"] / 2**20
-    return f"{predicted:,.0f} MiB (measured / predicted: {memory['ratio']:.2f})"
 
 
 def _times(seconds: float, train_seconds: float) -> str:

@@ -111,13 +111,8 @@ def choose_forward(
 def choose_gemm(m: int, n: int, limits: DeviceLimits, *, whole: bool = False) -> GemmConfig:
     """Return the tile sizes for the forward product [m, n] of 16-bit operands.
 
-    Measured on an H100 (benchmarks/results); other devices get sizes that fit them all.
-
-    Args:
-        m: Rows of the result.
-        n: Columns of the result.
-        limits: Of the device.
-        whole: Whether :func:`tail_columns` is left out of account.
+    Measured on an H100 (benchmarks/results); other devices get sizes that fit them all. ``whole``
+    leaves :func:`tail_columns` out of account.
     """
     if limits.capability[0] != 9:
         # Within the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
@@ -148,15 +143,8 @@ def applies_to_activations(
 
     Either is read and written once beside the product, so D_b is applied to the smaller of X [m, k]
     and W [n, k]; without blocks neither is needed. With U the product does not read X, and so H
-    cannot be fused.
-
-    Args:
-        m: Tokens.
-        n: Columns of the result.
-        blocks: Whether there are blocks.
-        scale: Whether there is a scale.
-        channel_first: Whether X is, to whose rows D_b is not applied.
-        fused_low_rank: Whether H is computed within the product if V is made.
+    cannot be fused. Nor is D_b applied to the rows of a channel-first X. ``fused_low_rank``: H is
+    computed within the product if V is made.
     """
     if channel_first:
         return scale and not blocks
@@ -170,12 +158,6 @@ def tail_columns(m: int, n: int, config: GemmConfig, processors: int) -> int:
 
     The last column of tiles costs as much as any other, however few of its columns there are. Where
     it needs a round of its own, narrow tiles compute what it holds, beside the others.
-
-    Args:
-        m: Rows of the result.
-        n: Columns of the result.
-        config: Tile sizes of the product.
-        processors: Multiprocessors of the device.
     """
     rest = n % config.block_n if n > config.block_n else 0
     if config.block_n != WIDE.block_n or not config.tma or not 0 < rest <= 2 * NARROW.block_n:

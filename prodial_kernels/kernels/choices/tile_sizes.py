@@ -1,4 +1,8 @@
-"""Which tile sizes a product of a given shape is launched with. Imports no Triton."""
+"""Which tile sizes a product of a given shape is launched with. Imports no Triton.
+
+In this folder m counts tokens, n and k are the columns of a result or an operand, r_pad is the
+padded rank, block_size P; capability and processors are the device's.
+"""
 
 from __future__ import annotations
 
@@ -102,11 +106,8 @@ TALL = GemmConfig(64, 256, 64, num_warps=4, num_stages=4, subtile=True)
 def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> tuple[int, int]:
     """Return (tokens of a program, depth of a step) of L = X I, [m, r_pad], in a separate pass.
 
-    Args:
-        m: Tokens.
-        r_pad: Padded rank.
-        dropout: Whether a mask is drawn on the way.
-        even: Whether rows begin at multiples of 16 elements; other addresses take registers.
+    ``dropout``: a mask is drawn on the way. ``even``: rows begin at multiples of 16 elements; other
+    addresses take registers.
     """
     if r_pad == 64 and not dropout:
         return 32, 128 if even else 64
@@ -132,15 +133,9 @@ def pdl_pays(
 ) -> bool:
     """Whether a Hopper's product is better launched with PDL, after ``before`` programs.
 
-    On an H100 wide tiles gain 0.5 to 2 µs, and so do tall ones after few programs. After more of
-    them tall tiles lose 3 to 28%, from their first round to their last, for no reason found.
-
-    Args:
-        config: Tile sizes of the product.
-        before: Programs of the launch before, which makes an operand.
-        block_size: P of what these fold.
-        beside_low: Whether some of them make L.
-        processors: Multiprocessors of the device.
+    Those make an operand of blocks of ``block_size``, and L too where ``beside_low``. On an H100
+    wide tiles gain 0.5 to 2 µs, and so do tall ones after few programs. After more of them tall
+    tiles lose 3 to 28%, from their first round to their last, for no reason found.
     """
     most = _BEHIND_LOW if beside_low else _BEHIND_SCALE if block_size == 1 else _BEHIND_BLOCKS
     return config.tma and (config.block_m == WIDE.block_m or before <= most * processors)
@@ -243,11 +238,8 @@ def choose_output_side(
 def walked_tiles(columns: int, tiles: int, splits: int, programs: int) -> int:
     """How many tiles a program of the output side walks, or could in the time that it takes.
 
-    Args:
-        columns: Columns of tiles.
-        tiles: Tiles of tokens.
-        splits: Parts that the tokens are split into.
-        programs: Programs that share the columns of all parts.
+    ``columns`` columns of ``tiles`` tiles of tokens each, which are split into ``splits`` parts;
+    ``programs`` share the columns of all parts.
     """
     return ceil_div(columns * splits, programs) * (COSTS.walk_ends + ceil_div(tiles, splits))
 
@@ -284,14 +276,7 @@ def choose_input_side(
 ) -> InputSideConfig:
     """Return the tile sizes for the walk over [m, k] inputs.
 
-    Args:
-        m: Tokens.
-        k: Columns.
-        r_pad: Padded rank.
-        block_size: P.
-        dropout: Whether a mask is drawn on the way.
-        channel_first: Whether the inputs are.
-        capability: The device's compute capability.
+    ``dropout``: a mask is drawn on the way. ``channel_first``: the inputs are.
     """
     large = block_size > 64 or r_pad > 64 or (dropout and (r_pad > 32 or channel_first))
     if large or (capability[0] != 9 and (block_size > 1 or r_pad > 32)):

@@ -219,11 +219,7 @@ def remove_prodial(model: ModelT) -> ModelT:
 
 
 def get_prodial_config(model: nn.Module) -> ProdialConfig:
-    """Return the configuration that ``apply_prodial`` was given.
-
-    Raises:
-        ValueError: ``apply_prodial`` was not called on this model.
-    """
+    """Return the configuration that ``apply_prodial`` was given; ValueError where there is none."""
     return _get_state(model).config
 
 

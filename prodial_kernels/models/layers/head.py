@@ -116,7 +116,9 @@ def head_obstacle(model: nn.Module) -> str | None:
 
 def run_model(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Any:
     """Call a causal language model without a cache."""
-    if _takes_use_cache(model):
+    named = "use_cache" in inspect.signature(model.forward).parameters
+    # mamba_ssm's models would hand it to their mixers.
+    if named or hasattr(model, "get_output_embeddings"):
         inputs["use_cache"] = False
     return model(input_ids=input_ids, **inputs)
 
@@ -225,9 +227,3 @@ def _forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         del vars(module)["forward"]
-
-
-def _takes_use_cache(model: nn.Module) -> bool:
-    """Whether ``use_cache`` is an argument; mamba_ssm's models would hand it to their mixers."""
-    named = "use_cache" in inspect.signature(model.forward).parameters
-    return named or hasattr(model, "get_output_embeddings")

@@ -63,12 +63,10 @@ def check_whole(info: Mapping[str, Any], names: Collection[str], layers: int | N
 
 
 def check_dense(tensors: TensorFiles) -> None:
-    """Raise unless every tensor of a checkpoint that says it is dense can be a dense one.
+    """Raise ValueError unless a checkpoint that says it is dense holds what dense tensors can be.
 
-    transformers casts what it finds: codes would become weights.
-
-    Raises:
-        ValueError: A tensor is stored in 8 bits or less; the message names it.
+    transformers casts what it finds: codes would become weights. The message names a tensor that is
+    stored in 8 bits or less.
     """
     names = set(tensors)
     # Of an adapted layer on a quantised base the merged weight is there too.
@@ -84,16 +82,14 @@ def check_dense(tensors: TensorFiles) -> None:
 
 
 def check_numbers(tensors: TensorFiles, state: Mapping[str, torch.Tensor]) -> None:
-    """Raise unless all that became floating-point weights was stored as floating-point numbers.
+    """Raise ValueError unless all that became floating-point weights was stored as such numbers.
 
     transformers casts integers, booleans and complex numbers too, and drops what it loses by that.
+    The message names the tensor.
 
     Args:
         tensors: Of the checkpoint.
         state: The loaded model's own tensors, by the names that they have there.
-
-    Raises:
-        ValueError: Another type was stored; the message names the tensor.
     """
     for name in tensors:
         own = state.get(name)
@@ -123,12 +119,10 @@ def dtype_of_dense(tensors: TensorFiles) -> torch.dtype | None:
 
 
 def check_merged(error: RuntimeError) -> None:
-    """Raise for tensors, such as those of experts, that ``from_pretrained`` could not put together.
+    """Raise ValueError for tensors, as of experts, that ``from_pretrained`` cannot put together.
 
-    Its own error points to a report in a log that need not be shown.
-
-    Raises:
-        ValueError: ``error`` is about such tensors; the message names what they make up.
+    Its own ``error`` points to a report in a log that need not be shown; the message here names
+    what they make up.
     """
     step = error.__traceback__
     while step is not None:
@@ -143,12 +137,9 @@ def check_merged(error: RuntimeError) -> None:
 
 
 def check_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Raise unless the vocabulary of ``tokenizer`` came from files of ``directory``.
+    """Raise ValueError unless the vocabulary of ``tokenizer`` came from files of ``directory``.
 
-    For several models transformers invents an empty one otherwise.
-
-    Raises:
-        ValueError: Files are missing; the message names them.
+    For several models transformers invents an empty one otherwise. The message names the files.
     """
     if any((directory / file).is_file() for file in _WHOLE_TOKENIZERS):
         return

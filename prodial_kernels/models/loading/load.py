@@ -194,11 +194,7 @@ def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device for ``"auto"``, ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        ModelError: CUDA is asked for and there is none.
-    """
+    """Return the device for "auto", "cpu" or "cuda"; ModelError where there is no CUDA."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ModelError("device 'cuda' was asked for, but PyTorch finds no CUDA device; use 'cpu'")

@@ -40,11 +40,7 @@ def named_arguments(
 def split_first(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Return the first argument of ``function(self, ...)`` and the others, however it is given.
-
-    Raises:
-        TypeError: It is not given.
-    """
+    """Return the first argument of ``function(self, ...)`` and the others; TypeError without it."""
     others = dict(kwargs)
     if args:
         return args[0], args[1:], others

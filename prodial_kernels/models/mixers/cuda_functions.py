@@ -25,9 +25,6 @@ def scan(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         inputs: u, delta, A, B, C, D, z, delta's bias, and whether delta goes through softplus.
-
-    Raises:
-        UpstreamError: The function takes other arguments than it did.
     """
     import selective_scan_cuda
 
@@ -41,9 +38,6 @@ def scan_backward(*inputs: Any) -> tuple[Tensor, ...]:
     Args:
         inputs: Those of :func:`scan` but the last, the output's gradient, states, out, ``dz``,
             whether delta went through softplus, and whether to compute the output again.
-
-    Raises:
-        UpstreamError: The function takes other arguments than it did.
     """
     import selective_scan_cuda
 

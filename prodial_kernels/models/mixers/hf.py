@@ -125,7 +125,9 @@ def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) 
     projector = _DeferredProjector(mixer.get_submodule("out_proj"))
     view = View(mixer, out_proj=projector)
     fused = _of_mamba_ssm(upstream)
-    if fused is not None and is_explicit(projector.projector) and not _offloaded(mixer):
+    # accelerate moves the children's weights, which only a call of the module triggers.
+    offloaded = any(hasattr(child, "_hf_hook") for child in mixer.children())
+    if fused is not None and is_explicit(projector.projector) and not offloaded:
         replaced = partial(_scan_and_project, fused, projector.projector)
         return rebound(upstream, **{FUSED_SSD: replaced})(view, *args, **kwargs)
     output = upstream(view, *args, **kwargs)
@@ -190,7 +192,9 @@ def _policy_of(mixer: nn.Module) -> Policy | None:
             return mamba_forward
         _warn(mixer, f"{problem}: it trains on separate kernels")
         return _evaluated(mixer, forward)
-    if not _paths_agree(mixer):
+    if getattr(getattr(mixer, "norm", None), "norm_before_gate", False):
+        # Upstream hard-codes "gate, then norm" in the fused call; FalconH1's module obeys its
+        # configuration, whose default is "norm, then gate".
         return _evaluated(mixer, forward)
     return ssd_forward if "out_proj" in adapted else None
 
@@ -207,15 +211,6 @@ def _warn(mixer: nn.Module, problem: str) -> None:
     libraries.warn("transformers", f"{type(mixer).__name__}: {problem}")
 
 
-def _paths_agree(mixer: nn.Module) -> bool:
-    """Whether the fused function applies the mixer's gated norm as its module does.
-
-    Upstream hard-codes "gate, then norm" in the fused call; FalconH1's module obeys its
-    configuration, whose default is "norm, then gate".
-    """
-    return not getattr(getattr(mixer, "norm", None), "norm_before_gate", False)
-
-
 def _of_mamba_ssm(upstream: Forward) -> Callable[..., Tensor] | None:
     """mamba-ssm's fused function, if that is what transformers calls now; looked up every time."""
     if torch.compiler.is_compiling():
@@ -229,11 +224,6 @@ def _of_mamba_ssm(upstream: Forward) -> Callable[..., Tensor] | None:
                 return function
             libraries.warn("mamba_ssm", f"{problem}: out_proj keeps its input for backward")
     return None
-
-
-def _offloaded(mixer: nn.Module) -> bool:
-    """Whether accelerate moves the children's weights, which only a call of the module triggers."""
-    return any(hasattr(child, "_hf_hook") for child in mixer.children())
 
 
 def _scan_and_project(

@@ -88,11 +88,7 @@ class TrainingBatches(ABC):
         return digest.hexdigest()[:32]
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step (from 0, without bound: epochs follow on each other).
-
-        Raises:
-            ValueError: The step is negative.
-        """
+        """Return the batch of a step, from 0 without bound; ValueError for a negative one."""
         check_sizes({"step": (step, 0)})
         return self._batch(step)
 

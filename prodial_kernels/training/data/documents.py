@@ -144,8 +144,7 @@ def separate_documents(
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Put items into as few bins as best fit, longest first, needs; return indices by bin.
 
-    Raises:
-        ValueError: An item is longer than ``capacity``.
+    ValueError for an item that is longer than ``capacity``.
     """
     if lengths and max(lengths) > capacity:
         raise ValueError(f"lengths must be at most {capacity}, got {max(lengths)}")

@@ -106,14 +106,6 @@ def _detect(row: Row, where: str) -> Schema:
     raise DataError(f"{where}: unknown keys ({found}). Rename them to those of a schema:{accepted}")
 
 
-def _parse_text(row: Row) -> Example:
-    return string(row, "text")
-
-
-def _parse_prompt_completion(row: Row) -> Example:
-    return PromptCompletion(string(row, "prompt"), string(row, "completion"))
-
-
 def _parse_multiple_choice(row: Row) -> Example:
     context = string(row, "context")
     choices = strings(row["choices"], "'choices'")
@@ -210,7 +202,7 @@ def _parse_messages(row: Row) -> Example:
     """Make a conversation of ``messages``: objects with ``role`` and ``content``."""
     return Conversation(
         tuple(
-            Message(as_string(turn["role"], f"{where}.role"), _content(turn, "content", where))
+            Message(*(as_string(turn[key], f"{where}.{key}") for key in ("role", "content")))
             for turn, where in _turns(row, "messages", ("role", "content"))
         )
     )
@@ -220,8 +212,8 @@ def _parse_sharegpt(row: Row) -> Example:
     """Make a conversation of ``conversations``: objects with ``from`` and ``value``."""
     messages = []
     for turn, where in _turns(row, "conversations", ("from", "value")):
-        role = as_string(turn["from"], f"{where}.from")
-        messages.append(Message(_SHAREGPT_ROLES.get(role, role), _content(turn, "value", where)))
+        role, text = (as_string(turn[key], f"{where}.{key}") for key in ("from", "value"))
+        messages.append(Message(_SHAREGPT_ROLES.get(role, role), text))
     return Conversation(tuple(messages))
 
 
@@ -242,10 +234,6 @@ def _turns(row: Row, key: str, wanted: tuple[str, str]) -> Iterator[tuple[Row, s
                 "no tool calls and no images"
             )
         yield turn, where
-
-
-def _content(turn: Row, key: str, where: str) -> str:
-    return as_string(turn[key], f"{where}.{key}")
 
 
 # --- Values of a row: checked one by one, and named where they are wrong. -------------------------
@@ -291,8 +279,11 @@ _LETTERS_TO_DIGITS = str.maketrans("ABCDE", "12345")
 _DIGITS_TO_LETTERS = str.maketrans("12345", "ABCDE")
 
 SCHEMAS = (
-    Schema("text", ("text",), _parse_text),
-    Schema("prompt/completion", ("prompt", "completion"), _parse_prompt_completion),
+    Schema("text", ("text",), lambda row: string(row, "text")),
+    Schema(
+        "prompt/completion", ("prompt", "completion"),
+        lambda row: PromptCompletion(string(row, "prompt"), string(row, "completion")),
+    ),
     Schema("multiple choice", ("context", "choices", "label"), _parse_multiple_choice),
     Schema("Alpaca", ("instruction", "output"), _parse_alpaca, ("input",)),
     Schema("messages", ("messages",), _parse_messages),

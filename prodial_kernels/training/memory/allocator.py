@@ -32,9 +32,5 @@ def grow_segments(environment: MutableMapping[str, str] | None = None) -> None:
 
 def segments_grow() -> bool:
     """Whether the environment of this process asks for it."""
-    return any(_on(os.environ.get(name, "")) for name in _VARIABLES)
-
-
-def _on(value: str) -> bool:
-    options = (option.strip().lower() for option in value.split(","))
-    return SETTING.lower() in options
+    values = [os.environ.get(name, "").lower().split(",") for name in _VARIABLES]
+    return any(SETTING.lower() in map(str.strip, options) for options in values)

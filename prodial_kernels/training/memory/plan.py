@@ -197,10 +197,12 @@ def what_would_fit(
 
 def level_plans(model: ModelShape, activations: str) -> Iterator[tuple[str, ...]]:
     """Yield levels for all layers, from the fastest to the smallest."""
+    available = [levels_of(layer) for layer in model.layers]
     if activations != AUTO:
-        yield tuple(_at_most(layer_levels, activations) for layer_levels in _available(model))
+        # Of each layer's levels the smallest that is not beyond the one wanted.
+        allowed = LEVELS[: LEVELS.index(activations) + 1]
+        yield tuple([own for own in levels if own in allowed][-1] for levels in available)
         return
-    available = _available(model)
     current = tuple(KEEP for _ in available)
     yield current
     for level in LEVELS[1:]:
@@ -295,13 +297,3 @@ def _shorter_sequences(job: Job) -> _Alternatives:
     return [
         (f"seq_len {length}", replace(job, length=length)) for length in lengths if length >= 16
     ]
-
-
-def _available(model: ModelShape) -> list[tuple[str, ...]]:
-    return [levels_of(layer) for layer in model.layers]
-
-
-def _at_most(levels: tuple[str, ...], wanted: str) -> str:
-    """Return the smallest of a layer's levels that is not beyond the one wanted."""
-    allowed = LEVELS[: LEVELS.index(wanted) + 1]
-    return [level for level in levels if level in allowed][-1]

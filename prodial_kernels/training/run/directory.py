@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,12 +94,9 @@ class RunDirectory:
         return not kept and not (self.states.is_dir() and any(self.states.glob("step-*")))
 
     def check_startable(self) -> None:
-        """Raise unless a new run may start here.
+        """Raise RunError unless a new run may start here.
 
         It may in an empty directory, and where an earlier run failed before it had saved anything.
-
-        Raises:
-            RunError: Something is there already.
         """
         if os.path.lexists(self.identity_file):
             if self.saved_nothing:
@@ -162,11 +159,7 @@ class RunDirectory:
             leftover.unlink(missing_ok=True)
 
     def read_identity(self) -> RunIdentity:
-        """Read what run this is.
-
-        Raises:
-            RunError: There is no run, or its description cannot be read.
-        """
+        """Read what run this is; RunError where there is none, or it cannot be read."""
         if not self.identity_file.is_file():
             raise RunError(
                 f"there is no run to resume in {self.path} (no run.json); start one without "
@@ -249,7 +242,8 @@ def check_same_config(folder: RunDirectory, saved: RunIdentity, config: Finetune
     ours = config.to_dict()
     # What the version that began the run did not know yet, it did as is the default now.
     theirs = FinetuneConfig().to_dict() | saved.config
-    keys = _differing_keys(ours, theirs)
+    names = (ours.keys() | theirs.keys()) - NOT_COMPARED_ON_RESUME
+    keys = sorted(name for name in names if ours.get(name) != theirs.get(name))
     if keys:
         differing = [f"{k} (run: {theirs.get(k)!r}, now: {ours.get(k)!r})" for k in keys]
         raise RunError(_refusal(folder, ", ".join(differing)))
@@ -277,9 +271,3 @@ def _refusal(folder: RunDirectory, differing: str) -> str:
         f"cannot resume the run in {folder.path}, because these differ: {differing}. Resume with "
         "the same settings, or start a new run in another directory with output=..."
     )
-
-
-def _differing_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Return the names under which two resolved configurations differ, sorted."""
-    names = (ours.keys() | theirs.keys()) - NOT_COMPARED_ON_RESUME
-    return sorted(name for name in names if ours.get(name) != theirs.get(name))

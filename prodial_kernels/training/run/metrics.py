@@ -35,18 +35,16 @@ class MetricsLog:
         """
         self.path = path
         records = read_metrics(path)
-        kept = [r for r in records if _belongs_before(r, step)]
-        self.dropped = _lines(path) - len(records)
+        kept = [r for r in records if (r["step"], r["kind"] == "evaluation") <= (step, False)]
+        self.dropped = (path.read_bytes().count(b"\n") if path.exists() else 0) - len(records)
         atomic_text(path, "".join(_line(record) for record in kept))
-        self._stream = os.fdopen(_append_to(path), "a", encoding="utf-8")
+        # Not where a link leads, if there is one by now.
+        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        self._stream = os.fdopen(os.open(path, flags), "a", encoding="utf-8")
         self._file = _identity(path)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; numbers that JSON cannot hold become null.
-
-        Raises:
-            OSError: The disk is full, or the file was removed or replaced meanwhile.
-        """
+        """Append one record, null for what JSON cannot hold; OSError if the file has gone."""
         try:
             if _identity(self.path) != self._file:
                 raise OSError(errno.ESTALE, "was replaced while the run was writing it")
@@ -101,22 +99,9 @@ def _is_record(record: Any) -> bool:
     )
 
 
-def _append_to(path: Path) -> int:
-    """Open a file to append to; not where a link leads, if there is one by now."""
-    return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0))
-
-
 def _identity(path: Path) -> tuple[int, int]:
     found = os.stat(path)
     return found.st_dev, found.st_ino
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _belongs_before(record: Mapping[str, Any], step: int) -> bool:
-    return bool(record["step"] < step or (record["step"] == step and record["kind"] == "train"))
 
 
 def _line(record: Mapping[str, Any]) -> str:

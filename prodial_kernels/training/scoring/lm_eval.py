@@ -75,7 +75,8 @@ def run_lm_eval(
         raise EvaluationError(f"lm-evaluation-harness gave no results for {', '.join(tasks)}")
     return {
         task: {
-            _plain_name(name): float(value)
+            # "acc,none" is acc: a filter that says nothing.
+            name.removesuffix(",none"): float(value)
             for name, value in metrics.items()
             # Metrics are named "metric,filter"; everything else describes the task.
             if "," in name and isinstance(value, (int, float))
@@ -115,8 +116,3 @@ def _library() -> Any:
             "these tasks need lm-evaluation-harness: pip install 'lm-eval[hf]'"
         ) from error
     return lm_eval
-
-
-def _plain_name(name: str) -> str:
-    """Drop the filter from a metric's name unless it says something: ``acc,none`` is ``acc``."""
-    return name.removesuffix(",none")

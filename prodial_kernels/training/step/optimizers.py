@@ -150,7 +150,7 @@ def check_state(
     states: Mapping[nn.Parameter, Mapping[str, Tensor]],
     steps: int,
 ) -> None:
-    """Raise unless states are such as PyTorch's AdamW keeps; others check while they restore.
+    """Raise ValueError unless states are as PyTorch's AdamW keeps them; others check on restoring.
 
     A parameter that never had a gradient has none.
 
@@ -159,9 +159,6 @@ def check_state(
         states: What :func:`state_tensors` returned for each parameter.
         steps: Steps that the run has done. A parameter without a gradient in some, or a step left
             out for a gradient that is not finite, counts fewer.
-
-    Raises:
-        ValueError: Says what is missing, has another shape or dtype, or counts other steps.
     """
     if not isinstance(optimizer, torch.optim.AdamW):
         return
