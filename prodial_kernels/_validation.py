@@ -24,17 +24,9 @@ def check_operands(
     *,
     autocast: bool,
 ) -> None:
-    """Check the operands of ``prodial_linear`` against each other.
+    """Check the operands of ``prodial_linear``, which gives their shapes, against each other.
 
-    Args:
-        x: [..., in_features].
-        weight: [out_features, in_features].
-        blocks: [n_blocks, P, P] with n_blocks · P = in_features, or None.
-        scale: [out_features], or None.
-        lora_a: [r, in_features], or None.
-        lora_b: [out_features, r], or None.
-        bias: [out_features], or None.
-        autocast: Whether autocast will bring ``x`` and ``weight`` to one dtype.
+    ``autocast`` will bring ``x`` and ``weight`` to one dtype.
 
     Raises:
         TypeError: A dtype that cannot be used.

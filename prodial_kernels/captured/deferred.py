@@ -53,13 +53,10 @@ class Deferral:
         autocast: tuple[bool, torch.dtype],
         read: Callable[[], None] | None = None,
     ) -> None:
-        """Begin without calls.
+        """Begin without calls; ``read`` is called when a result is read.
 
-        Args:
-            name: Of the section, for messages.
-            device_type: Of autocast.
-            autocast: Whether autocast is on, and its dtype.
-            read: Called when a result is read.
+        ``name`` is the section's, for messages; ``autocast`` says whether it is on for
+        ``device_type``, and its dtype.
         """
         self.name = name
         self.over = False

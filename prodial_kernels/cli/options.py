@@ -123,13 +123,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_option(group: Any, name: str, **changes: Any) -> None:
-    """Add the flags of one option of ``FinetuneConfig``.
-
-    Args:
-        group: A parser, or a group of one.
-        name: The option.
-        changes: What of the :class:`Option` is different for this command.
-    """
+    """Add the flags of an option to a parser or group; ``changes`` are to its :class:`Option`."""
     option = replace(OPTIONS[name], **changes)
     details: dict[str, Any] = {"dest": name, "help": option.help_text}
     if option.type.startswith("bool"):

@@ -35,11 +35,7 @@ class AlreadyLocked(RuntimeError):
 
 @contextmanager
 def locked(directory: Path, *, wait: float = 0.0) -> Iterator[None]:
-    """Hold the lock of an existing directory.
-
-    Args:
-        directory: What to lock.
-        wait: Seconds to wait for another process.
+    """Hold the lock of an existing directory; wait so many seconds for another process.
 
     Raises:
         AlreadyLocked: Another process still holds it.

@@ -98,13 +98,7 @@ def make_dense(model: nn.Module) -> None:
 def find_layers(model: nn.Module, target_modules: Iterable[str]) -> list[tuple[str, ...]]:
     """Return the dotted paths of each layer to quantise, of which a shared one has several.
 
-    Args:
-        model: Dense, or on the meta device.
-        target_modules: Names, or endings of dotted paths.
-
-    Raises:
-        TypeError: A match that is not a plain ``nn.Linear``.
-        ValueError: A name that matches nothing, or a match whose weight another module shares.
+    The model may be on the meta device. Arguments and errors are those of :func:`quantize_model`.
     """
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     paths = module_paths(model)

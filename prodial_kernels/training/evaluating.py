@@ -153,16 +153,10 @@ def assess_with_harness(
     batch_size: int = 8,
     limit: float | None = None,
 ) -> Assessment:
-    """Evaluate a model on tasks of lm-evaluation-harness; an adapter is merged first.
+    """Evaluate a model on tasks of lm-evaluation-harness; an adapter is merged first, in place.
 
-    The harness reads a directory, so the (merged) model is written to a temporary one.
-
-    Args:
-        loaded: The model; its adapter, if it has one, is merged in place.
-        tasks: Names of tasks.
-        num_fewshot: Examples before each question; None for the task's own number.
-        batch_size: Requests in a forward pass.
-        limit: Questions of each task, or their share (under 1); None for all.
+    The harness reads a directory, so the (merged) model is written to a temporary one. The other
+    arguments are those of :func:`~prodial_kernels.training.scoring.lm_eval.run_lm_eval`.
 
     Raises:
         EvaluationError: The harness is not installed, or fails.

@@ -78,7 +78,8 @@ def prepare_blocks(
 ) -> AppliedLevels:
     """Fuse a model's norms where there is a kernel for them, then give its blocks their levels.
 
-    Call it after ``apply_prodial``, and take it back before adapters are removed or merged.
+    Call it after ``apply_prodial``, and take it back before adapters are removed or merged; that
+    gives the norms back as well.
 
     Args:
         model: A model of transformers or mamba_ssm.
@@ -86,12 +87,6 @@ def prepare_blocks(
             a model without a list of blocks too.
         device: Where the model runs.
         say: Told which norms were fused, if any.
-
-    Returns:
-        The levels; removing them gives the norms back as well.
-
-    Raises:
-        ValueError: Levels that do not fit the blocks; see :func:`apply_levels`.
     """
     norms = fuse_norms(model) if device.type in KERNEL_ON else FusedNorms()
     if len(norms):

@@ -70,14 +70,9 @@ def load_into(
     format: str | None,
     rename: Callable[[str], str] | None,
 ) -> QuantizationReport:
-    """Fill a model on the meta device from ``tensors``, quantised as they are read.
+    """Fill a model of :func:`model_on_meta` from ``tensors``, quantised as they are read.
 
-    Args:
-        model: What :func:`model_on_meta` returns.
-        tensors: By the names of a checkpoint.
-        device: Where to put it.
-        format: Of the projectors; None leaves them dense.
-        rename: From a checkpoint's names to the model's; None where they are the same.
+    The other arguments are those of :func:`~prodial_kernels.quantization.load_quantized`.
     """
     return load_quantized(
         model, tensors, format, device=device, rename=rename,

@@ -60,11 +60,7 @@ class Keeping(NamedTuple):
 
 @cache
 def difference(upstream: Any) -> str | None:
-    """Say why :func:`scan_and_project` cannot take ``upstream``, or return None.
-
-    Args:
-        upstream: What is called ``mamba_split_conv1d_scan_combined``.
-    """
+    """Say why :func:`scan_and_project` cannot take ``upstream``, or return None."""
     module = getattr(upstream, "__globals__", {})
     missing = [name for name in (_RULE, _NORM) if name not in module]
     if missing:
@@ -84,15 +80,8 @@ def scan_and_project(
 ) -> Tensor:
     """``out_proj(upstream(*args, **kwargs))`` for mamba_ssm's fused function without ``out_proj``.
 
-    Args:
-        upstream: ``mamba_split_conv1d_scan_combined``, beside its autograd function and norm.
-        out_proj: The projector, adapted or not.
-        keeping: What is kept, and done in backward.
-        args: As upstream's, with ``outproj_weight=None``; zxbcdt [b, l, ·] first.
-        kwargs: As upstream's.
-
-    Returns:
-        [b, l, out_features].
+    ``upstream`` is ``mamba_split_conv1d_scan_combined``, beside its autograd function and norm, and
+    is called with ``outproj_weight=None``; zxbcdt [b, l, ·] first -> [b, l, out_features].
 
     Raises:
         UpstreamError: Upstream's autograd function saves other tensors than in mamba_ssm 2.3, which

@@ -93,15 +93,7 @@ def _torch_scan(mixer: Any, xz: Tensor, direction: Direction) -> Tensor:
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """``y_t = C_t · h_t`` with ``h_t = exp(Δ_t A) h_{t-1} + Δ_t u_t B_t``, differentiable.
 
-    Args:
-        u: [b, E, l].
-        delta: Δ > 0, [b, E, l].
-        A: [E, N].
-        B: [b, N, l].
-        C: [b, N, l].
-
-    Returns:
-        [b, E, l].
+    u and delta (Δ > 0) [b, E, l], A [E, N], B and C [b, N, l] -> y [b, E, l].
     """
     decay = torch.exp(delta[:, :, None] * A[:, :, None])
     states = _recurrence(decay, (delta * u)[:, :, None] * B[:, None])

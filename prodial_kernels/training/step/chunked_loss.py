@@ -29,15 +29,10 @@ _ALIGNED, _ROW = 8, 64
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Return how many tokens' logits are made at a time: about 128 MiB of them.
+    """Return how many tokens' logits of ``dtype`` are made at a time: about 128 MiB of them.
 
     A power of two, at least 128: on CUDA 1024 in 16 bits for vocabularies of 50,000 to 65,536,
     whose products fill the device; 512 where they are computed in fp32.
-
-    Args:
-        vocabulary: Words.
-        dtype: Of the logits.
-        device: Where they are made.
     """
     wide = dtype if takes_kernel(device, dtype) else _wide(dtype)
     rows = max(_LEAST_ROWS, _CHUNK_BYTES // (wide.itemsize * vocabulary))

@@ -216,13 +216,8 @@ def _without_liger(device: torch.device, graphed: bool) -> str:
 def negative_log_likelihoods(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
     """Score tokens by hidden states, a chunk at a time, without gradients.
 
-    Args:
-        head: The model's head.
-        hidden: ``[n, d]``, as :meth:`OutputHead.hidden` gives them.
-        targets: int64 ``[n]``, what each of them is to predict.
-
-    Returns:
-        fp32 ``[n]`` (fp64 for fp64 logits), nats.
+    ``hidden`` ``[n, d]`` is as :meth:`OutputHead.hidden` gives it; ``targets``, int64 ``[n]``, what
+    each is to predict -> fp32 ``[n]`` (fp64 for fp64 logits), nats.
     """
     matrix, bias = head.operands()
     return chunked_losses(

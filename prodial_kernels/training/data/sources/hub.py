@@ -15,10 +15,7 @@ HELD_OUT_SPLITS = ("validation", "dev", "test")
 
 
 def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
-    """Load a data set by its hub name.
-
-    Args:
-        source: ``name`` or ``name:configuration``, such as ``allenai/ai2_arc:ARC-Easy``.
+    """Load a data set by its hub name, ``name`` or ``name:configuration``.
 
     Returns:
         The ``train`` split (or the only one), and the first of :data:`HELD_OUT_SPLITS` that the
