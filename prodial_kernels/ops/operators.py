@@ -92,12 +92,15 @@ def linear_backward(
     return Gradients(dx, None, *adapter)
 
 
-def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> Tensor:
-    """Return s ⊙ W, [N, K], which ``linear_backward`` takes instead of making it.
+def scaled_weight(operands: Operands) -> Tensor:
+    """Return s ⊙ W, [N, K], which ``linear_backward`` takes as ``Kept.scaled``.
 
     Only for blocks that the kernels tile: otherwise the weight there is W D_b.
     """
-    (scaled,) = _replayed()(_projector().scaled_weight, (weight, scale_deviation), ())
+    if operands.scale_deviation is None:
+        raise ValueError("operands: without a scale the weight itself is what is multiplied by")
+    tensors = operands.weight, operands.scale_deviation
+    (scaled,) = _replayed()(_projector().scaled_weight, tensors, ())
     made: Tensor = scaled
     return made
 

@@ -18,7 +18,6 @@ from prodial_kernels.kernels.projector.operands import (
     Operands,
     ProjectionOptions,
 )
-from prodial_kernels.ops import operators
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.detours import is_dense, is_wide
 from prodial_kernels.ops.layout import direct_length, token_matrix, transposed
@@ -106,7 +105,7 @@ LEAST_PREFETCHED = 2**22
 
 
 def can_prefetch(operands: Operands, options: ProjectionOptions) -> bool:
-    """Whether to prefetch :func:`scaled_weight` for :func:`project_backward`."""
+    """Whether to prefetch ``operators.scaled_weight`` for :func:`project_backward`."""
     return (
         options.impl == "triton"
         and options.packed is None
@@ -115,13 +114,6 @@ def can_prefetch(operands: Operands, options: ProjectionOptions) -> bool:
         and not is_dense(operands.blocks)
         and operands.weight.numel() >= LEAST_PREFETCHED
     )
-
-
-def scaled_weight(operands: Operands) -> Tensor:
-    """Return s ⊙ W, [N, K], as :func:`project_backward` makes it; see :func:`can_prefetch`."""
-    if operands.scale_deviation is None:
-        raise ValueError("operands: without a scale the weight itself is what is multiplied by")
-    return operators.scaled_weight(operands.weight, operands.scale_deviation)
 
 
 def project_backward(
@@ -140,8 +132,8 @@ def project_backward(
     Args:
         dy: Gradient towards Y, [b, l, N], any strides.
         x: [b, l, K], any strides; None is enough where ``needs.input`` is False.
-        kept: Y [b, l, N], any strides, and what :func:`project` and :func:`scaled_weight` returned;
-            what is None and needed is recomputed.
+        kept: Y [b, l, N], any strides, and what :func:`project` and ``operators.scaled_weight``
+            returned; what is None and needed is recomputed.
         operands: As in the forward.
         options: As in the forward.
         needs: Which gradients to compute.

@@ -40,12 +40,12 @@ from prodial_kernels.models.mixers.selective_scan import (
 )
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.layout import gated_channels
+from prodial_kernels.ops.operators import scaled_weight
 from prodial_kernels.ops.prefetch import Prefetch
 from prodial_kernels.ops.projection import (
     can_prefetch,
     project,
     project_backward,
-    scaled_weight,
     takes_output,
 )
 

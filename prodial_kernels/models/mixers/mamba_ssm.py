@@ -37,8 +37,9 @@ from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
 from prodial_kernels.models.mixers.structure import forward_of, global_of, names_in, unknown_in
 from prodial_kernels.models.patch_point import AdaptedMixer, Policy, Undo, View, rebound
 from prodial_kernels.ops.function import differentiable_projection
+from prodial_kernels.ops.operators import scaled_weight
 from prodial_kernels.ops.prefetch import Prefetch
-from prodial_kernels.ops.projection import can_prefetch, scaled_weight
+from prodial_kernels.ops.projection import can_prefetch
 
 Method = Any
 # in_proj's input and s ⊙ W.
