@@ -26,13 +26,13 @@ class ExactScaleTile(NamedTuple):
     """Compile-time sizes of ``_exact_scale_kernel``.
 
     Attributes:
-        m, n: Tokens and columns of dY in a step.
+        block_m, block_n: Tokens and columns of dY in a step.
         window: Columns of X that a span lies in.
         splits: At least the splits of ds_part, a power of two.
     """
 
-    m: int
-    n: int
+    block_m: int
+    block_n: int
     window: int
     splits: int
 
@@ -53,8 +53,8 @@ def _exact_scale_kernel(
     fit into ``window`` columns of X. It ends at once where nothing is asked for: nearly always.
     """
     P: tl.constexpr = DIAGONAL.p
-    BLOCK_M: tl.constexpr = TILE.m
-    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
     WINDOW: tl.constexpr = TILE.window
     SPAN: tl.constexpr = (WINDOW // P) * P
     column = tl.program_id(0) * BLOCK_N

@@ -29,7 +29,7 @@ class GemmTile(NamedTuple):
     """Compile-time sizes of ``_gemm_kernel``.
 
     Attributes:
-        m, n, k: A step of the inner loop multiplies [m, k] by [k, n].
+        block_m, block_n, block_k: A step multiplies [block_m, block_k] by [block_k, block_n].
         rank: R_PAD, the padded rank.
         rank_slice: What the epilogue adds of a loaded L at a time.
         group_m: Row tiles that share L2, see :func:`swizzled_tile`.
@@ -37,9 +37,9 @@ class GemmTile(NamedTuple):
         subtile: Whether a tile is stored in two halves, which takes half the shared memory.
     """
 
-    m: int
-    n: int
-    k: int
+    block_m: int
+    block_n: int
+    block_k: int
     rank: int
     rank_slice: int
     group_m: int
@@ -91,8 +91,8 @@ def _gemm_kernel(
     COLUMNS_BATCHED: tl.constexpr = LAYOUT.columns_batched
     BATCHED: tl.constexpr = ROWS_BATCHED or COLUMNS_BATCHED
     TMA: tl.constexpr = LAYOUT.tma
-    BLOCK_M: tl.constexpr = TILE.m
-    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
     R_PAD: tl.constexpr = TILE.rank
     dtype: tl.constexpr = left.dtype if TMA else left.dtype.element_ty
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -179,9 +179,9 @@ def _multiply(
 
     X V [BLOCK_M, BLOCK_N], and X Iᵀ [BLOCK_M, R_PAD] for its rows: zero without ``inner``.
     """
-    BLOCK_M: tl.constexpr = TILE.m
-    BLOCK_N: tl.constexpr = TILE.n
-    BLOCK_K: tl.constexpr = TILE.k
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_K: tl.constexpr = TILE.block_k
     R_PAD: tl.constexpr = TILE.rank
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc_low = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)

@@ -37,14 +37,12 @@ def rank_of(cost: dict[str, Any]) -> int | None:
 
 
 def allowed_from_registers(cost: dict[str, Any]) -> int:
-    """How many wgmma may take A from registers: none but of a product that makes L on its way.
+    """How many wgmma may take A from registers: none but of a product with a fused low-rank one.
 
     That hands L on to one product behind its loop, in slices of 16, or zeros where nothing becomes
     of L, and awaits it at once; flattened loops hold it twice. test_every_launch.py runs each.
     """
-    if cost["kernel"] != "_gemm_kernel" or (
-        " without " in cost["title"] and "inner" in cost["title"].split(" without ")[1]
-    ):
+    if cost["kernel"] != "_gemm_kernel" or re.search(r" without \S*inner", cost["title"]):
         return 0
     return 2 * (rank_of(cost) or 0) // 16
 
