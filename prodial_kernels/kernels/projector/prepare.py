@@ -16,6 +16,7 @@ from prodial_kernels.kernels.projector.tiles import (
     apply_diagonal,
     diagonal_of,
     dropout_keep,
+    load_deviation,
     load_factor,
     token_pointers,
     token_shape,
@@ -155,8 +156,12 @@ def _fold(
         w = tl.load(w_ptr + rows[:, None] * stride_w + offs_k[None, :], mask=mask, other=0.0)
         v = w.to(tl.float32)
         if blocks_ptr is not None:
-            factor = load_factor(blocks_ptr, offs_k, K, w.dtype, DIAGONAL, ON_ACTIVATIONS)
-            v = apply_diagonal(w, v, factor, DIAGONAL.p)
+            if DIAGONAL.p == 1:
+                # 1 is added behind the broadcast: before it, sm_100 spills registers beside L.
+                v *= 1 + load_deviation(blocks_ptr, offs_k, offs_k, K, DIAGONAL)[None, :]
+            else:
+                factor = load_factor(blocks_ptr, offs_k, K, w.dtype, DIAGONAL, ON_ACTIVATIONS)
+                v = apply_diagonal(w, v, factor, DIAGONAL.p)
         if deviation_ptr is not None:
             shift = tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             v *= 1 + shift[:, None]

@@ -24,9 +24,8 @@ from support.kernels.uninterpreted import run_uninterpreted
 # What L = X Aᵀ of a channel-first X spills at rank 64 on sm_90 (8 bytes, triton 3.9.0) has not been
 # measured against other tiles.
 SPILLS = {("_output_side_kernel", 64): 80, ("_prepare_kernel", 64): 8}
-# On sm_100 L at rank 64 with dropout and at rank 32 of a channel-first X, and on sm_120 three
-# launches of wide blocks or ranks, spill a little (triton 3.9.0). Nothing has been measured there,
-# so they are left as they are.
+# On sm_100 a product of rank 64 without O, on sm_120 three launches of wide blocks or ranks spill a
+# little (triton 3.9.0). Nothing has been measured there, so they are left as they are.
 SPILLS_OF = {100: 16, 120: 64}
 
 
