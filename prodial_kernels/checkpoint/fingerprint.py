@@ -83,13 +83,8 @@ def check_values(
 
     Rounding to another floating-point dtype is the only difference that is accepted. Every value
     is compared, except between bfloat16 and float16, neither of which holds the other's: there, 16
-    values of each tensor, to a bit of bfloat16.
-
-    Args:
-        saved: :func:`describe_base` of the model the adapter was trained on.
-        tensors: As for :func:`describe_base`, of the model at hand.
-        linears: As for :func:`describe_base`, of the model at hand.
-        origin: What the message calls the adapter and its base.
+    values of each tensor, to a bit of bfloat16. ``tensors`` and ``linears`` are the model's, as
+    :func:`describe_base` takes them and gave ``saved``; ``origin`` is the adapter, for messages.
     """
     before: dict[str, Any] = saved["tensors"]
     lacking = sorted(before.keys() - tensors.keys())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.files.atomic import atomic_directory, safetensors_errors
 from prodial_kernels.files.written import clear_leftovers, mark_written, own_files
+from prodial_kernels.models.layers.head import eval_mode
 from prodial_kernels.models.layers.offload import blocks_on_demand
 from prodial_kernels.models.loading.load import LoadedModel, load_model
 from prodial_kernels.quantization import QuantizedLinear
@@ -118,10 +119,8 @@ def has_room_dense(model: nn.Module, device: torch.device) -> bool:
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the logits ``[batch, length, vocabulary]`` in float32 on the CPU, without dropout."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    logits = model(input_ids=tokens.to(device), use_cache=False).logits
-    model.train(was_training)
+    with eval_mode(model):
+        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits.float().cpu()
 
 

@@ -257,28 +257,17 @@ class _RecomputedNorm:
             # The hooks hold this object until backward, and it must not hold the output.
             self._output = None
 
-    def _pack(self, tensor: Tensor) -> Tensor | _View:
+    def _pack(self, tensor: Tensor) -> Tensor | tuple[Any, ...]:
         output = self._output
         if output is None or tensor.is_meta or tensor.dtype != output.dtype:
             return tensor
         if tensor.untyped_storage().data_ptr() != output.untyped_storage().data_ptr():
             return tensor
-        return _View(tensor)
+        # How it lies in the storage of the norm's contiguous output.
+        return tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def _unpack(self, packed: Tensor | _View) -> Tensor:
+    def _unpack(self, packed: Tensor | tuple[Any, ...]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad(), torch.autocast(**self._autocast):
-            return packed.of(self._norm(self._input))
-
-
-class _View:
-    """How a tensor lies in the storage of the norm's contiguous output."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.size = tensor.size()
-        self.stride = tensor.stride()
-        self.offset = tensor.storage_offset()
-
-    def of(self, tensor: Tensor) -> Tensor:
-        return tensor.contiguous().as_strided(self.size, self.stride, self.offset)
+            return self._norm(self._input).contiguous().as_strided(*packed)

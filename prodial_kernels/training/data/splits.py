@@ -169,18 +169,10 @@ def load_documents(
 def read_whole(
     source: SourceName, *, max_bytes: int | None = None, suffixes: Sequence[str] | None = None
 ) -> WholeData:
-    """Load data to evaluate on, without splitting it, and say what reading changed.
+    """Load data to evaluate on, in a fixed pseudo-random order, and say what reading changed.
 
-    Args:
-        source: As for :func:`load_documents`. Of a hub data set, its validation or test split.
-        max_bytes: As for :func:`load_documents`.
-        suffixes: As for :func:`load_documents`.
-
-    Returns:
-        The examples, in a fixed pseudo-random order, and the notes.
-
-    Raises:
-        DataError: Nothing usable at the source.
+    Arguments and DataError are those of :func:`load_documents`; nothing is split, and of a hub data
+    set it is the validation or test split.
     """
     candidates = _whole(source, suffixes)
     examples = _take(candidates, _order(candidates), max_bytes)
