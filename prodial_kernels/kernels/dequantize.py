@@ -3,6 +3,9 @@
 The bits are those of the PyTorch code in :mod:`prodial_kernels.quantization`, which defines them:
 the same fp32 operations in the same order, one rounding to the output's dtype. So no product may be
 fused with a sum into one rounding.
+
+Stored tensors are contiguous, and as the kernels' docstrings give them. ``out`` is a contiguous
+[N, K] in ``dtype``, of 16 or 32 bits, to write to; None for a new tensor.
 """
 
 from collections.abc import Hashable
@@ -103,18 +106,10 @@ def dequantize_nf4(
     blocksize: int,
     nested_blocksize: int,
 ) -> Tensor:
-    """Return the dense weight [N, K].
+    """Return the dense weight [N, K], of the ``shape``.
 
-    Args:
-        codes: [⌈N · K / 2⌉, 1] uint8, two weights a byte, contiguous.
-        absmax: A scale per block, fp32; uint8 with ``nested``.
-        table: [16] fp32.
-        nested: Of the scales: their scales, table [256] and offset, fp32.
-        out: Contiguous [N, K] in ``dtype`` to write to; None for a new tensor.
-        shape: N, K.
-        dtype: Of 16 or 32 bits.
-        blocksize: Weights of a block: a power of two.
-        nested_blocksize: Scales of a block of them.
+    A block has ``blocksize`` weights, a power of two. ``nested`` is of the scales, which then are
+    uint8: their own scales, a table [256] and an offset, for blocks of ``nested_blocksize``.
     """
     tensors = (codes, absmax, table, *(nested or (None, None, None)))
     options = (blocksize, nested_blocksize if nested else 0)
@@ -129,29 +124,14 @@ def dequantize_int8(
     dtype: torch.dtype,
     step: float,
 ) -> Tensor:
-    """Return ``codes · scale · step``, [N, K].
-
-    Args:
-        codes: [N, K] int8, contiguous.
-        scale: [N] fp32.
-        out: Contiguous [N, K] in ``dtype`` to write to; None for a new tensor.
-        dtype: Of 16 or 32 bits.
-        step: What every weight is multiplied by, after ``scale``.
-    """
+    """Return ``(codes · scale) · step``: [N, K] int8, [N] fp32 -> [N, K]."""
     return _written(_launch_eight_bit, (codes, scale), out, (codes.shape, dtype, step, False))
 
 
 def dequantize_fp8(
     codes: Tensor, scale: Tensor, out: Tensor | None, *, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``codes · scale``, [N, K].
-
-    Args:
-        codes: [N, K] float8_e4m3fn, contiguous.
-        scale: [⌈N / 128⌉, ⌈K / 128⌉] fp32, contiguous.
-        out: Contiguous [N, K] in ``dtype`` to write to; None for a new tensor.
-        dtype: Of 16 or 32 bits.
-    """
+    """Return ``codes · scale``: [N, K] float8_e4m3fn, [⌈N / 128⌉, ⌈K / 128⌉] fp32 -> [N, K]."""
     tensors = (codes.view(torch.uint8), scale)
     return _written(_launch_eight_bit, tensors, out, (codes.shape, dtype, 1.0, True))
 

@@ -87,11 +87,7 @@ def tokens_of(matrix: Tensor) -> Tensor:
 def add_low_rank(y: Tensor, x: Tensor, operands: Operands, alpha: float) -> Tensor:
     """``Y += α X Aᵀ Bᵀ`` in place; return H = X Aᵀ [M, padded R].
 
-    Args:
-        y: Y, [M, N] or channel-first [b, N, l].
-        x: X, [M, K] or channel-first [b, K, l].
-        operands: With A and B.
-        alpha: α.
+    Y is [M, N] or channel-first [b, N, l], X [M, K] or channel-first [b, K, l].
     """
     lora_a, lora_b = _low_rank(operands)
     spare = padded_rank(lora_a.shape[0]) - lora_a.shape[0]

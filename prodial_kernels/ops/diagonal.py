@@ -13,18 +13,11 @@ from prodial_kernels.ops.products import wide_product
 
 
 def deviation(blocks: Tensor, diagonal: str) -> Tensor:
-    """Return E = D_b − I for the trained blocks D_a.
+    """Return E = D_b − I for the trained blocks D_a, [n_blocks, P, P], in their dtype.
 
     ``"relu"`` is Eq. 7, ``D_b = [I − relu(I∘D_a)] + (1−I)∘D_a``; ``"free"`` is ``D_b = I + D_a``.
     The relu's subgradient at 0 is 1 (PyTorch's own is 0, which would freeze a diagonal that
     starts at 0 for ever). Differentiable by autograd.
-
-    Args:
-        blocks: D_a, [n_blocks, P, P].
-        diagonal: ``"relu"`` or ``"free"``.
-
-    Returns:
-        E, [n_blocks, P, P], dtype of ``blocks``.
     """
     if diagonal == "free":
         return blocks
@@ -43,18 +36,10 @@ def deviation_backward(grad_deviation: Tensor, blocks: Tensor, diagonal: str) ->
 
 
 def rotate(x: Tensor, deviation: Tensor, *, transpose: bool = False) -> Tensor:
-    """Apply D_b = I + E block by block to the last axis of ``x``.
+    """Apply D_b = I + E block by block to the last axis of ``x``, [..., n_blocks · P].
 
     ``transpose=False`` computes ``U = X D_bᵀ`` (forward), ``transpose=True`` computes
-    ``dX = dU D_b`` (backward).
-
-    Args:
-        x: [..., K] with K = n_blocks · P.
-        deviation: E, [n_blocks, P, P], any floating dtype.
-        transpose: Which of the two products.
-
-    Returns:
-        [..., K], dtype of ``x``.
+    ``dX = dU D_b`` (backward), in the dtype of ``x``. E is [n_blocks, P, P] in any floating dtype.
     """
     n_blocks, block_size, _ = deviation.shape
     if block_size == 1:

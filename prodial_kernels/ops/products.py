@@ -7,14 +7,10 @@ from torch import Tensor
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right`` in fp32, of fp64 operands in fp64.
+    """Return ``left @ right`` in fp32, of fp64 operands in fp64; one product or a batch of them.
 
     Sums over many tokens can leave fp16's range, and bf16 would keep 8 bits of each; the gradients
     that they become are fp32 where the masters are.
-
-    Args:
-        left: [N, M] or [b, N, M].
-        right: [M, K] or [b, M, K], in the dtype of ``left``.
     """
     half = left.dtype in (torch.float16, torch.bfloat16)
     if left.is_cuda and half and torch.version.hip is None and left.numel():

@@ -63,13 +63,8 @@ class OutputHead:
 def find_head(model: nn.Module) -> OutputHead:
     """Find the head of a model of transformers or mamba_ssm and how the model scales its output.
 
-    The model runs once, on eight tokens, without gradients.
-
-    Args:
-        model: A causal language model, on its device.
-
-    Raises:
-        HeadError: There is no head that can be taken out; the message says why.
+    The model runs once, on eight tokens, without gradients. HeadError says why where there is no
+    head that can be taken out.
     """
     layer = _last_layer(model)
     ids, values = _probe(next(model.parameters()).device)
@@ -84,9 +79,6 @@ def head_obstacle(model: nn.Module) -> str | None:
     Of a model on the ``meta`` device only what lies behind its base model runs: what other models'
     blocks do may depend on values. Where even that needs them, the answer is None, and
     :func:`find_head` tells when the weights are there.
-
-    Args:
-        model: A causal language model, on any device.
     """
     try:
         if not next(model.parameters()).is_meta:

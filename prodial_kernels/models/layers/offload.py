@@ -14,17 +14,10 @@ from prodial_kernels.models.layers.blocks import blocks_of
 
 @contextmanager
 def blocks_on_demand(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a model on the CPU run on a device, forward only.
+    """Let a model on the CPU run on a device, forward only; ValueError without a list of blocks.
 
     What is not in a block (embedding, last norm, head) is on the device meanwhile; each block comes
     when it is called and goes again. Afterwards everything is on the CPU.
-
-    Args:
-        model: A model with a list of blocks, on the CPU.
-        device: Where to run it.
-
-    Raises:
-        ValueError: The model has no list of blocks.
     """
     blocks = blocks_of(model)
     home = torch.device("cpu")

@@ -85,11 +85,8 @@ def check_numbers(tensors: TensorFiles, state: Mapping[str, torch.Tensor]) -> No
     """Raise ValueError unless all that became floating-point weights was stored as such numbers.
 
     transformers casts integers, booleans and complex numbers too, and drops what it loses by that.
-    The message names the tensor.
-
-    Args:
-        tensors: Of the checkpoint.
-        state: The loaded model's own tensors, by the names that they have there.
+    The message names the tensor. ``state`` holds the loaded model's own tensors by the names that
+    they have there.
     """
     for name in tensors:
         own = state.get(name)

@@ -179,12 +179,7 @@ def is_stored_quantized(name: str) -> bool:
 def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model that :func:`load_model` would load, on the ``meta`` device: shapes only.
 
-    Args:
-        name: As for :func:`load_model`.
-        dtype: Dtype of its weights.
-
-    Raises:
-        ModelError: There is no such model, or its configuration cannot be read.
+    ModelError where there is no such model, or its configuration cannot be read.
     """
     config = _read_config(name)
     try:

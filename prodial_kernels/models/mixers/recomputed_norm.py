@@ -28,14 +28,11 @@ _TAKEN = ("x", "weight", "bias", "eps"), {"out_dtype", "is_rms_norm"}
 
 
 def norm_recomputation(hidden: Tensor) -> Callable[[], Tensor] | None:
-    """Return a function that recomputes ``hidden`` bit for bit while its graph is alive, or None.
+    """Return a function that recomputes a mixer's input bit for bit while its graph lives, or None.
 
     None unless ``hidden`` is the first result of mamba_ssm's fused norm, without dropout or a
     second branch, over an fp32 residual sum: a sum that was rounded after the norm read it gives
     other values. None also under hooks on saved tensors, as in checkpointing.
-
-    Args:
-        hidden: The mixer's input, [b, l, d].
     """
     node: Any = hidden.grad_fn
     rule = getattr(type(node), "_forward_cls", None)

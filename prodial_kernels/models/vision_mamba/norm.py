@@ -21,9 +21,7 @@ class AddRMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the normed sum, in the dtype of ``x``, and the sum, in fp32 or wider.
 
-        Args:
-            x: [..., width].
-            residual: The same shape; None for zeros.
+        Both are [..., width], as ``x`` and ``residual`` are, which is None for zeros.
         """
         if x.is_cuda and x.dtype != torch.float64 and find_spec("mamba_ssm") is not None:
             from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
