@@ -29,11 +29,7 @@ def is_plain_name(text: str) -> bool:
 
 
 def compile_pattern(pattern: str, argument: str) -> re.Pattern[str]:
-    """Compile a regular expression that ends on every path.
-
-    Args:
-        pattern: The expression.
-        argument: What messages call it.
+    """Compile a regular expression that ends on every path; messages call it ``argument``.
 
     Raises:
         ValueError: It is no regular expression, or could try more ways than are tried in a moment.

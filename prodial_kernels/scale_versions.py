@@ -24,12 +24,7 @@ def unpickled(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_newer(subject: str, version: int | None) -> None:
-    """Raise ValueError where a layer's state is of a version newer than this package knows.
-
-    Args:
-        subject: What the message calls the state.
-        version: As noted in it; None where there is no note.
-    """
+    """Raise ValueError where a state has a note of a version newer than this package knows."""
     if version is not None and version > NEWEST:
         raise ValueError(
             f"{subject} is of version {version}, and this release of prodial-kernels reads "

@@ -33,11 +33,7 @@ class UpstreamError(RuntimeError):
 
 
 def tested_with(library: str) -> str:
-    """Say which releases of a library are tested and which one this is, as part of a sentence.
-
-    Args:
-        library: A key of :data:`TESTED`.
-    """
+    """Say which releases of one of :data:`TESTED` are, and which one this is, within a sentence."""
     oldest, newest = TESTED[library]
     tested = oldest if oldest == newest else f"{oldest} to {newest}"
     return f"prodial_kernels is tested with {library} {tested}; this is {installed(library)}"

@@ -35,11 +35,7 @@ def check_first_base(saved: Mapping[str, Any], linears: Linears, origin: str) ->
     """Raise AdapterError unless ``linears`` are the layers that ``saved`` describes.
 
     Format 1 kept the shape and 16 values of each adapted weight, and nothing else of the model.
-
-    Args:
-        saved: The file's description of the base.
-        linears: The layers that would be adapted, by dotted path.
-        origin: What the message calls the adapter and its base.
+    ``origin`` is what the message calls the adapter and its base.
     """
     layers: dict[str, Any] = saved["layers"]
     shapes = {path: layer["shape"] for path, layer in layers.items()}

@@ -89,13 +89,7 @@ def joined_numbers(parser: argparse.ArgumentParser, words: Sequence[str]) -> lis
 def unknown_flag(
     parsers: Mapping[str, argparse.ArgumentParser], command: str, words: Sequence[str]
 ) -> str | None:
-    """Return what is wrong with the first flag that a command does not have; None if all are known.
-
-    Args:
-        parsers: The parser of each command.
-        command: The command.
-        words: What follows it.
-    """
+    """Return what is wrong with the first flag that a command does not have; None without one."""
     known = _actions(parsers[command])
     for word in words:
         if word == "--":

@@ -149,23 +149,12 @@ def safetensors_errors(path: Path) -> Iterator[None]:
 
 
 def beside(path: Path, kind: str) -> Path:
-    """Return a name in the directory of ``path`` that no other process will choose.
-
-    Args:
-        path: What is to be written or moved.
-        kind: Last part of the name, such as ``"partial"``.
-    """
+    """Return a name beside ``path`` that no other process will choose; it ends in ``kind``."""
     return path.with_name(f".{path.name}.{process_name()}-{secrets.token_hex(8)}.{kind}")
 
 
 def left_beside(path: Path, kind: str, *, ended: bool = False) -> list[Path]:
-    """Return the paths whose names :func:`beside` gave out for ``path``.
-
-    Args:
-        path: As for :func:`beside`.
-        kind: As for :func:`beside`.
-        ended: Only what is of processes that have ended.
-    """
+    """Return the paths that :func:`beside` gave out; ``ended``: of processes that have ended."""
     if not path.parent.is_dir():
         return []
     form = re.compile(rf"\.{re.escape(path.name)}\.({NAME_FORM})-[0-9a-f]{{16}}\.{kind}")

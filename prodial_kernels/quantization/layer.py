@@ -74,8 +74,7 @@ class QuantizedLinear(nn.Module, ABC):
     def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
         """Do the same bit for bit with a Triton kernel; ``dtype`` has 16 or 32 bits.
 
-        Returns:
-            ``out``, or a new tensor for None.
+        Returns ``out``, or a new tensor for None.
         """
 
     @torch.no_grad()

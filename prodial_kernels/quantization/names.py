@@ -78,12 +78,7 @@ def foreign_format(name: str) -> str | None:
 
 
 def check_dense_dtype(name: str, dtype: str) -> None:
-    """Raise ValueError if a tensor that is to be dense is stored as codes.
-
-    Args:
-        name: Of the tensor.
-        dtype: As safetensors calls it, or PyTorch.
-    """
+    """Raise ValueError if a dense tensor's dtype, named by safetensors or PyTorch, is of codes."""
     called = _NARROW.get(dtype, dtype)
     # A bias of 8 bits is a mask, which old checkpoints hold.
     if called in _NARROW.values() and not name.endswith("bias"):

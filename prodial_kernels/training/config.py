@@ -281,8 +281,7 @@ class FinetuneConfig:
     def resolved(self) -> ResolvedConfig:
         """Fill in every option that is None and has a default; paths become absolute.
 
-        Returns:
-            A configuration that resolves to itself.
+        What comes out resolves to itself.
         """
         preset = self._preset
         values: dict[str, Any] = {"lr": DEFAULT_LR[self.method], **DEFAULTS}
@@ -458,11 +457,7 @@ class ResolvedConfig(FinetuneConfig):
     def optimizer_steps(self, batches_per_epoch: int) -> int:
         """Return the length of the run: ``steps``, or those that ``epochs`` take.
 
-        Args:
-            batches_per_epoch: Micro-batches in one pass over the training data.
-
-        Raises:
-            ConfigError: Neither is given, which :meth:`resolved` does not leave.
+        ConfigError where neither is given, which :meth:`resolved` does not leave.
         """
         if self.steps is not None:
             return self.steps

@@ -78,11 +78,9 @@ def option(default: Any, help: str, **details: Any) -> Any:
 
 
 def options_of(config: type, defaults: Mapping[str, Any]) -> dict[str, Option]:
-    """Return the options of a dataclass by name, in its order.
+    """Return a dataclass's fields, each made by :func:`option`, by name, in its order.
 
-    Args:
-        config: The dataclass, each of whose fields is made by :func:`option`.
-        defaults: What options whose default is None stand for.
+    ``defaults`` are what options whose default is None stand for.
     """
     options = {}
     for each in fields(config):

@@ -19,8 +19,7 @@ _VARIABLES = (VARIABLE, "PYTORCH_CUDA_ALLOC_CONF")
 def grow_segments(environment: MutableMapping[str, str] | None = None) -> None:
     """Ask for growing segments, unless the environment says how they are to be.
 
-    Args:
-        environment: Changed in place; by default that of this process, before CUDA starts.
+    It is changed in place; by default that of this process, before CUDA starts.
     """
     environment = os.environ if environment is None else environment
     given = {name: environment[name] for name in _VARIABLES if environment.get(name)}

@@ -17,11 +17,8 @@ def read_result(
 ) -> FinetuneResult | None:
     """Return the result of the run in a directory; None if it is not finished.
 
-    It is finished when its results, its adapter and its written model are all there.
-
-    Args:
-        folder: The run's directory; it may have been moved since.
-        say: Told of results that cannot be read.
+    It is finished when its results, its adapter and its written model are all there; it may have
+    been moved since. ``say`` is told of results that cannot be read.
     """
     file = folder.results_file
     if not file.is_file():

@@ -132,10 +132,7 @@ def evaluate_examples(
 ) -> LanguageModelMetrics | MultipleChoiceMetrics:
     """Evaluate examples of any one kind with the function for that kind, whose errors it raises.
 
-    Args:
-        scorer: The model, and how it is run.
-        examples: Examples of one kind; DataError where they are of several.
-        max_tokens: Limit for texts; other kinds are scored whole.
+    ``max_tokens`` is for texts; other kinds are scored whole. DataError for several kinds.
     """
     kind = kind_of(examples)
     if kind == "multiple choice":

@@ -55,11 +55,7 @@ class StepChoice:
 
 
 def facts_of(model: nn.Module) -> ModelFacts:
-    """Read off a model, adapted and ready for training, what :func:`decide` asks of it.
-
-    Args:
-        model: A causal language model; on the ``meta`` device too.
-    """
+    """Read off a model, ready for training or on ``meta``, what :func:`decide` asks of it."""
     try:
         random = any(map(draws_numbers, blocks_of(model)))
     except ValueError:

@@ -24,10 +24,6 @@ _LONGEST_FIELD = 1 << 30
 def rows_of(path: Path, findings: Findings) -> Iterator[tuple[str, Any]]:
     """Read the rows of a file by its ending, one of :data:`TABLE_SUFFIXES`.
 
-    Args:
-        path: The file.
-        findings: Told what is changed or guessed.
-
     Yields:
         Where the row is (``rows.csv:7``), and the row.
 

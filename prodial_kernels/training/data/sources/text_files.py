@@ -39,9 +39,7 @@ class NotTextError(DataError):
 def read_text(path: Path, findings: Findings) -> str:
     """Read a UTF-8 file, with line feeds as line ends and without a byte-order mark.
 
-    Args:
-        path: The file.
-        findings: Told what was changed to get that.
+    ``findings`` are told what was changed to get that.
 
     Raises:
         NotTextError: It is of another format or encoding, or holds NUL characters.
