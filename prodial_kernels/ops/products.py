@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``left @ right`` in fp32, of fp64 operands in fp64; one product or a batch of them.
+    """Return [N, M] @ [M, K], or a batch of such, in fp32; of operands in fp64 in fp64.
 
     Sums over many tokens can leave fp16's range, and bf16 would keep 8 bits of each; the gradients
     that they become are fp32 where the masters are.

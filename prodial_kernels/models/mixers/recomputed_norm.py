@@ -28,7 +28,7 @@ _TAKEN = ("x", "weight", "bias", "eps"), {"out_dtype", "is_rms_norm"}
 
 
 def norm_recomputation(hidden: Tensor) -> Callable[[], Tensor] | None:
-    """Return a function that recomputes a mixer's input bit for bit while its graph lives, or None.
+    """Return what recomputes a mixer's input [b, l, d] bit for bit while its graph lives, or None.
 
     None unless ``hidden`` is the first result of mamba_ssm's fused norm, without dropout or a
     second branch, over an fp32 residual sum: a sum that was rounded after the norm read it gives
