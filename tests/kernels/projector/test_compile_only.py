@@ -24,9 +24,10 @@ from support.kernels.uninterpreted import run_uninterpreted
 # What L = X Aᵀ of a channel-first X spills at rank 64 on sm_90 (8 bytes, triton 3.9.0) has not been
 # measured against other tiles.
 SPILLS = {("_output_side_kernel", 64): 80, ("_prepare_kernel", 64): 8}
-# On sm_100 a product of rank 64 without O, on sm_120 three launches of wide blocks or ranks spill a
+# On sm_100 a product of rank 64 in fp16, on sm_120 three launches of wide blocks or ranks spill a
 # little (triton 3.9.0). Nothing has been measured there, so they are left as they are.
-SPILLS_OF = {100: 16, 120: 64}
+SPILLS_ELSEWHERE = {100: {("_gemm_kernel", 64): 16}}
+SPILLS_OF_ALL = {120: 64}
 
 
 def rank_of(cost: dict[str, Any]) -> int | None:
@@ -53,7 +54,9 @@ def broken(cost: dict[str, Any]) -> list[str]:
         wrong.append(cost["error"])
     if cost["shared"] > cost["shared_limit"]:
         wrong.append(f"shared memory {cost['shared']} > {cost['shared_limit']}")
-    if cost["local"] > SPILLS.get((cost["kernel"], rank_of(cost)), SPILLS_OF.get(cost["arch"], 0)):
+    launch = (cost["kernel"], rank_of(cost))
+    spills = SPILLS | SPILLS_ELSEWHERE.get(cost["arch"], {})
+    if cost["local"] > spills.get(launch, SPILLS_OF_ALL.get(cost["arch"], 0)):
         wrong.append(f"spills {cost['local']} bytes")
     if cost["scratch"]:
         wrong.append(f"needs an allocator for {cost['scratch']} bytes")
