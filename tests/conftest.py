@@ -11,6 +11,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors: a second thread only waits, and spins while it does. Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# mamba_ssm's Mamba-2 kernels take one launch configuration instead of minutes of tuning. Read when
+# it is imported, which transformers does as well.
+os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
 
 from pathlib import Path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 
 import pytest
@@ -13,8 +12,6 @@ from prodial_kernels import ProdialConfig, apply_prodial
 from support.models import randomise_adapters
 
 if torch.cuda.is_available():
-    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning. Read at import.
-    os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mamba_ssm  # noqa: F401
