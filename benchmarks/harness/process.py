@@ -49,6 +49,9 @@ class Worker:
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
         # Many of them share the processor's cores.
         environment.setdefault("OMP_NUM_THREADS", "1")
+        # Kernels that libraries tune are tuned once per machine, not once per process. Not for the
+        # process that asks: under MAMBA_DETERMINISTIC, mamba_ssm then tunes where it would not.
+        environment.setdefault("TRITON_CACHE_AUTOTUNING", "1")
         command = [sys.executable, "-m", "benchmarks.harness.worker", "--device", device]
         self._process = subprocess.Popen(
             [*command, "--load", *load], cwd=place, env=environment, text=True,

@@ -6,11 +6,9 @@ import os
 
 # Fifteen processes that compile side by side and start fifteen compilers each would only swap.
 # Kineto's level keeps the profiler's chatter from between the tables. What is measured is what is
-# installed, not what a hub has. Kernels that libraries tune are tuned once per machine, not once
-# per process.
+# installed, not what a hub has.
 SETTINGS = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1", "KINETO_LOG_LEVEL": "5", "HF_HUB_OFFLINE": "1",
-    "TRITON_CACHE_AUTOTUNING": "1",
 }  # fmt: skip
 
 

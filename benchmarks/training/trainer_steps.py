@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -171,6 +172,7 @@ def _load_upstream(settings: Settings) -> None:
     """Import upstream's kernels, and let those that tune themselves choose among a few."""
     if settings.device != "cuda":
         return
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     try:
         import causal_conv1d  # noqa: F401
         import mamba_ssm.ops.selective_scan_interface
