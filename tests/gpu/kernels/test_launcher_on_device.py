@@ -197,17 +197,18 @@ def test_a_recording_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> No
     case = call.case()
 
     def peak(run: Any) -> int:
+        """Bytes asked for: how far a block is rounded up depends on what is cached, by up to 1 MB."""
         run()
         # What a cycle still holds would be given back in the middle.
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
         run()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
     by_triton = peak(lambda: by_jit(case, False, monkeypatch))
-    # One workspace is rounded up to more than its parts are, and lives to the end: 2% measured.
+    # One workspace lives to the end: 2% measured.
     assert peak(lambda: step(case)) <= 1.05 * by_triton
 
 
