@@ -71,12 +71,13 @@ class MissingExtraError(ImportError):
     """A library that comes with an extra of this package is not installed."""
 
 
-def require_cli(user: str, libraries: Sequence[str] = CLI) -> None:
-    """Raise unless libraries of the extra ``cli`` can be imported; none of them is loaded.
+def require_extra(user: str, libraries: Sequence[str] = CLI, *, extra: str = "cli") -> None:
+    """Raise unless libraries of an extra can be imported; none of them is loaded.
 
     Args:
         user: What needs them, as the subject of the error's sentence.
         libraries: Those that it needs.
+        extra: What installs them.
 
     Raises:
         MissingExtraError: Names what is missing, and the command that installs it.
@@ -85,5 +86,5 @@ def require_cli(user: str, libraries: Sequence[str] = CLI) -> None:
     if missing:
         raise MissingExtraError(
             f"{user} needs {', '.join(missing)}, not installed here: "
-            'pip install "prodial-kernels[cli]"'
+            f'pip install "prodial-kernels[{extra}]"'
         )

@@ -25,7 +25,7 @@ from prodial_kernels.cli.messages import (
 )
 from prodial_kernels.cli.paths import adapter_directory, inspected
 from prodial_kernels.training.config import OPTIONS, ConfigError
-from prodial_kernels.upstream import require_cli
+from prodial_kernels.upstream import require_extra
 
 _DESCRIPTION = """\
 Fine-tune Mamba language models through their projectors with ProDiaL, evaluate the result, and
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
-        require_cli(f"prodial {args.command_name}")
+        require_extra(f"prodial {args.command_name}")
         return command.run(args)
     except KeyboardInterrupt as interrupt:
         _complain("interrupted" if not interrupt.args else f"interrupted by {interrupt}")

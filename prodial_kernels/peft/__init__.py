@@ -8,6 +8,7 @@ program that loads an adapter has to import it too.
 PEFT's files are not touched: the name is added to the running process (:mod:`.register`).
 """
 
+import prodial_kernels.peft.available  # noqa: F401  first: it says what to install
 from prodial_kernels.peft.config import ProdialPeftConfig
 from prodial_kernels.peft.convert import load_peft, to_peft
 from prodial_kernels.peft.layer import ProdialPeftLinear

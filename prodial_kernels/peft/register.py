@@ -9,33 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-try:
-    import peft
-except ModuleNotFoundError as error:
-    if error.name != "peft":
-        raise
-    raise ImportError(
-        "prodial_kernels.peft needs PEFT 0.18 or newer; pip install 'peft>=0.18'"
-    ) from error
-
-from packaging.version import Version
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from prodial_kernels import upstream
+from prodial_kernels.peft.available import PEFT_VERSION
 
 NAME = "PRODIAL"
 PREFIX = "prodial_"
 """How the names of an adapter's modules begin in a layer, and of its tensors in a file."""
-
-OLDEST = "0.18"
-
-PEFT_VERSION = Version(peft.__version__)
-
-if Version(OLDEST) > PEFT_VERSION:
-    raise ImportError(
-        f"prodial_kernels.peft needs PEFT {OLDEST} or newer, this is {PEFT_VERSION}; "
-        f"pip install --upgrade 'peft>={OLDEST}'"
-    )
 
 
 def _member() -> PeftType:

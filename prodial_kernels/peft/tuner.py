@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from prodial_kernels.models.adapt.families import adapt_mixers
 from prodial_kernels.models.adapt.snapshot import Snapshot
 from prodial_kernels.module_tree import place, replace_each
+from prodial_kernels.peft.available import PEFT_VERSION
 from prodial_kernels.peft.combine import check_combination, combined_config, fill_combination
 from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
-from prodial_kernels.peft.register import PEFT_VERSION, PREFIX
+from prodial_kernels.peft.register import PREFIX
 from prodial_kernels.peft.targets import NewLayer, check_lora_targets, find_layers
 from prodial_kernels.quantization.model import make_dense
 from prodial_kernels.quantization.saving import release_saving, settle_configuration

@@ -59,7 +59,7 @@ from prodial_kernels.training.scoring.language_model import evaluate_examples
 from prodial_kernels.training.scoring.log_likelihood import Scorer
 from prodial_kernels.training.step.choose import make_step
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
-from prodial_kernels.upstream import require_cli
+from prodial_kernels.upstream import require_extra
 
 
 def finetune(
@@ -100,7 +100,7 @@ def finetune(
         Interrupted: Ctrl-C, SIGTERM or the like; the state is saved.
         OSError: The disk is full, or a file cannot be written; the last saved state is kept.
     """
-    require_cli("finetune()")
+    require_extra("finetune()")
     started = time.perf_counter()
     with StopSignals() as signals:
         config = config.resolved()

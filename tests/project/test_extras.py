@@ -12,7 +12,7 @@ import pytest
 from prodial_kernels.cli import commands
 from prodial_kernels.training import FinetuneConfig, finetune
 from prodial_kernels.training.adapted import load_adapted
-from prodial_kernels.upstream import CLI, MissingExtraError, require_cli
+from prodial_kernels.upstream import CLI, MissingExtraError, require_extra
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYER_ALONE = ROOT / "tests" / "support" / "layer_alone.py"
@@ -66,4 +66,4 @@ def test_a_model_is_loaded_by_transformers_alone(monkeypatch: pytest.MonkeyPatch
 
 
 def test_nothing_is_raised_where_all_are_installed() -> None:
-    require_cli("this test")
+    require_extra("this test")

@@ -48,6 +48,12 @@ def use_layers_and_adapters(directory: str) -> None:
     assert torch.equal(model(x), pretrained)
     prodial.load_adapter(model, directory)
     assert torch.equal(model(x), tuned)
+    said = ""
+    try:
+        import prodial_kernels.peft
+    except ImportError as error:
+        said = str(error)
+    assert 'needs peft, not installed here: pip install "prodial-kernels[peft]"' in said
     prodial.merge_prodial(model)
     torch.testing.assert_close(model(x), tuned)
     prodial.quantize_model(model, "int8")

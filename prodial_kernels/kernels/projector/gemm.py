@@ -74,9 +74,9 @@ def _gemm_kernel(
     stride_left, stride_right, stride_y, batch_left, batch_right, batch_y,
     LAYOUT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X Iᵀ; X is ``left``, V ``right``.
+    """Y = s ⊙ (X V) (+ L Oᵀ) (+ bias), and L = X I; X is ``left``, V ``right``.
 
-    X [M, K], V [K, N], Y [M, N], as ``GemmLayout`` says. Given ``inner``, I [R_PAD, K], every tile
+    X [M, K], V [K, N], Y [M, N], as ``GemmLayout`` says. Given ``inner``, Iᵀ [R_PAD, K], every tile
     computes its rows of L [M, R_PAD] in a second accumulator, and the first column of tiles writes
     them. Given ``outer``, O [N, R_PAD], L Oᵀ is added; L is read if ``inner`` is not given. The
     deviation is s − 1; s and the bias are left out where None.
@@ -282,7 +282,7 @@ def launch_gemm(
         y: Y, which is written: [M, N], or channel-first [M / l, N, l].
         v_transposed: Forward (True) or towards the input (False).
         config: Tile sizes, for [N, M] where the result is channel-first.
-        inner: I, [R_PAD, K]: L = X Iᵀ is computed. R_PAD ≤ MAX_FUSED_RANK; not with ``length``.
+        inner: Iᵀ, [R_PAD, K]: L = X I is computed. R_PAD ≤ MAX_FUSED_RANK; not with ``length``.
         outer: O, [N, R_PAD]: L Oᵀ is added, where R_PAD is too wide for the kernel's epilogue by
             a library product.
         low: L, [M, R_PAD]; needed with ``outer``, unless ``inner`` makes it.

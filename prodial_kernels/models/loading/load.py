@@ -28,7 +28,7 @@ from prodial_kernels.models.loading.source import (
 )
 from prodial_kernels.quantization import QuantizationReport, TensorFiles
 from prodial_kernels.quantization.saving import RESCALING
-from prodial_kernels.upstream import require_cli
+from prodial_kernels.upstream import require_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +84,7 @@ def load_model(
         MissingExtraError: transformers is not installed.
         ModelError: There is no such model, or it cannot be read; the message says what to do.
     """
-    require_cli("loading a model", ("transformers",))
+    require_extra("loading a model", ("transformers",))
     from transformers import AutoConfig, AutoTokenizer
 
     model: Any

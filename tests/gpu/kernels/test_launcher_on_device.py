@@ -197,7 +197,7 @@ def test_a_recording_needs_no_more_memory(monkeypatch: pytest.MonkeyPatch) -> No
     case = call.case()
 
     def peak(run: Any) -> int:
-        """Bytes asked for: how far a block is rounded up depends on what is cached, by up to 1 MB."""
+        """Bytes asked for: up to 1 MB more is taken for each, depending on what is cached."""
         run()
         # What a cycle still holds would be given back in the middle.
         gc.collect()
