@@ -7,7 +7,7 @@ import sys
 
 OTHERS = (
     "transformers", "tokenizers", "huggingface_hub", "tqdm", "matplotlib", "peft", "datasets",
-    "accelerate", "bitsandbytes", "PIL", "yaml",
+    "accelerate", "bitsandbytes", "PIL", "yaml", "packaging",
 )  # fmt: skip
 
 
