@@ -13,8 +13,10 @@ from prodial_kernels import ProdialConfig, apply_prodial
 from support.models import randomise_adapters
 
 if torch.cuda.is_available():
-    # With it, mamba_ssm 2.3.2 tunes for minutes in spite of MAMBA_DETERMINISTIC.
-    assert "TRITON_CACHE_AUTOTUNING" not in os.environ
+    assert "TRITON_CACHE_AUTOTUNING" not in os.environ, (
+        "unset TRITON_CACHE_AUTOTUNING: with it mamba_ssm 2.3.2 tunes for minutes in spite of "
+        "MAMBA_DETERMINISTIC"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mamba_ssm  # noqa: F401
