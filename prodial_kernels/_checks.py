@@ -43,11 +43,16 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError when ``value`` is not one of ``choices``."""
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name} must be one of {listed}, got {value!r}")
+def check_choice(
+    name: str, value: object, choices: Iterable[object], *, error: type[ValueError] = ValueError
+) -> None:
+    """Raise ``error``, which names what may be meant, when ``value`` is not one of ``choices``."""
+    listed = tuple(choices)
+    if value not in listed:
+        raise error(
+            f"{name} must be one of {', '.join(map(repr, listed))}, got {value!r:.60}"
+            f"{did_you_mean(str(value), map(str, listed))}"
+        )
 
 
 def check_integer(name: str, value: object, *, least: int, hint: str = "") -> None:
@@ -122,6 +127,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'NAME'?"``, or nothing."""
     name = closest(word, known)
     return "" if name is None else f"; did you mean {name!r}?"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape the characters that would steer a terminal: a name may come from anybody."""
+    return "".join(
+        c if c in keep or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def similar_path(path: Path) -> str:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
+from prodial_kernels._checks import printable
 from prodial_kernels.cli import options
 from prodial_kernels.cli.messages import (
     explained,
     joined_numbers,
-    printable,
     repeated,
     unexpected,
     unknown_flag,
@@ -344,7 +344,7 @@ def _parser() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _complain(message: str) -> None:
     # It may quote a file from anybody, with control characters in it.
-    _say(f"prodial: error: {printable(message)}")
+    _say("prodial: error: " + printable(message, keep="\n"))
 
 
 def _say(message: str) -> None:

@@ -33,13 +33,6 @@ def explained(error: Exception) -> str:
     return f"{type(error).__name__}: {message} ('--debug' shows where)"
 
 
-def printable(message: str) -> str:
-    """Escape the characters that a terminal would interpret, except line ends."""
-    return "".join(
-        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in message
-    )
-
-
 def flag_of(option: str) -> str:
     """Return the flag that sets an option."""
     return OPTIONS[option].flags[0] if option in OPTIONS else "--" + option.replace("_", "-")

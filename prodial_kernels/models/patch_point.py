@@ -9,7 +9,7 @@ copy of upstream's code, and nothing shared between threads.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from types import CellType, FunctionType
 from typing import Any, Protocol
@@ -30,6 +30,19 @@ class Undo(Protocol):
 
     def remove(self) -> None:
         """Undo the change."""
+
+
+class Changes:
+    """Changes to a model, in the order in which they were made, until :meth:`remove`."""
+
+    def __init__(self, changes: Iterable[Undo] = ()) -> None:
+        """Remember what to undo."""
+        self._changes = [*changes]
+
+    def remove(self) -> None:
+        """Undo them, the last first; a second call does nothing."""
+        while self._changes:
+            self._changes.pop().remove()
 
 
 class AdaptedMixer:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from prodial_kernels._checks import DIAGONALS, IMPLS, option_meant
+from prodial_kernels._checks import DIAGONALS, IMPLS, check_choice, option_meant
 from prodial_kernels.config import PRESETS, Preset, ProdialConfig
 from prodial_kernels.training.options import ConfigError as ConfigError
-from prodial_kernels.training.options import check_choice, checked_value, option, options_of
+from prodial_kernels.training.options import checked_value, option, options_of
 from prodial_kernels.training.sizes import parse_budget
 
 METHODS = ("prodial", "lora", "full")
@@ -239,7 +239,7 @@ class FinetuneConfig:
             object.__setattr__(self, field.name, checked)
         if self.preset is not None:
             if self.preset not in PRESETS:
-                check_choice("preset", self.preset, LANGUAGE_PRESETS)
+                check_choice("`preset`", self.preset, LANGUAGE_PRESETS, error=ConfigError)
             if self.preset not in LANGUAGE_PRESETS:
                 raise ConfigError(
                     f"`preset` {self.preset!r} is for image classification, which is not trained "

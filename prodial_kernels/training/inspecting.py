@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prodial_kernels._checks import printable
 from prodial_kernels.checkpoint import SavedAdapter, read_adapter
 from prodial_kernels.files.json_values import JsonReport
 from prodial_kernels.linear import ADAPTER_PARAMETERS
@@ -76,8 +77,8 @@ class AdapterInspection(JsonReport):
         writer = f"written by prodial-kernels {self.package_version}"
         head = two_columns(
             [
-                ("adapter", _printable(f"{self.path} ({writer})")),
-                ("base model", _printable(str(self.base_model or "not named"))),
+                ("adapter", printable(f"{self.path} ({writer})")),
+                ("base model", printable(str(self.base_model or "not named"))),
                 ("configuration", settings),
                 ("parameters", f"{self.trainable:,}"),
             ]
@@ -189,13 +190,8 @@ def _cells(layer: LayerStatistics) -> tuple[str, ...]:
 
     blocks = f"{layer.n_blocks} of {layer.block_size}×{layer.block_size}" if layer.n_blocks else ""
     return (
-        _printable(layer.module), f"{layer.trainable:,}", blocks,
+        printable(layer.module), f"{layer.trainable:,}", blocks,
         number(layer.diagonal_mean), number(layer.diagonal_max),
         number(layer.scale_mean), number(layer.scale_max),
         "" if layer.r is None else str(layer.r), number(layer.lora_norm),
     )  # fmt: skip
-
-
-def _printable(text: str) -> str:
-    """Write characters that would steer a terminal as escapes: an adapter may come from anybody."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

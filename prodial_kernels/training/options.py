@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from prodial_kernels._checks import did_you_mean
+from prodial_kernels._checks import check_choice
 
 
 class ConfigError(ValueError):
@@ -128,22 +128,12 @@ def checked_value(option: Option, value: Any, *, required: bool = False) -> Any:
         others = ", or one for each target" if "Mapping" in option.type else ""
         raise ConfigError(f"`{name}` must be {_EXPECTED[expected]}{others}, got {_shown(value)}")
     if option.choices is not None:
-        check_choice(name, value, option.choices)
+        check_choice(f"`{name}`", value, option.choices, error=ConfigError)
     elif isinstance(value, str) and not value.strip():
         raise ConfigError(f"`{name}` must not be empty")
     if expected in ("int", "float"):
         _check_range(option, value)
     return float(value) if expected == "float" else value
-
-
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise ConfigError, which names what may be meant, unless a value is one of ``choices``."""
-    listed = tuple(choices)
-    if value not in listed:
-        raise ConfigError(
-            f"`{name}` must be one of {', '.join(map(repr, listed))}, got {value!r:.60}"
-            f"{did_you_mean(str(value), listed)}"
-        )
 
 
 def _fits(value: Any, expected: str) -> bool:

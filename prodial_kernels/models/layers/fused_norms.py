@@ -26,7 +26,7 @@ from prodial_kernels.models.layers.blocks import (
 )
 from prodial_kernels.models.mixers.arguments import split_first
 from prodial_kernels.models.mixers.hf import recognises
-from prodial_kernels.models.patch_point import AdaptedMixer, Undo, View
+from prodial_kernels.models.patch_point import AdaptedMixer, Changes, Undo, View
 from prodial_kernels.ops.autocast import autocast_off
 
 KERNEL_ON = ("cuda",)
@@ -44,7 +44,7 @@ _COMPARED = (
 )
 
 
-class FusedNorms:
+class FusedNorms(Changes):
     """Norms that run fused, until :meth:`remove`; prints as a line."""
 
     def __init__(
@@ -57,8 +57,8 @@ class FusedNorms:
             changes: What was done to norms and blocks, in that order.
             refused: Names of modules that look like such a norm and compute something else.
         """
+        super().__init__(changes)
         self._count = count
-        self._changes = [*changes]
         self.refused = tuple(refused)
 
     def __len__(self) -> int:
@@ -71,11 +71,6 @@ class FusedNorms:
             names = ", ".join(self.refused[:3]) + (", …" if len(self.refused) > 3 else "")
             text += f"; {len(self.refused)} of another formula are left as they are: {names}"
         return text
-
-    def remove(self) -> None:
-        """Give every norm its own forward back; a second call does nothing."""
-        while self._changes:
-            self._changes.pop().remove()
 
 
 def fuse_norms(model: nn.Module) -> FusedNorms:

@@ -34,7 +34,7 @@ from prodial_kernels.models.layers.blocks import (
 from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms, is_fused
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import RECOMPUTE_XZ
-from prodial_kernels.models.patch_point import AdaptedMixer, Undo, View
+from prodial_kernels.models.patch_point import AdaptedMixer, Changes, Undo, View
 
 KEEP, NORM, RECOMPUTE, CHECKPOINT = "keep", "norm", "recompute", "checkpoint"
 LEVELS = (KEEP, NORM, RECOMPUTE, CHECKPOINT)
@@ -48,12 +48,8 @@ LEVEL_TEXTS = {
 }
 
 
-class AppliedLevels:
+class AppliedLevels(Changes):
     """Levels that a model's blocks have, until :meth:`remove`."""
-
-    def __init__(self, changes: Sequence[Undo]) -> None:
-        """Remember what to undo, in the order in which it was done."""
-        self._changes = list(changes)
 
     def __enter__(self) -> AppliedLevels:
         """Leave the levels on for a block of code."""
@@ -62,11 +58,6 @@ class AppliedLevels:
     def __exit__(self, *_: object) -> None:
         """Take them off."""
         self.remove()
-
-    def remove(self) -> None:
-        """Give every block back what it was; a second call does nothing."""
-        while self._changes:
-            self._changes.pop().remove()
 
 
 def prepare_blocks(

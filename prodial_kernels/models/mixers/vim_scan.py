@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels._checks import check_choice
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.projection import is_explicit
 from prodial_kernels.models.mixers.selective_scan import (
@@ -55,8 +56,7 @@ def directed_scan(mixer: Any, xz: Tensor, direction: Direction, scan: str = "aut
         RuntimeError: The CUDA functions are wanted and not installed.
         ValueError: An unknown ``scan``.
     """
-    if scan not in SCANS:
-        raise ValueError(f"scan must be one of {SCANS}, got {scan!r}")
+    check_choice("scan", scan, SCANS)
     if scan == "torch" or (scan == "auto" and not xz.is_cuda):
         return _torch_scan(mixer, xz, direction)
     if not kernels_available():

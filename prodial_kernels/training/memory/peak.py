@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
+from prodial_kernels._checks import check_choice
 from prodial_kernels.training.memory.activations import Tokens, kept, workspace
 from prodial_kernels.training.memory.shapes import ModelShape
 
@@ -55,8 +56,7 @@ class Job:
             ("optimizer", self.optimizer, tuple(_STATES)),
             ("loss", self.loss, ("full", "chunked", "liger")),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+            check_choice(name, value, known)
         for name in ("batch", "length", "itemsize", "loss_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

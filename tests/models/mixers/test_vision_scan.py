@@ -165,7 +165,7 @@ def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("scan", "message"),
     [
-        ("triton", r"scan must be one of \('auto', 'cuda', 'torch'\), got 'triton'"),
+        ("triton", r"scan must be one of 'auto', 'cuda', 'torch', got 'triton'"),
         ("cuda", 'needs causal-conv1d and mamba-ssm; install them .* or pass scan="torch"'),
     ],
 )
