@@ -36,6 +36,7 @@ examples:
   prodial finetune                      a small pretrained Mamba-2 on Python's own source code
   prodial finetune --model DIR --data notes.txt --steps 500 --output my-run
   prodial evaluate --model DIR --adapter my-run/adapter --data notes.txt
+  prodial generate --model DIR --adapter my-run/adapter --prompt "Once upon"
   prodial merge --model DIR --adapter my-run/adapter --output merged-model
   prodial inspect my-run/adapter
   prodial convert my-run/adapter --to peft --output peft-adapter
@@ -63,6 +64,16 @@ examples:
   prodial evaluate --adapter prodial-output/adapter       the same with an adapter
   prodial evaluate --model prodial-output/merged --data questions.jsonl
   prodial evaluate --model DIR --lm-eval hellaswag arc_easy --limit 100"""
+
+_GENERATE_EXAMPLES = """\
+The text goes to standard output as it comes, all else to standard error. Each token is the one that
+a forward pass over the whole text gives, also for models whose caches change what they compute.
+
+examples:
+  prodial generate --prompt "def main("                   the embedded model
+  prodial generate --adapter my-run/adapter --prompt "Q: What is 2 + 2? A:" --temperature 0.7
+  prodial generate --model DIR --adapter my-run/adapter --chat            a conversation
+  cat text | prodial generate --model my-run/merged --max-new-tokens 64"""
 
 _MERGE_EXAMPLES = """\
 example:
@@ -207,6 +218,36 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _generate(args: argparse.Namespace) -> int:
+    from prodial_kernels.cli.conversation import converse, prompt_given, show
+    from prodial_kernels.training.adapted import load_adapted
+    from prodial_kernels.training.generating import Sampling, generate
+    from prodial_kernels.training.run.implementation import implementation_of
+
+    values = vars(args)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    # Before the model is loaded, which may take minutes.
+    prompt = prompt_given(values)
+    adapter = adapter_directory(args.adapter) if "adapter" in args else None
+    _quiet_transformers()
+    loaded = load_adapted(
+        values.get("model"), adapter, impl=values.get("impl"), **_placement(values)
+    )
+    implementation = implementation_of(loaded.model)
+    if implementation is not None:
+        _say(f"projectors run by {implementation}")
+    if prompt is None:
+        converse(loaded, sampling, system=values.get("system"), say=_say)
+        return 0
+    generation = generate(
+        loaded.model, loaded.tokenizer, prompt, sampling, on_text=None if "json" in args else show
+    )
+    print(generation.to_json() if "json" in args else "", flush=True)
+    for line in (*generation.notes, generation.summary):
+        _say(line)
+    return 0
+
+
 def _placement(values: Mapping[str, object]) -> dict[str, Any]:
     """Return where and in which formats the base model is to be."""
     names = ("device", "dtype", "quantize")
@@ -275,6 +316,11 @@ COMMANDS = {
         "[options]",
         "evaluate a model, with or without an adapter",
         _EVALUATE_EXAMPLES, options.add_evaluate_options, _evaluate,
+    ),
+    "generate": _Command(
+        "[options]",
+        "let a model go on with a text, or converse with it",
+        _GENERATE_EXAMPLES, options.add_generate_options, _generate,
     ),
     "merge": _Command(
         "--adapter DIR --output DIR [options]",

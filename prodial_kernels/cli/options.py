@@ -85,6 +85,39 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     _add_device_options(parser)
 
 
+def add_generate_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prodial generate``."""
+    add_option(parser, "model", shown="the adapter's base model, or embedded")
+    _add_adapter(parser, required=False)
+    text = parser.add_argument_group("what to go on with")
+    text.add_argument("--prompt", metavar="TEXT", help="a text (what comes on standard input)")
+    text.add_argument(
+        "--chat", action="store_true",
+        help="the prompt is a user's turn, in the tokenizer's chat template; on a terminal without "
+        "--prompt: a conversation, turn by turn",
+    )  # fmt: skip
+    text.add_argument("--system", metavar="TEXT", help="with --chat: what stands before it")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--max-new-tokens", type=at_least(1, count), default=256, metavar="N",
+        help="stop after so many tokens, if no end token comes before (256)",
+    )  # fmt: skip
+    how.add_argument(
+        "--temperature", type=number, default=0.0, metavar="T",
+        help="0 takes the likeliest token; above, tokens are drawn (0)",
+    )  # fmt: skip
+    how.add_argument(
+        "--top-p", type=number, default=1.0, metavar="P",
+        help="draw from the likeliest tokens that together have this probability (1)",
+    )  # fmt: skip
+    how.add_argument("--seed", type=integer, default=0, metavar="N", help="of the drawing (0)")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON, at the end, instead of text as it comes"
+    )
+    add_option(parser, "impl")
+    _add_device_options(parser)
+
+
 def add_merge_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``prodial merge``."""
     add_option(parser, "model", shown="the adapter's base model")

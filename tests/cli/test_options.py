@@ -22,6 +22,8 @@ FROZEN = {
     "--impl --quantize --device --dtype --eval-every --save-every --log-every --config",
     "evaluate": "--model --adapter --data --split --max-tokens --seq-len --batch-size --lm-eval "
     "--num-fewshot --limit --json --impl --quantize --device --dtype",
+    "generate": "--model --adapter --prompt --chat --system --max-new-tokens --temperature --top-p "
+    "--seed --json --impl --quantize --device --dtype",
     "merge": "--model --adapter --output --force --quantize --device --dtype",
     "inspect": f"--json {ADAPTER}",
     "convert": "--to --output --model",

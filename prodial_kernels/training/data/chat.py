@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prodial_kernels.training.data.examples import (
     Conversation,
     DataError,
+    Message,
     MultipleChoice,
     PromptCompletion,
 )
@@ -41,6 +42,23 @@ def rendered(
     return out
 
 
+def prompt_of(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the template makes of turns, with the beginning of the assistant's next one.
+
+    A BOS that the tokenizer puts before every text by itself is left out, as in :func:`rendered`.
+
+    Raises:
+        DataError: The tokenizer has no chat template, or its template does not take the turns.
+    """
+    turns = [message._asdict() for message in messages]
+    return _without_bos(_text(turns, 1, tokenizer, add_generation_prompt=True), tokenizer)
+
+
+def _without_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    # The tokenizer begins every text with it by itself.
+    return text.removeprefix(str(tokenizer.bos_token)) if leading_tokens(tokenizer) else text
+
+
 def _turns(
     conversation: Conversation, number: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterable[PromptCompletion]:
@@ -60,11 +78,8 @@ def _turns(
         stripped = completion.rstrip()
         if tokenizer.eos_token and stripped.endswith(tokenizer.eos_token):
             completion = stripped.removesuffix(tokenizer.eos_token)
-        if leading_tokens(tokenizer):
-            # The tokenizer begins every text with it by itself.
-            prompt = prompt.removeprefix(str(tokenizer.bos_token))
         if completion.strip():
-            yield PromptCompletion(prompt, completion)
+            yield PromptCompletion(_without_bos(prompt, tokenizer), completion)
 
 
 def _text(
