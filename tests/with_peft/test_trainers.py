@@ -11,7 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 import prodial_kernels.peft
@@ -105,6 +110,16 @@ def test_both_methods_in_one_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(logits(resumed.model, IDS), logits(whole.model, IDS))
 
 
+def test_flattened_rows_end_a_trainer(tmp_path: Path) -> None:
+    model = fresh()
+    arguments = TrainingArguments(str(tmp_path), **QUIET, max_steps=1)
+    flattening = DataCollatorWithFlattening(return_seq_idx=True)
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in ROWS]
+    packing = Trainer(model, arguments, train_dataset=rows, data_collator=flattening)
+    with pytest.raises(ValueError, match="run into the next"):
+        packing.train()
+
+
 # --- TRL, which the tests' dependencies do not include. ------------------------------------------
 
 
@@ -126,17 +141,27 @@ def base(tmp_path: Path) -> Path:
 TRL_QUIET = {**QUIET, "max_steps": 2, "max_length": 32, "bf16": False, "learning_rate": 1e-2}
 
 
-def sft(trl: Any, datasets: Any, base: Path, folder: Path) -> Any:
+def sft(trl: Any, datasets: Any, base: Path, folder: Path, **options: Any) -> Any:
     rows = datasets.Dataset.from_dict({"text": [f"the number {i}" for i in range(4)]})
     made = trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(base),
-        args=trl.SFTConfig(str(folder), **TRL_QUIET),
+        args=trl.SFTConfig(str(folder), **{**TRL_QUIET, **options}),
         train_dataset=rows,
         processing_class=byte_tokenizer(),
         peft_config=config(task_type="CAUSAL_LM"),
     )
     made.train()
     return made
+
+
+# It warns that packing needs an attention that splits rows; nothing does for a recurrence.
+@pytest.mark.filterwarnings("ignore:.*(flash|Flash|attention implementation)")
+@pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_packed_rows_that_would_leak_end_a_trainer_of_trl(
+    trl: Any, datasets: Any, base: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="run into the next"):
+        sft(trl, datasets, base, tmp_path / "sft", **options)
 
 
 def dpo(trl: Any, datasets: Any, model: Any, folder: Path, **options: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 
 from prodial_kernels import upstream
 from prodial_kernels.models.adapt.targets import Target
+from prodial_kernels.models.layers.packed_rows import guard_packed_rows
 from prodial_kernels.models.mixers import hf, mamba_ssm, vim
 from prodial_kernels.models.mixers.structure import weight_reads
 from prodial_kernels.models.patch_point import Undo
@@ -72,5 +73,9 @@ def _release(cls: type[nn.Module]) -> str:
 
 
 def adapt_mixers(model: nn.Module) -> list[Undo]:
-    """Let every known mixer call its adapted projectors; return what undoes it."""
-    return [undo for family in FAMILIES for undo in family.adapt(model)]
+    """Let every known mixer call its adapted projectors; return what undoes it.
+
+    Rows of several documents that the model would mix up are refused from then on.
+    """
+    mixers = [undo for family in FAMILIES for undo in family.adapt(model)]
+    return [*mixers, *guard_packed_rows(model)]

@@ -25,11 +25,20 @@ class Batch(NamedTuple):
             learned. They are **not** shifted: causal language models of transformers shift.
         seq_idx: int32 ``[batch, length]``: which document of its row a token belongs to, for models
             that reset their state where it changes; None where rows are one sequence each.
+        position_ids: int64 ``[batch, length]``: where in its document a token stands, for models
+            with attention, which keep documents apart by that; None for any other.
     """
 
     input_ids: Tensor
     labels: Tensor
     seq_idx: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    @property
+    def apart(self) -> dict[str, Tensor]:
+        """What the model is given beside the ids to keep documents apart, by its names."""
+        given = {"seq_idx": self.seq_idx, "position_ids": self.position_ids}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)

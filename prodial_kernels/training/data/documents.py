@@ -2,20 +2,20 @@
 
 Windows of a stream (``packing.py``) let the state run from a document into the next, with only EOS
 between them. Here every document is a sequence of its own. Short ones share a window where the
-model resets its state between them (``seq_idx``: Mamba-2 of mamba_ssm), so that nothing is padded;
-else each is padded by itself.
+model keeps them apart (``models/layers/packed_rows.py``), so that hardly anything is padded; else
+each is padded by itself.
 """
 
 from __future__ import annotations
 
-import inspect
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from prodial_kernels.models.layers.packed_rows import POSITIONS
 from prodial_kernels.training.data.batches import (
     IGNORED,
     Batch,
@@ -31,34 +31,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def resets_state(model: nn.Module) -> bool:
-    """Whether every sequence mixer of a model takes ``seq_idx``, and the model hands it on.
-
-    So do ``Mamba2`` models of mamba_ssm without attention; none of transformers does for all of
-    its mixers.
-    """
-    arguments = inspect.signature(model.forward).parameters.values()
-    hands_on = any(a.kind is a.VAR_KEYWORD or a.name == "seq_idx" for a in arguments)
-    mixers = [m for m in model.modules() if hasattr(m, "in_proj") and hasattr(m, "out_proj")]
-    return (
-        hands_on
-        and bool(mixers)
-        and all("seq_idx" in inspect.signature(type(m).forward).parameters for m in mixers)
-    )
-
-
 class SharedWindows(TrainingBatches):
     """Whole documents side by side in windows of one length, marked by ``seq_idx``.
 
     Which documents share a window is decided once, by best fit; the windows come in a new random
     order every epoch. A window's end that no document fits is padding, without labels.
 
-    A batch has int64 ``[batch_size, seq_len]`` twice, and ``seq_idx``, int32 of that shape. A
-    document's first token is no label: what precedes it is another document's.
+    A batch has int64 ``[batch_size, seq_len]`` twice, and ``seq_idx``, int32 of that shape, and
+    where it is asked for ``position_ids``. A document's first token is no label: what precedes it
+    is another document's.
     """
 
     def __init__(
-        self, pieces: Sequence[Tensor], sizes: BatchSizes, notes: Sequence[str] = ()
+        self,
+        pieces: Sequence[Tensor],
+        sizes: BatchSizes,
+        notes: Sequence[str] = (),
+        *,
+        positions: bool = False,
     ) -> None:
         """Put pieces into windows.
 
@@ -66,6 +56,7 @@ class SharedWindows(TrainingBatches):
             pieces: int32 ``[n]`` each, 2 to ``seq_len`` tokens.
             sizes: Of windows and batches.
             notes: What to say of the pieces.
+            positions: Give each token's place in its document too.
 
         Raises:
             DataError: No pieces.
@@ -73,6 +64,7 @@ class SharedWindows(TrainingBatches):
         if not pieces:
             raise DataError("there are no documents of two or more tokens to train on")
         self._pieces = list(pieces)
+        self._positions = positions
         self._windows = best_fit([len(piece) for piece in pieces], sizes.seq_len)
         self._order = EpochOrder(len(self._windows), sizes.seed)
         super().__init__(
@@ -81,13 +73,16 @@ class SharedWindows(TrainingBatches):
 
     def _identity(self) -> tuple[str, tuple[object, ...], tuple[Tensor, ...]]:
         lengths = torch.tensor([len(piece) for piece in self._pieces])
-        return "shared", (), (torch.cat(self._pieces), lengths)
+        # Written only where it says something, so that runs begun without it can be continued.
+        options = ("position_ids",) if self._positions else ()
+        return "shared", options, (torch.cat(self._pieces), lengths)
 
     def _batch(self, step: int) -> Batch:
         shape = (self.sizes.batch_size, self.sizes.seq_len)
         input_ids = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED)
         seq_idx = torch.zeros(shape, dtype=torch.int32)
+        positions = torch.zeros(shape, dtype=torch.int64) if self._positions else None
         for row in range(shape[0]):
             at = 0
             window = self._windows[self._order.index(step * shape[0] + row)]
@@ -98,8 +93,10 @@ class SharedWindows(TrainingBatches):
                 labels[row, at + 1 : end] = ids[1:]
                 # Padding belongs to the last document, behind all of it.
                 seq_idx[row, at:] = place
+                if positions is not None:
+                    positions[row, at:] = torch.arange(shape[1] - at)
                 at = end
-        return Batch(input_ids, labels, seq_idx)
+        return Batch(input_ids, labels, seq_idx, positions)
 
 
 def separate_documents(
@@ -107,7 +104,7 @@ def separate_documents(
     tokenizer: PreTrainedTokenizerBase,
     sizes: BatchSizes,
     *,
-    shared: bool = False,
+    apart: Collection[str] = (),
 ) -> SharedWindows | PaddedBatches:
     """Make batches of documents that do not see each other.
 
@@ -118,8 +115,8 @@ def separate_documents(
         documents: Texts.
         tokenizer: Has an EOS token.
         sizes: Of sequences and batches.
-        shared: Let short documents share windows; only for models that :func:`resets_state`
-            answers True for.
+        apart: What keeps documents of one window apart in the model (``arguments_apart`` in
+            ``models/layers/packed_rows.py``); if nothing does, each is padded by itself.
 
     Raises:
         DataError: No text, or a tokenizer without an EOS token.
@@ -135,8 +132,8 @@ def separate_documents(
             f"{longer:,} of {len(cut):,} texts were longer than seq_len {seq_len} and were cut "
             "into pieces that do not see each other"
         )
-    if shared:
-        return SharedWindows(pieces, sizes, notes)
+    if apart:
+        return SharedWindows(pieces, sizes, notes, positions=POSITIONS in apart)
     pairs = [EncodedPair(piece[:1], piece[1:]) for piece in pieces]
     return PaddedBatches(pairs, sizes, pad_token=eos_token(tokenizer), notes=notes)
 

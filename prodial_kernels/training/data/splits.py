@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -194,7 +194,7 @@ def make_batches(
     seed: int = 0,
     mask_prompt: bool = True,
     packing: str = "stream",
-    resets: bool = False,
+    apart: Collection[str] = (),
 ) -> TrainingBatches:
     """Tokenise examples and arrange them into training batches.
 
@@ -209,8 +209,8 @@ def make_batches(
         mask_prompt: Train on the completion or choice only, not on what it follows. Not used for
             texts.
         packing: Of texts: ``"stream"`` joins them, ``"documents"`` keeps them apart.
-        resets: Whether the model resets its state between documents of one window (see
-            ``documents.resets_state``); if not, ``"documents"`` pads.
+        apart: What keeps documents of one window apart in the model (see ``packed_rows.py``); if
+            nothing does, ``"documents"`` pads.
 
     Raises:
         DataError: No examples, more than one kind, or too little text for one window.
@@ -220,7 +220,7 @@ def make_batches(
     if kind_of(examples) == "text":
         texts = [example for example in examples if isinstance(example, str)]
         if packing == "documents":
-            return separate_documents(texts, tokenizer, sizes, shared=resets)
+            return separate_documents(texts, tokenizer, sizes, apart=apart)
         return PackedBatches.from_documents(texts, tokenizer, sizes)
     rows = rendered([example for example in examples if not isinstance(example, str)], tokenizer)
     return PaddedBatches.from_examples(rows, tokenizer, sizes, mask_prompt=mask_prompt)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from prodial_kernels.checkpoint import model_fingerprint
+from prodial_kernels.models.layers.packed_rows import arguments_apart
 from prodial_kernels.models.layers.recompute import AppliedLevels, prepare_blocks
 from prodial_kernels.models.loading.load import (
     LoadedModel,
@@ -18,7 +19,6 @@ from prodial_kernels.models.loading.load import (
 )
 from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.data.batches import TrainingBatches
-from prodial_kernels.training.data.documents import resets_state
 from prodial_kernels.training.data.examples import Example, kind_of
 from prodial_kernels.training.data.splits import DataSplit, load_documents, make_batches
 from prodial_kernels.training.memory.run_plan import RunPlan, block_levels
@@ -124,13 +124,13 @@ def prepare(
     if loaded.quantization is not None:
         display.say(str(loaded.quantization))
     separate = config.packing == "documents" and kind_of(split.train) == "text"
-    resets = separate and resets_state(loaded.model)
-    if separate and not resets:
+    apart = arguments_apart(loaded.model) if separate else frozenset()
+    if separate and not apart:
         display.say("documents are padded one by one: this model cannot reset its state in between")
     batches = make_batches(
         split.train, loaded.tokenizer,
         seq_len=config.seq_len, batch_size=config.batch_size,
-        seed=config.seed, packing=config.packing, resets=resets,
+        seed=config.seed, packing=config.packing, apart=apart,
     )  # fmt: skip
     for note in batches.notes:
         display.say(note)

@@ -104,10 +104,9 @@ class EagerStep:
         device, dtype = self._trained[0].device, self._autocast_dtype
         total = torch.zeros((), device=device)
         for part in parts:
-            inputs = {} if part.seq_idx is None else {"seq_idx": part.seq_idx}
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 value = self._loss(
-                    part.input_ids, part.labels, weight, every_position=every_position, **inputs
+                    part.input_ids, part.labels, weight, every_position=every_position, **part.apart
                 )
             value.backward()
             total += value.detach()
@@ -117,8 +116,8 @@ class EagerStep:
 
 def _on_device(part: Batch, device: torch.device) -> Batch:
     # The labels stay on the CPU, where the loss drops ignored positions without waiting.
-    seq_idx = None if part.seq_idx is None else to_device(part.seq_idx, device)
-    return Batch(to_device(part.input_ids, device), part.labels, seq_idx)
+    apart = {name: to_device(value, device) for name, value in part.apart.items()}
+    return Batch(to_device(part.input_ids, device), part.labels, **apart)
 
 
 def label_weight(parts: Sequence[Batch]) -> float:

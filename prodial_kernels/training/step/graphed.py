@@ -161,8 +161,8 @@ def buffers(shape: Shape, like: Batch, device: torch.device | str) -> Batch:
     def make(tensor: Tensor) -> Tensor:
         return torch.zeros(shape, dtype=tensor.dtype, device=device, pin_memory=pinned)
 
-    seq_idx = None if like.seq_idx is None else make(like.seq_idx)
-    return Batch(make(like.input_ids), make(like.labels), seq_idx)
+    apart = {name: make(tensor) for name, tensor in like.apart.items()}
+    return Batch(make(like.input_ids), make(like.labels), **apart)
 
 
 def _rounded(length: float) -> int:
@@ -365,10 +365,10 @@ class GraphedStep:
     def _compute(self, program: _Program) -> None:
         """The step on a program's tensors; the same operations in every run."""
         self._optimizer.zero_grad(set_to_none=True)
-        ids, labels, seq_idx = program.device
+        held = program.device
         parts = [
-            Batch(ids[i], labels[i], None if seq_idx is None else seq_idx[i])
-            for i in range(len(ids))
+            Batch(ids, labels, **{name: tensor[i] for name, tensor in held.apart.items()})
+            for i, (ids, labels) in enumerate(zip(held.input_ids, held.labels, strict=True))
         ]
         result = self._eager.accumulate(parts, self._weight, every_position=True)
         self._result.copy_(result)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support.mixers.cuda_stand_ins import conv as packed_conv
+
 
 def mamba_inner_fn(
     xz: Tensor,
@@ -73,11 +75,13 @@ def mamba2_split_conv1d_scan_combined(
     ngroups: int,
     norm_before_gate: bool,
     return_final_states: bool,
+    seq_idx: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """Mamba-2's block after ``in_proj``: zxbcdt [b, l, 2E + 2N + H] -> [b, l, d], one group.
 
-    Without an ``out_proj`` weight: [b, l, E].
+    Without an ``out_proj`` weight: [b, l, E]. State and convolution begin anew where ``seq_idx``
+    [b, l] changes.
     """
     assert ngroups == 1
     assert activation == "silu"
@@ -87,14 +91,20 @@ def mamba2_split_conv1d_scan_combined(
     inner = heads * headdim
     state_size = (conv1d_weight.shape[0] - inner) // 2
     z, xbc, dt = zxbcdt.split([inner, inner + 2 * state_size, heads], dim=-1)
-    xbc = F.silu(_causal_conv1d(xbc.transpose(1, 2), conv1d_weight, conv1d_bias)).transpose(1, 2)
+    xbc = xbc.transpose(1, 2)
+    if seq_idx is None:
+        xbc = F.silu(_causal_conv1d(xbc, conv1d_weight, conv1d_bias)).transpose(1, 2)
+        same = xbc.new_ones(xbc.shape[:2])
+    else:
+        xbc = packed_conv(xbc, conv1d_weight, conv1d_bias, seq_idx).transpose(1, 2)
+        same = F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (1, 0)).to(xbc.dtype)
     x, B, C = xbc.split([inner, state_size, state_size], dim=-1)
     x = x.unflatten(-1, (heads, headdim))
     dt = F.softplus(dt + dt_bias).clamp(*dt_limit)
     state = x.new_zeros(x.shape[0], heads, headdim, state_size)
     outputs = []
     for t in range(x.shape[1]):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        decay = torch.exp(dt[:, t] * A)[..., None, None] * same[:, t, None, None, None]
         state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, None, None]
         outputs.append((state * C[:, t, None, None]).sum(-1))
     y = torch.stack(outputs, dim=1) + x * D[:, None]

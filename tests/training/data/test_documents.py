@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels import apply_prodial
+from prodial_kernels.models.layers.packed_rows import arguments_apart
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.data.batches import IGNORED, Batch, BatchSizes
 from prodial_kernels.training.data.documents import (
     SharedWindows,
     best_fit,
-    resets_state,
     separate_documents,
 )
 from prodial_kernels.training.data.examples import DataError
@@ -26,7 +27,8 @@ from prodial_kernels.training.finetuning import finetune
 from prodial_kernels.training.step.eager import EagerStep
 from prodial_kernels.training.step.graphed import Buckets, GraphedStep
 from prodial_kernels.training.step.loss import ChunkedLoss, FullLoss, find_head
-from support.models import build
+from support.mixers.adapted_families import CONFIG, install_stand_in
+from support.models import build, randomise_adapters
 from support.tiny_model import write_text, write_tiny_model
 
 DOCUMENTS = ["a bc", "defghij klm", "x", "nopq", "rs tuvw", "a long one that needs two windows"]
@@ -67,16 +69,20 @@ class _Forgetful(_Mixer):
         return super().forward(u)
 
 
-def _batches(tokenizer: Any, shared: bool, batch_size: int = 2) -> SharedWindows | PaddedBatches:
-    return separate_documents(DOCUMENTS, tokenizer, BatchSizes(16, batch_size), shared=shared)
+def _batches(
+    tokenizer: Any, shared: bool, batch_size: int = 2, positions: bool = False
+) -> SharedWindows | PaddedBatches:
+    apart = {"seq_idx", "position_ids"} if positions else {"seq_idx"} if shared else ()
+    return separate_documents(DOCUMENTS, tokenizer, BatchSizes(16, batch_size), apart=apart)
 
 
 def test_windows_hold_every_document_once_and_whole(byte_tokenizer: Any) -> None:
     batches = _batches(byte_tokenizer, shared=True)
     found = []
     for step in range(batches.steps_per_epoch):
-        ids, labels, seq_idx = batches.batch(step)
+        ids, labels, seq_idx, positions = batches.batch(step)
         assert seq_idx is not None
+        assert positions is None
         assert ids.shape == labels.shape == seq_idx.shape == (2, 16)
         for row, learned, places in zip(ids, labels, seq_idx, strict=True):
             for place in places.unique().tolist():
@@ -90,6 +96,39 @@ def test_windows_hold_every_document_once_and_whole(byte_tokenizer: Any) -> None
     # The epoch's last batch is filled up from the next epoch.
     assert set(found) == set(pieces)
     assert batches.n_tokens == sum(map(len, DOCUMENTS)) + len(DOCUMENTS)
+
+
+def test_places_begin_again_with_every_document(byte_tokenizer: Any) -> None:
+    batches = _batches(byte_tokenizer, shared=True, positions=True)
+    plain = _batches(byte_tokenizer, shared=True)
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch(step)
+        assert batch.position_ids is not None
+        for numbers, places in zip(batch.seq_idx, batch.position_ids, strict=True):
+            lengths = numbers.unique_consecutive(return_counts=True)[1].tolist()
+            assert places.tolist() == [place for n in lengths for place in range(n)]
+        assert torch.equal(batch.input_ids, plain.batch(step).input_ids)
+        assert list(batch.apart) == ["seq_idx", "position_ids"]
+    assert batches.fingerprint != plain.fingerprint
+
+
+def test_shared_windows_of_a_hybrid_give_the_loss_of_separate_documents(
+    byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention and recurrence both; adapted, on what stands in for the kernels."""
+    install_stand_in(monkeypatch, "bamba")
+    model = build("bamba", vocab_size=264)
+    apply_prodial(model, CONFIG)
+    randomise_adapters(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    results = []
+    for positions in (True, False):
+        batches = _batches(byte_tokenizer, shared=positions, positions=positions, batch_size=1)
+        step = EagerStep(FullLoss(model), optimizer)
+        step.begin([batches.batch(n) for n in range(batches.steps_per_epoch)], 0.0)
+        results.append(step.finish())
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-5)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-4)
 
 
 def test_shared_windows_give_the_loss_of_separate_documents(byte_tokenizer: Any) -> None:
@@ -108,8 +147,7 @@ def test_shared_windows_give_the_loss_of_separate_documents(byte_tokenizer: Any)
                 if seen.setdefault(part.input_ids.numpy().tobytes(), False) is True:
                     continue
                 seen[part.input_ids.numpy().tobytes()] = True
-                inputs = {} if part.seq_idx is None else {"seq_idx": part.seq_idx}
-                value = value + loss(part.input_ids, part.labels, **inputs)
+                value = value + loss(part.input_ids, part.labels, **part.apart)
         value.backward()
         return value.item(), model.mixer.in_proj.weight.grad.clone()
 
@@ -168,7 +206,9 @@ def test_order_differs_between_epochs_and_any_step_is_reproducible(byte_tokenize
     assert any(epoch != epochs[0] for epoch in epochs)
     assert again.batch(2 * n).input_ids.tolist() == epochs[2][0]
     assert again.fingerprint == batches.fingerprint
-    other = separate_documents(DOCUMENTS, byte_tokenizer, BatchSizes(16, 1, seed=1), shared=True)
+    other = separate_documents(
+        DOCUMENTS, byte_tokenizer, BatchSizes(16, 1, seed=1), apart={"seq_idx"}
+    )
     assert other.fingerprint != batches.fingerprint
 
 
@@ -187,18 +227,23 @@ def test_best_fit_fills_bins() -> None:
 
 def test_which_models_reset_their_state() -> None:
     model = _Model()
-    assert resets_state(model)
+    assert arguments_apart(model) == {"seq_idx"}
     model.other = _Forgetful(8)
-    assert not resets_state(model)
-    assert not any(resets_state(build(family)) for family in ("mamba", "mamba2", "bamba"))
-    assert not resets_state(nn.Linear(2, 2))
+    assert not arguments_apart(model)
+    # On a CPU, where there are no kernels.
+    assert not any(arguments_apart(build(family)) for family in ("mamba", "mamba2", "bamba"))
+    assert not arguments_apart(nn.Linear(2, 2))
 
 
 def test_documents_of_a_model_that_cannot_reset_are_padded(byte_tokenizer: Any) -> None:
     options: dict[str, Any] = {"seq_len": 16, "batch_size": 2}
     kinds = [
-        type(make_batches(DOCUMENTS, byte_tokenizer, packing=packing, resets=resets, **options))
-        for packing, resets in (("stream", True), ("documents", False), ("documents", True))
+        type(make_batches(DOCUMENTS, byte_tokenizer, packing=packing, apart=apart, **options))
+        for packing, apart in (
+            ("stream", {"seq_idx"}),
+            ("documents", ()),
+            ("documents", {"seq_idx"}),
+        )
     ]
     assert [kind.__name__ for kind in kinds] == ["PackedBatches", "PaddedBatches", "SharedWindows"]
 
@@ -217,8 +262,8 @@ def test_a_run_on_documents_says_how_they_are_kept_apart(
 
 
 def test_nothing_to_learn(byte_tokenizer: Any) -> None:
-    for shared in (True, False):
+    for apart in (("seq_idx",), ()):
         with pytest.raises(DataError, match="to train on"):
-            separate_documents([""], byte_tokenizer, BatchSizes(8, 1), shared=shared)
+            separate_documents([""], byte_tokenizer, BatchSizes(8, 1), apart=apart)
     with pytest.raises(ValueError, match="seq_len must be at least 2"):
         separate_documents(["ab"], byte_tokenizer, BatchSizes(1, 1))

@@ -376,8 +376,8 @@ def test_filling_leaves_nothing_of_the_step_before() -> None:
     fill([_batch(0, length=16), _batch(1, length=16)], held)
     parts = [_batch(2, n=1, length=5)]
     fill(parts, held)
-    ids, labels, seq_idx = held
-    assert seq_idx is None
+    ids, labels, *apart = held
+    assert apart == [None, None]
     assert torch.equal(ids[0, :1, :5], parts[0].input_ids)
     assert torch.equal(labels[0, :1, :5], parts[0].labels)
     assert int((labels != IGNORED).sum()) == int((parts[0].labels != IGNORED).sum())
