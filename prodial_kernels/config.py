@@ -26,6 +26,9 @@ from prodial_kernels._checks import (
 )
 from prodial_kernels.module_patterns import compile_pattern, is_plain_name, matches_name
 
+SSM_PARTS = ("A_log", "D", "dt_bias", "conv1d")
+"""Parts of a mixer's recurrence that ``train_ssm`` may name."""
+
 
 @dataclass(frozen=True)
 class AdapterOptions:
@@ -88,6 +91,10 @@ class ProdialConfig(AdapterOptions):
             classifier head or ``"A_log"``; each matches the end of a dotted path. What has 16 bits
             is trained through fp32 masters; parameters that you thaw yourself are not.
         allow_partial: Whether a target may match in only some of a model's layers.
+        train_ssm: Parts of every mixer's recurrence to train beside the projectors: any of
+            ``"A_log"``, ``"D"``, ``"dt_bias"`` (the step size's bias, whatever a family calls it)
+            and ``"conv1d"``, or ``"all"`` for those that the mixers have. They are trained as
+            fp32 offsets from the pretrained values, to which weight decay pulls.
 
     Raises:
         ValueError: A value out of range, a choice that does not exist, or a regular expression
@@ -100,12 +107,18 @@ class ProdialConfig(AdapterOptions):
     block_size: int | Mapping[str, int] | None = None
     modules_to_save: tuple[str, ...] = ()
     allow_partial: bool = False
+    train_ssm: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.train_ssm, str):
+            object.__setattr__(self, "train_ssm", (self.train_ssm,))
         check_flag("allow_partial", self.allow_partial)
         self._freeze_names("target_modules", allow_pattern=True)
         self._freeze_names("modules_to_save", allow_pattern=False)
+        self._freeze_names("train_ssm", allow_pattern=False)
+        for part in self.train_ssm:
+            check_choice("train_ssm", part, (*SSM_PARTS, "all"))
         if isinstance(self.target_modules, str):
             if is_plain_name(self.target_modules):
                 object.__setattr__(self, "target_modules", (self.target_modules,))

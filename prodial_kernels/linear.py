@@ -24,10 +24,13 @@ from prodial_kernels.quantization import (
     quantization_error,
     quantize_linear,
 )
+from prodial_kernels.quantization.names import OFFSET as OFFSET
 from prodial_kernels.scale_versions import KEPT_AS, NEWEST, refuse_newer, scale_to_load, unpickled
 from prodial_kernels.tuners import check_still_trained
 
 ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
+OFFSETS_OFF = "_prodial_offsets_off"
+"""Attribute of a module whose offsets are switched off."""
 _ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -418,13 +421,19 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Run the pretrained model: switch every adapter in ``model`` off, and back afterwards."""
     layers = [*adapted_layers(model).values()]
     before = [layer.adapter_enabled for layer in layers]
+    moved = [m for m in model.modules() if any(name.startswith(OFFSET) for name in m._parameters)]
+    moved = [module for module in moved if not vars(module).get(OFFSETS_OFF)]
     for layer in layers:
         layer.enable_adapter(False)
+    for module in moved:
+        vars(module)[OFFSETS_OFF] = True
     try:
         yield
     finally:
         for layer, enabled in zip(layers, before, strict=True):
             layer.enable_adapter(enabled)
+        for module in moved:
+            vars(module).pop(OFFSETS_OFF, None)
 
 
 def _check_base_layer(layer: object) -> None:

@@ -207,7 +207,11 @@ def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterRep
         _copy_into(contents.adapter | beside, saved.tensors, origin)
     else:
         contents = _prospective(model, saved, origin)
-        shapes = expected_shapes(find_targets(model, saved.config), saved.config)
+        try:
+            targets = find_targets(model, saved.config)
+            shapes = expected_shapes(model, targets, saved.config)
+        except ValueError as error:
+            raise AdapterError(f"{origin} does not fit this model: {error}") from error
         beside = _check_fits(model, saved, shapes, contents, origin)
         with _applied(model, saved.config, origin):
             adapter = contents_of(model, saved.config).adapter

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.fingerprint import Values
 from prodial_kernels.config import ProdialConfig, resolve_block_size
-from prodial_kernels.linear import ADAPTER_PARAMETERS, adapted_layers
+from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET, adapted_layers
 from prodial_kernels.models.adapt.names import adapter_parameters, base_state, plain_path
+from prodial_kernels.models.adapt.offsets import find_ssm
 from prodial_kernels.models.adapt.targets import Target, find_saved
 from prodial_kernels.quantization import QuantizedLinear
 
@@ -21,7 +22,7 @@ class Contents:
     """An adapted model's tensors, by the names that they have in a plain model and in the file.
 
     Attributes:
-        adapter: ``<module path>.prodial_*``.
+        adapter: ``<module path>.prodial_*``, offsets of ``train_ssm`` included.
         beside: What is trained beside the adapter: what ``modules_to_save`` names, parameters that
             the user has set ``requires_grad`` on, and running statistics, which training moves.
         base: Everything else; the weight of a quantised layer as the layer.
@@ -104,12 +105,21 @@ def base_without(state: Mapping[str, object], beside: Mapping[str, Tensor]) -> d
 
 def is_adapter_tensor(name: str) -> bool:
     """Whether a tensor of a file is of an adapted layer, rather than trained beside one."""
-    return name.rpartition(".")[2] in ADAPTER_PARAMETERS
+    leaf = name.rpartition(".")[2]
+    return leaf in ADAPTER_PARAMETERS or leaf.startswith(OFFSET)
 
 
-def expected_shapes(targets: Iterable[Target], config: ProdialConfig) -> dict[str, list[int]]:
-    """Return the shape of every adapter tensor that ``config`` makes of ``targets``."""
+def expected_shapes(
+    model: nn.Module, targets: Iterable[Target], config: ProdialConfig
+) -> dict[str, list[int]]:
+    """Return the shape of every adapter tensor that ``config`` makes in a plain ``model``.
+
+    ValueError where ``config.train_ssm`` does not fit it.
+    """
     shapes: dict[str, list[int]] = {}
+    for moved in find_ssm(model, config.train_ssm):
+        path, _, name = plain_path(moved.path).rpartition(".")
+        shapes[f"{path}.{OFFSET}{name}"] = list(moved.value.shape)
     for target in targets:
         path, layer = plain_path(target.paths[0]), target.linear
         k, n = layer.in_features, layer.out_features

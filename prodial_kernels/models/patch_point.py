@@ -25,6 +25,10 @@ A module-level function, so that models pickle.
 """
 
 
+_CHANGES = "_prodial_changes"
+"""Attribute of an adapted class: the class of upstream's, and the policies of every change."""
+
+
 class Undo(Protocol):
     """A change to a model that can be undone; copied and pickled together with the model."""
 
@@ -51,12 +55,18 @@ class AdaptedMixer:
     def __init__(self, mixer: nn.Module, policies: Mapping[str, Policy]) -> None:
         """Replace the class of ``mixer``; its methods named in ``policies`` go through them."""
         self.mixer = mixer
-        self.original = type(mixer)
-        original: Any = self.original  # mypy holds that classes of modules cannot be hashed
+        original: Any = type(mixer)  # mypy holds that classes of modules cannot be hashed
+        # What makes the class again, and not the class, which pickle could not find.
+        self._before = _changes_of(original)
         mixer.__class__ = _adapted_class(original, tuple(policies.items()))
 
+    @property
+    def original(self) -> type[nn.Module]:
+        """The mixer's class before this change."""
+        return _changed(*self._before)
+
     def remove(self) -> None:
-        """Restore the mixer's own class."""
+        """Restore the class that the mixer had before."""
         self.mixer.__class__ = self.original
 
 
@@ -132,16 +142,33 @@ def _adapted_class(original: Any, policies: tuple[tuple[str, Policy], ...]) -> t
         vars(through_policy)["__signature__"] = inspect.signature(getattr(original, name))
         return through_policy
 
+    # A module may be changed more than once, by its own family and for what trains beside.
+    plain, *before = _changes_of(original)
+
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         # Pickle finds classes by name, which this one does not have.
         _, _, *state = original.__reduce_ex__(self, protocol)
-        return (_new_adapted, (original, policies), *state)
+        return (_new_adapted, (plain, *before, policies), *state)
 
     members: dict[str, Any] = {name: adapted(name, policy) for name, policy in policies}
     members |= {"__reduce_ex__": reduce, "__module__": original.__module__}
+    members[_CHANGES] = (plain, *before, policies)
     return type(original.__name__, (original,), members)
 
 
-def _new_adapted(original: Any, policies: tuple[tuple[str, Policy], ...]) -> nn.Module:
-    adapted = _adapted_class(original, policies)
-    return adapted.__new__(adapted)
+def _changes_of(cls: Any) -> tuple[Any, ...]:
+    """Return upstream's class and the policies of each change that ``cls`` makes to it."""
+    changes: tuple[Any, ...] = vars(cls).get(_CHANGES, (cls,))
+    return changes
+
+
+def _changed(cls: Any, *changes: tuple[tuple[str, Policy], ...]) -> Any:
+    for policies in changes:
+        cls = _adapted_class(cls, policies)
+    return cls
+
+
+def _new_adapted(cls: Any, *changes: tuple[tuple[str, Policy], ...]) -> nn.Module:
+    cls = _changed(cls, *changes)
+    made: nn.Module = cls.__new__(cls)
+    return made

@@ -59,6 +59,11 @@ def to_peft(
             f"the adapter in {directory} holds tensors beside its layers ({', '.join(beside[:3])}, "
             "...), which are not converted"
         )
+    if saved.config.train_ssm:
+        raise AdapterError(
+            f"the adapter in {directory} has offsets of state-space parameters (train_ssm), which "
+            "PEFT has no place for; merge it, or train it without"
+        )
     parts = PARTS if method == "prodial" else _LORA_PARTS
     config = _prodial(saved) if method == "prodial" else _lora(saved, directory)
     tensors = {}

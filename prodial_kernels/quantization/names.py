@@ -8,9 +8,12 @@ from collections.abc import Collection, Iterable
 
 from prodial_kernels._checks import some_of
 
+OFFSET = "prodial_offset_"
+"""Begins the name of a parameter that holds how far another of its module has moved."""
 _SHOWN = 6
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _OF_ADAPTER = re.compile(r"(.+)\.(?:prodial_[a-z_]+|base_layer\..+)")
+_MOVED = re.compile(rf"(.+\.)(?:base_layer\.)?{OFFSET}(\w+)")
 
 SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8", "weight_scale_inv": "fp8"}
 """The entry of a state dict by which a layer in a format is recognised."""
@@ -58,13 +61,16 @@ def is_part_of_adapter(name: str, weights: Collection[str]) -> bool:
     ``save_pretrained`` of an adapted model writes both: the merged weight for everyone, and the
     parts for a trainer that resumes.
     """
+    moved = _MOVED.fullmatch(name)
+    if moved is not None:
+        return "".join(moved.groups()) in weights
     part = _OF_ADAPTER.fullmatch(name)
     return part is not None and f"{part.group(1)}.weight" in weights
 
 
 def is_part(name: str) -> bool:
     """Whether ``name`` has the form of an adapted layer's tensor."""
-    return _OF_ADAPTER.fullmatch(name) is not None
+    return _OF_ADAPTER.fullmatch(name) is not None or _MOVED.fullmatch(name) is not None
 
 
 def foreign_format(name: str) -> str | None:

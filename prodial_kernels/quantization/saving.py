@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.quantization.layer import QuantizedLinear
-from prodial_kernels.quantization.names import is_part, is_part_of_adapter, listed
+from prodial_kernels.quantization.names import OFFSET, is_part, is_part_of_adapter, listed
 
 RESCALING = "rescale_prenorm_residual"
 """Setting of Mamba's configurations by which transformers divides out_proj at every load."""
@@ -163,6 +163,12 @@ def plain_state(
                 plain[name] = tensor.clone()
         for name, tensor in made[id(layer)].items():
             plain[prefix + name] = tensor
+    for owner, name, offset in _offsets(model):
+        if offset in plain and owner + name in plain:
+            value = plain[owner + name]
+            plain[owner + name] = (value + plain[offset].to(value.device)).to(value.dtype).cpu()
+            if not parts:
+                del plain[offset]
     without = sorted(
         name for name in plain if is_part(name) and not is_part_of_adapter(name, plain)
     )
@@ -222,6 +228,18 @@ def _stand_ins(model: nn.Module, path: str = "") -> Iterator[tuple[str, Any]]:
     for name, child in model._modules.items():
         if child is not None:
             yield from _stand_ins(child, f"{path}.{name}" if path else name)
+
+
+def _offsets(model: nn.Module, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield, outside adapted layers, each parameter with an offset: owner, own name, offset."""
+    if isinstance(model, StandsForLinear):
+        return
+    for name in model._parameters:
+        if name.startswith(OFFSET):
+            yield path, name.removeprefix(OFFSET), path + name
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from _offsets(child, f"{path}{name}.")
 
 
 def _check_saveable(model: Any, arguments: Mapping[str, Any]) -> None:
@@ -317,3 +335,12 @@ def _without_plain_weights(
                     "saved from another base model"
                 )
             state.update({start + name: tensor for name, tensor in layer.entries().items()})
+    for path, name, offset in _offsets(module):
+        given, moved = state.get(prefix + path + name), state.get(prefix + offset)
+        pretrained = module.get_submodule(path.rstrip("."))._parameters[name]
+        if given is None or moved is None or pretrained is None or given.is_meta:
+            continue
+        value = pretrained.detach().to(given.device)
+        # The sum was saved for everyone, and the offset beside it; the value itself is here.
+        if torch.equal((value + moved.to(given.device)).to(given.dtype), given):
+            state[prefix + path + name] = value

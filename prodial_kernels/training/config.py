@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prodial_kernels._checks import DIAGONALS, IMPLS, check_choice, option_meant
-from prodial_kernels.config import PRESETS, Preset, ProdialConfig
+from prodial_kernels.config import PRESETS, SSM_PARTS, Preset, ProdialConfig
 from prodial_kernels.training.options import ConfigError as ConfigError
 from prodial_kernels.training.options import checked_value, option, options_of
 from prodial_kernels.training.sizes import parse_budget
@@ -146,6 +146,10 @@ class FinetuneConfig:
     modules_to_save: tuple[str, ...] | None = option(
         None, "other modules to train and save as a whole, such as a head", metavar="NAME"
     )
+    train_ssm: tuple[str, ...] | None = option(
+        None, "parts of the mixers' recurrence to train too: A_log D dt_bias conv1d, or all",
+        metavar="PART",
+    )  # fmt: skip
     train_scale: bool | None = option(None, "without the output scale s", flags=("--no-scale",))
     train_diagonal: bool | None = option(
         None, "without the block-diagonal factor", flags=("--no-diagonal",)
@@ -326,7 +330,7 @@ class FinetuneConfig:
         resolved = self.resolved()
         values = {name: getattr(resolved, name) for name in ADAPTER_OPTIONS}
         # Not given, they are the adapter's own defaults: no preset and no method decides them.
-        for name in ("modules_to_save", "allow_partial"):
+        for name in ("modules_to_save", "allow_partial", "train_ssm"):
             if values[name] is None:
                 del values[name]
         if values["r"] is None:
@@ -351,7 +355,7 @@ class FinetuneConfig:
         base = ProdialConfig() if self._preset is None else self._preset.adapter
         values = {name: getattr(base, name) for name in ADAPTER_OPTIONS}
         # A run of a version that did not know them had neither.
-        del values["modules_to_save"], values["allow_partial"]
+        del values["modules_to_save"], values["allow_partial"], values["train_ssm"]
         if self.n_blocks is not None or self.block_size is not None:
             values["n_blocks"] = values["block_size"] = None
         if self.target_modules is not None and self.target_modules != base.target_modules:
@@ -411,6 +415,8 @@ class FinetuneConfig:
             )
 
     def _check_adapter(self) -> None:
+        for part in self.train_ssm or ():
+            check_choice("`train_ssm`", part, (*SSM_PARTS, "all"), error=ConfigError)
         lora = self.method == "lora"
         without = lora or (self.train_scale is False and self.train_diagonal is False)
         if self.r == 0 and without:

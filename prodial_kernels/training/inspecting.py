@@ -13,7 +13,7 @@ from torch import Tensor
 from prodial_kernels._checks import printable
 from prodial_kernels.checkpoint import SavedAdapter, read_adapter
 from prodial_kernels.files.json_values import JsonReport
-from prodial_kernels.linear import ADAPTER_PARAMETERS
+from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET
 from prodial_kernels.models.adapt.inject import apply_prodial
 from prodial_kernels.models.adapt.report import AdapterReport, table_lines
 from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
@@ -63,6 +63,8 @@ class AdapterInspection(JsonReport):
         config: Its configuration.
         layers: One entry for each adapted layer.
         trainable: Parameters in all, with modules trained as a whole.
+        offsets: For each state-space parameter trained beside, by its dotted path, the mean and the
+            largest size of its offset from the pretrained value.
     """
 
     path: str
@@ -71,6 +73,7 @@ class AdapterInspection(JsonReport):
     config: Mapping[str, Any]
     layers: Sequence[LayerStatistics]
     trainable: int
+    offsets: Mapping[str, tuple[float, float]]
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
@@ -87,7 +90,14 @@ class AdapterInspection(JsonReport):
             "module", "parameters", "blocks", "|D_b-I| mean", "max",
             "|s-1| mean", "max", "r", "norm of aBA",
         )  # fmt: skip
-        return "\n".join([head, "", *table_lines([columns, *map(_cells, self.layers)])])
+        lines = [head, "", *table_lines([columns, *map(_cells, self.layers)])]
+        if self.offsets:
+            rows = [
+                (printable(path), f"{mean:.2e}", f"{most:.2e}")
+                for path, (mean, most) in self.offsets.items()
+            ]
+            lines += ["", *table_lines([("parameter", "|offset| mean", "max"), *rows])]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,11 @@ def inspect_adapter(path: str | Path) -> AdapterInspection:
         config=saved.config.to_dict(),
         layers=[_statistics(saved, name, layers[name]) for name in sorted(layers, key=_in_order)],
         trainable=sum(tensor.numel() for tensor in saved.tensors.values()),
+        offsets={
+            name.replace(OFFSET, ""): (float(tensor.abs().mean()), float(tensor.abs().max()))
+            for name, tensor in sorted(saved.tensors.items(), key=lambda item: _in_order(item[0]))
+            if name.rpartition(".")[2].startswith(OFFSET)
+        },
     )
 
 

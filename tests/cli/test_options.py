@@ -12,7 +12,7 @@ from prodial_kernels.training.config import ADAPTER_OPTIONS, OPTIONS, FinetuneCo
 
 ADAPTER = (
     "--preset --r --rank --lora-alpha --lora-dropout --n-blocks --block-size --diagonal "
-    "--target-modules --allow-partial --modules-to-save --no-scale --no-diagonal"
+    "--target-modules --allow-partial --modules-to-save --train-ssm --no-scale --no-diagonal"
 )
 FROZEN = {
     "finetune": "--model --data --held-out --held-out-fraction --max-bytes --eval-tokens --output "

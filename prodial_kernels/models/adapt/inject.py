@@ -16,9 +16,10 @@ from prodial_kernels.linear import ProdialLinear, adapted_layers, weight_like
 from prodial_kernels.models.adapt.families import adapt_mixers, check_mixers
 from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.adapt.offsets import Offsets, SsmParameter, find_ssm, make_offsets
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.snapshot import Snapshot
-from prodial_kernels.models.adapt.targets import Target, find_saved, find_targets
+from prodial_kernels.models.adapt.targets import Saved, Target, find_saved, find_targets
 from prodial_kernels.models.patch_point import Undo
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.quantization import (
@@ -79,8 +80,8 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
         ValueError: The configuration does not fit the model: nothing matches, a name matches
             nothing, a match is not a plain ``nn.Linear``, a target matches in only some of the
             layers (see ``allow_partial``), a block count does not divide ``in_features``,
-            ``modules_to_save`` matches nothing, a mixer would bypass its adapter, the model is
-            already adapted, or it carries layers of PEFT, which would be frozen.
+            ``modules_to_save`` or ``train_ssm`` matches nothing, a mixer would bypass its adapter,
+            the model is already adapted, or it carries layers of PEFT, which would be frozen.
     """
     if not isinstance(config, ProdialConfig):
         raise TypeError(f"config must be a ProdialConfig, got {type(config).__name__}")
@@ -105,6 +106,8 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
         )
     targets = find_targets(model, config)
     saved = find_saved(model, config, targets)
+    moved = find_ssm(model, config.train_ssm)
+    _check_trained_once(saved, moved)
     check_mixers(model, targets)
     _warn_of_rank(targets, config.r)
 
@@ -120,6 +123,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
         for target, layer in zip(targets, layers, strict=True):
             place(model, target.paths, layer)
         state.handles += make_masters(model, trained)
+        state.handles += make_offsets(moved)
         state.handles += adapt_mixers(model)
         setattr(model, _STATE, state)
         watch_saving(model)
@@ -151,6 +155,7 @@ def merge_prodial(model: ModelT) -> ModelT:
     state = _get_state(model, taking_out="merge_prodial")
     _check_mergeable(inner, state)
     state.unfinished = "merge_prodial"
+    _fold_offsets(state)
     replace_each(inner, ProdialLinear, lambda _, layer: layer.to_linear())
     make_dense(inner)
     settle_configuration(inner)
@@ -179,6 +184,7 @@ def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
     state = _get_state(model, taking_out="merge_quantized")
     _check_mergeable(model, state)
     state.unfinished = "merge_quantized"
+    _fold_offsets(state)
     errors: dict[str, QuantizationError] = {}
     before = after = 0
 
@@ -256,6 +262,23 @@ def _refuse_wrapper(model: nn.Module) -> None:
         )
 
 
+def _check_trained_once(saved: Iterable[Saved], moved: Iterable[SsmParameter]) -> None:
+    """Raise ValueError where ``modules_to_save`` and ``train_ssm`` name the same parameter."""
+    owned = {id(parameter): match.path for match in saved for parameter in match.parameters()}
+    for parameter in moved:
+        if id(parameter.value) in owned:
+            raise ValueError(
+                f"{parameter.path} is in train_ssm={parameter.part!r} and in modules_to_save "
+                f"({owned[id(parameter.value)]}); take it out of one of the two"
+            )
+
+
+def _fold_offsets(state: _State) -> None:
+    for handle in state.handles:
+        if isinstance(handle, Offsets):
+            handle.fold()
+
+
 def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
     """Warn where r makes the LoRA part full rank: it then has more parameters than W."""
     narrow = {
@@ -276,6 +299,15 @@ def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
 
 def _check_mergeable(model: nn.Module, state: _State) -> None:
     """Raise ValueError where a W' is not finite or sharded, before any layer is replaced."""
+    offsets = [handle for handle in state.handles if isinstance(handle, Offsets)]
+    for handle in () if state.unfinished else offsets:
+        for name in handle.names:
+            value = getattr(handle.module, name)
+            if not value.is_meta and not value.isfinite().all():
+                raise ValueError(
+                    f"{name} of a {type(handle.module).__name__} is not finite with its offset; "
+                    "the model is unchanged"
+                )
     for path, layer in ({} if state.unfinished else adapted_layers(model)).items():
         shards = [name for name, p in layer.named_parameters() if hasattr(p, "full_tensor")]
         if shards:

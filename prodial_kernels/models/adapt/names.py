@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from prodial_kernels.linear import ADAPTER_PARAMETERS, ProdialLinear, adapted_layers
+from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET, ProdialLinear, adapted_layers
 from prodial_kernels.quantization import QuantizedLinear
 
 _BASE = ".base_layer."
@@ -33,11 +33,18 @@ def plain_path(path: str) -> str:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every ProDiaL parameter by its plain name; of a layer at several places, the first."""
-    return {
+    parameters = {
         f"{plain_path(path)}.{name}": parameter
         for path, layer in adapted_layers(model).items()
         for name, parameter in layer.adapter_parameters()
     }
+    adapted = {plain_path(path) for path in adapted_layers(model)}
+    for path, module in model.named_modules():
+        base = _without_base_layer(f"{plain_path(path)}.", adapted) if path else ""
+        for name, parameter in module._parameters.items():
+            if name.startswith(OFFSET) and parameter is not None:
+                parameters[base + name] = parameter
+    return parameters
 
 
 def base_state(model: nn.Module) -> dict[str, object]:
@@ -60,9 +67,11 @@ def base_state(model: nn.Module) -> dict[str, object]:
 
 def _own_state(module: nn.Module) -> dict[str, object]:
     if isinstance(module, QuantizedLinear):
-        bias = {} if module.bias is None else {"bias": module.bias}
-        return {"weight": module, **bias}
+        # From the registries: with an offset, the attribute is another tensor.
+        bias = {**module._parameters, **module._buffers}.get("bias")
+        return {"weight": module} if bias is None else {"weight": module, "bias": bias}
     left_out: set[str] = set(module._non_persistent_buffers_set)
+    left_out |= {name for name in module._parameters if name.startswith(OFFSET)}
     if isinstance(module, ProdialLinear):
         left_out |= set(ADAPTER_PARAMETERS)
     own: dict[str, object] = {**module._parameters, **module._buffers}

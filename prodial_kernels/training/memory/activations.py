@@ -92,6 +92,7 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
         chunks = tokens.batch * -(-tokens.length // _SCAN_CHUNK)
         # States; A, D and dt's bias in fp32.
         scan = 2 * _FP32 * chunks * inner * state + _FP32 * inner * (state + 2)
+        scan += _FP32 * inner * state if layer.trains_a else 0
         if layer.fused:
             # xz, x_proj's output, the ungated output, H of both projectors.
             dense = (layer.projected if xz else 0) + inner

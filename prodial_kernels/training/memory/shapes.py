@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prodial_kernels.linear import adapted_layers
+from prodial_kernels.linear import OFFSET, adapted_layers
 from prodial_kernels.models.layers.blocks import blocks_of, has_separate_norm, mixer_of
 from prodial_kernels.models.layers.fused_norms import is_fused
 from prodial_kernels.models.mixers import hf
@@ -47,6 +47,7 @@ class LayerShape:
         rounds_input: Whether the block reads its input only rounded to the norm's dtype, but for
             adding it to the output: then a checkpoint in that dtype loses nothing.
         two_streams: Whether it takes the last mixer's output and the fp32 residual as two inputs.
+        trains_a: Whether A_log trains, so that A's own exponential is kept beside A.
     """
 
     mixer: str
@@ -63,6 +64,7 @@ class LayerShape:
     separate_norm: bool
     rounds_input: bool
     two_streams: bool
+    trains_a: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,14 @@ def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:
         separate_norm=separate,
         rounds_input=separate and block.get_submodule("norm").weight.dtype != torch.float32,
         two_streams=hasattr(block, "fused_add_norm"),
+        trains_a=mixer is not None and _trains(mixer, "A_log"),
     )
+
+
+def _trains(module: nn.Module, name: str) -> bool:
+    """Whether a parameter, or its offset, requires a gradient."""
+    held = (module._parameters.get(n) for n in (name, OFFSET + name))
+    return any(parameter is not None and parameter.requires_grad for parameter in held)
 
 
 def _ends(model: nn.Module) -> tuple[Any, Any]:

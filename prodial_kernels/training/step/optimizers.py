@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels._checks import check_choice
+from prodial_kernels.linear import OFFSET
 from prodial_kernels.training.config import OPTIMIZERS
 
 _BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
@@ -24,12 +25,12 @@ class OptimizerError(RuntimeError):
 def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Return optimiser groups in which weight decay pulls towards the pretrained model.
 
-    D_a, A and B are zero in the pretrained model, so they are decayed; the scale, kept as s − 1,
-    is left out as every vector is. Of other trained modules (``modules_to_save``, or the whole
-    model), tensors of two and more dimensions are decayed, but for biases, those that set a
-    mixer's dynamics (A_log, D and the step size's bias) and what carries the mark
-    ``_no_weight_decay``, as mamba_ssm's parameters do, whatever their shape. Every trained
-    parameter is in exactly one group.
+    D_a, A, B and the offsets of ``train_ssm`` are zero in the pretrained model, so they are
+    decayed; the scale, kept as s − 1, is left out as every vector is. Of other trained modules
+    (``modules_to_save``, or the whole model), tensors of two and more dimensions are decayed, but
+    for biases, those that set a mixer's dynamics (A_log, D and the step size's bias) and what
+    carries the mark ``_no_weight_decay``, as mamba_ssm's parameters do, whatever their shape. Every
+    trained parameter is in exactly one group.
 
     Args:
         model: A model after ``apply_prodial``; one without adapters works too.
@@ -61,6 +62,8 @@ def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[d
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
     leaf = name.rpartition(".")[2]
+    if leaf.startswith(OFFSET):
+        return True
     return (
         parameter.ndim >= 2
         and not getattr(parameter, "_no_weight_decay", False)

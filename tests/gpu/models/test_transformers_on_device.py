@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
+from prodial_kernels.linear import OFFSET
 from prodial_kernels.models.mixers import hf
 from prodial_kernels.models.mixers.arguments import is_cache
 from prodial_kernels.models.mixers.hf import fused_function, unfused_forward
@@ -122,6 +123,61 @@ def test_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         allowed = 2 * (eager[key].float() - exact[key].float()).norm()
         allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
         assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+MORE_OPTIONS: dict[str, dict[str, Any]] = {
+    **OPTIONS,
+    "falcon_mamba": {"state_size": 16},
+    "jamba": {"mamba_d_state": 16, "mamba_dt_rank": 16},
+    "zamba": {"mamba_d_state": 16, "mamba_dt_rank": 16},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 64, "mamba_d_state": 32, "chunk_size": 64},
+    "granitemoehybrid": _MIXER,
+    "nemotron_h": {
+        "mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 32, "chunk_size": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE_OPTIONS)
+def test_state_space_parameters(name: str) -> None:
+    """A_log, D, the step's bias and the convolution, trained through whatever the family runs."""
+    OPTIONS.setdefault(name, MORE_OPTIONS[name])
+    config = ProdialConfig(r=8, lora_alpha=1, train_ssm="all")
+    model = adapted(name, config)
+    moved = {n: p for n, p in model.named_parameters() if OFFSET in n}
+    with torch.no_grad():
+        for offset in moved.values():
+            offset.add_(torch.randn_like(offset) * 0.1)
+    result = trained_offsets(training_step(model, ids()), {name: name for name in moved})
+
+    def plain_step(dtype: torch.dtype) -> dict[str, Tensor]:
+        reference = oracle(name, model, dtype)
+        for own in moved:
+            path, _, leaf = own.replace(OFFSET, "").rpartition(".")
+            parameter = reference.get_submodule(path)._parameters[leaf]
+            # As the model reads it, rounded.
+            parameter.data = getattr(model.get_submodule(path), leaf).detach().to(dtype)
+            parameter.requires_grad_()
+        for module in list(reference.modules()):
+            if fused_function(module):
+                AdaptedMixer(module, {"forward": unfused_forward})
+        named = {own.replace(OFFSET, ""): own for own in moved}
+        return trained_offsets(training_step(reference, ids()), named)
+
+    with pytorch_functions(modeling_of(model)):
+        exact = plain_step(torch.float32)
+    eager = plain_step(torch.bfloat16)
+    assert result.keys() == exact.keys() == eager.keys()
+    for key, tensor in result.items():
+        assert tensor.count_nonzero() > 0, f"{key} is dead"
+        error = (tensor.float() - exact[key].float()).norm()
+        allowed = 2 * (eager[key].float() - exact[key].float()).norm()
+        allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
+        assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def trained_offsets(step: Step, names: dict[str, str]) -> dict[str, Tensor]:
+    return {own: step.gradients[name] for name, own in names.items()}
 
 
 def test_another_fused_function_is_followed_by_the_projector(

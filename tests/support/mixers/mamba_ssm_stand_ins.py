@@ -245,7 +245,7 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
         assert not return_final_states
         assert activation in ("silu", "swish")
         assert ngroups == 1
-        mlp, out, z, _ = _ssd(zxbcdt, weight, bias, dt_bias, A, D, headdim, seq_idx)
+        mlp, out, z, _ = _ssd(zxbcdt, weight, bias, dt_bias, A, D, headdim, seq_idx, dt_limit)
         rstd = None
         if norm is None:
             y = (out.flatten(2) * F.silu(z)).to(zxbcdt.dtype)
@@ -261,7 +261,7 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
             outproj_weight, outproj_bias,
         )  # fmt: skip
         ctx.rmsnorm_eps, ctx.ngroups, ctx.norm_before_gate = eps, ngroups, norm_before_gate
-        ctx.headdim = headdim
+        ctx.headdim, ctx.dt_limit = headdim, dt_limit
         return y
 
     @staticmethod
@@ -274,7 +274,8 @@ class MambaSplitConv1dScanCombinedFn(torch.autograd.Function):
         }  # fmt: skip
         leaves = {i: t.detach().clone().requires_grad_() for i, t in named.items() if t is not None}
         with torch.enable_grad():
-            mlp, out, z, _ = _ssd(*(leaves[i] for i in range(6)), ctx.headdim, seq_idx)
+            operands = (leaves[i] for i in range(6))
+            mlp, out, z, _ = _ssd(*operands, ctx.headdim, seq_idx, ctx.dt_limit)
             if mlp.shape[-1] and outproj_weight is None:
                 raise UnboundLocalError("out0_recompute")
             if norm is None:
@@ -301,7 +302,7 @@ def _unfused(mixer: Any, zxbcdt: Tensor, seq_idx: Tensor | None) -> tuple[Tensor
 
 def _ssd(
     zxbcdt: Tensor, weight: Tensor, bias: Tensor, dt_bias: Tensor, A: Tensor, D: Tensor,
-    headdim: int, seq_idx: Tensor | None,
+    headdim: int, seq_idx: Tensor | None, dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gated MLP's output, the scan's [b, l, heads, headdim], its gate z, the last state."""
     heads = A.shape[0]
@@ -312,7 +313,7 @@ def _ssd(
     xbc = cuda_stand_ins.conv(xbc.mT, weight, bias, seq_idx).mT
     x, B, C = xbc.split([inner, state_size, state_size], dim=-1)
     x = x.unflatten(-1, (heads, headdim))
-    dt = F.softplus(dt + dt_bias)
+    dt = F.softplus(dt + dt_bias).clamp(*dt_limit)
     state = x.new_zeros(x.shape[0], heads, headdim, state_size)
     outputs = []
     for t in range(x.shape[1]):

@@ -1,0 +1,176 @@
+"""State-space parameters trained beside the projectors, as offsets from their pretrained values.
+
+A_log, D, the bias of the step size and the convolution are no matrices that a low-rank adapter
+would fit. Each that trains gets an fp32 offset of its own shape, 0 at first, and whoever reads the
+parameter as an attribute, as every path of every mixer does, gets pretrained + offset, in the
+parameter's dtype. The pretrained value stays as it is: weight decay pulls towards it, the base
+model is recognised by it, and removing the adapter restores it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prodial_kernels.config import SSM_PARTS
+from prodial_kernels.linear import OFFSET, OFFSETS_OFF, never_narrower
+from prodial_kernels.models.patch_point import AdaptedMixer, Policy
+from prodial_kernels.module_tree import module_paths
+
+# What the parts are called in a mixer: mamba_ssm's, Vim's second direction, Zamba's.
+_NAMES = {
+    "A_log": ("A_log", "A_b_log"),
+    "D": ("D", "D_b"),
+    "dt_bias": ("dt_bias", "dt_proj.bias", "dt_proj_b.bias", "dt_proj_bias"),
+}
+
+
+@dataclass(frozen=True)
+class SsmParameter:
+    """A parameter of a mixer's recurrence.
+
+    Attributes:
+        path: Its dotted path in the plain model.
+        owner: The module that holds it: the mixer, or a child of it.
+        name: Its name in ``owner``.
+        part: Which of :data:`~prodial_kernels.config.SSM_PARTS` it belongs to.
+    """
+
+    path: str
+    owner: nn.Module
+    name: str
+    part: str
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The pretrained parameter."""
+        parameter = self.owner._parameters[self.name]
+        if parameter is None:
+            raise AttributeError(f"{self.path} is gone")
+        return parameter
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether ``module`` holds a recurrence's own parameters: A_log, or a step size's bias."""
+    own = module._parameters
+    return own.get("A_log") is not None or own.get("dt_bias") is not None
+
+
+def ssm_parameters(model: nn.Module, parts: Iterable[str] = SSM_PARTS) -> list[SsmParameter]:
+    """Return the parameters of every mixer that belong to ``parts``, each once."""
+    parts = list(parts)
+    return [
+        parameter
+        for module, paths in {model: ("",), **module_paths(model)}.items()
+        if is_mixer(module)
+        for parameter in _of_mixer(module, paths[0])
+        if parameter.part in parts
+    ]
+
+
+def find_ssm(model: nn.Module, parts: Sequence[str]) -> list[SsmParameter]:
+    """Return :func:`ssm_parameters` for ``ProdialConfig.train_ssm``.
+
+    ValueError for a part that no mixer of ``model`` has.
+    """
+    found = ssm_parameters(model, SSM_PARTS if "all" in parts else parts)
+    had = {parameter.part for parameter in found}
+    missing = [part for part in parts if (part not in had if part != "all" else not had)]
+    if missing:
+        there = list(dict.fromkeys(parameter.part for parameter in ssm_parameters(model)))
+        raise ValueError(
+            f"train_ssm={missing[0]!r} is in no mixer of this model; its mixers have "
+            f"{', '.join(there) or 'none of ' + ', '.join(SSM_PARTS)}"
+        )
+    return found
+
+
+def _of_mixer(mixer: nn.Module, path: str) -> Iterator[SsmParameter]:
+    prefix = f"{path}." if path else ""
+    candidates = [(name, part) for part, names in _NAMES.items() for name in names]
+    candidates += [
+        (f"{child}.{name}", "conv1d")
+        for child, module in mixer.named_children()
+        if isinstance(module, nn.Conv1d)
+        for name in ("weight", "bias")
+    ]
+    for dotted, part in candidates:
+        child, _, name = dotted.rpartition(".")
+        owner: Any = mixer._modules.get(child) if child else mixer
+        # The bias of an adapted layer is that of the layer inside.
+        owner = getattr(owner, "base_layer", owner)
+        parameter = None if owner is None else owner._parameters.get(name)
+        if parameter is not None and parameter.is_floating_point():
+            yield SsmParameter(prefix + dotted, owner, name, part)
+
+
+class Offsets:
+    """The offsets of one module's parameters, until :meth:`remove`."""
+
+    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+        """Give the module's own parameters called ``names`` offsets of 0."""
+        self.module = module
+        self.names = tuple(names)
+        for name in self.names:
+            value: Any = module._parameters[name]
+            offset = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+            module.register_parameter(OFFSET + name, nn.Parameter(offset))
+        policies: dict[str, Policy] = {"__getattr__": read_moved, "_apply": apply_keeping_offsets}
+        self._class = AdaptedMixer(module, policies)
+
+    def fold(self) -> None:
+        """Add the offsets to the pretrained values, rounded to their dtype, and drop them."""
+        own = self.module._parameters
+        folded = dict(own)
+        for name in self.names:
+            offset, value = folded.pop(OFFSET + name, None), folded[name]
+            if offset is not None and value is not None:
+                moved = (value.detach() + offset.detach()).to(value.dtype)
+                folded[name] = nn.Parameter(moved, requires_grad=value.requires_grad)
+                # Marks such as mamba_ssm's _no_weight_decay.
+                vars(folded[name]).update(vars(value))
+        # In one step: an interrupt leaves all of the offsets, or none.
+        vars(self.module)["_parameters"] = folded
+
+    def remove(self) -> None:
+        """Restore the pretrained values, or what :meth:`fold` made of them."""
+        self._class.remove()
+        for name in self.names:
+            self.module._parameters.pop(OFFSET + name, None)
+        vars(self.module).pop(OFFSETS_OFF, None)
+
+
+def make_offsets(parameters: Iterable[SsmParameter]) -> list[Offsets]:
+    """Give ``parameters`` offsets; return what undoes it, one per module."""
+    names: dict[nn.Module, list[str]] = {}
+    for parameter in parameters:
+        names.setdefault(parameter.owner, []).append(parameter.name)
+    return [Offsets(owner, own) for owner, own in names.items()]
+
+
+def read_moved(module: nn.Module, upstream: Callable[..., Any], name: str) -> Any:
+    """``__getattr__`` of a module with offsets: a parameter with its offset added."""
+    value = upstream(module, name)
+    offset = vars(module)["_parameters"].get(OFFSET + name)
+    if offset is None or value is None or vars(module).get(OFFSETS_OFF):
+        return value
+    return (value + offset).to(value.dtype)
+
+
+def apply_keeping_offsets(
+    module: nn.Module,
+    upstream: Callable[..., nn.Module],
+    fn: Callable[[Tensor], Tensor],
+    recurse: bool = True,
+) -> nn.Module:
+    """``_apply`` of a module with offsets: a cast leaves them in fp32, or wider."""
+    kept: dict[int, Tensor] = {}
+    for name, parameter in module._parameters.items():
+        if name.startswith(OFFSET) and parameter is not None:
+            kept |= {id(t): t for t in (parameter, parameter.grad) if t is not None}
+    widened = never_narrower(fn, torch.float32)
+    return upstream(module, lambda t: widened(t) if id(t) in kept else fn(t), recurse)
