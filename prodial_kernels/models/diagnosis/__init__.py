@@ -1,0 +1,1 @@
+"""Which adapters of a target list would take effect in a model, before anything is trained."""
