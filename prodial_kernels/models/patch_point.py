@@ -75,7 +75,9 @@ class View:
 
     def __init__(self, mixer: nn.Module, /, **given: Any) -> None:
         """Answer with ``given`` where it has the name, else with the mixer's attribute."""
-        vars(self).update(given, _mixer=mixer)
+        # One by one, past the refusal below, which torch.compile of torch 2.11 can trace.
+        for name, value in {**given, "_mixer": mixer}.items():
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_mixer"], name)

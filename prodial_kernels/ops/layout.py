@@ -12,7 +12,7 @@ from torch import Tensor
 
 def transposed(x: Tensor) -> Tensor:
     """Return contiguous ``x.mT`` for x [b, rows, columns]."""
-    if x.is_cuda and x.stride(2) == 1 and x.is_floating_point():
+    if _by_kernels(x) and x.stride(2) == 1 and x.is_floating_point():
         from prodial_kernels.kernels.layout import launch_transpose
 
         return launch_transpose(x)
@@ -64,8 +64,13 @@ def _rows_apart(matrix: Tensor) -> bool:
 
 def gated_channels(out: Tensor, z: Tensor) -> Tensor:
     """``out ⊙ silu(z)``, [b, E, l] with unit inner stride -> contiguous [b, E, l]."""
-    if out.is_cuda:
+    if _by_kernels(out):
         from prodial_kernels.kernels.layout import launch_gate
 
         return launch_gate(out, z)
     return F.silu(z).mul_(out)
+
+
+def _by_kernels(x: Tensor) -> bool:
+    """Whether to launch a kernel, which torch.compile cannot trace; it writes such by itself."""
+    return x.is_cuda and not torch.compiler.is_compiling()

@@ -38,4 +38,7 @@ class PackedWeight:
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:
+    if torch.compiler.is_compiling():
+        # A graph takes the stored tensors as it finds them; torch.compile cannot ask.
+        return []
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _CACHE_NAME = re.compile(r"cache|past|inference_params|(conv|ssm|recurrent)_states?$")
@@ -50,12 +51,27 @@ def split_first(
     return others.pop(name), (), others
 
 
-@cache
 def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names of a method's parameters that take a position, without ``self``."""
+    if torch.compiler.is_compiling():
+        return _parameters_while_compiling(function)
+    return _parameters(function)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind in positional)[1:]
+
+
+def _parameters_while_compiling(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The same, asked by torch.compile, which keeps the answer and traces nothing of it."""
+    return _parameters(function)
+
+
+# What torch.compiler.assume_constant_result does, which would load the compiler here and now.
+_parameters_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cache_among(arguments: Mapping[str, Any]) -> str | None:

@@ -25,8 +25,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
+from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.projection import operands_of, placeholder
 from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
+from prodial_kernels.models.mixers.scan_function import differentiable_scan
 from prodial_kernels.models.mixers.selective_scan import (
     N_OPERANDS,
     N_TENSORS,
@@ -80,6 +82,8 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
     Raises:
         RuntimeError, TypeError, ValueError: As from calling the projectors.
     """
+    if torch.compiler.is_compiling():
+        return _traceable(mixer, hidden)
     in_proj, in_options = operands_of(mixer.in_proj, hidden)
     scan, scan_options = scan_operands(mixer, hidden)
     out_proj, out_options = operands_of(
@@ -91,6 +95,21 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
         norm_recomputation(hidden),
     )  # fmt: skip
     return MambaBlock.apply(hidden, options, *scan.flat(), *in_proj, *out_proj)
+
+
+def _traceable(mixer: Any, hidden: Tensor) -> Tensor:
+    """The same for torch.compile: projectors that it traces, and the scan as one operator.
+
+    What it keeps is the compiler's choice: X, and the input of out_proj too.
+    """
+    if isinstance(mixer.in_proj, ProdialLinear):
+        xz = mixer.in_proj(hidden, channel_first=True)
+    else:
+        xz = mixer.in_proj(hidden).mT.contiguous()
+    operands, options = scan_operands(mixer, hidden)
+    xz = xz.to(operands.x_proj.weight.dtype)
+    y: Tensor = mixer.out_proj(differentiable_scan(xz, operands, options).mT)
+    return y
 
 
 _SCAN = 2

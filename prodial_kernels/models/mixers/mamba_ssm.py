@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prodial_kernels import upstream as libraries
@@ -133,7 +134,8 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
         return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
     in_proj = _in_proj(mixer, split_first(upstream, args, kwargs)[0])
     view = View(mixer, in_proj=in_proj, out_proj=NoProjection())
-    if not is_explicit(mixer.out_proj):
+    if torch.compiler.is_compiling() or not is_explicit(mixer.out_proj):
+        # torch.compile cannot trace a function that is made while it traces.
         return mixer.out_proj(upstream(view, *args, **kwargs))
     recomputed = in_proj if isinstance(in_proj, _RecomputedInput) else None
     keeping = Keeping(

@@ -32,8 +32,11 @@ def norm_recomputation(hidden: Tensor) -> Callable[[], Tensor] | None:
 
     None unless ``hidden`` is the first result of mamba_ssm's fused norm, without dropout or a
     second branch, over an fp32 residual sum: a sum that was rounded after the norm read it gives
-    other values. None also under hooks on saved tensors, as in checkpointing.
+    other values. None also under hooks on saved tensors, as in checkpointing, and in torch.compile,
+    which sees no nodes of autograd.
     """
+    if torch.compiler.is_compiling():
+        return None
     node: Any = hidden.grad_fn
     rule = getattr(type(node), "_forward_cls", None)
     if (
@@ -46,12 +49,7 @@ def norm_recomputation(hidden: Tensor) -> Callable[[], Tensor] | None:
     if problem is not None:
         upstream.warn("mamba_ssm", f"{problem}: a Mamba mixer keeps its input for backward")
         return None
-    if (
-        node.dropout_p != 0.0
-        or node.has_x1
-        or torch.compiler.is_compiling()
-        or _saved_tensors_are_hooked()
-    ):
+    if node.dropout_p != 0.0 or node.has_x1 or _saved_tensors_are_hooked():
         return None
     total_dtype = node._input_metadata[1].dtype if node.prenorm else node.x_dtype
     if node.has_residual and not (node.prenorm and total_dtype is torch.float32):

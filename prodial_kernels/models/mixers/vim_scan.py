@@ -3,10 +3,9 @@
 ``silu(conv(x))``, x_proj, dt_proj, selective scan, gate: Mamba-1's block without ``in_proj`` and
 ``out_proj``, which Vim's two directions share. Two ways to compute it:
 
-* on the CUDA functions of causal-conv1d and mamba-ssm, by :mod:`.selective_scan`, as one autograd
-  function that keeps xz (both directions keep the same tensor, and flip it where needed), x_proj's
-  output, the ungated scan output and the scan's states, and recomputes the rest, as Vim's own
-  function does;
+* on the CUDA functions of causal-conv1d and mamba-ssm, by :mod:`.scan_function`, which recomputes
+  in backward what Vim's own function does (both directions keep the same xz, and flip it where
+  needed);
 * in PyTorch, on any device, differentiated by autograd.
 """
 
@@ -18,22 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from prodial_kernels._checks import check_choice
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.projection import is_explicit
-from prodial_kernels.models.mixers.selective_scan import (
-    Direction,
-    ScanKept,
-    ScanNeeds,
-    ScanOperands,
-    ScanOptions,
-    scan_forward,
-    scan_gradients,
-    scan_operands,
-)
-from prodial_kernels.ops.autocast import autocast_off
+from prodial_kernels.models.mixers.scan_function import differentiable_scan
+from prodial_kernels.models.mixers.selective_scan import Direction, scan_operands
 
 SCANS = ("auto", "cuda", "torch")
 
@@ -70,7 +59,7 @@ def directed_scan(mixer: Any, xz: Tensor, direction: Direction, scan: str = "aut
             raise ValueError(f'{name} has impl="reference", which only scan="torch" can run')
     operands, options = scan_operands(mixer, xz.mT, direction)
     xz = xz.to(operands.x_proj.weight.dtype)
-    return _DirectedScan.apply(xz, options, direction.reverse, *operands.flat())
+    return differentiable_scan(xz, operands, options, reverse=direction.reverse)
 
 
 def _torch_scan(mixer: Any, xz: Tensor, direction: Direction) -> Tensor:
@@ -121,46 +110,3 @@ def _recurrence(decay: Tensor, update: Tensor) -> Tensor:
     carry = torch.stack(carried[:-1], dim=-1)[..., None]
     states = torch.stack(inner, dim=-1) + torch.stack(through, dim=-1) * carry
     return states.flatten(-2)[..., :length]
-
-
-class _DirectedScan(torch.autograd.Function):
-    """xz [b, 2E, l] -> y [b, E, l]. See the module's docstring for what is kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, xz: Tensor, options: ScanOptions, reverse: bool, *tensors: Tensor | None
-    ) -> Tensor:
-        """``tensors``: :meth:`ScanOperands.flat`."""
-        operands = ScanOperands.unflatten(tensors)
-        with autocast_off(xz.device.type):
-            y, kept = scan_forward(_oriented(xz, reverse), operands, options)
-        # xz itself, one tensor for both directions; upstream keeps a flipped copy for the second.
-        ctx.save_for_backward(xz, *kept, *tensors)
-        ctx.options, ctx.reverse = options, reverse
-        return y.flip(-1) if reverse else y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        xz, *tensors = ctx.saved_tensors
-        kept = ScanKept(*tensors[: len(ScanKept._fields)])
-        operands = ScanOperands.unflatten(tensors[len(ScanKept._fields) :])
-        needs = ctx.needs_input_grad
-        with autocast_off(xz.device.type):
-            dxz, found = scan_gradients(
-                [_oriented(dy, ctx.reverse)], _oriented(xz, ctx.reverse), kept, operands,
-                ctx.options, ScanNeeds.of(needs[0], needs[3:]),
-            )  # fmt: skip
-            dxz = dxz.flip(-1) if ctx.reverse and needs[0] else dxz
-        return tuple(
-            gradient if needed else None
-            for gradient, needed in zip((dxz, None, None, *found), needs, strict=True)
-        )
-
-
-def _oriented(tensor: Tensor, reverse: bool) -> Tensor:
-    """The tensor in the direction of the scan, contiguous along it."""
-    # flip keeps the order of the strides.
-    tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-    return tensor.flip(-1) if reverse else tensor
