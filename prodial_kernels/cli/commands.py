@@ -52,7 +52,8 @@ examples:
   prodial finetune --method lora --output lora-run        compare with LoRA of the same size
   prodial finetune --model DIR --data code/ --preset hellaswag --steps 1000
   prodial finetune --n-blocks in_proj=64 out_proj=32 --r 8 --lora-dropout 0.1
-  prodial finetune --config options.toml --lr 0.001
+  prodial finetune --config options.yaml --lr 0.001
+  prodial finetune --init-adapter my-run --data more.txt --keep best
   prodial finetune --resume --output my-run               continue after Ctrl-C or a crash"""
 
 _EVALUATE_EXAMPLES = """\
@@ -155,6 +156,8 @@ def _finetune(args: argparse.Namespace) -> int:
     values = options.config_values(args)
     if "config" in args:
         values = {**read_config_file(args.config), **values}
+    if values.get("init_adapter") is not None:
+        values["init_adapter"] = adapter_directory(values["init_adapter"], flag="--init-adapter")
     output = values.get("output", FinetuneConfig.output)
     if "resume" in args:
         values = {**RunDirectory(output).read_identity().config, **values, "output": output}

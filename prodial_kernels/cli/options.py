@@ -43,8 +43,8 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
                 help="continue the run in --output; options that are not given are the run's own",
             )  # fmt: skip
     parser.add_argument(
-        "--config", metavar="FILE", help="options in a JSON or TOML file, such as batch_size = 4; "
-        "flags win over it",
+        "--config", metavar="FILE", help="options in a JSON, TOML or YAML file, such as "
+        "batch_size: 4; flags win over it",
     )  # fmt: skip
 
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prodial_kernels.training.callbacks.base import Callback, RunView
+    from prodial_kernels.training.callbacks.early_stopping import EarlyStopping
     from prodial_kernels.training.config import FinetuneConfig
     from prodial_kernels.training.finetuning import finetune
     from prodial_kernels.training.results import FinetuneResult
 
-__all__ = ["FinetuneConfig", "FinetuneResult", "finetune"]
+__all__ = [
+    "Callback", "EarlyStopping", "FinetuneConfig", "FinetuneResult", "RunView", "finetune",
+]  # fmt: skip
 
-_HOMES = {"FinetuneConfig": "config", "FinetuneResult": "results", "finetune": "finetuning"}
+_HOMES = {
+    "Callback": "callbacks.base",
+    "EarlyStopping": "callbacks.early_stopping",
+    "FinetuneConfig": "config",
+    "FinetuneResult": "results",
+    "RunView": "callbacks.base",
+    "finetune": "finetuning",
+}
 
 
 def __getattr__(name: str) -> Any:

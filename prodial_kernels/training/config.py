@@ -28,6 +28,8 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit")
 LOSSES = ("auto", "chunked", "liger", "full")
 CUDA_GRAPHS = ("auto", "on", "off")
 PACKINGS = ("stream", "documents")
+KEEP = ("last", "best")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 QUANTIZE = ("nf4", "int8", "fp8")
 ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint")
 LANGUAGE_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.seq_len is not None)
@@ -154,6 +156,9 @@ class FinetuneConfig:
     train_diagonal: bool | None = option(
         None, "without the block-diagonal factor", flags=("--no-diagonal",)
     )
+    init_adapter: str | None = option(
+        None, "begin with this saved adapter, or a run's, and its settings", metavar="DIR"
+    )
     # Training.
     lr: float | None = option(
         None, "peak learning rate ({default})", metavar="LR", range=(0, 100), positive=True,
@@ -234,6 +239,13 @@ class FinetuneConfig:
     )
     log_every: int = option(
         1, "steps between metric lines ({default})", metavar="N", range=(1, 10**9)
+    )
+    keep: str = option(
+        "last", "of which step the adapter and the model are written: the {default} (default), or "
+        "the one with the best evaluation", choices=KEEP,
+    )  # fmt: skip
+    report_to: tuple[str, ...] | None = option(
+        None, "report to these trackers, which must be installed", choices=TRACKERS
     )
 
     def __post_init__(self) -> None:
@@ -406,7 +418,7 @@ class FinetuneConfig:
                 "`impl` says how adapted projectors are computed, and `method` 'full' adapts none; "
                 "leave it out"
             )
-        options = (*ADAPTER_OPTIONS, "quantize")
+        options = (*ADAPTER_OPTIONS, "quantize", "init_adapter")
         given = [f"`{name}`" for name in options if getattr(self, name) is not None]
         if given:
             raise ConfigError(

@@ -2,15 +2,21 @@
 
 result = finetune(FinetuneConfig(model="path/to/mamba", data="notes.txt", steps=500))
 print(result)
+
+Objects can take the place of names: ``finetune(config, model=model, tokenizer=tokenizer,
+data=rows)``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +27,9 @@ from prodial_kernels.files.written import own_files
 from prodial_kernels.models.adapt.inject import merge_prodial
 from prodial_kernels.models.loading.load import resolve_device, resolve_dtype
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.training.callbacks.base import Callback, RunView
+from prodial_kernels.training.callbacks.trackers import Tracking, check_trackers
+from prodial_kernels.training.callbacks.watch import Watch
 from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.memory.device import limited, measure
 from prodial_kernels.training.memory.run_plan import comparison_text, plan_run
@@ -33,6 +42,7 @@ from prodial_kernels.training.merging import (
     write_model,
 )
 from prodial_kernels.training.results import FinetuneResult, best_evaluation, peak_memory
+from prodial_kernels.training.run.best import BestKept
 from prodial_kernels.training.run.directory import (
     RunDirectory,
     RunError,
@@ -53,17 +63,31 @@ from prodial_kernels.training.run.state import (
     load_state,
     save_state,
     saved_states,
+    steps_of,
 )
 from prodial_kernels.training.run.versions import versions
 from prodial_kernels.training.scoring.language_model import evaluate_examples
 from prodial_kernels.training.scoring.log_likelihood import Scorer
+from prodial_kernels.training.start.given import Given
+from prodial_kernels.training.start.initial_adapter import with_settings_of_adapter
 from prodial_kernels.training.step.choose import make_step
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
 from prodial_kernels.upstream import require_extra
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 def finetune(
-    config: FinetuneConfig, *, resume: bool = False, progress: bool = True
+    config: FinetuneConfig,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: Any = None,
+    held_out: Any = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    progress: bool = True,
 ) -> FinetuneResult:
     """Fine-tune a model, evaluate it before and after, save it, and check what was saved.
 
@@ -73,6 +97,16 @@ def finetune(
 
     Args:
         config: What to do.
+        model: Train this model of transformers in the place of ``config.model``, with its
+            ``tokenizer``. It is brought to ``config.device``; ``dtype="auto"`` leaves it in its
+            own. Afterwards it is what was written, adapter merged, perhaps on the CPU; where
+            training an adapter ends in an error, it is the pretrained model again.
+        tokenizer: Use this one; needed with ``model``.
+        data: Train on these rows or texts in the place of ``config.data``: a list, a
+            ``datasets.Dataset``, or such by the names of splits.
+        held_out: Evaluate on these in the place of ``config.held_out``.
+        callbacks: Told of every event, and asked whether to end training (see
+            :class:`~prodial_kernels.training.Callback`).
         resume: Continue the run in ``config.output`` from its newest saved state. Of a finished
             run the result is returned, and nothing done.
         progress: Show progress on stderr.
@@ -81,8 +115,10 @@ def finetune(
         What came out; prints as a table.
 
     Raises:
-        MissingExtraError: transformers, tqdm or matplotlib is not installed.
-        ConfigError: An option that cannot be used.
+        MissingExtraError: transformers, tqdm, matplotlib or a tracker is not installed.
+        ConfigError: An option or object that cannot be used, or both where one is needed.
+        AdapterError: ``init_adapter`` is damaged, or does not belong to the model.
+        TypeError: One of the callbacks is none.
         ValueError: Options of the adapter that contradict each other, or do not fit the model.
         DataError: The data cannot be used.
         ModelError: The model or the device cannot be used.
@@ -103,11 +139,15 @@ def finetune(
     require_extra("finetune()")
     started = time.perf_counter()
     with StopSignals() as signals:
-        config = config.resolved()
+        given = Given(model, tokenizer, data, held_out)
+        config = with_settings_of_adapter(config, named=model is None)
+        config = given.noted_in(config).resolved()
         folder = RunDirectory(config.output)
         display = Progress(enabled=progress)
         device = resolve_device(config.device)
-        dtype = resolve_dtype(config.dtype, device)
+        dtype = given.dtype(resolve_dtype(config.dtype, device), config)
+        check_trackers(config.report_to or ())
+        watch = Watch([*map(Tracking, config.report_to or ()), *callbacks])
         check_options(config, device, dtype)
         # Quickly, before a directory is made; what counts is the look under the lock.
         if resume:
@@ -130,16 +170,32 @@ def finetune(
                     with suppress(FileNotFoundError):
                         own_files(path)
             display.say(f"loading model {config.model!r} and data {config.data!r}")
-            choice, plan = plan_run(config, device, dtype)
+            choice, plan = plan_run(config, device, dtype, model)
             if config.quantize == "auto":
                 config = replace(config, quantize=None if plan is None else plan.plan.quantize)
-            with limited(device, None if plan is None else plan.allowed):
+            with limited(device, None if plan is None else plan.allowed), _ended(watch, given):
                 run = prepare(
                     config, folder, saved, display,
-                    device=device, dtype=dtype, choice=choice, plan=plan,
+                    device=device, dtype=dtype, choice=choice, plan=plan, given=given,
                 )  # fmt: skip
-                position = _train(run, saved, signals)
-                return _finish(run, position, started)
+                try:
+                    events = _train(run, saved, signals, watch)
+                    result = _finish(run, events, started)
+                finally:
+                    run.levels.remove()
+            watch.end(result)
+            return result
+
+
+@contextmanager
+def _ended(watch: Watch, given: Given) -> Iterator[None]:
+    """Tell callbacks of a run that ended in an error, and give the caller's model back."""
+    try:
+        yield
+    except BaseException:
+        given.give_back()
+        watch.end(None)
+        raise
 
 
 def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIdentity | None:
@@ -183,7 +239,7 @@ def _restore(run: Run) -> Position:
     return Position()
 
 
-def _train(run: Run, saved: RunIdentity | None, signals: StopSignals) -> Position:
+def _train(run: Run, saved: RunIdentity | None, signals: StopSignals, watch: Watch) -> RunEvents:
     folder, say = run.folder, run.display.say
     position = Position() if saved is None else _restore(run)
     step = GuardedStep(
@@ -203,20 +259,24 @@ def _train(run: Run, saved: RunIdentity | None, signals: StopSignals) -> Positio
     if log.dropped:
         say(f"{folder.metrics_file}: {log.dropped} lines that are no records were dropped")
     try:
-        return _take_steps(run, step, RunEvents(run, log, position), signals)
+        events = RunEvents(run, log, position, watch)
+        events.begin()
+        _take_steps(run, step, events, signals)
+        return events
     finally:
         step.close()
         log.close()
 
 
-def _take_steps(run: Run, step: GuardedStep, events: RunEvents, signals: StopSignals) -> Position:
+def _take_steps(run: Run, step: GuardedStep, events: RunEvents, signals: StopSignals) -> None:
     """Train; on an out-of-memory save what is whole and say what would fit."""
     try:
         with run.display.training(run.options.steps, events.position):
-            return train(
+            train(
                 run.loaded.model, step, run.batches, run.options, events,
                 signals=signals, position=events.position,
             )  # fmt: skip
+        return
     except NonFiniteLossError as error:
         raise NonFiniteLossError(f"{error}; {_last_state(run.folder)}") from error
     except torch.OutOfMemoryError as error:
@@ -237,17 +297,42 @@ def _last_state(folder: RunDirectory) -> str:
 
 
 class RunEvents:
-    """What a run does at the loop's events: logs steps, saves states, evaluates.
+    """What a run does at the loop's events: logs steps, saves states, evaluates, tells callbacks.
 
     Attributes:
         position: Where the run stands after its last step.
+        stopped: Whether a callback has ended training.
+        best: The parameters of the best evaluations; None where only the last count.
     """
 
-    def __init__(self, run: Run, log: MetricsLog, position: Position) -> None:
+    def __init__(self, run: Run, log: MetricsLog, position: Position, watch: Watch) -> None:
         """Begin at ``position``."""
         self.position = position
         self._run = run
         self._log = log
+        self._watch = watch
+        self._history = read_metrics(run.folder.metrics_file)
+        self.stopped = any((r["kind"], r["step"]) == ("stop", position.step) for r in self._history)
+        self.best: BestKept | None = None
+        if run.config.keep == "best":
+            self.best = BestKept(
+                run.folder.best, run.loaded.model,
+                run=run.identity.fingerprint, step=position.step, say=run.display.say,
+            )  # fmt: skip
+            self._compare_best()
+
+    def begin(self) -> None:
+        """Tell the callbacks of the run."""
+        run = self._run
+        began = os.stat(run.folder.identity_file).st_mtime_ns
+        named = f"{run.identity.fingerprint} {began}"
+        self._watch.begin(
+            RunView(
+                run.config, run.loaded.model, run.loaded.tokenizer, run.folder.path,
+                run.options.steps, self.position.step, tuple(self._history),
+                hashlib.sha256(named.encode()).hexdigest()[:16],
+            )
+        )  # fmt: skip
 
     def logged(self, record: StepRecord) -> None:
         """Write the step to ``metrics.jsonl``, where its turn is, and show it."""
@@ -255,36 +340,70 @@ class RunEvents:
         self.position = record.position
         self._run.display.step(record)
         step = record.position.step
-        if step % self._run.config.log_every and step != self._run.options.steps:
-            return
-        self._log.write(
-            {
-                "kind": "train",
-                "step": step,
-                "loss": record.loss,
-                "lr": record.lr,
-                "grad_norm": record.grad_norm,
-                "tokens": record.position.tokens,
-                "seconds": round(record.position.seconds, 3),
-                "tokens_per_second": round(record.tokens_per_second, 1),
-            }
-        )
+        if step % self._run.config.log_every == 0 or step == self._run.options.steps:
+            self._log.write(
+                {
+                    "kind": "train",
+                    "step": step,
+                    "loss": record.loss,
+                    "lr": record.lr,
+                    "grad_norm": record.grad_norm,
+                    "tokens": record.position.tokens,
+                    "seconds": round(record.position.seconds, 3),
+                    "tokens_per_second": round(record.tokens_per_second, 1),
+                }
+            )
+        self._stop(step, self._watch.step(record))
 
     def save(self, position: Position) -> None:
         """Save the state, after the lines of ``metrics.jsonl`` that belong to it."""
-        self._run.folder.check_there()
+        folder = self._run.folder
+        folder.check_there()
         self._log.flush()
-        save_state(
-            self._run.folder.states, position, self._run.loaded.model, self._run.method.optimizer,
+        path = save_state(
+            folder.states, position, self._run.loaded.model, self._run.method.optimizer,
             run=self._run.identity.fingerprint,
         )  # fmt: skip
+        if self.best is not None:
+            self.best.prune(steps_of(folder.states))
+        self._watch.saved(position.step, path)
 
     def evaluate(self, position: Position) -> None:
         """Evaluate on the held-out examples."""
-        metrics = _evaluate(self._run)
+        metrics = self.metrics()
         self._log.write({"kind": "evaluation", "step": position.step, **metrics})
+        is_best = self.best is not None and self.best.offer(position.step, metrics)
         headline = "bits_per_byte" if "bits_per_byte" in metrics else "acc"
-        self._run.display.say(f"step {position.step}: held-out {headline} {metrics[headline]:.4f}")
+        note = ", the best so far" if is_best and position.step else ""
+        self._run.display.say(
+            f"step {position.step}: held-out {headline} {metrics[headline]:.4f}{note}"
+        )
+        self._stop(position.step, self._watch.evaluated(position.step, metrics))
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what an evaluation of the model as it is now gives."""
+        return _evaluate(self._run)
+
+    def _stop(self, step: int, by: Sequence[str]) -> None:
+        if not by or self.stopped or step >= self._run.options.steps:
+            return
+        self.stopped = True
+        self._log.write({"kind": "stop", "step": step})
+        steps = self._run.options.steps
+        self._run.display.say(f"{', '.join(by)} ends training after step {step} of {steps}")
+
+    def _compare_best(self) -> None:
+        """Say where the best evaluation of an earlier part of the run was not kept."""
+        earlier = [record for record in self._history if record["kind"] == "evaluation"]
+        if not earlier or self.best is None:
+            return
+        step = best_evaluation(earlier)["step"]
+        kept = self.best.best
+        if kept is None or kept.step != step:
+            self._run.display.say(
+                f"the parameters of the best evaluation so far, after step {step}, were not kept; "
+                "what is kept is the best from here on"
+            )
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
@@ -301,9 +420,9 @@ def _evaluate(run: Run) -> dict[str, Any]:
     return finite_or_none(asdict(metrics))
 
 
-def _finish(run: Run, position: Position, started: float) -> FinetuneResult:
+def _finish(run: Run, events: RunEvents, started: float) -> FinetuneResult:
     """Save the adapter, write the merged model, check it, draw the curve, sum up."""
-    folder, say = run.folder, run.display.say
+    folder, say, position = run.folder, run.display.say, events.position
     folder.check_there()
     records = read_metrics(folder.metrics_file)
     evaluations = [record for record in records if record["kind"] == "evaluation"]
@@ -318,9 +437,17 @@ def _finish(run: Run, position: Position, started: float) -> FinetuneResult:
         memory = run.plan.compared(measure(run.device))
         say(f"peak memory: {comparison_text(memory)}")
     run.levels.remove()
+    after, kept = evaluations[-1], position.step
+    if events.best is not None:
+        best = events.best.restore()
+        after, kept = {"kind": "evaluation", "step": best.step, **best.metrics}, best.step
+        say(f"what is written is step {kept} of {position.step}, the best evaluation")
     full = run.config.method == "full"
     if not full:
-        save_adapter(run.loaded.model, folder.adapter, base_model=run.config.model)
+        # A model that was handed in may have no name to be found by.
+        unnamed = run.config.model == type(run.loaded.model).__name__
+        base = None if unnamed else run.config.model
+        save_adapter(run.loaded.model, folder.adapter, base_model=base)
     model_dir = folder.full_model if full else folder.merged
     say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
     agreement = _write_and_check(run)
@@ -330,10 +457,12 @@ def _finish(run: Run, position: Position, started: float) -> FinetuneResult:
         method=run.config.method,
         rank=None if run.method.adapter is None else run.method.adapter.r,
         before=next((e for e in evaluations if e["step"] == 0), {}),
-        after=evaluations[-1],
+        after=after,
         trainable=run.method.report.trainable,
         total=run.method.report.total,
         steps=position.step,
+        kept_step=kept,
+        planned_steps=run.options.steps,
         tokens=position.tokens,
         train_seconds=position.seconds,
         seconds=time.perf_counter() - started,

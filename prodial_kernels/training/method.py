@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from prodial_kernels.checkpoint import load_adapter
 from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.inject import apply_prodial
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
@@ -36,6 +39,7 @@ def prepare_method(model: nn.Module, config: ResolvedConfig) -> PreparedMethod:
     """Freeze and adapt, or free, the parameters of a model on its device, and make the optimiser.
 
     Raises:
+        AdapterError: The adapter to begin with is not one of this model.
         OptimizerError: The optimiser needs what is not there.
         ValueError: The adapter does not fit the model, or all of it is to be trained and some is
             quantised.
@@ -45,22 +49,43 @@ def prepare_method(model: nn.Module, config: ResolvedConfig) -> PreparedMethod:
         # Sixteen-bit weights would swallow an optimiser's small steps.
         model.float()
     adapter = make_trainable(model, config)
+    if config.init_adapter is not None:
+        load_adapter(model, config.init_adapter)
     groups = adapter_parameter_groups(model, weight_decay=config.weight_decay)
     device = next(model.parameters()).device
     optimizer = make_optimizer(config.optimizer, groups, lr=config.lr, device=device)
     return PreparedMethod(adapter, optimizer, adapter_report(model))
 
 
-def trained_on_meta(config: ResolvedConfig, dtype: torch.dtype) -> nn.Module:
+def trained_on_meta(
+    config: ResolvedConfig, dtype: torch.dtype, model: nn.Module | None = None
+) -> nn.Module:
     """Build a run's model as it will be trained, on the ``meta`` device: shapes, no weights.
+
+    ``model`` is one that is at hand, and stays as it is; None for the one that is named.
 
     Raises:
         ModelError: There is no such model, or its configuration cannot be read.
         ValueError: The adapter does not fit the model.
     """
-    model = empty_model(config.model, dtype=torch.float32 if config.method == "full" else dtype)
-    make_trainable(model, config)
-    return model
+    dtype = torch.float32 if config.method == "full" else dtype
+    if model is None:
+        empty: nn.Module = empty_model(config.model, dtype=dtype)
+    else:
+        empty = on_meta(model).to(dtype)
+    make_trainable(empty, config)
+    return empty
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy of a model without values: the same modules, all tensors on ``meta``."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return deepcopy(model, memo)
 
 
 def make_trainable(model: nn.Module, config: ResolvedConfig) -> ProdialConfig | None:

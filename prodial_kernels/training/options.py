@@ -113,9 +113,13 @@ def checked_value(option: Option, value: Any, *, required: bool = False) -> Any:
         return str(value)
     if "tuple" in option.type:
         if isinstance(value, str):
-            return value if expected == "str" else (value,)
+            value = value if expected == "str" else (value,)
         if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
+            value = tuple(value)
+            for each in value if option.choices is not None else ():
+                check_choice(f"`{name}`", each, option.choices or (), error=ConfigError)
+        if isinstance(value, (str, tuple)):
+            return value
         raise ConfigError(f"`{name}` must be a string or a list of strings, got {value!r:.60}")
     if isinstance(value, Mapping) and "Mapping" in option.type:
         for target, number in value.items():

@@ -33,10 +33,10 @@ class FinetuneResult:
         method: ``"prodial"``, ``"lora"`` or ``"full"``.
         rank: Rank of the adapter; None for full fine-tuning.
         before: Held-out metrics of the pretrained model, as the metrics' dataclass names them.
-        after: The same after training.
+        after: The same of what is written, after training.
         trainable: Trained parameters.
         total: All parameters, the adapter included.
-        steps: Optimiser steps.
+        steps: Optimiser steps that were taken.
         tokens: Input tokens trained on.
         train_seconds: Wall time of the training steps.
         seconds: Wall time of this process, loading, evaluation and merging included.
@@ -52,6 +52,9 @@ class FinetuneResult:
         output: Directory of the run.
         adapter_dir: The adapter; None for full fine-tuning.
         model_dir: The merged (or fully fine-tuned) model in transformers' format.
+        kept_step: The step after which parameters are as written: the last, or, with
+            ``keep="best"``, that of the best evaluation. None where an earlier version wrote it.
+        planned_steps: Steps that were asked for: more than ``steps`` where a callback ended it.
     """
 
     method: str
@@ -75,6 +78,8 @@ class FinetuneResult:
     data: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     implementation: str | None = None
+    kept_step: int | None = None
+    planned_steps: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -89,7 +94,7 @@ class FinetuneResult:
         lines += [
             ("method", method + rank),
             ("trainable parameters", f"{self.trainable:,} of {self.total:,} ({percent:.2f}%)"),
-            ("training", f"{self.steps:,} steps, {self.tokens:,} tokens, "
+            ("training", f"{self._steps_text} steps, {self.tokens:,} tokens, "
                          f"{self.tokens / max(self.train_seconds, 1e-9):,.0f} tokens/s"),
             ("time", _times(self.seconds, self.train_seconds)),
             ("peak memory", f"{self.peak_bytes / 2**20:,.0f} MiB "
@@ -105,6 +110,8 @@ class FinetuneResult:
         if self.adapter_dir is not None:
             lines.append(("adapter", str(self.adapter_dir)))
         lines.append(("model", str(self.model_dir)))
+        if self.kept_step not in (None, self.steps):
+            lines.append(("written", f"step {self.kept_step:,}, the best evaluation"))
         lines += _doubts(self.before, self.best, self.after)
         cut = self.data.get("rows_cut", 0)
         if cut:
@@ -115,22 +122,34 @@ class FinetuneResult:
                                      "seq_len to have them evaluated whole"))  # fmt: skip
         return two_columns(lines)
 
+    @property
+    def _steps_text(self) -> str:
+        early = self.planned_steps is not None and self.steps < self.planned_steps
+        return f"{self.steps:,} of {self.planned_steps:,}" if early else f"{self.steps:,}"
+
 
 def _doubts(
     before: Mapping[str, Any], best: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """Return a row where training has made the model worse, or was better before its end."""
-    name = "bits_per_byte" if after.get("bits_per_byte") is not None else "acc"
+    name, better = _headline(after)
     if before.get(name) is None or best.get(name) is None or after.get(name) is None:
         return []
-    better = -1 if name == "bits_per_byte" else 1
     title, form = _SHOWN[name]
+    if after.get("step") == 0:
+        return [("warning", f"{title} never got better than it was: what is written is unchanged")]
     if better * (after[name] - before[name]) < 0:
         advice = "try fewer steps, a lower learning rate or more data"
         return [("warning", f"{title} got worse in training; {advice}")]
     if better * (best[name] - after[name]) > 0:
         shown = f"{form.format(best[name])} at step {best['step']}"
-        return [("note", f"{title} was best, {shown}; what is saved is the last step")]
+        return [
+            (
+                "note",
+                f"{title} was best, {shown}; what is saved is step {after['step']}"
+                " (keep best would keep it)",
+            )
+        ]
     return []
 
 
@@ -203,6 +222,25 @@ def peak_memory(device: torch.device) -> int:
 
 def best_evaluation(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the evaluation with the best headline metric; the earliest of equal ones."""
-    if all(record.get("bits_per_byte") is not None for record in evaluations):
-        return min(evaluations, key=lambda record: record["bits_per_byte"])
-    return max(evaluations, key=lambda record: record.get("acc") or 0.0)
+    best = evaluations[0]
+    for record in evaluations[1:]:
+        if improves(record, best):
+            best = record
+    return best
+
+
+def improves(metrics: Mapping[str, Any], best: Mapping[str, Any], *, least: float = 0.0) -> bool:
+    """Whether an evaluation is better than another one, by more than ``least``.
+
+    By bits per byte where both have them, else by accuracy; what is not a number is never better.
+    """
+    name, better = _headline(metrics, best)
+    new, old = metrics.get(name), best.get(name)
+    return new is not None and (old is None or better * (new - old) > least)
+
+
+def _headline(*all_metrics: Mapping[str, Any]) -> tuple[str, int]:
+    """The metric that evaluations are compared by, and the sign of a change for the better."""
+    if any(metrics.get("bits_per_byte") is not None for metrics in all_metrics):
+        return "bits_per_byte", -1
+    return "acc", 1

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prodial_kernels.models.loading.load import load_model
-from prodial_kernels.training import FinetuneConfig, FinetuneResult, finetune
+from prodial_kernels.training import Callback, FinetuneConfig, FinetuneResult, finetune
 
 
 def run(
-    place: Path, output: Path, *, resume: bool = False, progress: bool = False, **options: Any
+    place: Path,
+    output: Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
 ) -> FinetuneResult:
     """Fine-tune the model in ``place`` on the text there; ``options`` go before the defaults."""
     defaults = {
@@ -28,7 +35,7 @@ def run(
         "device": "cpu",
     }
     config = FinetuneConfig(output=str(output), **{**defaults, **options})
-    return finetune(config, resume=resume, progress=progress)
+    return finetune(config, resume=resume, progress=progress, callbacks=callbacks)
 
 
 def load(path: Path) -> Any:

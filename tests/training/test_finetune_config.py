@@ -21,6 +21,7 @@ from prodial_kernels.training.run.directory import (
     RunIdentity,
     check_same_config,
 )
+from prodial_kernels.upstream import MissingExtraError
 
 
 def test_a_preset_fills_in_the_adapter_and_the_training() -> None:
@@ -148,9 +149,52 @@ def test_json_and_toml_files(tmp_path: Path) -> None:
         assert read_config_file(tmp_path / "a.toml") == {"lr": 0.01, "n_blocks": {"in_proj": 4}}
 
 
+def test_yaml_files(tmp_path: Path) -> None:
+    text = """\
+    # As people write them: 3e-4 is a number, off a word, 010 ten.
+    lr: 3e-4
+    cuda_graph: off
+    steps: 010
+    n_blocks: {in_proj: 4}
+    target_modules:
+      - in_proj
+    preset: null
+    train_scale: false
+    memory_budget: 8GB
+    """
+    (tmp_path / "a.yaml").write_text(text)
+    values = read_config_file(tmp_path / "a.yaml")
+    assert values == {
+        "lr": 3e-4, "cuda_graph": "off", "steps": 10, "n_blocks": {"in_proj": 4},
+        "target_modules": ["in_proj"], "preset": None, "train_scale": False,
+        "memory_budget": "8GB",
+    }  # fmt: skip
+    (tmp_path / "b.yml").write_text(json.dumps(values))
+    assert read_config_file(tmp_path / "b.yml") == values
+    assert FinetuneConfig.from_dict(values).lr == 3e-4
+
+
+def test_yaml_without_its_library_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 1")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(MissingExtraError, match=r'yaml, not .*"prodial-kernels\[cli\]"'):
+        read_config_file(tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("a.yaml", "lr: 1\nlr: 2", r"a\.yaml: not valid YAML: line 2: 'lr' is given twice"),
+        ("a.yaml", "lr: &one 1\nclip: *one", r"a\.yaml: not valid YAML: line 2: \*one stands for"),
+        ("a.yaml", "lr: !!python/name:os.system", r"a\.yaml: not valid YAML: could not"),
+        ("a.yaml", "lr: [", r"a\.yaml: not valid YAML: while parsing"),
+        ("a.yaml", "lr: fast", r"a\.yaml: lr must be a number, got 'fast'"),
+        ("a.yaml", "- lr", r"a\.yaml: expected options by name"),
+        ("a.yaml", "", r"a\.yaml: expected options by name"),
+        ("a.yaml", "[" * 100_000, r"a\.yaml: nested too deeply"),
+        ("a.yml", "report_to: [tensorbord]", r"a\.yml: report_to must .*mean 'tensorboard'"),
         ("a.json", "{", "not valid"),
         ("a.json", "[1]", "expected options by name"),
         ("a.json", '{"stepz": 3}', r"a\.json: unknown keys \['stepz'\]"),
@@ -159,7 +203,7 @@ def test_json_and_toml_files(tmp_path: Path) -> None:
         ("a.json", "[" * 100_000, r"a\.json: nested too deeply"),
         ("a.toml", "lr = " + "[" * 100_000, r"a\.toml: "),
         ("a.json", '{"steps": ' + "1" * 5000 + "}", r"a\.json: not valid JSON"),
-        ("a.json", "steps = 5", r"a\.json: not valid JSON \(or name it \.toml\)"),
+        ("a.json", "steps = 5", r"a\.json: not valid JSON \(or name it \.toml or \.yaml\)"),
         ("missing.json", None, "missing.json: no such file"),
     ],
 )

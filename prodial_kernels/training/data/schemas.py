@@ -295,3 +295,5 @@ SCHEMAS = (
     Schema("Winogrande", ("sentence", "option1", "option2", "answer"), _parse_winogrande),
     Schema("ARC", ("question", "choices", "answerKey"), _parse_arc),
 )  # fmt: skip
+KEYS = frozenset(key for schema in SCHEMAS for key in (*schema.required, *schema.optional))
+"""What values of any kind of row are called."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -24,6 +24,7 @@ from prodial_kernels.training.data.packing import PackedBatches
 from prodial_kernels.training.data.padding import PaddedBatches
 from prodial_kernels.training.data.schemas import BLANK
 from prodial_kernels.training.data.sources.hub import hub_candidates
+from prodial_kernels.training.data.sources.objects import GIVEN, object_candidates
 from prodial_kernels.training.data.sources.paths import (
     TEXT_SUFFIXES,
     Candidates,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SourceName: TypeAlias = str | os.PathLike[str]
+Source: TypeAlias = SourceName | Iterable[Any]
+"""The name of a source, or rows in memory (see ``sources/objects.py``)."""
 
 # Up to so many documents the held-out share is met by counting.
 _DIVIDED_BY_COUNT = 100
@@ -93,10 +96,10 @@ class WholeData(NamedTuple):
 
 
 def load_documents(
-    source: SourceName | None = None,
+    source: Source | None = None,
     *,
     held_out_fraction: float = 0.1,
-    held_out_source: SourceName | None = None,
+    held_out_source: Source | None = None,
     max_bytes: int | None = None,
     suffixes: Sequence[str] | None = None,
 ) -> DataSplit:
@@ -112,7 +115,8 @@ def load_documents(
         source: ``None`` or ``"stdlib"`` for the running Python's standard library, a text file
             (documents separated by blank lines; a program is one document), a table of rows in
             one of the schemas of ``schemas.py`` (JSONL, a JSON array, CSV, TSV, Parquet), a
-            directory of text and code files, or a hub name (``NAME`` or ``NAME:CONFIGURATION``).
+            directory of text and code files, a hub name (``NAME`` or ``NAME:CONFIGURATION``), or
+            rows in memory: a list, a ``datasets.Dataset``, splits by name.
         held_out_fraction: Share of documents, and of ``max_bytes``, to hold out; 0 < it < 1.
         held_out_source: Takes the whole of another source as held-out; ``source`` is then not
             split.
@@ -134,7 +138,7 @@ def load_documents(
 
     candidates, held_out_candidates = _open(source, suffixes)
     if held_out_source is not None:
-        held_out_candidates = _whole(held_out_source, suffixes)
+        held_out_candidates = _whole(held_out_source, suffixes, "held_out")
     if held_out_candidates is not None:
         train_side, held_out_side = _order(candidates), _order(held_out_candidates)
     elif len(candidates.positions) == 1:
@@ -167,7 +171,7 @@ def load_documents(
 
 
 def read_whole(
-    source: SourceName, *, max_bytes: int | None = None, suffixes: Sequence[str] | None = None
+    source: Source, *, max_bytes: int | None = None, suffixes: Sequence[str] | None = None
 ) -> WholeData:
     """Load data to evaluate on, in a fixed pseudo-random order, and say what reading changed.
 
@@ -227,9 +231,16 @@ def make_batches(
 
 
 def _open(
-    source: SourceName | None, suffixes: Sequence[str] | None
+    source: Source | None, suffixes: Sequence[str] | None, argument: str = "data"
 ) -> tuple[Candidates, Candidates | None]:
     """Find what a source is; return its candidates and its own held-out ones, if it has any."""
+    if source is not None and not isinstance(source, (str, os.PathLike)):
+        return object_candidates(source, argument=argument)
+    if source == GIVEN:
+        raise DataError(
+            f"{argument}: this run was given its rows in Python; give them again: "
+            f"finetune(config, {argument}=rows, resume=True)"
+        )
     if source is None or source == "stdlib":
         return stdlib_candidates(), None
     if not str(source).strip():
@@ -256,8 +267,8 @@ def _open(
     return hub_candidates(source)
 
 
-def _whole(source: SourceName, suffixes: Sequence[str] | None) -> Candidates:
-    candidates, held_out = _open(source, suffixes)
+def _whole(source: Source, suffixes: Sequence[str] | None, argument: str = "data") -> Candidates:
+    candidates, held_out = _open(source, suffixes, argument)
     return held_out or candidates
 
 

@@ -89,12 +89,16 @@ class RunPlan:
 
 
 def plan_run(
-    config: ResolvedConfig, device: torch.device, dtype: torch.dtype
+    config: ResolvedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    at_hand: nn.Module | None = None,
 ) -> tuple[StepChoice, RunPlan | None]:
     """Decide how a run takes its steps, and plan its memory.
 
     The budget is ``config.memory_budget``, else what the device has free; without a
-    ``memory_budget`` a plan that does not fit is returned all the same.
+    ``memory_budget`` a plan that does not fit is returned all the same. ``at_hand`` is the model
+    where it is not loaded by its name; it is only looked at.
 
     Returns:
         The choice, and the plan of it; None where nothing can be predicted and no budget asks for
@@ -113,7 +117,7 @@ def plan_run(
         raise MemoryPlanError(
             f"memory_budget {config.memory_budget!r} cannot be kept: {_why_unknown(device)}"
         )
-    model = trained_on_meta(config, dtype)
+    model = trained_on_meta(config, dtype, at_hand)
     facts = facts_of(model)
     choice = decide(config, facts, device)
     if not kernels:

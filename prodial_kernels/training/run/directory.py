@@ -17,8 +17,8 @@ from prodial_kernels.training.config import FinetuneConfig
 from prodial_kernels.training.run.versions import versions
 
 FORMAT_VERSION = 1
-# How often a run is saved, where it is kept, how its steps are launched and what they keep for
-# backward do not change what it computes.
+# How often a run is saved, where it is kept and reported, which of its steps is written, how its
+# steps are launched and what they keep for backward do not change what it computes.
 NOT_COMPARED_ON_RESUME = frozenset(
     {
         "output",
@@ -27,6 +27,8 @@ NOT_COMPARED_ON_RESUME = frozenset(
         "memory_budget",
         "activations",
         "gradient_checkpointing",
+        "keep",
+        "report_to",
     }
 )
 
@@ -45,6 +47,7 @@ class RunIdentity:
         data: Fingerprint of the training batches.
         held_out: Fingerprint of the held-out examples.
         device: ``"cpu"`` or ``"cuda"``.
+        init_adapter: Fingerprint of the adapter that training begins with; empty without one.
     """
 
     config: dict[str, Any]
@@ -52,6 +55,7 @@ class RunIdentity:
     data: str
     held_out: str
     device: str
+    init_adapter: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +79,8 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.merged = self.path / "merged"
         self.full_model = self.path / "model"
+        self.best = self.path / "best"
+        self.tensorboard = self.path / "tensorboard"
         self._there: tuple[int, int] | None = None
 
     @property
@@ -82,7 +88,7 @@ class RunDirectory:
         """Names of everything that a run writes into its directory."""
         own = (
             self.identity_file, self.metrics_file, self.results_file, self.plot_file, self.states,
-            self.adapter, self.merged, self.full_model,
+            self.adapter, self.merged, self.full_model, self.best, self.tensorboard,
         )  # fmt: skip
         return frozenset(path.name for path in own)
 
@@ -175,7 +181,7 @@ class RunDirectory:
             identity = RunIdentity(**values)
             if not isinstance(identity.config, dict):
                 raise TypeError("config must be an object")
-            for name in ("model", "data", "held_out", "device"):
+            for name in ("model", "data", "held_out", "device", "init_adapter"):
                 if not isinstance(getattr(identity, name), str):
                     raise TypeError(f"{name} must be a string")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -257,6 +263,7 @@ def check_same_identity(folder: RunDirectory, saved: RunIdentity, now: RunIdenti
             ("model", now.model, saved.model),
             ("data", now.data, saved.data),
             ("held_out", now.held_out, saved.held_out),
+            ("init_adapter", now.init_adapter, saved.init_adapter),
         )
         if ours != theirs
     ]

@@ -68,7 +68,13 @@ class StepRecord:
 
 
 class LoopEvents(Protocol):
-    """What the loop calls; each is given the position that it belongs to."""
+    """What the loop calls; each is given the position that it belongs to.
+
+    Attributes:
+        stopped: Whether training is to end where it is. Asked after every step and evaluation.
+    """
+
+    stopped: bool
 
     def logged(self, record: StepRecord) -> None:
         """One optimiser step is done."""
@@ -90,10 +96,11 @@ def train(
     signals: StopSignals,
     position: Position | None = None,
 ) -> Position:
-    """Train from ``position`` to the last step.
+    """Train from ``position`` to the last step, or until ``events.stopped``.
 
     Evaluates before the first step, every ``eval_every`` steps and after the last. A step's state
     is saved before it is evaluated, so a run that is resumed from it continues with the evaluation.
+    That of the step that training ends with is saved in any case.
 
     Args:
         model: Put into training mode at the start.
@@ -113,7 +120,8 @@ def train(
     data = _Prefetcher(batches, options.grad_accumulation)
     saved = position.step
     while True:
-        if _is_due(position.step, options.eval_every, options.steps) or position.step == 0:
+        due = _is_due(position.step, options.eval_every, options.steps)
+        if due or position.step == 0 or events.stopped:
             try:
                 events.evaluate(position)
             except Interrupted:
@@ -123,12 +131,17 @@ def train(
                 raise
         if position.step >= options.steps:
             return position
+        if events.stopped:
+            if position.step != saved:
+                with signals.deferred():
+                    events.save(position)
+            return position
         with signals.deferred():
             record = _take(step, data, options, position)
             position = record.position
             events.logged(record)
             due = _is_due(position.step, options.save_every, options.steps)
-            if due or signals.received is not None:
+            if due or events.stopped or signals.received is not None:
                 events.save(position)
                 saved = position.step
         signals.check()

@@ -1,7 +1,8 @@
 """``metrics.jsonl``: one line for each logged step and each evaluation, without duplicates.
 
 Training lines have ``"kind": "train"`` and the step that they finish; evaluation lines have
-``"kind": "evaluation"`` and the steps done before it.
+``"kind": "evaluation"`` and the steps done before it. ``"kind": "stop"`` says that a callback ended
+training after that step.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_record(record: Any) -> bool:
-    if not isinstance(record, dict) or record.get("kind") not in ("train", "evaluation"):
+    if not isinstance(record, dict) or record.get("kind") not in ("train", "evaluation", "stop"):
         return False
     numbers = [value for name, value in record.items() if name != "kind"]
     step = record.get("step")
@@ -95,7 +96,7 @@ def _is_record(record: Any) -> bool:
         type(step) is int
         and step >= 0
         and all(v is None or type(v) in (int, float) for v in numbers)
-        and (record["kind"] == "evaluation" or "loss" in record)
+        and (record["kind"] != "train" or "loss" in record)
     )
 
 

@@ -13,10 +13,7 @@ import torch
 from prodial_kernels.checkpoint import model_fingerprint
 from prodial_kernels.models.layers.packed_rows import arguments_apart
 from prodial_kernels.models.layers.recompute import AppliedLevels, prepare_blocks
-from prodial_kernels.models.loading.load import (
-    LoadedModel,
-    load_model,
-)
+from prodial_kernels.models.loading.load import LoadedModel
 from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.data.batches import TrainingBatches
 from prodial_kernels.training.data.examples import Example, kind_of
@@ -28,6 +25,8 @@ from prodial_kernels.training.run.directory import RunDirectory, RunIdentity, ch
 from prodial_kernels.training.run.implementation import check_implementation, implementation_of
 from prodial_kernels.training.run.loop import LoopOptions, cut_warm_up
 from prodial_kernels.training.run.progress import Progress
+from prodial_kernels.training.start.given import Given
+from prodial_kernels.training.start.initial_adapter import adapter_fingerprint
 from prodial_kernels.training.step.choose import ModelFacts, StepChoice, decide
 from prodial_kernels.training.step.optimizers import check_optimizer
 
@@ -103,24 +102,23 @@ def prepare(
     dtype: torch.dtype,
     choice: StepChoice,
     plan: RunPlan | None,
+    given: Given | None = None,
 ) -> Run:
     """Load model and data, check whose run this is, and apply the method; nothing is written.
 
-    ``saved`` is the run that is in ``folder`` already, None for a new one; the errors are those of
-    :func:`~prodial_kernels.training.finetuning.finetune`.
+    ``saved`` is the run that is in ``folder`` already, None for a new one; ``given`` what takes the
+    place of names; the errors are those of :func:`~prodial_kernels.training.finetuning.finetune`.
     """
+    given = Given() if given is None else given
     full = config.method == "full"
     split = load_documents(
-        config.data,
+        config.data if given.data is None else given.data,
         held_out_fraction=config.held_out_fraction,
-        held_out_source=config.held_out,
+        held_out_source=config.held_out if given.held_out is None else given.held_out,
         max_bytes=config.max_bytes,
     )
     display.say(str(split))
-    loaded = load_model(
-        config.model, device=device, dtype=torch.float32 if full else dtype,
-        quantize=config.quantize,
-    )  # fmt: skip
+    loaded = given.load(config, device=device, dtype=torch.float32 if full else dtype)
     if loaded.quantization is not None:
         display.say(str(loaded.quantization))
     separate = config.packing == "documents" and kind_of(split.train) == "text"
@@ -134,12 +132,14 @@ def prepare(
     )  # fmt: skip
     for note in batches.notes:
         display.say(note)
+    begun_with = config.init_adapter
     identity = RunIdentity(
         config=config.to_dict(),
         model=model_fingerprint(loaded.model),
         data=batches.fingerprint,
         held_out=_fingerprint(split.held_out),
         device=device.type,
+        init_adapter="" if begun_with is None else adapter_fingerprint(begun_with),
     )
     if saved is not None:
         check_same_identity(folder, saved, identity)

@@ -77,7 +77,7 @@ def save_state(
         OSError: The disk is full or cannot be written. Earlier states are untouched.
     """
     tensors = {f"random/{kind}": state for kind, state in random_states().items()}
-    for name, parameter in _trained(model).items():
+    for name, parameter in trained_parameters(model).items():
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in state_tensors(optimizer, parameter).items():
             tensors[f"optimizer/{name}/{key}"] = value
@@ -116,6 +116,11 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def steps_of(folder: Path) -> list[int]:
+    """Return the steps of the states in a directory, in order."""
+    return [int(path.name.removeprefix("step-")) for path in saved_states(folder)]
+
+
 def load_state(
     path: Path,
     model: nn.Module,
@@ -147,7 +152,7 @@ def load_state(
     if not fits(position):
         raise StateError(f"{path}: the run never is at {position}")
     tensors = _read_tensors(path, described)
-    trained = _trained(model)
+    trained = trained_parameters(model)
     _check_parameters(path, tensors, trained)
     moments: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, parameter in trained.items():
@@ -188,7 +193,8 @@ def differing_surroundings(path: Path) -> list[str]:
     ]
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require a gradient, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -79,6 +79,8 @@ def test_columns_of_no_schema_are_refused_not_trained_on(tmp_path: Path) -> None
     [
         ("text,text\na,b\n", "a.csv:1: the first line must name every column, each differently"),
         ("text,\na,b\n", "a.csv:1: the first line must name every column"),
+        ("A first text.\nA second one.\n", "a.csv:1: .* If the file has no line of names, add one"),
+        ("the sky,is blue\na,b\n", "a.csv:1: the first line must name the columns, and none of"),
         ('text,id\n"a\nb",1\nc\n', "a.csv:4: 1 fields, but the first line names 2 columns"),
         ('text\n"never closed\n', "a.csv:2: not valid CSV"),
         ("text,label\n", "a.csv: empty"),

@@ -58,19 +58,23 @@ class _Batches:
 
 
 class _Events:
-    def __init__(self) -> None:
+    def __init__(self, *, stop_after: int | None = None, stop_in: str = "logged") -> None:
+        self.stopped = False
+        self._stop = (stop_in, stop_after)
         self.calls: list[tuple[str, int]] = []
         self.records: list[StepRecord] = []
 
     def logged(self, record: StepRecord) -> None:
         self.records.append(record)
         self.calls.append(("logged", record.position.step))
+        self.stopped |= self._stop == self.calls[-1]
 
     def save(self, position: Position) -> None:
         self.calls.append(("save", position.step))
 
     def evaluate(self, position: Position) -> None:
         self.calls.append(("evaluate", position.step))
+        self.stopped |= self._stop == self.calls[-1]
 
     def of(self, kind: str) -> list[int]:
         return [step for what, step in self.calls if what == kind]
@@ -137,6 +141,27 @@ def test_order_of_logging_saving_and_evaluating() -> None:
         ("logged", 4), ("evaluate", 4),
         ("logged", 5), ("save", 5), ("evaluate", 5),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("where", "after", "end"),
+    [
+        # Where nothing is due, where a save is, and after an evaluation with and without a save.
+        ("logged", 1, [("logged", 1), ("save", 1), ("evaluate", 1)]),
+        ("logged", 3, [("logged", 3), ("save", 3), ("evaluate", 3)]),
+        ("evaluate", 2, [("logged", 2), ("evaluate", 2), ("save", 2)]),
+        ("evaluate", 0, [("evaluate", 0)]),
+        ("evaluate", 6, [("logged", 6), ("save", 6), ("evaluate", 6)]),
+    ],
+)
+def test_a_run_that_is_stopped_is_saved_and_evaluated_once(
+    where: str, after: int, end: list[tuple[str, int]]
+) -> None:
+    events = _Events(stop_after=after, stop_in=where)
+    position = _train(_Model(), events, steps=9, eval_every=2, save_every=3)
+    assert position.step == after
+    assert events.calls[-len(end) :] == end
+    assert len({*events.calls}) == len(events.calls)
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,14 @@ from prodial_kernels.training.data.examples import DataError
 from prodial_kernels.training.data.findings import Findings
 from prodial_kernels.training.data.schemas import parse_rows
 from prodial_kernels.training.data.sources.paths import Candidates, example_candidates
-
-# The order in which a data set's own splits are taken for the held-out side.
-HELD_OUT_SPLITS = ("validation", "dev", "test")
+from prodial_kernels.training.data.sources.splits_of import train_and_held_out
 
 
 def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
     """Load a data set by its hub name, ``name`` or ``name:configuration``.
 
     Returns:
-        The ``train`` split (or the only one), and the first of :data:`HELD_OUT_SPLITS` that the
-        data set has, else ``None``.
+        As :func:`~prodial_kernels.training.data.sources.splits_of.train_and_held_out`.
 
     Raises:
         DataError: ``datasets`` is not installed, the data set cannot be loaded, or its rows follow
@@ -43,19 +40,9 @@ def hub_candidates(source: str) -> tuple[Candidates, Candidates | None]:
             f"loaded: {type(error).__name__}: {error}\nCheck the name, the configuration "
             "(NAME:CONFIGURATION) and the network, or download the data and give its path"
         ) from error
-    available = list(splits)
-    if not available:
-        raise DataError(f"the hub data set {source!r} has no splits")
-    train = "train" if "train" in available else available[0]
-    held_out = next((s for s in HELD_OUT_SPLITS if s in available and s != train), None)
-    if held_out is None:
-        return _split(source, train, splits[train]), None
-    sides = _split(source, train, splits[train]), _split(source, held_out, splits[held_out])
-    for side in sides:
-        side.findings.remark(
-            f"of the splits {', '.join(available)}: {train} to train on, {held_out} held out"
-        )
-    return sides
+    return train_and_held_out(
+        splits, f"the hub data set {source!r}", lambda split: _split(source, split, splits[split])
+    )
 
 
 def _without_code(datasets: Any) -> dict[str, bool]:

@@ -12,6 +12,7 @@ from typing import Any
 from prodial_kernels.files.json_values import each_once
 from prodial_kernels.training.data.examples import DataError
 from prodial_kernels.training.data.findings import Findings
+from prodial_kernels.training.data.schemas import KEYS
 from prodial_kernels.training.data.sources.text_files import read_text
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -98,10 +99,18 @@ def _separated(
     for line, values in _fields(path, text, delimiter):
         if header is None:
             header = [name.strip() for name in values]
+            shown = f"{', '.join(map(repr, header)):.200}"
             if len(set(header)) < len(header) or not all(header):
                 raise DataError(
                     f"{path}:{line}: the first line must name every column, each differently; got "
-                    f"{', '.join(map(repr, header)):.200}"
+                    f"{shown}. If the file has no line of names, add one, such as prompt,completion"
+                )
+            if not KEYS & {*header}:
+                raise DataError(
+                    f"{path}:{line}: the first line must name the columns, and none of {shown} is "
+                    "a name that rows have. If the file has no line of names, add one, such as "
+                    "text, or prompt,completion; else rename its columns, to some of: "
+                    f"{', '.join(sorted(KEYS))}"
                 )
             continue
         if len(values) != len(header):

@@ -1,0 +1,1 @@
+"""What a run begins with that the configuration does not name, or that names its settings."""
