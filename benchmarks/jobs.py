@@ -16,7 +16,14 @@ from benchmarks.models.modules import (
     prepare_modules,
 )
 from benchmarks.projector.breakdown import prepare_breakdown
-from benchmarks.projector.cases import TABLE_SHAPES, TINY, Case, model_cases, variants_of
+from benchmarks.projector.cases import (
+    GROUPS,
+    TABLE_SHAPES,
+    TINY,
+    Case,
+    model_cases,
+    variants_of,
+)
 from benchmarks.projector.measure import BARE, FULL, QUICK, Settings, prepare_case
 from benchmarks.projector.measure import TINY as TINY_SETTINGS
 from benchmarks.projector.rivals import FLOOR, OURS, RIVALS, select
@@ -82,12 +89,15 @@ class Wanted:
     Attributes:
         level: One of :data:`LEVELS`; None for all of them.
         model: Shapes of one model instead of the table's.
+        group: One of ``cases.GROUPS`` instead; of a model or a group there are no sweeps, and of
+            a group no variants, mixers or steps.
         only: Names of rivals or methods.
         scaling: Only the sweeps.
     """
 
     level: str | None = None
     model: str | None = None
+    group: str | None = None
     only: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     quick: bool = False
@@ -99,17 +109,23 @@ class Wanted:
         if self.tiny:
             return [*TINY]
         shapes = model_cases(self.model) if self.model else TABLE_SHAPES
+        if self.group:
+            shapes = GROUPS[self.group]
         return [replace(case, dtype=self.dtype) for case in shapes]
 
     def variants(self) -> list[Case]:
         """Variants of them, with only ProDiaL and the floor."""
         if self.tiny:
             return [replace(TINY[0], p=12)]
+        if self.group:
+            return []
         return [variant for case in self.cases() for variant in variants_of(case)]
 
     def sweeps(self) -> Sweeps:
         """The sweeps of the projector among the jobs; empty where there are none."""
-        if self.level in ("mixer", "step") or self.quick or (self.model and not self.scaling):
+        if self.level in ("mixer", "step") or self.quick:
+            return {}
+        if (self.model or self.group) and not self.scaling:
             return {}
         if self.tiny:
             return TINY_SWEEPS
@@ -130,7 +146,7 @@ def plan(wanted: Wanted) -> list[Job]:
         jobs += _projectors(wanted)
     if wanted.level is not None and wanted.level != "projector":
         jobs += _modules(wanted, wanted.level)
-    elif wanted.level is None and not (wanted.quick or wanted.model or wanted.only):
+    elif wanted.level is None and not (wanted.quick or wanted.model or wanted.group or wanted.only):
         jobs += _modules(wanted, "step")
         if not wanted.scaling:
             jobs += _modules(wanted, "mixer")

@@ -39,6 +39,7 @@ from benchmarks.compare import (  # noqa: E402
 from benchmarks.harness import environment, store  # noqa: E402
 from benchmarks.harness.pool import InProcess, WorkerPool  # noqa: E402
 from benchmarks.jobs import LEVELS, Job, Wanted, plan  # noqa: E402
+from benchmarks.projector.cases import GROUPS  # noqa: E402
 from benchmarks.projector.roofline import Ceilings, CeilingsTask  # noqa: E402
 from benchmarks.projector.shapes import MODELS  # noqa: E402
 from benchmarks.report import report  # noqa: E402
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="only the sweeps over M, K and N, P, r; with --level step, over layers",
     )  # fmt: skip
     option("--model", help=f"shapes of one model: {', '.join(MODELS)}")
+    option("--group", choices=GROUPS, help="shapes beside the table's, one projector each")
     option("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     option("--only", default="", help="rivals by name, separated by commas; the floor is added")
     option("--base", help="git reference, or folder with a prodial_kernels, to compare with")
@@ -112,7 +114,7 @@ def _run(options: argparse.Namespace, arguments: list[str], started: float) -> i
     if options.tiny and options.output is None:
         raise ValueError("--tiny needs --output: its figures are no results")
     wanted = Wanted(
-        options.level, options.model, tuple(_names(options.only)), options.dtype,
+        options.level, options.model, options.group, tuple(_names(options.only)), options.dtype,
         options.quick, options.scaling, options.tiny,
     )  # fmt: skip
     jobs = plan(wanted)
@@ -210,7 +212,7 @@ def _runner(
 
 def _name(options: argparse.Namespace) -> str:
     """The stem of the result's files."""
-    parts = [options.level, options.model]
+    parts = [options.level, options.model, options.group]
     parts += [name for name in ("scaling", "quick") if getattr(options, name)]
     if options.only:
         parts.append("only")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +62,35 @@ TABLE_SHAPES = (
     Case(16384, 4096, 2048, model="mamba-1.4b out_proj"),
 )
 TINY = (Case(16, 24, 40, dtype="float32", model="tiny"),)
+# Hybrids whose mixers people fine-tune: the two projectors of each, at few and at many tokens.
+_HYBRIDS = {
+    "nemotron-3-nano-30b": ((2688, 10304), (4096, 2688)),
+    "nemotron-h-8b": ((4096, 18560), (8192, 4096)),
+    "granite-4.0-h-micro": ((2048, 8512), (4096, 2048)),
+}
+# What people train beside the table's shapes, by what is particular about it.
+GROUPS: Mapping[str, tuple[Case, ...]] = {
+    "hybrids": tuple(
+        Case(m, *shape, model=f"{model} {which}")
+        for m in (2048, 8192)
+        for model, shapes in _HYBRIDS.items()
+        for which, shape in zip(("in_proj", "out_proj"), shapes, strict=True)
+    ),
+    "vision": (
+        Case(25216, 192, 768, model="vim-tiny in_proj"),
+        Case(25216, 384, 192, model="vim-tiny out_proj"),
+    ),
+    "few-tokens": (
+        Case(2048, 2560, 10240, model="mamba-2.8b in_proj"),
+        Case(2048, 5120, 2560, model="mamba-2.8b out_proj"),
+        Case(2048, 4096, 16384, model="falcon-mamba-7b in_proj"),
+        Case(2048, 8192, 4096, model="falcon-mamba-7b out_proj"),
+        Case(512, 768, 3072, model="mamba-130m in_proj"),
+    ),
+    "wide-ranks": tuple(
+        Case(8192, 2048, 8192, r=r, model="mamba-1.4b in_proj") for r in (64, 128, 256)
+    ),
+}
 
 
 def block_size(wanted: int, k: int) -> int:

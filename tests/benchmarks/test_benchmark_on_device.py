@@ -14,7 +14,13 @@ from benchmarks.jobs import Job
 from benchmarks.projector.cases import Case
 from benchmarks.projector.measure import BARE, QUICK, Settings, measure_case
 from benchmarks.projector.rivals import RIVALS
-from benchmarks.projector.roofline import Ceilings, CeilingsTask, add_roofline, measure_ceilings
+from benchmarks.projector.roofline import (
+    Ceilings,
+    CeilingsTask,
+    add_roofline,
+    copier,
+    measure_ceilings,
+)
 from benchmarks.projector.rows import ProjectorRow
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +48,13 @@ def test_no_projector_beats_the_ceilings() -> None:
     for row in measure_case(CASE, compared, "cuda", Settings(rounds=5)):
         add_roofline(row, ceilings)
         assert 0 < row.roofline_fraction < 1.05
+
+
+def test_the_ceiling_of_bandwidth_copies_all() -> None:
+    source = torch.randn(4096 * 3 + 5, device="cuda")
+    target = torch.full_like(source, torch.nan)
+    copier(source, target)()
+    assert torch.equal(source, target)
 
 
 @pytest.mark.alone

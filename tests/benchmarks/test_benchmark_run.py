@@ -12,10 +12,11 @@ from benchmarks import run
 from benchmarks.harness.environment import ROOT
 from benchmarks.harness.task import line_of, message_of
 from benchmarks.jobs import PARTS, Wanted, plan
-from benchmarks.projector.cases import TABLE_SHAPES, Case
+from benchmarks.projector.cases import GROUPS, TABLE_SHAPES, Case
 from benchmarks.projector.rivals import RIVALS
 from benchmarks.projector.rows import ProjectorRow
 from benchmarks.projector.scaling import SWEEPS
+from benchmarks.projector.shapes import MODELS
 
 
 def test_the_command_measures_prints_and_writes(
@@ -131,6 +132,20 @@ def test_a_quick_plan_is_the_table_against_the_strongest() -> None:
     assert {job.part for job in jobs} == {"table", "variants"}
     assert jobs[0].rivals == ("frozen", "prodial", "concat", "materialised-compiled")
     assert plan(Wanted(model="mamba2-2.7b", only=("prodial",)))[0].case.n == 10576
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_is_its_cases_against_every_rival(group: str) -> None:
+    jobs = plan(Wanted(group=group))
+    table = [job for job in jobs if job.part == "table"]
+    assert [job.case for job in table] == list(GROUPS[group])
+    assert all(len(job.rivals) == len(RIVALS) for job in table)
+    assert {job.part for job in jobs} == {"table", "breakdown"}
+    # By a model's own arithmetic, where it is listed.
+    for case in GROUPS[group]:
+        model, which = case.model.split()
+        if model in MODELS:
+            assert getattr(MODELS[model], which) == (case.k, case.n)
 
 
 @pytest.mark.parametrize(
