@@ -18,6 +18,15 @@ if TYPE_CHECKING:
         merge_quantized,
         remove_prodial,
     )
+    from prodial_kernels.models.adapt.several import (
+        active_adapter,
+        add_adapter,
+        add_weighted_adapter,
+        delete_adapter,
+        list_adapters,
+        set_adapter,
+        using_adapter,
+    )
     from prodial_kernels.models.layers.fused_norms import fuse_norms
     from prodial_kernels.models.vision_mamba import VisionMamba
     from prodial_kernels.ops.implementation import resolve_impl
@@ -35,11 +44,16 @@ __all__ = [
     "QuantizedLinear",
     "VisionMamba",
     "__version__",
+    "active_adapter",
     "adapter_disabled",
     "adapter_parameter_groups",
+    "add_adapter",
+    "add_weighted_adapter",
     "apply_prodial",
     "capture",
+    "delete_adapter",
     "fuse_norms",
+    "list_adapters",
     "load_adapter",
     "load_quantized",
     "merge_prodial",
@@ -50,6 +64,8 @@ __all__ = [
     "remove_prodial",
     "resolve_impl",
     "save_adapter",
+    "set_adapter",
+    "using_adapter",
 ]
 
 _HOMES = {
@@ -57,11 +73,16 @@ _HOMES = {
     "ProdialLinear": "linear",
     "QuantizedLinear": "quantization",
     "VisionMamba": "models.vision_mamba",
+    "active_adapter": "models.adapt.several",
     "adapter_disabled": "linear",
     "adapter_parameter_groups": "training.step.optimizers",
+    "add_adapter": "models.adapt.several",
+    "add_weighted_adapter": "models.adapt.several",
     "apply_prodial": "models.adapt.inject",
     "capture": "captured",
+    "delete_adapter": "models.adapt.several",
     "fuse_norms": "models.layers.fused_norms",
+    "list_adapters": "models.adapt.several",
     "load_adapter": "checkpoint",
     "load_quantized": "quantization",
     "merge_prodial": "models.adapt.inject",
@@ -72,6 +93,8 @@ _HOMES = {
     "remove_prodial": "models.adapt.inject",
     "resolve_impl": "ops.implementation",
     "save_adapter": "checkpoint",
+    "set_adapter": "models.adapt.several",
+    "using_adapter": "models.adapt.several",
 }
 
 

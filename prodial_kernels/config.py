@@ -134,14 +134,14 @@ class ProdialConfig(AdapterOptions):
     def _freeze_names(self, option: str, *, allow_pattern: bool) -> None:
         value = getattr(self, option)
         if isinstance(value, str) and allow_pattern:
-            _refuse_commas(option, value)
+            refuse_commas(option, value)
             return
         iterable = isinstance(value, Iterable) and not isinstance(value, str)
         if not iterable or not all(isinstance(name, str) for name in value):
             kinds = "a list of names or a regular expression" if allow_pattern else "a list"
             raise TypeError(f"{option} must be {kinds}, got {value!r}")
         for name in value:
-            _refuse_commas(option, name)
+            refuse_commas(option, name)
         object.__setattr__(self, option, tuple(value))
 
     def _freeze_blocks(self, option: str) -> None:
@@ -257,7 +257,7 @@ def resolve_block_size(in_features: int, n_blocks: int | None, block_size: int |
     return in_features // value if name == "n_blocks" else value
 
 
-def _refuse_commas(option: str, value: str) -> None:
+def refuse_commas(option: str, value: str) -> None:
     """Raise ValueError for names with commas in between: as one name they match nothing."""
     names = [name.strip() for name in value.split(",") if name.strip()]
     if "," in value and all(re.fullmatch(r"[\w.]+", name) for name in names):

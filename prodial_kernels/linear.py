@@ -318,6 +318,10 @@ class ProdialLinear(nn.Module):
             linear.bias = nn.Parameter(base.bias.clone())
         return linear.train(self.training)
 
+    def original_layer(self) -> nn.Module:
+        """Return the layer that this one replaced."""
+        return self.base_layer
+
     def to_quantized(self, format: str) -> tuple[QuantizedLinear, QuantizationError]:
         """Return :meth:`to_linear` in a storage format, and what quantising W' lost.
 
@@ -331,6 +335,11 @@ class ProdialLinear(nn.Module):
     def enable_adapter(self, enabled: bool = True) -> None:
         """Switch the adapter on or off; off, the module is the pretrained layer."""
         self.adapter_enabled = enabled
+
+    @property
+    def switched_on(self) -> bool:
+        """What :meth:`enable_adapter` was last told."""
+        return self.adapter_enabled
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, tensor) of every part that is present."""
@@ -420,13 +429,14 @@ def adapted_layers(model: nn.Module) -> dict[str, ProdialLinear]:
 def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Run the pretrained model: switch every adapter in ``model`` off, and back afterwards."""
     layers = [*adapted_layers(model).values()]
-    before = [layer.adapter_enabled for layer in layers]
+    before = [layer.switched_on for layer in layers]
     moved = [m for m in model.modules() if any(name.startswith(OFFSET) for name in m._parameters)]
     moved = [module for module in moved if not vars(module).get(OFFSETS_OFF)]
     for layer in layers:
         layer.enable_adapter(False)
     for module in moved:
         vars(module)[OFFSETS_OFF] = True
+    forget_decoding_graphs(model)
     try:
         yield
     finally:
@@ -434,6 +444,14 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
             layer.enable_adapter(enabled)
         for module in moved:
             vars(module).pop(OFFSETS_OFF, None)
+        forget_decoding_graphs(model)
+
+
+def forget_decoding_graphs(model: nn.Module) -> None:
+    """Drop the CUDA graphs of mamba_ssm's ``generate(cg=True)``, which hold the weights of then."""
+    for module in model.modules():
+        if "_decoding_cache" in vars(module):
+            vars(module)["_decoding_cache"] = None
 
 
 def _check_base_layer(layer: object) -> None:

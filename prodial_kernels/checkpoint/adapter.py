@@ -39,6 +39,13 @@ from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import apply_prodial, get_prodial_config, remove_prodial
 from prodial_kernels.models.adapt.names import base_state, plain_path, unwrapped
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
+from prodial_kernels.models.adapt.several import (
+    add_adapter,
+    as_plain,
+    delete_adapter,
+    list_adapters,
+    reading_adapter,
+)
 from prodial_kernels.models.adapt.targets import find_targets
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -78,9 +85,13 @@ class SavedAdapter:
 
 
 def save_adapter(
-    model: nn.Module, directory: str | PathLike[str], *, base_model: str | None = None
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    base_model: str | None = None,
+    adapter: str | None = None,
 ) -> None:
-    """Write the adapter of ``model``, and all that is trained beside it, to ``directory``.
+    """Write an adapter of ``model``, and all that is trained beside it, to ``directory``.
 
     Two files: ``adapter_model.safetensors`` and ``adapter_config.json``. The directory always
     holds the previous adapter or this one, even if the process is killed. Tensors keep their
@@ -96,17 +107,19 @@ def save_adapter(
         directory: Created if it does not exist; an adapter already in it is replaced.
         base_model: Name or path of the base model, for people and the command line to find it by.
             Default: ``model.name_or_path`` where there is one, as in transformers.
+        adapter: Name of the adapter to write, of several; default: the active one.
 
     Raises:
-        AdapterError: The model has no adapter, its weights are on the meta device or sharded, a
-            trained value is NaN or inf, or ``base_model`` is not printable.
+        AdapterError: The model has no adapter, or none of that name, its weights are on the meta
+            device or sharded, a trained value is NaN or inf, or ``base_model`` is not printable.
         OSError: The disk is full, or the place cannot be written.
     """
     from prodial_kernels._version import __version__
 
-    config = _config_of(model)
+    config = _config_of(model, adapter)
     model = unwrapped(model)
-    contents = contents_of(model, config)
+    with _reading(model, adapter):
+        contents = contents_of(model, config)
     tensors = contents.adapter | contents.beside
     for name, tensor in tensors.items():
         check_has_values(name, tensor)
@@ -172,16 +185,26 @@ def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
     return saved
 
 
-def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterReport:
+def load_adapter(
+    model: nn.Module, directory: str | PathLike[str], *, adapter: str | None = None
+) -> AdapterReport:
     """Load the adapter in ``directory`` into ``model``, in place.
 
-    A plain model gets the saved configuration by ``apply_prodial`` first; a model that is already
-    adapted must have that configuration (``impl`` aside). Everything is checked before the first
-    change, and on an error the model is as it was. What was trained beside the adapter is put in
-    too, and requires a gradient again.
+    A plain model gets the saved configuration by ``apply_prodial`` first. In an adapted model, the
+    adapter called ``adapter`` is filled, which must have that configuration (``impl`` aside), or,
+    if there is none of that name, added beside the others as by ``add_adapter``: the active one
+    stays active. Everything is checked before the first change, and on an error the model is as it was.
+    What was trained beside the adapter is put in too, and requires a gradient again; where several
+    adapters would share it, it must be what the model holds already.
 
     The base may be in another floating-point dtype than the one the adapter was trained on. The
     adapter's tensors are never narrowed; those trained beside it take the model's dtype.
+
+    Args:
+        model: A plain model, or an adapted one.
+        directory: What ``save_adapter`` wrote.
+        adapter: The adapter's name in the model; default: the active one's, and ``"default"`` in a
+            plain model.
 
     Returns:
         What is trained now; prints as a table.
@@ -197,25 +220,32 @@ def load_adapter(model: nn.Module, directory: str | PathLike[str]) -> AdapterRep
         origin += f" (base model {saved.base_model!r})"
     model = unwrapped(model)
     adapted = adapted_layers(model)
-    if adapted:
-        _check_same_config(_config_of(model), saved.config, origin)
+    known = _adapters_of(model) if adapted else {}
+    if adapted and (adapter is None or adapter in known):
+        _check_same_config(_config_of(model, adapter), saved.config, origin)
         if any(layer.merged for layer in adapted.values()):
             raise AdapterError("the model's adapter is merged; call unmerge() on its layers first")
-        contents = contents_of(model, saved.config)
-        shapes = {name: list(tensor.shape) for name, tensor in contents.adapter.items()}
-        beside = _check_fits(model, saved, shapes, contents, origin)
-        _copy_into(contents.adapter | beside, saved.tensors, origin)
+        with _reading(model, adapter):
+            contents = contents_of(model, saved.config)
+            shapes = {name: list(tensor.shape) for name, tensor in contents.adapter.items()}
+            beside = _check_fits(model, saved, shapes, contents, origin)
+            if len(known) > 1:
+                _check_shared(beside, saved, origin)
+            _copy_into(contents.adapter | beside, saved.tensors, origin)
     else:
-        contents = _prospective(model, saved, origin)
-        try:
-            targets = find_targets(model, saved.config)
-            shapes = expected_shapes(model, targets, saved.config)
-        except ValueError as error:
-            raise AdapterError(f"{origin} does not fit this model: {error}") from error
-        beside = _check_fits(model, saved, shapes, contents, origin)
-        with _applied(model, saved.config, origin):
-            adapter = contents_of(model, saved.config).adapter
-            _copy_into(adapter | beside, saved.tensors, origin)
+        with as_plain(model):
+            contents = _prospective(model, saved, origin)
+            try:
+                targets = find_targets(model, saved.config)
+                shapes = expected_shapes(model, targets, saved.config)
+            except ValueError as error:
+                raise AdapterError(f"{origin} does not fit this model: {error}") from error
+            beside = _check_fits(model, saved, shapes, contents, origin)
+        if known:
+            _check_shared(beside, saved, origin)
+        with _added(model, saved.config, adapter, origin), _reading(model, adapter):
+            tensors = contents_of(model, saved.config).adapter
+            _copy_into(tensors | beside, saved.tensors, origin)
     for tensor in beside.values():
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
             tensor.requires_grad_()
@@ -299,24 +329,63 @@ def _readable_base(origin: str) -> Iterator[None]:
 
 
 @contextmanager
-def _applied(model: nn.Module, config: ProdialConfig, origin: str) -> Iterator[None]:
-    """Apply ``config``, and remove it if the block raises."""
+def _added(
+    model: nn.Module, config: ProdialConfig, adapter: str | None, origin: str
+) -> Iterator[None]:
+    """Add an adapter to a plain or an adapted model, and remove it if the block raises."""
+    first = not adapted_layers(model)
+    name = "default" if adapter is None else adapter
     try:
-        apply_prodial(model, config)
+        if first:
+            apply_prodial(model, config, name)
+        else:
+            add_adapter(model, name, config)
     except ValueError as error:
         raise AdapterError(f"{origin} does not fit this model: {error}") from error
     try:
         yield
     except BaseException:
-        remove_prodial(model)
+        if first:
+            remove_prodial(model)
+        else:
+            delete_adapter(model, name)
         raise
 
 
-def _config_of(model: nn.Module) -> ProdialConfig:
+@contextmanager
+def _reading(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Let the layers of ``model`` show this adapter's tensors, or the active one's for None."""
+    if adapter is None:
+        yield
+        return
+    with reading_adapter(model, adapter):
+        yield
+
+
+def _adapters_of(model: nn.Module) -> dict[str, ProdialConfig]:
     try:
-        return get_prodial_config(model)
+        return list_adapters(model)
     except ValueError as error:
         raise AdapterError(str(error)) from error
+
+
+def _config_of(model: nn.Module, adapter: str | None = None) -> ProdialConfig:
+    try:
+        return get_prodial_config(model, adapter)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _check_shared(beside: Mapping[str, Tensor], saved: SavedAdapter, origin: str) -> None:
+    """Raise AdapterError where a load would change what the model's other adapters run on."""
+    for name, own in beside.items():
+        stored = saved.tensors[name].to(device=own.device, dtype=own.dtype)
+        if not torch.equal(stored, own):
+            raise AdapterError(
+                f"{origin} holds {name}, which was trained beside it and is not what this model "
+                "holds: the model's other adapters would run on it too. Load it into a model of "
+                "its own, or use PEFT's method (prodial_kernels.peft), which keeps a copy for each"
+            )
 
 
 def _check_same_config(current: ProdialConfig, saved: ProdialConfig, origin: str) -> None:

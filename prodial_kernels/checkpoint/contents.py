@@ -52,7 +52,12 @@ def contents_of(model: nn.Module, config: ProdialConfig) -> Contents:
         value = state.get(name)
         if isinstance(value, Tensor):
             beside.setdefault(name, value)
-    linears = {plain_path(path): m.base_layer for path, m in adapted_layers(model).items()}
+    linears = {
+        plain_path(path): layer.base_layer
+        for path, layer in adapted_layers(model).items()
+        # Of several adapters, each may have layers that the others have not.
+        if any(True for _ in layer.adapter_parameters())
+    }
     adapter: dict[str, Tensor] = {**adapter_parameters(model)}
     return Contents(adapter, beside, base_without(state, beside), linears)
 

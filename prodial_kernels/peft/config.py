@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
-from prodial_kernels.config import AdapterOptions, ProdialConfig
+from prodial_kernels.config import AdapterOptions, ProdialConfig, refuse_commas
 from prodial_kernels.module_patterns import compile_pattern
 from prodial_kernels.peft.register import PEFT_TYPE
 
@@ -104,8 +104,10 @@ class ProdialPeftConfig(PeftConfig):
                 "layers whose weights mixers read; name the targets, such as "
                 f"{[*DEFAULT_TARGETS]}, and give PEFT's LoRA the others with lora=LoraConfig(...)"
             )
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             value = getattr(self, name)
+            for text in [value] if isinstance(value, str) else value or ():
+                refuse_commas(name, text)
             if isinstance(value, str):
                 compile_pattern(value, name)
         for name in ("rank_pattern", "alpha_pattern", "n_blocks", "block_size"):

@@ -17,11 +17,11 @@ from prodial_kernels.checkpoint import AdapterError, SavedAdapter, read_adapter
 from prodial_kernels.checkpoint.contents import is_adapter_tensor
 from prodial_kernels.config import AdapterOptions, ProdialConfig
 from prodial_kernels.models.adapt.inject import apply_prodial, remove_prodial
+from prodial_kernels.models.adapt.named_layer import PARTS
 from prodial_kernels.models.adapt.names import adapter_parameters
 from prodial_kernels.models.adapt.report import AdapterReport
 from prodial_kernels.module_patterns import is_plain_name
 from prodial_kernels.peft.config import ProdialPeftConfig
-from prodial_kernels.peft.layer import PARTS
 
 _PEFTS = "base_model.model."
 _TENSORS = "adapter_model.safetensors"

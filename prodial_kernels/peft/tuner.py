@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +14,17 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 
+from prodial_kernels.linear import forget_decoding_graphs
+from prodial_kernels.models.adapt.combine import (
+    Combination,
+    check_combination,
+    combination_of,
+    fill_combination,
+)
 from prodial_kernels.models.adapt.families import adapt_mixers
 from prodial_kernels.models.adapt.snapshot import Snapshot
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.peft.available import PEFT_VERSION
-from prodial_kernels.peft.combine import check_combination, combined_config, fill_combination
 from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.peft.register import PREFIX
@@ -128,6 +135,17 @@ class ProdialTuner(BaseTuner):
         for layer in _layers(self.model).values():
             layer.check_one_of(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
+        forget_decoding_graphs(self.model)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the adapters on again; PEFT calls it after ``disable_adapter``."""
+        super().enable_adapter_layers()
+        forget_decoding_graphs(self.model)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch every adapter off; PEFT calls it."""
+        super().disable_adapter_layers()
+        forget_decoding_graphs(self.model)
 
     def add_weighted_adapter(
         self,
@@ -151,17 +169,23 @@ class ProdialTuner(BaseTuner):
             raise ValueError(
                 f"adapters are {[*self.peft_config]}; cannot combine {adapters} as {adapter_name!r}"
             )
+        if combination_type != "cat":
+            raise ValueError(
+                'combination_type must be "cat", the only one whose result is the weighted sum of '
+                f"the adapters' effects, got {combination_type!r}"
+            )
         configs = {name: self.peft_config[name] for name in adapters}
-        check_combination(configs, weights, combination_type)
+        check_combination(configs, weights)
         layers = _layers(self.model)
-        self.peft_config[adapter_name] = combined_config(configs, weights, layers)
+        form = combination_of(configs, weights, layers)
+        self.peft_config[adapter_name] = _combined(next(iter(configs.values())), form)
         try:
             self.inject_adapter(self.model, adapter_name)
         except BaseException:
             del self.peft_config[adapter_name]
             raise
         for layer in layers.values():
-            if adapter_name in layer._prodial_options:
+            if adapter_name in layer.adapter_names:
                 fill_combination(layer, adapter_name, adapters, weights)
 
     @contextmanager
@@ -223,6 +247,26 @@ class _LoraBeside(LoraModel):
         nn.Module.__init__(self)
         self.model = model
         self.active_adapter = active_adapters
+
+
+def _combined(first: ProdialPeftConfig, form: Combination) -> ProdialPeftConfig:
+    """Return the configuration of a combination, by exact paths."""
+    return replace(
+        first,
+        target_modules=sorted(form.ranks),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        r=max(form.ranks.values()),
+        rank_pattern=form.ranks,
+        lora_alpha=None,
+        alpha_pattern=None,
+        n_blocks=None,
+        block_size=form.sizes,
+        diagonal=form.diagonal,
+        train_scale=form.train_scale,
+        train_diagonal=form.train_diagonal,
+    )
 
 
 def _is_ours(config: ProdialPeftConfig, path: str) -> bool:

@@ -12,7 +12,9 @@ OFFSET = "prodial_offset_"
 """Begins the name of a parameter that holds how far another of its module has moved."""
 _SHOWN = 6
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-_OF_ADAPTER = re.compile(r"(.+)\.(?:prodial_[a-z_]+|base_layer\..+)")
+_OF_ADAPTER = re.compile(
+    r"(.+)\.(?:prodial_[a-z_]+|prodial_[A-Za-z]\.[\w-]+\.weight|base_layer\..+)"
+)
 _MOVED = re.compile(rf"(.+\.)(?:base_layer\.)?{OFFSET}(\w+)")
 
 SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8", "weight_scale_inv": "fp8"}

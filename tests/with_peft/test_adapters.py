@@ -16,6 +16,7 @@ from prodial_kernels import (
     adapter_disabled,
     apply_prodial,
     quantize_model,
+    set_adapter,
 )
 from prodial_kernels.models.adapt.report import adapter_report
 from prodial_kernels.peft import ProdialPeftConfig
@@ -82,6 +83,16 @@ def test_disabling_gives_the_pretrained_model() -> None:
         assert torch.equal(logits(model, IDS), expected)
     assert torch.equal(logits(model, IDS), adapted_logits)
     assert any(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_without_the_active_adapter_comes_back_with_its_own() -> None:
+    model = two()
+    before = logits(model, IDS)
+    model.set_adapter("wide")
+    with adapter_disabled(model):
+        pass
+    model.set_adapter("default")
+    assert torch.equal(logits(model, IDS), before)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
@@ -292,6 +303,12 @@ def test_refused_with_the_model_as_it_was(case: str) -> None:
             ValueError,
             "^key of rank_pattern='.*' may take for ever",
         ),
+        (
+            {"target_modules": "in_proj,out_proj"},
+            ValueError,
+            "commas in between.*give each by itself: 'in_proj' 'out_proj'",
+        ),
+        ({"exclude_modules": ["in_proj, x_proj"]}, ValueError, "exclude_modules holds names with"),
         ({"layers_pattern": "layers"}, ValueError, "give layers_to_transform"),
         ({"target_modules": ".*in_proj", "layers_to_transform": [0]}, ValueError, "list of names"),
         ({"lora": LoraConfig()}, ValueError, "lora.target_modules must name"),
@@ -315,6 +332,13 @@ def test_a_model_that_apply_prodial_adapted_is_refused() -> None:
     with pytest.raises(ValueError, match="adapted by apply_prodial already"):
         get_peft_model(model, config())
     assert any(p.requires_grad for p in model.parameters())
+
+
+def test_the_packages_own_functions_send_to_pefts() -> None:
+    model = two()
+    for mine in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="call the PeftModel's own functions"):
+            set_adapter(mine, "wide")
 
 
 def test_a_second_name_is_refused() -> None:

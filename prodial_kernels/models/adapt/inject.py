@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -15,12 +14,20 @@ from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ProdialLinear, adapted_layers, weight_like
 from prodial_kernels.models.adapt.families import adapt_mixers, check_mixers
 from prodial_kernels.models.adapt.masters import make_masters
+from prodial_kernels.models.adapt.named_layer import check_adapter_name
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.adapt.offsets import Offsets, SsmParameter, find_ssm, make_offsets
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.snapshot import Snapshot
+from prodial_kernels.models.adapt.state import (
+    STATE,
+    AdaptedState,
+    known_adapter,
+    refuse_wrapper,
+    state_of,
+    undo_all,
+)
 from prodial_kernels.models.adapt.targets import Saved, Target, find_saved, find_targets
-from prodial_kernels.models.patch_point import Undo
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.quantization import (
     FORMATS,
@@ -38,28 +45,10 @@ from prodial_kernels.tuners import remember_model, tuner_layers
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_STATE = "_prodial_state"
 
-
-@dataclass
-class _State:
-    """What undoing needs, kept on the model as one attribute.
-
-    Attributes:
-        config: What ``apply_prodial`` was given.
-        requires_grad: Flags of the model's parameters before, by name.
-        handles: What undoes changes beside the layers, in the order of the changes.
-        unfinished: The function that was stopped while it merged layer after layer, of which it
-            keeps no copy; None if none was.
-    """
-
-    config: ProdialConfig
-    requires_grad: dict[str, bool]
-    handles: list[Undo] = field(default_factory=list)
-    unfinished: str | None = None
-
-
-def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
+def apply_prodial(
+    model: nn.Module, config: ProdialConfig, adapter: str = "default"
+) -> AdapterReport:
     """Replace the targets of ``config`` by adapted layers, in place, and freeze the rest.
 
     The adapted model computes what it computed before until the adapter is trained. Everything
@@ -71,6 +60,7 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
     Args:
         model: Any module. It keeps its class and its own methods.
         config: What to adapt and how.
+        adapter: The adapter's name, for models that get several (``add_adapter``).
 
     Returns:
         What is trained now; prints as a table.
@@ -81,20 +71,23 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
             nothing, a match is not a plain ``nn.Linear``, a target matches in only some of the
             layers (see ``allow_partial``), a block count does not divide ``in_features``,
             ``modules_to_save`` or ``train_ssm`` matches nothing, a mixer would bypass its adapter,
-            the model is already adapted, or it carries layers of PEFT, which would be frozen.
+            the model is already adapted, it carries layers of PEFT, which would be frozen, or an
+            ``adapter`` that cannot be a name.
     """
     if not isinstance(config, ProdialConfig):
         raise TypeError(f"config must be a ProdialConfig, got {type(config).__name__}")
-    _refuse_wrapper(model)
+    check_adapter_name(adapter)
+    refuse_wrapper(model, "apply_prodial")
     model = unwrapped(model)
     if isinstance(model, nn.Linear):
         raise ValueError(
             "model is itself an nn.Linear, which has no parent to be replaced in; use "
             "ProdialLinear.from_linear(model, ...)"
         )
-    if _STATE in vars(model) or adapted_layers(model):
+    if STATE in vars(model) or adapted_layers(model):
         raise ValueError(
-            "the model is already adapted; call remove_prodial(model) or merge_prodial(model) first"
+            "the model is already adapted; call remove_prodial(model) or merge_prodial(model) "
+            "first, or add_adapter(model, NAME, config) for a second adapter beside the first"
         )
     if others := tuner_layers(model):
         raise ValueError(
@@ -109,11 +102,12 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
     moved = find_ssm(model, config.train_ssm)
     _check_trained_once(saved, moved)
     check_mixers(model, targets)
-    _warn_of_rank(targets, config.r)
+    warn_of_rank(targets, config.r)
 
     before = Snapshot(model)
     named = list(model.named_parameters(remove_duplicate=False))
-    state = _State(config, {name: parameter.requires_grad for name, parameter in named})
+    flags = {name: parameter.requires_grad for name, parameter in named}
+    state = AdaptedState({adapter: config}, adapter, flags)
     try:
         layers = [ProdialLinear.from_config(t.linear, config, t.name) for t in targets]
         model.requires_grad_(False)
@@ -122,10 +116,10 @@ def apply_prodial(model: nn.Module, config: ProdialConfig) -> AdapterReport:
             parameter.requires_grad_(parameter.is_floating_point())
         for target, layer in zip(targets, layers, strict=True):
             place(model, target.paths, layer)
-        state.handles += make_masters(model, trained)
-        state.handles += make_offsets(moved)
-        state.handles += adapt_mixers(model)
-        setattr(model, _STATE, state)
+        state.parameters += make_masters(model, trained)
+        state.parameters += make_offsets(moved)
+        state.mixers += adapt_mixers(model)
+        setattr(model, STATE, state)
         watch_saving(model)
         remember_model(model, layers)
         return adapter_report(model)
@@ -152,7 +146,7 @@ def merge_prodial(model: ModelT) -> ModelT:
             found before the first layer is replaced, or the model is sharded.
     """
     inner = unwrapped(model)
-    state = _get_state(model, taking_out="merge_prodial")
+    state = state_of(model, taking_out="merge_prodial")
     _check_mergeable(inner, state)
     state.unfinished = "merge_prodial"
     _fold_offsets(state)
@@ -181,7 +175,7 @@ def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
     """
     check_choice("format", format, FORMATS)
     model = unwrapped(model)
-    state = _get_state(model, taking_out="merge_quantized")
+    state = state_of(model, taking_out="merge_quantized")
     _check_mergeable(model, state)
     state.unfinished = "merge_quantized"
     _fold_offsets(state)
@@ -213,10 +207,10 @@ def remove_prodial(model: ModelT) -> ModelT:
         ValueError: ``apply_prodial`` was not called on this model.
     """
     inner = unwrapped(model)
-    state = _get_state(model)
+    state = state_of(model)
     before = Snapshot(inner)
     try:
-        replace_each(inner, ProdialLinear, lambda _, layer: layer.base_layer)
+        replace_each(inner, ProdialLinear, lambda _, layer: layer.original_layer())
         _detach(inner, state)
         return model
     except BaseException:
@@ -224,42 +218,10 @@ def remove_prodial(model: ModelT) -> ModelT:
         raise
 
 
-def get_prodial_config(model: nn.Module) -> ProdialConfig:
-    """Return the configuration that ``apply_prodial`` was given; ValueError where there is none."""
-    return _get_state(model).config
-
-
-def _get_state(model: nn.Module, *, taking_out: str | None = None) -> _State:
-    """Return what ``apply_prodial`` left on the model.
-
-    Args:
-        model: As given, perhaps in a wrapper that holds it whole.
-        taking_out: The function that asks, if it merges. It alone goes on where it was stopped:
-            until then some layers are plain and others adapted.
-    """
-    inner = unwrapped(model)
-    # Not by getattr: wrappers forward attributes, but name the parameters differently.
-    state = vars(inner).get(_STATE)
-    if not isinstance(state, _State):
-        raise ValueError(
-            f"this {type(inner).__name__} has no ProDiaL adapter; pass the very module that "
-            "apply_prodial was called on, not a wrapper or a part of it"
-        )
-    if state.unfinished not in (None, taking_out):
-        raise ValueError(
-            f"{state.unfinished} was stopped half way through this model, so that some of its "
-            f"layers are adapted and some are not; call {state.unfinished}(model) again to finish"
-        )
-    return state
-
-
-def _refuse_wrapper(model: nn.Module) -> None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model is wrapped in DistributedDataParallel, which would not know of the new "
-            "parameters and not average their gradients; call apply_prodial on the module first, "
-            "and wrap it after that"
-        )
+def get_prodial_config(model: nn.Module, adapter: str | None = None) -> ProdialConfig:
+    """Return the configuration of an adapter, the active one by default; ValueError for none."""
+    state = state_of(model)
+    return state.config if adapter is None else state.adapters[known_adapter(state, adapter)]
 
 
 def _check_trained_once(saved: Iterable[Saved], moved: Iterable[SsmParameter]) -> None:
@@ -273,13 +235,13 @@ def _check_trained_once(saved: Iterable[Saved], moved: Iterable[SsmParameter]) -
             )
 
 
-def _fold_offsets(state: _State) -> None:
-    for handle in state.handles:
+def _fold_offsets(state: AdaptedState) -> None:
+    for handle in state.parameters:
         if isinstance(handle, Offsets):
             handle.fold()
 
 
-def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
+def warn_of_rank(targets: Iterable[Target], r: int) -> None:
     """Warn where r makes the LoRA part full rank: it then has more parameters than W."""
     narrow = {
         (target.linear.in_features, target.linear.out_features)
@@ -297,9 +259,9 @@ def _warn_of_rank(targets: Iterable[Target], r: int) -> None:
         )
 
 
-def _check_mergeable(model: nn.Module, state: _State) -> None:
+def _check_mergeable(model: nn.Module, state: AdaptedState) -> None:
     """Raise ValueError where a W' is not finite or sharded, before any layer is replaced."""
-    offsets = [handle for handle in state.handles if isinstance(handle, Offsets)]
+    offsets = [handle for handle in state.parameters if isinstance(handle, Offsets)]
     for handle in () if state.unfinished else offsets:
         for name in handle.names:
             value = getattr(handle.module, name)
@@ -325,12 +287,10 @@ def _check_mergeable(model: nn.Module, state: _State) -> None:
             )
 
 
-def _detach(model: nn.Module, state: _State) -> None:
-    # The last change first; undoing one twice, after an interrupt, changes nothing.
-    for handle in reversed(state.handles):
-        handle.remove()
+def _detach(model: nn.Module, state: AdaptedState) -> None:
+    undo_all([*state.parameters, *state.mixers])
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in state.requires_grad:
             parameter.requires_grad_(state.requires_grad[name])
     release_saving(model)
-    delattr(model, _STATE)
+    delattr(model, STATE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET, ProdialLinear, adapted_layers
+from prodial_kernels.models.adapt.named_layer import Factor
 from prodial_kernels.quantization import QuantizedLinear
 
 _BASE = ".base_layer."
@@ -32,7 +33,10 @@ def plain_path(path: str) -> str:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every ProDiaL parameter by its plain name; of a layer at several places, the first."""
+    """Return the active adapter's tensors by plain names; of a layer at several places, the first.
+
+    A name is ``<module path>.prodial_*``, whatever a layer with several adapters calls its tensors.
+    """
     parameters = {
         f"{plain_path(path)}.{name}": parameter
         for path, layer in adapted_layers(model).items()
@@ -66,6 +70,8 @@ def base_state(model: nn.Module) -> dict[str, object]:
 
 
 def _own_state(module: nn.Module) -> dict[str, object]:
+    if isinstance(module, Factor):
+        return {}
     if isinstance(module, QuantizedLinear):
         # From the registries: with an offset, the attribute is another tensor.
         bias = {**module._parameters, **module._buffers}.get("bias")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import upstream as libraries
-from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.linear import ProdialLinear, forget_decoding_graphs
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
@@ -102,9 +102,7 @@ class ForgottenGraphs:
 
     def remove(self) -> None:
         """Drop them again."""
-        for module in self.model.modules():
-            if "_decoding_cache" in vars(module):
-                vars(module)["_decoding_cache"] = None
+        forget_decoding_graphs(self.model)
 
 
 def mamba_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:

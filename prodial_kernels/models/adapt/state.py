@@ -1,0 +1,97 @@
+"""What ``apply_prodial`` leaves on a model: its adapters, and what undoing needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.patch_point import Undo
+
+STATE = "_prodial_state"
+"""The attribute of an adapted model."""
+
+
+@dataclass
+class AdaptedState:
+    """What undoing needs, kept on the model as one attribute.
+
+    Attributes:
+        adapters: The configuration of every adapter, by name.
+        active: The name of the one that calls compute with.
+        requires_grad: Flags of the model's parameters before, by name.
+        parameters: What undoes the fp32 masters and the offsets of other parameters.
+        mixers: What gives the mixers their own paths back; made again when layers come or go.
+        unfinished: The function that was stopped while it merged layer after layer, of which it
+            keeps no copy; None if none was.
+    """
+
+    adapters: dict[str, ProdialConfig]
+    active: str
+    requires_grad: dict[str, bool]
+    parameters: list[Undo] = field(default_factory=list)
+    mixers: list[Undo] = field(default_factory=list)
+    unfinished: str | None = None
+
+    @property
+    def config(self) -> ProdialConfig:
+        """The active adapter's configuration."""
+        return self.adapters[self.active]
+
+
+def state_of(model: nn.Module, *, taking_out: str | None = None) -> AdaptedState:
+    """Return what ``apply_prodial`` left on the model.
+
+    Args:
+        model: As given, perhaps in a wrapper that holds it whole.
+        taking_out: The function that asks, if it merges. It alone goes on where it was stopped:
+            until then some layers are plain and others adapted.
+
+    Raises:
+        ValueError: There is nothing, or a merge was stopped half way.
+    """
+    inner = unwrapped(model)
+    # Not by getattr: wrappers forward attributes, but name the parameters differently.
+    state = vars(inner).get(STATE)
+    if not isinstance(state, AdaptedState):
+        peft = hasattr(inner, "peft_config")
+        raise ValueError(
+            f"this {type(inner).__name__} has no ProDiaL adapter"
+            + (
+                " of apply_prodial: PEFT put its adapters in, so call the PeftModel's own functions"
+                if peft
+                else "; pass the very module that apply_prodial was called on, not a wrapper or a "
+                "part of it"
+            )
+        )
+    if state.unfinished not in (None, taking_out):
+        raise ValueError(
+            f"{state.unfinished} was stopped half way through this model, so that some of its "
+            f"layers are adapted and some are not; call {state.unfinished}(model) again to finish"
+        )
+    return state
+
+
+def known_adapter(state: AdaptedState, adapter: object) -> str:
+    """Return ``adapter``, or raise ValueError where the model has none of that name."""
+    if not isinstance(adapter, str) or adapter not in state.adapters:
+        raise ValueError(f"the model has no adapter {adapter!r}; it has {[*state.adapters]}")
+    return adapter
+
+
+def refuse_wrapper(model: nn.Module, function: str) -> None:
+    """Raise ValueError for a wrapper that would not know which parameters ``function`` trains."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model is wrapped in DistributedDataParallel, which would not know of the new "
+            f"parameters and not average their gradients; call {function} on the module first, "
+            "and wrap it after that"
+        )
+
+
+def undo_all(changes: list[Undo]) -> None:
+    """Undo, the last change first; undoing one twice, after an interrupt, changes nothing."""
+    for change in reversed(changes):
+        change.remove()
