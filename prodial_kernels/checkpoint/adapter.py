@@ -193,9 +193,9 @@ def load_adapter(
     A plain model gets the saved configuration by ``apply_prodial`` first. In an adapted model, the
     adapter called ``adapter`` is filled, which must have that configuration (``impl`` aside), or,
     if there is none of that name, added beside the others as by ``add_adapter``: the active one
-    stays active. Everything is checked before the first change, and on an error the model is as it was.
-    What was trained beside the adapter is put in too, and requires a gradient again; where several
-    adapters would share it, it must be what the model holds already.
+    stays active. Everything is checked before the first change, and on an error the model is as it
+    was. What was trained beside the adapter is put in too, and requires a gradient again; where
+    several adapters would share it, it must be what the model holds already.
 
     The base may be in another floating-point dtype than the one the adapter was trained on. The
     adapter's tensors are never narrowed; those trained beside it take the model's dtype.

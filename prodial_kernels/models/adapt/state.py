@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from prodial_kernels.config import ProdialConfig
+from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.patch_point import Undo
+from prodial_kernels.tuners import tuner_layers
 
 STATE = "_prodial_state"
 """The attribute of an adapted model."""
@@ -56,7 +58,7 @@ def state_of(model: nn.Module, *, taking_out: str | None = None) -> AdaptedState
     # Not by getattr: wrappers forward attributes, but name the parameters differently.
     state = vars(inner).get(STATE)
     if not isinstance(state, AdaptedState):
-        peft = hasattr(inner, "peft_config")
+        peft = not {*tuner_layers(inner)}.isdisjoint(adapted_layers(inner))
         raise ValueError(
             f"this {type(inner).__name__} has no ProDiaL adapter"
             + (
