@@ -59,12 +59,13 @@ def _nf4_kernel(
 @triton.jit
 def _eight_bit_kernel(
     codes_ptr, scale_ptr, out_ptr, N, K, STEP: tl.constexpr,
-    FP8: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """W = code · scale for BLOCK_N rows by BLOCK_K columns; codes, W [N, K].
 
-    int8: a scale per row [N], times STEP. FP8: the codes are e4m3 bytes, with a scale per TILE×TILE
-    weights [⌈N / TILE⌉, ⌈K / TILE⌉].
+    The codes are int8 or, with FP8, e4m3 bytes. ROWS: a scale per row [N], times STEP; else one per
+    TILE×TILE weights [⌈N / TILE⌉, ⌈K / TILE⌉].
     """
     columns = tl.cdiv(K, BLOCK_K)
     pid_n, pid_k = tl.program_id(0) // columns, tl.program_id(0) % columns
@@ -73,11 +74,12 @@ def _eight_bit_kernel(
     inside = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     at = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
     codes = tl.load(codes_ptr + at, mask=inside, other=0)
-    if FP8:
-        tile = pid_n * BLOCK_N // TILE * tl.cdiv(K, TILE) + pid_k * BLOCK_K // TILE
-        w = _e4m3(codes) * tl.load(scale_ptr + tile)
+    values = _e4m3(codes) if FP8 else codes.to(tl.float32)
+    if ROWS:
+        w = values * tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None] * STEP
     else:
-        w = codes.to(tl.float32) * tl.load(scale_ptr + offs_n, mask=offs_n < N)[:, None] * STEP
+        tile = pid_n * BLOCK_N // TILE * tl.cdiv(K, TILE) + pid_k * BLOCK_K // TILE
+        w = values * tl.load(scale_ptr + tile)
     tl.store(out_ptr + at, w.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -125,15 +127,18 @@ def dequantize_int8(
     step: float,
 ) -> Tensor:
     """Return ``(codes · scale) · step``: [N, K] int8, [N] fp32 -> [N, K]."""
-    return _written(_launch_eight_bit, (codes, scale), out, (codes.shape, dtype, step, False))
+    return _written(_launch_eight_bit, (codes, scale), out, (codes.shape, dtype, step, False, True))
 
 
 def dequantize_fp8(
     codes: Tensor, scale: Tensor, out: Tensor | None, *, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``codes · scale``: [N, K] float8_e4m3fn, [⌈N / 128⌉, ⌈K / 128⌉] fp32 -> [N, K]."""
-    tensors = (codes.view(torch.uint8), scale)
-    return _written(_launch_eight_bit, tensors, out, (codes.shape, dtype, 1.0, True))
+    """Return ``codes · scale``: [N, K] float8_e4m3fn, a scale in fp32 by tiles or rows -> [N, K].
+
+    ``scale`` is [⌈N / 128⌉, ⌈K / 128⌉], or [N, 1].
+    """
+    tensors, by_rows = (codes.view(torch.uint8), scale), [*scale.shape] == [len(codes), 1]
+    return _written(_launch_eight_bit, tensors, out, (codes.shape, dtype, 1.0, True, by_rows))
 
 
 def _written(
@@ -186,6 +191,7 @@ def _launch_eight_bit(
     dtype: torch.dtype,
     step: float,
     fp8: bool,
+    by_rows: bool,
 ) -> tuple[Tensor]:
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=codes.device)
@@ -194,7 +200,7 @@ def _launch_eight_bit(
     launch(
         _eight_bit_kernel, (ceil_div(n, rows) * ceil_div(k, TILE),),
         codes_ptr=codes, scale_ptr=scale, out_ptr=out, N=n, K=k,
-        STEP=step, FP8=fp8, TILE=TILE, BLOCK_N=rows, BLOCK_K=TILE,
+        STEP=step, FP8=fp8, ROWS=by_rows, TILE=TILE, BLOCK_N=rows, BLOCK_K=TILE,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return (out,)

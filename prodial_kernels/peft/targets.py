@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -15,37 +14,20 @@ from prodial_kernels.models.adapt.targets import (
     Target,
     find_saved,
     refuse_second_names,
-    require_adaptable,
+    target_of,
 )
 from prodial_kernels.models.mixers.structure import weight_reads
 from prodial_kernels.module_tree import module_paths
 from prodial_kernels.peft.config import ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
-from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.quantization.bnb import from_bitsandbytes, is_bitsandbytes
 
 # PEFT adds these two by itself for classification, whichever of them the model has.
 _HEADS = frozenset(("classifier", "score"))
 
 
-@dataclass(frozen=True)
-class NewLayer:
-    """A layer that gets its first adapter.
-
-    Attributes:
-        base: What is adapted: the model's layer, or what was read from it.
-        original: The model's layer, if ``base`` is another one.
-        paths: Every dotted path under which the model holds it.
-    """
-
-    base: nn.Linear | QuantizedLinear
-    original: nn.Module | None
-    paths: tuple[str, ...]
-
-
 def find_layers(
     model: nn.Module, config: ProdialPeftConfig, matches: Callable[[str], bool]
-) -> dict[nn.Module, NewLayer]:
+) -> dict[nn.Module, Target]:
     """Check the layers that are to be adapted, and return those that have no adapter yet.
 
     Args:
@@ -57,7 +39,7 @@ def find_layers(
         ValueError: A layer cannot be adapted, or an option does not fit the layers.
     """
     _check_methods(model)
-    new: dict[nn.Module, NewLayer] = {}
+    new: dict[nn.Module, Target] = {}
     matched: list[str] = []
     for module, paths in _outside_adapters(model).items():
         if not matches(paths[0]):
@@ -65,8 +47,8 @@ def find_layers(
         matched.append(paths[0])
         features = module.in_features if isinstance(module, ProdialPeftLinear) else None
         if features is None:
-            new[module] = layer = _new_layer(module, paths)
-            features = layer.base.in_features
+            new[module] = layer = _new_layer(model, module, paths)
+            features = layer.linear.in_features
         options = config.for_layer(paths[0])
         try:
             resolve_block_size(features, **options.blocks_of(paths[0]))
@@ -77,7 +59,7 @@ def find_layers(
         raise ValueError(
             f"{option} names {names}, which match none of the targets: {', '.join(matched[:8])}"
         )
-    targets = [Target(layer.base, layer.paths, layer.paths[0]) for layer in new.values()]
+    targets = list(new.values())
     check_mixers(model, targets)
     refuse_second_names(model, {module: layer.paths[0] for module, layer in new.items()})
     saved = tuple(name for name in config.modules_to_save or () if name not in _HEADS)
@@ -142,15 +124,10 @@ def _check_methods(model: nn.Module) -> None:
             )
 
 
-def _new_layer(module: nn.Module, paths: tuple[str, ...]) -> NewLayer:
+def _new_layer(model: nn.Module, module: nn.Module, paths: tuple[str, ...]) -> Target:
     if isinstance(module, BaseTunerLayer):
         raise ValueError(
             f"{paths[0]} has an adapter of another method, a {type(module).__module__}."
             f"{type(module).__name__}; two methods on one layer are not supported"
         )
-    if not is_bitsandbytes(module):
-        return NewLayer(require_adaptable(paths[0], module, paths[0]), None, paths)
-    try:
-        return NewLayer(from_bitsandbytes(module), module, paths)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{paths[0]} cannot be adapted: {error}") from error
+    return target_of(model, module, paths, paths[0])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from packaging.version import Version
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
@@ -22,13 +21,19 @@ from prodial_kernels.models.adapt.combine import (
     fill_combination,
 )
 from prodial_kernels.models.adapt.families import adapt_mixers
+from prodial_kernels.models.adapt.foreign_bases import (
+    dense_between,
+    has_foreign_bases,
+    note_dense_layers,
+)
 from prodial_kernels.models.adapt.snapshot import Snapshot
+from prodial_kernels.models.adapt.targets import Target
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.peft.available import PEFT_VERSION
 from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.peft.register import PREFIX
-from prodial_kernels.peft.targets import NewLayer, check_lora_targets, find_layers
+from prodial_kernels.peft.targets import check_lora_targets, find_layers
 from prodial_kernels.quantization.model import make_dense
 from prodial_kernels.quantization.saving import release_saving, settle_configuration
 
@@ -52,7 +57,7 @@ class ProdialTuner(BaseTuner):
         Raises:
             ValueError: The model is adapted by another method, or the configuration does not fit.
         """
-        self._new_layers: dict[nn.Module, NewLayer] = {}
+        self._new_layers: dict[nn.Module, Target] = {}
         if isinstance(peft_config, PeftConfig):
             _check_without_peft_model(model, peft_config)
         super().__init__(model, peft_config, adapter_name, **options)
@@ -120,7 +125,7 @@ class ProdialTuner(BaseTuner):
             target.add_adapter(adapter_name, options)
             return
         new = self._new_layers[target]
-        layer = ProdialPeftLinear(new.base, new.original)
+        layer = ProdialPeftLinear(new.linear, new.original)
         layer.add_adapter(adapter_name, options)
         place(self.model, new.paths, layer)
 
@@ -208,13 +213,13 @@ class ProdialTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         """``merge_and_unload`` and ``unload``: restore the model's layers and mixers."""
-        foreign = merge and self._check_before_merging(adapter_names or ())
+        for layer in _layers(self.model).values() if merge else ():
+            layer.check_one_of(adapter_names or ())
+        foreign = merge and has_foreign_bases(self.model)
 
         def plain(_: str, layer: ProdialPeftLinear) -> nn.Module:
             made = layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-            if layer.read_from and type(made) is nn.Linear:
-                return made.to(_dtype_between_layers(self.model) or made.weight.dtype)
-            return made
+            return dense_between(self.model, layer, made) if type(made) is nn.Linear else made
 
         replace_each(self.model, ProdialPeftLinear, plain)
         model = super()._unload_and_optionally_merge(
@@ -229,15 +234,8 @@ class ProdialTuner(BaseTuner):
             settle_configuration(model)
             release_saving(model)
         if foreign:
-            _keep_dense(model)
+            note_dense_layers(model)
         return model
-
-    def _check_before_merging(self, adapter_names: Sequence[str]) -> bool:
-        """Refuse several adapters of one layer; return whether a layer is another library's."""
-        layers = _layers(self.model).values()
-        for layer in layers:
-            layer.check_one_of(adapter_names)
-        return any(layer.read_from for layer in layers)
 
 
 class _LoraBeside(LoraModel):
@@ -337,24 +335,3 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     except BaseException:
         before.restore()
         raise
-
-
-def _dtype_between_layers(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype of hidden states: bitsandbytes' layers take any, dense ones do not.
-
-    ``prepare_model_for_kbit_training`` makes it fp32, whatever the model was loaded in.
-    """
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    return getattr(getattr(embeddings, "weight", None), "dtype", None)
-
-
-def _keep_dense(model: nn.Module) -> None:
-    """Say in a model that transformers quantised which layers are dense now.
-
-    Its configuration is saved with it, and names what is not quantised; without this, dense
-    weights would be read as codes.
-    """
-    quantization: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    if hasattr(quantization, "llm_int8_skip_modules"):
-        dense = [path for path, module in model.named_modules() if type(module) is nn.Linear]
-        quantization.llm_int8_skip_modules = dense

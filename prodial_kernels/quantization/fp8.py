@@ -2,7 +2,8 @@
 
 ``weight`` is [N, K] float8_e4m3fn, ``weight_scale_inv`` [⌈N / 128⌉, ⌈K / 128⌉] fp32 what a tile is
 multiplied by. transformers' ``FP8Linear`` and vLLM read the same tensors; tiles at the edges may
-be smaller.
+be smaller. Scales may be powers of two, stored as their exponents (E8M0, one byte each). What
+torchao stored with a scale per row is read as [N, 1].
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LARGEST = 448.0
 
 
 class FP8Linear(QuantizedLinear):
-    """Buffers: ``codes`` [N, K] float8_e4m3fn and ``weight_scale_inv`` fp32."""
+    """Buffers: ``codes`` [N, K] float8_e4m3fn and ``weight_scale_inv`` fp32, by tiles or rows."""
 
     FORMAT: ClassVar[str] = "fp8"
     codes: Tensor
@@ -56,14 +57,23 @@ class FP8Linear(QuantizedLinear):
     ) -> FP8Linear:
         """See the base class; ``dtype`` defaults to bfloat16, as in DeepSeek's code."""
         codes = entries["weight"].contiguous()
-        check_scales("weight_scale_inv", entries["weight_scale_inv"])
-        scale_inv = entries["weight_scale_inv"].float().contiguous()
+        scales = entries["weight_scale_inv"]
+        if scales.dtype == torch.uint8:
+            # Bytes beside e4m3 codes are exponents in every checkpoint that has them.
+            scales = scales.view(torch.float8_e8m0fnu)
+        check_scales("weight_scale_inv", scales)
+        scale_inv = scales.float().contiguous()
         tiles = [-(-size // TILE) for size in codes.shape]
-        if codes.dtype != torch.float8_e4m3fn or codes.ndim != 2 or list(scale_inv.shape) != tiles:
+        shapes = (tiles, [*codes.shape[:1], 1])
+        if (
+            codes.dtype != torch.float8_e4m3fn
+            or codes.ndim != 2
+            or [*scale_inv.shape] not in shapes
+        ):
             raise ValueError(
                 "expected weight [out_features, in_features] float8_e4m3fn and weight_scale_inv "
-                f"{tiles}, a scale per {TILE}×{TILE} tile; got weight {list(codes.shape)} "
-                f"{codes.dtype} and weight_scale_inv {list(scale_inv.shape)}"
+                f"{tiles}, a scale per {TILE}×{TILE} tile, or one per row; got weight "
+                f"{list(codes.shape)} {codes.dtype} and weight_scale_inv {list(scale_inv.shape)}"
             )
         # e4m3fn has NaN, and no infinity.
         if (codes.view(torch.uint8) & 0x7F == 0x7F).any():
@@ -79,6 +89,9 @@ class FP8Linear(QuantizedLinear):
         codes, scale_inv = packed
         for rows in row_chunks(codes, TILE):
             part = codes[rows].float()
+            if [*scale_inv.shape] == [len(codes), 1]:
+                torch.mul(part, scale_inv[rows], out=out[rows])
+                continue
             tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
             torch.mul(part, _spread(scale_inv[tiles], part), out=out[rows])
 

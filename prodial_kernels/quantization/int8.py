@@ -1,7 +1,8 @@
 """int8, symmetric per output channel, in the layout of LLM.int8 (bitsandbytes' ``Linear8bitLt``).
 
 ``weight`` is CB [N, K] int8, ``SCB`` [N] fp32 the rows' largest magnitudes: W = CB · SCB / 127.
-Chosen over torchao's int8 because its state dict is plain tensors, which safetensors stores.
+Chosen over torchao's int8 because its state dict is plain tensors, which safetensors stores. What
+torchao stored is read with its own scales, ``weight_scale_rows`` [N] fp32: W = weight · scale.
 """
 
 from __future__ import annotations
@@ -16,23 +17,32 @@ from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, check_sca
 
 # The fp32 number that bitsandbytes multiplies by.
 _STEP = 7.874015718698502e-3
+_OWN_SCALES = "weight_scale_rows"
 
 NEGLIGIBLE = 1e-30
 """A row or tile without a larger magnitude is stored as zeros: its scale would overflow fp32."""
 
 
 class Int8Linear(QuantizedLinear):
-    """Buffers: ``codes`` [N, K] int8 and ``SCB`` [N] fp32."""
+    """Buffers: ``codes`` [N, K] int8 and ``SCB`` [N] fp32; W = (codes · SCB) · step."""
 
     FORMAT: ClassVar[str] = "int8"
     codes: Tensor
     SCB: Tensor
 
-    def __init__(self, codes: Tensor, scb: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        """Hold the stored tensors."""
+    def __init__(
+        self,
+        codes: Tensor,
+        scb: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        step: float = _STEP,
+    ) -> None:
+        """Hold the stored tensors; ``step`` is 1 where ``scb`` holds the scales themselves."""
         super().__init__(codes.shape[1], codes.shape[0], bias, dtype)
         self.register_buffer("codes", codes)
         self.register_buffer("SCB", scb)
+        self.step = step
 
     @classmethod
     @torch.no_grad()
@@ -50,12 +60,13 @@ class Int8Linear(QuantizedLinear):
         cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
     ) -> Int8Linear:
         """See the base class; ``dtype`` defaults to float16, which LLM.int8 is made for."""
-        check_scales("SCB", entries["SCB"])
-        codes, scb = entries["weight"].contiguous(), entries["SCB"].float()
+        name = _OWN_SCALES if _OWN_SCALES in entries else "SCB"
+        check_scales(name, entries[name])
+        codes, scb = entries["weight"].contiguous(), entries[name].float()
         if codes.dtype != torch.int8 or codes.ndim != 2 or scb.shape != codes.shape[:1]:
             raise ValueError(
-                "expected weight [out_features, in_features] int8 and SCB [out_features], got "
-                f"weight {list(codes.shape)} {codes.dtype} and SCB {list(scb.shape)}"
+                f"expected weight [out_features, in_features] int8 and {name} [out_features], got "
+                f"weight {list(codes.shape)} {codes.dtype} and {name} {list(scb.shape)}"
             )
         layout = entries.get("weight_format")
         if layout is not None and layout.tolist() not in (0, [0]):
@@ -63,10 +74,13 @@ class Int8Linear(QuantizedLinear):
                 f"weight_format must be 0 (rows), got {layout.tolist()}, a layout of bitsandbytes' "
                 "older GPU kernels; save the checkpoint again with bitsandbytes 0.45 or later"
             )
-        return cls(codes, scb, bias, torch.float16 if dtype is None else dtype)
+        step = _STEP if name == "SCB" else 1.0
+        return cls(codes, scb, bias, torch.float16 if dtype is None else dtype, step)
 
     def entries(self) -> dict[str, Tensor]:
-        """The entries of ``Linear8bitLt`` but for the bias."""
+        """The entries of ``Linear8bitLt`` but for the bias, or the two of torchao's numbers."""
+        if self.step == 1.0:
+            return {"weight": self.codes, _OWN_SCALES: self.SCB}
         rows = torch.tensor(0, dtype=torch.uint8)
         return {"weight": self.codes, "SCB": self.SCB, "weight_format": rows}
 
@@ -74,14 +88,19 @@ class Int8Linear(QuantizedLinear):
         """See the base class."""
         codes, scb = packed
         for rows in row_chunks(codes):
-            torch.mul(codes[rows] * scb[rows, None], _STEP, out=out[rows])
+            torch.mul(codes[rows] * scb[rows, None], self.step, out=out[rows])
 
     def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
         """See the base class."""
         from prodial_kernels.kernels.dequantize import dequantize_int8
 
         codes, scb = packed
-        return dequantize_int8(codes, scb, out, dtype=dtype, step=_STEP)
+        return dequantize_int8(codes, scb, out, dtype=dtype, step=self.step)
+
+    def _take(self, other: QuantizedLinear) -> None:
+        super()._take(other)
+        if isinstance(other, Int8Linear):
+            self.step = other.step
 
 
 def row_chunks(matrix: Tensor, multiple: int = 1) -> list[slice]:

@@ -248,7 +248,7 @@ class QuantizedLinear(nn.Module, ABC):
 def check_scales(name: str, scales: Tensor) -> None:
     """Raise ValueError unless an entry of a format holds finite numbers, not codes of them.
 
-    Scales as bare exponents are read where their dtype says so (float8_e8m0fnu), and not as bytes.
+    Scales as bare exponents are read where their dtype says so (float8_e8m0fnu).
     """
     exponents = scales.dtype == torch.float8_e8m0fnu
     if not scales.is_floating_point() or (scales.itemsize < 2 and not exponents):

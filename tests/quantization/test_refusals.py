@@ -165,7 +165,7 @@ def test_tables_and_scales_that_are_no_nf4_are_refused() -> None:
 
 
 def test_scales_as_bare_exponents() -> None:
-    """e8m0 says what it is; the same bytes as uint8 would be read as numbers."""
+    """e8m0 says what it is; beside e4m3 codes, bytes are the same exponents."""
     layer = quantize_linear(dense(waves(6, 22)), "fp8")
     powers = torch.full((1, 1), 2.0**-6)
     entries = {**layer.state_dict(), "weight_scale_inv": powers.to(torch.float8_e8m0fnu)}
@@ -173,8 +173,14 @@ def test_scales_as_bare_exponents() -> None:
     read, same = from_state_dict(entries), from_state_dict(expected)
     assert torch.equal(read.dequantize(), same.dequantize())
     entries["weight_scale_inv"] = entries["weight_scale_inv"].view(torch.uint8)
-    with pytest.raises(ValueError, match=r"weight_scale_inv must be scales in floating point"):
+    assert torch.equal(from_state_dict(entries).dequantize(), same.dequantize())
+    entries["weight_scale_inv"] = torch.full((1, 1), 255, dtype=torch.uint8)  # e8m0's NaN
+    with pytest.raises(ValueError, match="weight_scale_inv is not finite"):
         from_state_dict(entries)
+    for dtype in (torch.int8, torch.int32, torch.float8_e5m2):
+        entries["weight_scale_inv"] = torch.ones(1, 1).to(dtype)
+        with pytest.raises(ValueError, match="weight_scale_inv must be scales in floating point"):
+            from_state_dict(entries)
 
 
 @pytest.mark.parametrize(

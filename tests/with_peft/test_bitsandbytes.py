@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from prodial_kernels import QuantizedLinear, quantize_linear
-from prodial_kernels.quantization.bnb import from_bitsandbytes, is_bitsandbytes
+from prodial_kernels.quantization.foreign.bitsandbytes import from_bitsandbytes, is_bitsandbytes
 from support.models import build, token_ids
 from support.peft_models import adapted, config, layers, logits, move
 

@@ -13,8 +13,13 @@ from prodial_kernels._checks import check_choice
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import ProdialLinear, adapted_layers, weight_like
 from prodial_kernels.models.adapt.families import adapt_mixers, check_mixers
+from prodial_kernels.models.adapt.foreign_bases import (
+    dense_between,
+    has_foreign_bases,
+    note_dense_layers,
+)
 from prodial_kernels.models.adapt.masters import make_masters
-from prodial_kernels.models.adapt.named_layer import check_adapter_name
+from prodial_kernels.models.adapt.named_layer import NamedProdialLinear, check_adapter_name
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.adapt.offsets import Offsets, SsmParameter, find_ssm, make_offsets
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
@@ -68,11 +73,11 @@ def apply_prodial(
     Raises:
         TypeError: ``config`` is not a ``ProdialConfig``.
         ValueError: The configuration does not fit the model: nothing matches, a name matches
-            nothing, a match is not a plain ``nn.Linear``, a target matches in only some of the
-            layers (see ``allow_partial``), a block count does not divide ``in_features``,
-            ``modules_to_save`` or ``train_ssm`` matches nothing, a mixer would bypass its adapter,
-            the model is already adapted, it carries layers of PEFT, which would be frozen, or an
-            ``adapter`` that cannot be a name.
+            nothing, a match is neither a plain ``nn.Linear`` nor in a format that is read, a target
+            matches in only some of the layers (see ``allow_partial``), a block count does not
+            divide ``in_features``, ``modules_to_save`` or ``train_ssm`` matches nothing, a mixer
+            would bypass its adapter, the model is already adapted, it carries layers of PEFT, which
+            would be frozen, or an ``adapter`` that cannot be a name.
     """
     if not isinstance(config, ProdialConfig):
         raise TypeError(f"config must be a ProdialConfig, got {type(config).__name__}")
@@ -109,7 +114,7 @@ def apply_prodial(
     flags = {name: parameter.requires_grad for name, parameter in named}
     state = AdaptedState({adapter: config}, adapter, flags)
     try:
-        layers = [ProdialLinear.from_config(t.linear, config, t.name) for t in targets]
+        layers = [_adapted(target, config, adapter) for target in targets]
         model.requires_grad_(False)
         trained = [parameter for match in saved for parameter in match.parameters()]
         for parameter in trained:
@@ -150,8 +155,13 @@ def merge_prodial(model: ModelT) -> ModelT:
     _check_mergeable(inner, state)
     state.unfinished = "merge_prodial"
     _fold_offsets(state)
-    replace_each(inner, ProdialLinear, lambda _, layer: layer.to_linear())
+    foreign = has_foreign_bases(inner)
+    replace_each(
+        inner, ProdialLinear, lambda _, layer: dense_between(inner, layer, layer.to_linear())
+    )
     make_dense(inner)
+    if foreign:
+        note_dense_layers(inner)
     settle_configuration(inner)
     _detach(inner, state)
     return model
@@ -239,6 +249,16 @@ def _fold_offsets(state: AdaptedState) -> None:
     for handle in state.parameters:
         if isinstance(handle, Offsets):
             handle.fold()
+
+
+def _adapted(target: Target, config: ProdialConfig, adapter: str) -> ProdialLinear:
+    """Return the layer that replaces a target, its adapter active and trained."""
+    if target.original is None:
+        return ProdialLinear.from_config(target.linear, config, target.name)
+    layer = NamedProdialLinear(target.linear, target.original)
+    layer.add_adapter(adapter, config, target.name)
+    layer.set_adapter(adapter)
+    return layer
 
 
 def warn_of_rank(targets: Iterable[Target], r: int) -> None:

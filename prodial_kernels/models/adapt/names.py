@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
 
 from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET, ProdialLinear, adapted_layers
+from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
 from prodial_kernels.models.adapt.named_layer import Factor
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.foreign import dense_values, from_foreign, is_foreign
 
 _BASE = ".base_layer."
 # Children that torch.compile and activation checkpointing put between a module and its parent.
@@ -56,32 +61,42 @@ def base_state(model: nn.Module) -> dict[str, object]:
 
     Tensors are the model's own, parameters as parameters; a tied one is there under every name.
     The weight of a quantised layer is there as the layer, in the place of the tensors it is stored
-    in: what counts is the weight that they stand for. Not read off ``state_dict``, which gives
-    FSDP's shards even of a gathered model.
+    in: what counts is the weight that they stand for, whichever library's they are. Not read off
+    ``state_dict``, which gives FSDP's shards even of a gathered model.
     """
     modules = [(plain_path(p), m) for p, m in model.named_modules(remove_duplicate=False)]
     adapted = {path for path, module in modules if isinstance(module, ProdialLinear)}
     state: dict[str, object] = {}
+    dtype = dtype_between_layers(model)
     for path, module in modules:
         base = _without_base_layer(f"{path}.", adapted) if path else ""
-        for name, value in _own_state(module).items():
+        for name, value in _own_state(module, dtype).items():
             state[base + name] = value
     return state
 
 
-def _own_state(module: nn.Module) -> dict[str, object]:
+def _own_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, object]:
     if isinstance(module, Factor):
         return {}
-    if isinstance(module, QuantizedLinear):
+    stored = module
+    if is_foreign(module):
+        # What has no layout here is described by the tensors that it is stored in.
+        with suppress(ValueError):
+            stored = from_foreign(module, dtype)
+    if isinstance(stored, QuantizedLinear):
         # From the registries: with an offset, the attribute is another tensor.
         bias = {**module._parameters, **module._buffers}.get("bias")
-        return {"weight": module} if bias is None else {"weight": module, "bias": bias}
+        return {"weight": stored} if bias is None else {"weight": stored, "bias": bias}
     left_out: set[str] = set(module._non_persistent_buffers_set)
     left_out |= {name for name in module._parameters if name.startswith(OFFSET)}
     if isinstance(module, ProdialLinear):
         left_out |= set(ADAPTER_PARAMETERS)
     own: dict[str, object] = {**module._parameters, **module._buffers}
-    state = {n: value for n, value in own.items() if value is not None and n not in left_out}
+    state = {
+        name: dense_values(value) if isinstance(value, Tensor) else value
+        for name, value in own.items()
+        if value is not None and name not in left_out
+    }
     if type(module).get_extra_state is not nn.Module.get_extra_state:
         state["_extra_state"] = module.get_extra_state()
     return state

@@ -68,9 +68,9 @@ def add_adapter(model: nn.Module, adapter: str, config: ProdialConfig) -> None:
     Args:
         model: What ``apply_prodial`` or ``load_adapter`` was called on.
         adapter: A name that no adapter of the model has.
-        config: What to adapt and how. ``modules_to_save`` must be empty, here and in the adapters
-            that are there: such modules are trained in place, so that every adapter would change
-            what the others compute (PEFT's method keeps a copy for each).
+        config: What to adapt and how. ``modules_to_save`` and ``train_ssm`` must be empty, here and
+            in the adapters that are there: what they name is trained in place, so that every
+            adapter would change what the others compute (PEFT's method keeps copies of modules).
 
     Raises:
         TypeError: ``config`` is not a ``ProdialConfig``.
@@ -88,12 +88,14 @@ def add_adapter(model: nn.Module, adapter: str, config: ProdialConfig) -> None:
             f"the model already has an adapter {adapter!r}; choose another name, or delete that one"
         )
     for name, other in {**state.adapters, adapter: config}.items():
-        if other.modules_to_save:
-            raise ValueError(
-                f"adapter {name!r} has modules_to_save={list(other.modules_to_save)}, which are "
-                "trained in place, so that all adapters of the model would share them; leave them "
-                "out, or use PEFT's method (prodial_kernels.peft), which keeps a copy for each"
-            )
+        for option in ("modules_to_save", "train_ssm"):
+            if getattr(other, option):
+                raise ValueError(
+                    f"adapter {name!r} has {option}={list(getattr(other, option))}, which are "
+                    "trained in place, so that all adapters of the model would share them; leave "
+                    "them out, or give each adapter a model of its own"
+                    + ("; PEFT's method keeps a copy for each" if option[0] == "m" else "")
+                )
     _refuse_merged(inner)
     with as_plain(inner):
         targets = find_targets(inner, config)
@@ -106,9 +108,9 @@ def add_adapter(model: nn.Module, adapter: str, config: ProdialConfig) -> None:
             give_name(layer, state.active)
             by_base[layer.original_layer()] = layer
         for target in targets:
-            named = by_base.get(target.linear)
+            named = by_base.get(target.module)
             if not isinstance(named, NamedProdialLinear):
-                named = NamedProdialLinear(target.linear)
+                named = NamedProdialLinear(target.linear, target.original)
                 named.set_adapter(state.active)
                 place(inner, target.paths, named)
             named.add_adapter(adapter, config, target.name)

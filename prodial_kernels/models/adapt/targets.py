@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.aliases import second_name
+from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import has_hooks, module_paths
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.foreign import from_foreign, is_foreign
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,14 +24,22 @@ class Target:
     """One linear layer to adapt.
 
     Attributes:
-        linear: The layer, dense or quantised.
+        linear: What is adapted: the model's layer, dense or quantised, or what was read from it.
         paths: Every dotted path under which the model holds it; more than one when it is shared.
         name: The entry of ``target_modules`` that matched it.
+        original: The model's layer, if ``linear`` is another one: a quantised layer of another
+            library.
     """
 
     linear: nn.Linear | QuantizedLinear
     paths: tuple[str, ...]
     name: str
+    original: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer that the model holds."""
+        return self.linear if self.original is None else self.original
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,7 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
     for module, module_names in paths.items():
         matches = [name for path in module_names if (name := config.target_of(path)) is not None]
         if matches:
-            linear = require_adaptable(module_names[0], module, matches[0])
-            targets.append(Target(linear, module_names, matches[0]))
+            targets.append(target_of(model, module, module_names, matches[0]))
     linears: dict[nn.Module, tuple[str, ...]] = {
         m: names for m, names in paths.items() if isinstance(m, nn.Linear | QuantizedLinear)
     }
@@ -88,8 +97,24 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
             resolve_block_size(target.linear.in_features, **config.blocks_of(target.name))
         except ValueError as error:
             raise ValueError(f"{target.paths[0]}: {error}") from error
-    refuse_second_names(model, {target.linear: target.paths[0] for target in targets})
+    refuse_second_names(model, {target.module: target.paths[0] for target in targets})
     return targets
+
+
+def target_of(model: nn.Module, module: nn.Module, paths: tuple[str, ...], name: str) -> Target:
+    """Return the target at ``paths``, read from another library's format if it is in one.
+
+    Raises:
+        ValueError: An adapted layer could not replace it.
+    """
+    if not is_foreign(module):
+        return Target(require_adaptable(paths[0], module, name), paths, name)
+    if has_hooks(module):
+        _refuse_hooks(f"target {name!r} matches {paths[0]!r}")
+    try:
+        return Target(from_foreign(module, dtype_between_layers(model)), paths, name, module)
+    except ValueError as error:
+        raise ValueError(f"{paths[0]} cannot be adapted: {error}") from error
 
 
 def refuse_second_names(model: nn.Module, layers: dict[nn.Module, str]) -> None:
@@ -132,7 +157,7 @@ def find_saved(model: nn.Module, config: ProdialConfig, targets: Iterable[Target
             owned = {id(parameter) for parameter in match.parameters()}
             for target in targets:
                 # The bias of an adapted layer is not adapted, and may be trained by its own name.
-                shared = target.linear.named_parameters()
+                shared = target.module.named_parameters()
                 if not owned.isdisjoint(
                     id(p) for own, p in shared if match.parameter is None or own == "weight"
                 ):
@@ -184,11 +209,15 @@ def require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | Qu
             "plain nn.Linear"
         )
     if has_hooks(module):
-        raise ValueError(
-            f"{kind} with hooks, which an adapted layer would not run; remove them, and register "
-            "them again after apply_prodial"
-        )
+        _refuse_hooks(kind)
     return module
+
+
+def _refuse_hooks(kind: str) -> None:
+    raise ValueError(
+        f"{kind} with hooks, which an adapted layer would not run; remove them, and register "
+        "them again after apply_prodial"
+    )
 
 
 def _check_names_used(
@@ -212,7 +241,7 @@ def _check_names_used(
 def _check_every_layer(
     targets: Iterable[Target], linears: Mapping[nn.Module, tuple[str, ...]]
 ) -> None:
-    adapted: dict[nn.Module, str] = {target.linear: target.name for target in targets}
+    adapted: dict[nn.Module, str] = {target.module: target.name for target in targets}
     names = {
         path_pattern(path): name for module, name in adapted.items() for path in linears[module]
     }

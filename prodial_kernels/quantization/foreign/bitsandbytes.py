@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from prodial_kernels.quantization.convert import from_state_dict
@@ -18,11 +19,12 @@ def is_bitsandbytes(module: nn.Module) -> bool:
     )
 
 
-def from_bitsandbytes(module: nn.Module) -> QuantizedLinear:
+def from_bitsandbytes(module: nn.Module, dtype: torch.dtype | None = None) -> QuantizedLinear:
     """Return the layer with the same stored weight, shared and not copied; ``module`` stays.
 
     Args:
         module: A ``Linear4bit`` in NF4 that holds its weight.
+        dtype: Not asked for: bitsandbytes says it.
 
     Returns:
         The same weight bit for bit. Its dtype is the narrower of the two that bitsandbytes has,
