@@ -296,6 +296,10 @@ def test_what_has_no_adapter_or_a_wrapper_is_refused() -> None:
     model = alone(ProdialConfig(modules_to_save=["conv1d"]), 0)
     with pytest.raises(ValueError, match="'default' has modules_to_save"):
         add_adapter(model, "b", LORA)
+    model = build("mamba2")
+    apply_prodial(model, ProdialConfig(train_ssm=["A_log"]))
+    with pytest.raises(ValueError, match=r"'default' has train_ssm=\['A_log'\].*share them"):
+        add_adapter(model, "b", LORA)
     with pytest.raises(TypeError, match="must be a ProdialConfig"):
         add_adapter(adapted(FIRST), "b", {"r": 2})
     with pytest.raises(TypeError, match="weights must be finite"):
