@@ -164,11 +164,6 @@ def _advice(missing: Iterable[str], unexpected: Iterable[str], layers: int | Non
     formats = {whose for name in unexpected if (whose := foreign_format(name)) is not None}
     if formats:
         return f"That is of a quantised format that is not read: {' or '.join(sorted(formats))}"
-    if any("backbone.embedding." in name for name in unexpected):
-        return (
-            "backbone.embedding is mamba_ssm's name: rename it to backbone.embeddings, or use the "
-            "'-hf' checkpoint"
-        )
     numbers = [int(m.group(1)) for n in (*missing, *unexpected) if (m := _LAYER.search(n))]
     beyond = [number for number in numbers if layers is not None and number >= layers]
     if beyond:

@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prodial_kernels.models.loading.as_transformers import (
+    is_named_as_mamba_ssm,
+    read_configuration,
+    read_tokenizer,
+    rescaled,
+)
 from prodial_kernels.models.loading.completeness import (
     check_dense,
     check_merged,
@@ -32,8 +38,6 @@ from prodial_kernels.upstream import require_extra
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_RESCALED = ("mamba", "mamba2", "falcon_mamba")
 
 # What loading calls by this name is meant for users of this module too.
 __all__ = [
@@ -73,8 +77,9 @@ def load_model(
     """Load a causal language model through transformers.
 
     Args:
-        name: ``"embedded"``, a directory as ``save_pretrained`` writes it, or a hub id. The
-            checkpoint may be quantised in a format of :mod:`prodial_kernels.quantization`.
+        name: ``"embedded"``, a directory as ``save_pretrained`` of transformers or mamba_ssm writes
+            it, or a hub id. The checkpoint may be quantised in a format of
+            :mod:`prodial_kernels.quantization`.
         device: Where to put it.
         dtype: Dtype of its weights, and what quantised ones are computed in.
         quantize: Format to store ``in_proj`` and ``out_proj`` in. They are read one at a time, so
@@ -85,32 +90,36 @@ def load_model(
         ModelError: There is no such model, or it cannot be read; the message says what to do.
     """
     require_extra("loading a model", ("transformers",))
-    from transformers import AutoConfig, AutoTokenizer
 
     model: Any
     report = None
     source = model_source(name)
     try:
         with without_retries(source) as options:
-            config = AutoConfig.from_pretrained(source, **options)
+            config: Any = read_configuration(source, **options)
             try:
-                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+                tokenizer, own = read_tokenizer(source, config, **options)
             except Exception as error:
                 raise ValueError(
                     f"its tokenizer cannot be read ({type(error).__name__}: {_first_line(error)}); "
                     "save it there with tokenizer.save_pretrained, which writes tokenizer.json"
                 ) from error
             directory = source if isinstance(source, Path) else fetched(source, **options)
-        check_tokenizer(tokenizer, directory)
-        stored = dtype_of_dense(TensorFiles(directory))
-        _warn_of_rescaling(name, config, quantize)
-        if quantize is not None or hasattr(config, "quantization_config"):
+        if own:
+            check_tokenizer(tokenizer, directory)
+        tensors = TensorFiles(directory)
+        stored = dtype_of_dense(tensors)
+        _warn_of_rescaling(name, config)
+        packed = quantize is not None or hasattr(config, "quantization_config")
+        if packed or is_named_as_mamba_ssm(tensors):
             model, report = load_by_tensors(directory, config, device, dtype, quantize)
+            report = report if packed else None
         else:
             model = _load_dense(directory, config, dtype)
     # Each layer below raises classes of its own for a missing, damaged or unknown model.
     except Exception as error:
         raise ModelError(_explain(name, source, error)) from error
+    _take_end_tokens(model, tokenizer)
     if getattr(config, RESCALING, False):
         # It is done, and must not be again when what is made of this model is loaded.
         setattr(model.config, RESCALING, False)
@@ -142,29 +151,24 @@ def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def _warn_of_rescaling(name: str, config: Any, quantize: str | None) -> None:
-    """Say that transformers changes the weights of this checkpoint whenever it loads them.
-
-    The setting shapes initial values only, but for these models transformers applies it to loaded
-    weights too. What it makes of them is the model that its users know, so it is ours as well.
-
-    Raises:
-        ValueError: They are to be quantised while they are read, when nothing else changes them.
-    """
-    if not getattr(config, RESCALING, False) or config.model_type not in _RESCALED:
-        return
-    what = (
-        f"config.json of {name} sets {RESCALING}, so that transformers divides every out_proj by "
-        "the root of the number of layers whenever it loads the model"
-    )
-    if quantize is not None:
-        raise ValueError(
-            f"{what}, which is not done while quantising. Set it to false there for the weights as "
-            "they are in the file, or save the model as transformers loads it, with the setting "
-            "off, and use that"
+def _warn_of_rescaling(name: str, config: Any) -> None:
+    """Say that transformers changes the weights of this checkpoint whenever it loads them."""
+    if rescaled(config):
+        warnings.warn(
+            f"config.json of {name} sets {RESCALING}, so that transformers divides every out_proj "
+            "by the root of the number of layers whenever it loads the model; the model is used as "
+            "it is then",
+            stacklevel=3,
         )
-    if not hasattr(config, "quantization_config"):
-        warnings.warn(f"{what}; the model is used as it is then", stacklevel=3)
+
+
+def _take_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model whose configuration names no special token have its tokenizer's."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    for settings in (model.config, model.generation_config):
+        if settings is not None and all(getattr(settings, name, None) is None for name in names):
+            for name in names:
+                setattr(settings, name, getattr(tokenizer, name))
 
 
 def is_stored_quantized(name: str) -> bool:
@@ -204,12 +208,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _read_config(name: str) -> Any:
-    from transformers import AutoConfig
-
     source = model_source(name)
     try:
         with without_retries(source) as options:
-            return AutoConfig.from_pretrained(source, **options)
+            return read_configuration(source, **options)
     except Exception as error:
         raise ModelError(_explain(name, source, error)) from error
 

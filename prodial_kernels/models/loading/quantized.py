@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from prodial_kernels.models.loading.as_transformers import AsTransformers
 from prodial_kernels.quantization import QuantizationReport, TensorFiles, load_quantized
 from prodial_kernels.quantization.stored_config import check_stored_config
 
@@ -44,7 +45,7 @@ def load_by_tensors(
         check_stored_config(stored if isinstance(stored, Mapping) else stored.to_dict())
         del config.quantization_config
     model = model_on_meta(config, dtype)
-    tensors = TensorFiles(directory)
+    tensors = AsTransformers(TensorFiles(directory), config, dtype)
     report = load_into(model, tensors, device, format, _renaming(model))
     model.name_or_path = model.config.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():

@@ -107,11 +107,6 @@ def _check_directory(path: Path) -> None:
         raise ModelError(f"{file} is not JSON ({error}); fetch the model again") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file} must hold a JSON object; fetch the model again")
-    if "model_type" not in config and {"d_model", "n_layer"} <= config.keys():
-        raise ModelError(
-            f"{path} is in mamba_ssm's format, which is not read here; use the same model in "
-            "transformers' format, such as state-spaces/mamba-130m-hf for state-spaces/mamba-130m"
-        )
 
 
 def _is_path(name: str, path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from pathlib import Path
 
@@ -60,9 +59,6 @@ def test_directories_that_are_no_model(here: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json in it; did you mean '.*my-run/merged'"):
         find("my-run")
     file = here / "notes" / "config.json"
-    file.write_text(json.dumps({"d_model": 768, "n_layer": 24, "vocab_size": 50277}))
-    with pytest.raises(ModelError, match=r"mamba_ssm's format.*mamba-130m-hf"):
-        find("notes")
     for text in ("{", "[1]", "[" * 100_000):
         file.write_text(text)
         with pytest.raises(ModelError, match=r"config\.json (is not|must hold a) JSON"):

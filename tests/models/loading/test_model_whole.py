@@ -125,9 +125,8 @@ def test_embedding_named_as_in_mamba_ssm(folder: Path) -> None:
             {"backbone.embedding.weight": tensors.pop("backbone.embeddings.weight")}
         ),
     )
-    message = refused(folder)
-    assert "lacks backbone.embeddings.weight" in message
-    assert "mamba_ssm's name" in message
+    expected = tiny_mamba2().get_input_embeddings().weight
+    assert torch.equal(load(folder).get_input_embeddings().weight, expected)
 
 
 def test_state_dict_of_an_adapted_model_says_what_to_do(folder: Path) -> None:
@@ -298,7 +297,12 @@ def test_rescaled_weights_are_those_that_python_sees(folder: Path, tmp_path: Pat
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again.get_parameter(name), model.get_parameter(name))
-    assert "not done while quantising" in refused(folder, "nf4")
+    # Quantised while it is read: what is quantised is what loading gives.
+    with pytest.warns(UserWarning, match="divides every out_proj"):
+        quantised = load(folder, "nf4").state_dict()
+    byte_tokenizer().save_pretrained(tmp_path / "again")
+    for other, tensor in load(tmp_path / "again", "nf4").state_dict().items():
+        assert torch.equal(tensor, quantised[other]), other
 
 
 def test_experts_that_do_not_fit_together_are_named(tmp_path: Path) -> None:
