@@ -15,6 +15,7 @@ from prodial_kernels.captured.chain import CaptureError, CaptureWarning, Chain
 from prodial_kernels.captured.cuda import CudaEngine
 from prodial_kernels.captured.engine import Engine
 from prodial_kernels.captured.state import sharded
+from prodial_kernels.captured.walks import OwnMethod, Walks
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms
 
@@ -22,10 +23,11 @@ from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fus
 class Captured:
     """The handle of captured blocks, until :meth:`release`; prints as a line."""
 
-    def __init__(self, chain: Chain, norms: FusedNorms) -> None:
+    def __init__(self, chain: Chain, norms: FusedNorms, walks: Walks) -> None:
         """Take over the blocks; made by :func:`capture`."""
         self._chain = chain
         self._norms = norms
+        self._walks = walks
         self._forwards = [
             BlockForward(block, chain, index) for index, block in enumerate(chain.blocks)
         ]
@@ -53,6 +55,7 @@ class Captured:
             forward.remove()
         self._forwards = []
         self._norms.remove()
+        self._walks.remove()
         self._chain.forget()
 
 
@@ -85,7 +88,7 @@ class BlockForward:
 
     def __reduce__(self) -> Any:
         """Copied and pickled as the block's own forward."""
-        return _OwnForward, (self._block(),)
+        return OwnMethod, (self._block(), "forward")
 
     def remove(self) -> None:
         """Restore the block's own forward."""
@@ -96,17 +99,6 @@ class BlockForward:
             del block.forward
         else:
             block.forward = self._before
-
-
-class _OwnForward:
-    """The forward of a block's class, as an attribute of a copied block."""
-
-    def __init__(self, block: nn.Module) -> None:
-        self.block = block
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        block: Any = self.block
-        return type(block).forward(block, *args, **kwargs)
 
 
 def capture(
@@ -126,7 +118,8 @@ def capture(
     Gradients accumulate in ``.grad`` as in eager training: clipping, ``GradScaler``, any optimiser
     and ``zero_grad`` work. Dropout draws the same numbers as eagerly; autocast and transformers'
     gradient checkpointing are captured as they are set; evaluation, generation, state dicts and
-    saving do not change.
+    saving do not change. Meanwhile the model answers ``parameters()``, ``train()`` and
+    ``num_parameters()`` from memory, where a trainer asks them in every step.
 
     A call that differs from the captured ones runs eagerly, and a :class:`CaptureWarning` says so
     once: another shape, a cache in training, a block that waits for the device. A model that
@@ -178,7 +171,7 @@ def capture_with(
         blocks, engine, batch_size=batch_size, seq_len=seq_len, together=together,
         say=partial(_warn, CaptureWarning),
     )  # fmt: skip
-    return Captured(chain, fused)
+    return Captured(chain, fused, Walks(model))
 
 
 def _blocks(model: nn.Module) -> Sequence[nn.Module]:

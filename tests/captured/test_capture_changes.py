@@ -78,7 +78,7 @@ def test_state_dicts_copies_and_pickles() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         other.zero_grad()
         for block in other.backbone.layers:
-            assert block.forward.block is block
+            assert block.forward.owner is block
         expected = step(other, token_ids())
     model.zero_grad()
     assert torch.equal(step(model, token_ids()), expected)
