@@ -28,7 +28,14 @@ from benchmarks.harness.environment import describe  # noqa: E402
 from benchmarks.harness.process import Worker, WorkerError  # noqa: E402
 from benchmarks.harness.rows import values_of  # noqa: E402
 from benchmarks.harness.store import write_text  # noqa: E402
-from benchmarks.training.jobs import JOBS, MORE_JOBS, TINY_JOBS, JobRow, Limits  # noqa: E402
+from benchmarks.training.jobs import (  # noqa: E402
+    JOBS,
+    MORE_JOBS,
+    TINY_JOBS,
+    WHOLE_JOBS,
+    JobRow,
+    Limits,
+)
 from benchmarks.training.table import gigabytes, levels_text  # noqa: E402
 
 # The first jobs together are given 54 GB, contexts not counted.
@@ -70,7 +77,8 @@ def run_jobs(options: argparse.Namespace, start: Callable[..., Worker]) -> list[
     # Loads transformers.
     from benchmarks.training.steps import JobTask
 
-    known = {job.name: job for job in (TINY_JOBS if options.tiny else (*JOBS, *MORE_JOBS))}
+    by_name = TINY_JOBS if options.tiny else (*JOBS, *MORE_JOBS, *WHOLE_JOBS)
+    known = {job.name: job for job in by_name}
     names = options.jobs or [job.name for job in (TINY_JOBS if options.tiny else JOBS)]
     if unknown := set(names) - known.keys():
         listed = ", ".join(known)
@@ -133,8 +141,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.finetune", description=__doc__)
     option = parser.add_argument
     option(
-        "--jobs", nargs="+", metavar="NAME", help="only these, MORE_JOBS too; with --curves: models"
-    )
+        "--jobs",
+        nargs="+",
+        metavar="NAME",
+        help="only these, MORE_JOBS and WHOLE_JOBS too; with --curves: models",
+    )  # fmt: skip
     option("--output", type=Path, metavar="DIR", help="folder for finetune.json or curves.json")
     option("--steps", type=int, metavar="N", help="timed steps (10; with --curves 200)")
     option("--loss", default="auto", help="as of prodial finetune")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.memory import release
-from benchmarks.training.steps import transformers_config
+from benchmarks.training.sizes import transformers_config
 from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import apply_levels

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.training.sizes import SIZES
+
 GB = 1e9
 Limits = Sequence[float | None]
 """(ms, GB of 1e9 bytes); None for no limit."""
@@ -15,35 +17,16 @@ LEAST = "least"
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """A model's dimensions, by transformers' ``model_type``, and a checkpoint that has them."""
-
-    family: str
-    width: int
-    layers: int
-    vocabulary: int
-    published: str
-
-
-SIZES = {
-    "mamba-130m": Sizes("mamba", 768, 24, 50280, "state-spaces/mamba-130m-hf"),
-    "mamba-1.4b": Sizes("mamba", 2048, 48, 50280, "state-spaces/mamba-1.4b-hf"),
-    "mamba-2.8b": Sizes("mamba", 2560, 64, 50280, "state-spaces/mamba-2.8b-hf"),
-    "falcon-mamba-7b": Sizes("falcon_mamba", 4096, 64, 65024, "tiiuae/falcon-mamba-7b"),
-    "tiny": Sizes("mamba", 32, 4, 512, "embedded"),
-}
-
-
-@dataclass(frozen=True)
 class Job:
     """One row: what to train, how, and what it may take.
 
     Attributes:
         name: Unique.
-        model: Key of :data:`SIZES`.
+        model: Key of :data:`~benchmarks.training.sizes.SIZES`.
         batch: Sequences.
         length: Tokens of one.
-        quantize: As ``prodial finetune`` has it, like the next three; None for bf16.
+        quantize: As ``prodial finetune`` has it, like the next four; None for bf16.
+        quantize_modules: Likewise.
         memory_budget: Likewise, or :data:`LEAST`; None for what the device has.
         activations: Likewise.
         cuda_graph: Likewise.
@@ -67,16 +50,21 @@ class Job:
     must: Limits = (None, None)
     aim: Limits = (None, None)
     before: Limits = (None, None)
+    quantize_modules: str = "projectors"
 
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.model} {self.batch}×{self.length} {self.quantize or 'bf16'}"
+        everything = ", all" if self.quantize_modules == "all" else ""
+        return f"{self.model} {self.batch}×{self.length} {self.quantize or 'bf16'}{everything}"
 
     def options(self) -> dict[str, Any]:
         """What differs from the defaults of ``prodial finetune``, without model and budget."""
         chosen: dict[str, Any] = {"batch_size": self.batch, "seq_len": self.length}
-        for name, default in (("quantize", None), ("activations", "auto"), ("cuda_graph", "auto")):
+        for name, default in (
+            ("quantize", None), ("quantize_modules", "projectors"), ("activations", "auto"),
+            ("cuda_graph", "auto"),
+        ):  # fmt: skip
             if getattr(self, name) != default:
                 chosen[name] = getattr(self, name)
         return chosen
@@ -96,6 +84,22 @@ _SSM: dict[str, Any] = {"library": "mamba_ssm"}
 _BF16_1B: dict[str, Any] = {"aim": (300, 6), "before": (451, 38.053)}
 _130M: dict[str, Any] = {"cuda_graph": "on", "must": (16, None), "aim": (14, None)}
 _1B: dict[str, Any] = {"cuda_graph": "on", "must": (78, None), "aim": (65, None)}
+# The whole frozen model in 4 bits.
+_WHOLE: dict[str, Any] = {
+    "quantize": "nf4", "quantize_modules": "all", "activations": "checkpoint",
+}  # fmt: skip
+WHOLE_JOBS = (
+    Job(
+        "30b-a3b-all", "nemotron-3-nano-30b-a3b", 1, 2048, must=(None, 24), aim=(None, 20),
+        **_WHOLE,
+    ),
+    Job("nemotron-8b-all", "nemotron-h-8b", 1, 2048, must=(None, 8), aim=(None, 6.5), **_WHOLE),
+    Job("nano-4b-all", "nemotron-3-nano-4b", 1, 2048, must=(None, 5), aim=(None, 4), **_WHOLE),
+    Job("7b-all", "falcon-mamba-7b", 1, 2048, must=(None, 5.5), aim=(None, 5), **_WHOLE),
+    Job("granite-micro-all", "granite-4.0-h-micro", 1, 2048, **_WHOLE),
+    Job("falcon-h1-7b-all", "falcon-h1-7b", 1, 2048, **_WHOLE),
+    Job("bamba-9b-all", "bamba-9b", 1, 2048, **_WHOLE),
+)  # fmt: skip
 JOBS = (
     Job(
         "1.4b-bf16", "mamba-1.4b", 4, 2048, memory_budget="8GB", must=(350, 8), **_BF16_1B
@@ -138,7 +142,8 @@ MORE_JOBS = (
 TINY_JOBS = (
     Job("tiny", "tiny", 2, 32, must=(60_000, 8), aim=(1e-3, 8), before=(9e4, 9)),
     Job("tiny-nf4", "tiny", 2, 32, "nf4", activations="checkpoint"),
-)
+    Job("tiny-all", "tiny-moe", 2, 32, **_WHOLE),
+)  # fmt: skip
 
 
 @dataclass
@@ -176,6 +181,7 @@ class JobRow:
     reserved_bytes: int | None = None
     predicted_bytes: int | None = None
     trained: int = 0
+    quantize_modules: str = "projectors"
     build_s: float = 0.0
     total_s: float = 0.0
     kernels_us: Mapping[str, float] | None = None

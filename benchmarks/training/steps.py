@@ -23,8 +23,9 @@ from torch import nn
 
 from benchmarks.harness.memory import release
 from benchmarks.harness.profiling import kernel_times
-from benchmarks.training.jobs import LEAST, SIZES, Job, JobRow
-from benchmarks.training.random_weights import random_quantized
+from benchmarks.training.jobs import LEAST, Job, JobRow
+from benchmarks.training.random_weights import random_packed
+from benchmarks.training.sizes import SIZES, transformers_config
 from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, prepare_blocks
 from prodial_kernels.training.config import FinetuneConfig, ResolvedConfig
@@ -225,7 +226,7 @@ def build(job: Job, place: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return the job's model with random weights; it is never dense where it is quantised."""
     if job.library == "transformers":
         config = transformers_config(job.model)
-        return random_quantized(config, place, dtype, job.quantize)[0]
+        return random_packed(config, place, dtype, job.quantize, job.quantize_modules)
     from mamba_ssm import MambaLMHeadModel
     from mamba_ssm.models.config_mamba import MambaConfig
 
@@ -240,15 +241,3 @@ def build(job: Job, place: torch.device, dtype: torch.dtype) -> nn.Module:
     if job.quantize is not None:
         quantize_model(model, job.quantize)
     return model
-
-
-def transformers_config(model: str) -> Any:
-    """The configuration of one of :data:`SIZES`."""
-    from transformers import AutoConfig
-
-    sizes = SIZES[model]
-    return AutoConfig.for_model(
-        sizes.family, hidden_size=sizes.width, state_size=16, num_hidden_layers=sizes.layers,
-        vocab_size=sizes.vocabulary, use_cache=False,
-        tie_word_embeddings=sizes.family == "mamba",
-    )  # fmt: skip

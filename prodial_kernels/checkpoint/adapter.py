@@ -83,6 +83,16 @@ class SavedAdapter:
         formats = {layer.get("format") for layer in self.base["layers"].values()}
         return formats.pop() if len(formats) == 1 else None
 
+    @property
+    def base_stored(self) -> tuple[str, ...]:
+        """Names of the base's tensors that were stored in 4 or 8 bits, adapted or not."""
+        tensors: Mapping[str, Any] = self.base.get("tensors", {})
+        return tuple(
+            name
+            for name, each in tensors.items()
+            if isinstance(each, Mapping) and each.get("format") is not None
+        )
+
 
 def save_adapter(
     model: nn.Module,

@@ -15,6 +15,7 @@ from prodial_kernels.models.adapt.names import adapter_parameters, base_state, p
 from prodial_kernels.models.adapt.offsets import find_ssm
 from prodial_kernels.models.adapt.targets import Target, find_saved
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.modules.experts import QuantizedStack
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def base_without(state: Mapping[str, object], beside: Mapping[str, Tensor]) -> d
     return {
         name: value
         for name, value in state.items()
-        if isinstance(value, Tensor | QuantizedLinear)
+        if isinstance(value, Tensor | QuantizedLinear | QuantizedStack)
         and name not in beside
         and id(value) not in held
     }

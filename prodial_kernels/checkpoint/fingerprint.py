@@ -14,6 +14,7 @@ from prodial_kernels._checks import some_of
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.hashing import hash_tensor
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.modules.experts import QuantizedStack
 
 _SAMPLES = 16
 # Knuth's multiplicative hash: spreads the samples over rows and columns whatever the shape.
@@ -28,8 +29,8 @@ _NARROWER = {
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NARROWER}
 
 Linears = Mapping[str, nn.Linear | QuantizedLinear]
-Values = Tensor | QuantizedLinear
-"""A tensor, or the layer whose weight it is, to be dequantised when it is looked at."""
+Values = Tensor | QuantizedLinear | QuantizedStack
+"""A tensor, or the layer or stack whose weight it is, to be dequantised when it is looked at."""
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -152,7 +153,18 @@ class _Hashes:
     def __init__(self) -> None:
         self._known: dict[tuple[int, torch.dtype], str] = {}
 
-    def of(self, values: Values, tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    def of_stack(self, stack: QuantizedStack) -> str:
+        """Hash of a mixture's experts, of which one at a time is dense."""
+        key = (id(stack), torch.float32)
+        if key not in self._known:
+            # In fp32, whatever the model computes in.
+            each = [hash_tensor(layer.dequantize(dtype=torch.float32)) for layer in stack]
+            self._known[key] = hashlib.sha256("".join(each).encode()).hexdigest()
+        return self._known[key]
+
+    def of(
+        self, values: Tensor | QuantizedLinear, tensor: Tensor, dtype: torch.dtype | None = None
+    ) -> str:
         """Hash of ``tensor``, which is what ``values`` hold, rounded to ``dtype`` first."""
         dtype = tensor.dtype if dtype is None else dtype
         key = (id(values), dtype)
@@ -201,15 +213,19 @@ def _other_format(saved: Mapping[str, Any], linears: Linears) -> str:
     return ""
 
 
-def _dense(name: str, values: Values) -> Tensor:
+def _dense(name: str, values: Tensor | QuantizedLinear) -> Tensor:
     tensor = values.dequantize() if isinstance(values, QuantizedLinear) else values
     check_has_values(name, tensor)
     return tensor
 
 
 def _description(name: str, values: Values, hashes: _Hashes) -> dict[str, Any]:
+    if isinstance(values, QuantizedStack):
+        return _description_of_stack(values, hashes)
     tensor = _dense(name, values)
+    stored = {"format": values.FORMAT} if isinstance(values, QuantizedLinear) else {}
     described: dict[str, Any] = {
+        **stored,
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "hash": hashes.of(values, tensor),
@@ -222,7 +238,18 @@ def _description(name: str, values: Values, hashes: _Hashes) -> dict[str, Any]:
     return described
 
 
+def _description_of_stack(stack: QuantizedStack, hashes: _Hashes) -> dict[str, Any]:
+    return {
+        "shape": [len(stack), stack.out_features, stack.in_features],
+        "format": stack.format,
+        "stacked": True,
+        "hash": hashes.of_stack(stack),
+    }
+
+
 def _same(saved: Mapping[str, Any], name: str, values: Values, hashes: _Hashes) -> bool:
+    if isinstance(values, QuantizedStack) or saved.get("stacked"):
+        return isinstance(values, QuantizedStack) and saved == _description_of_stack(values, hashes)
     tensor = _dense(name, values)
     own = str(tensor.dtype).removeprefix("torch.")
     if saved["shape"] != list(tensor.shape):

@@ -254,7 +254,9 @@ def _generate(args: argparse.Namespace) -> int:
 def _placement(values: Mapping[str, object]) -> dict[str, Any]:
     """Return where and in which formats the base model is to be."""
     names = ("device", "dtype", "quantize")
-    return {name: values.get(name, OPTIONS[name].default) for name in names}
+    placement = {name: values.get(name, OPTIONS[name].default) for name in names}
+    # Not given, the adapter tells.
+    return {**placement, "quantize_modules": values.get("quantize_modules")}
 
 
 def _check_evaluation(values: Mapping[str, object]) -> None:

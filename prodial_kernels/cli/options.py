@@ -193,9 +193,10 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_device_options(group: Any) -> None:
-    """Add ``--quantize``, which has nothing to choose by itself here, ``--device``, ``--dtype``."""
+    """Add ``--quantize``, without what it chooses by itself, and what else places a model."""
     help, _, _ = OPTIONS["quantize"].help.partition("; auto")
     add_option(group, "quantize", choices=QUANTIZE, help=help)
+    add_option(group, "quantize_modules")
     add_option(group, "device")
     add_option(group, "dtype")
 

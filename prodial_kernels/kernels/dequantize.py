@@ -26,16 +26,11 @@ TILE = 128
 
 
 @triton.jit
-def _nf4_kernel(
+def _nf4_blocks(
     codes_ptr, absmax_ptr, table_ptr, outer_ptr, nested_table_ptr, offset_ptr, out_ptr,
     COUNT, BYTES, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """W = table[code] · absmax of its block; BLOCKS blocks of BLOCKSIZE weights, flat.
-
-    codes [BYTES] uint8, the earlier weight in the high half; absmax [COUNT / BLOCKSIZE] fp32,
-    or with NESTED uint8: then absmax = nested_table[absmax] · outer + offset, where outer
-    [COUNT / BLOCKSIZE / NESTED] and offset [1] are fp32. The table has 16 fp32, the nested 256.
-    """
+    """Of :func:`_nf4_kernel` and :func:`_nf4_some_kernel`: the blocks of program_id(0)."""
     HALF: tl.constexpr = BLOCKSIZE // 2
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     left = COUNT - first * BLOCKSIZE
@@ -54,6 +49,46 @@ def _nf4_kernel(
     at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     into = out_ptr + first * BLOCKSIZE + at
     tl.store(into, w.to(out_ptr.dtype.element_ty), mask=at < left)
+
+
+@triton.jit
+def _nf4_kernel(
+    codes_ptr, absmax_ptr, table_ptr, outer_ptr, nested_table_ptr, offset_ptr, out_ptr,
+    COUNT, BYTES, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """W = table[code] · absmax of its block; BLOCKS blocks of BLOCKSIZE weights, flat.
+
+    codes [BYTES] uint8, the earlier weight in the high half; absmax [COUNT / BLOCKSIZE] fp32,
+    or with NESTED uint8: then absmax = nested_table[absmax] · outer + offset, where outer
+    [COUNT / BLOCKSIZE / NESTED] and offset [1] are fp32. The table has 16 fp32, the nested 256.
+    """
+    _nf4_blocks(
+        codes_ptr, absmax_ptr, table_ptr, outer_ptr, nested_table_ptr, offset_ptr, out_ptr,
+        COUNT, BYTES, BLOCKSIZE, NESTED, BLOCKS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _nf4_some_kernel(
+    codes_ptr, absmax_ptr, table_ptr, outer_ptr, nested_table_ptr, offset_ptr, ids_ptr, out_ptr,
+    COUNT, BYTES, ABSMAX, OUTER,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The same for weights ids [g] int64 of a stack, whose tensors have a dimension more in front.
+
+    A weight has BYTES codes, ABSMAX scales and OUTER scales of scales; out [g, COUNT].
+    """
+    place = tl.program_id(1).to(tl.int64)
+    weight = tl.load(ids_ptr + place)
+    if NESTED:
+        outer_ptr += weight * OUTER
+        nested_table_ptr += weight * 256
+        offset_ptr += weight
+    _nf4_blocks(
+        codes_ptr + weight * BYTES, absmax_ptr + weight * ABSMAX, table_ptr + weight * 16,
+        outer_ptr, nested_table_ptr, offset_ptr, out_ptr + place * COUNT,
+        COUNT, BYTES, BLOCKSIZE, NESTED, BLOCKS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -116,6 +151,36 @@ def dequantize_nf4(
     tensors = (codes, absmax, table, *(nested or (None, None, None)))
     options = (blocksize, nested_blocksize if nested else 0)
     return _written(_launch_nf4, tensors, out, (shape, dtype, *options))
+
+
+def dequantize_nf4_some(
+    codes: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    ids: Tensor,
+    out: Tensor,
+    *,
+    blocksize: int,
+    nested_blocksize: int,
+) -> None:
+    """Write the weights ``ids`` [g] int64 of a stack to ``out`` [g, N, K], in one launch.
+
+    The stored tensors are those of :func:`dequantize_nf4` with one dimension more in front.
+    """
+    if not len(ids):
+        return
+    count, blocks = out.shape[1] * out.shape[2], max(1, SPAN // blocksize)
+    outer, nested_table, offset = nested or (None, None, None)
+    launch(
+        _nf4_some_kernel, (ceil_div(count, blocks * blocksize), len(ids)),
+        codes_ptr=codes, absmax_ptr=absmax, table_ptr=table, outer_ptr=outer,
+        nested_table_ptr=nested_table, offset_ptr=offset, ids_ptr=ids, out_ptr=out,
+        COUNT=count, BYTES=codes.shape[1], ABSMAX=absmax.shape[1],
+        OUTER=0 if outer is None else outer.shape[1],
+        BLOCKSIZE=blocksize, NESTED=nested_blocksize if nested else 0, BLOCKS=blocks,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def dequantize_int8(

@@ -95,6 +95,24 @@ class FP8Linear(QuantizedLinear):
             tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
             torch.mul(part, _spread(scale_inv[tiles], part), out=out[rows])
 
+    def gather(self, packed: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """See the base class."""
+        codes, scale_inv = packed
+        # As bytes, because not every device indexes the type.
+        values = codes.view(torch.uint8)[rows].view(torch.float8_e4m3fn).float()
+        scales = scale_inv[rows.div(TILE, rounding_mode="floor")]
+        return values.mul_(scales.repeat_interleave(TILE, 1)[:, : self.in_features]).to(dtype)
+
+    @property
+    def row_multiple(self) -> int:
+        """See the base class: rows of a tile."""
+        return TILE
+
+    def cut(self, packed: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+        """See the base class."""
+        codes, scale_inv = packed
+        return codes[start:stop], scale_inv[start // TILE : -(-stop // TILE)]
+
     def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
         """See the base class."""
         from prodial_kernels.kernels.dequantize import dequantize_fp8

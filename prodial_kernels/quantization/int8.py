@@ -90,6 +90,21 @@ class Int8Linear(QuantizedLinear):
         for rows in row_chunks(codes):
             torch.mul(codes[rows] * scb[rows, None], self.step, out=out[rows])
 
+    def gather(self, packed: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """See the base class."""
+        codes, scb = packed
+        return (codes[rows] * scb[rows, None]).mul_(_STEP).to(dtype)
+
+    @property
+    def row_multiple(self) -> int:
+        """See the base class: a scale a row."""
+        return 1
+
+    def cut(self, packed: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+        """See the base class."""
+        codes, scb = packed
+        return codes[start:stop], scb[start:stop]
+
     def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
         """See the base class."""
         from prodial_kernels.kernels.dequantize import dequantize_int8

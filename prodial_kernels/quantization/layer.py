@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +78,19 @@ class QuantizedLinear(nn.Module, ABC):
         Returns ``out``, or a new tensor for None.
         """
 
+    @abstractmethod
+    def gather(self, packed: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Dequantise the rows [m] int64 of ``packed``: [m, in_features], as :meth:`write` does."""
+
+    @property
+    @abstractmethod
+    def row_multiple(self) -> int:
+        """Rows between two places where the storage can be cut, see :meth:`part`."""
+
+    @abstractmethod
+    def cut(self, packed: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+        """Views of ``packed`` for rows from ``start``, a multiple of ``row_multiple``."""
+
     @torch.no_grad()
     def unpack(
         self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None
@@ -92,6 +106,22 @@ class QuantizedLinear(nn.Module, ABC):
         self.write(packed, out)
         return out
 
+    @torch.no_grad()
+    def unpack_some(
+        self, stacked: tuple[Tensor, ...], ids: Tensor, known: list[int], out: Tensor
+    ) -> Tensor:
+        """Dequantise some of several weights like this one's.
+
+        Args:
+            stacked: What :meth:`packed` gives, with a dimension more in front.
+            ids: Which, [g] int64, on the device.
+            known: The same on the host.
+            out: Contiguous [g, out_features, in_features], to write to and return.
+        """
+        for place, index in enumerate(known):
+            self.unpack(tuple(tensor[index] for tensor in stacked), out.dtype, out[place])
+        return out
+
     def packed(self) -> tuple[Tensor, ...]:
         """The tensors that the weight is stored in."""
         return tuple(buffer for buffer in self._buffers.values() if buffer is not None)
@@ -99,6 +129,50 @@ class QuantizedLinear(nn.Module, ABC):
     def packed_weight(self) -> PackedWeight:
         """The weight as the operation takes it: aliases of the stored tensors, and how to read."""
         return PackedWeight(self.packed(), self.unpack)
+
+    @torch.no_grad()
+    def lookup(self, rows: Tensor) -> Tensor:
+        """Return rows of W as an embedding does: [...] int64 -> [..., in_features].
+
+        No other row is dequantised.
+        """
+        flat, packed = rows.reshape(-1), self.packed()
+        out = torch.empty(len(flat), self.in_features, dtype=self.dtype, device=self.device)
+        step = max(1, CHUNK // self.in_features)
+        for start in range(0, len(flat), step):
+            part = slice(start, start + step)
+            out[part] = self.gather(packed, flat[part], self.dtype)
+        return out.view(*rows.shape, self.in_features)
+
+    def part(self, start: int, stop: int) -> QuantizedLinear:
+        """Return a layer without bias with some rows of W; it shares their storage.
+
+        Args:
+            start: A multiple of ``row_multiple``.
+            stop: Likewise, or ``out_features``.
+
+        Raises:
+            ValueError: The storage cannot be cut there.
+        """
+        inside = 0 <= start < stop <= self.out_features
+        ends = stop == self.out_features or stop % self.row_multiple == 0
+        if not inside or start % self.row_multiple or not ends:
+            raise ValueError(
+                f"start and stop must be multiples of {self.row_multiple} within "
+                f"{self.out_features} rows, got {start} and {stop}"
+            )
+        return self.with_storage(self.cut(self.packed(), start, stop), stop - start)
+
+    def with_storage(
+        self, packed: tuple[Tensor, ...], out_features: int | None = None
+    ) -> QuantizedLinear:
+        """Return a layer without bias like this one that holds ``packed``, not copied."""
+        layer = copy.copy(self)
+        names = [name for name, buffer in self._buffers.items() if buffer is not None]
+        layer._buffers = {**self._buffers, **dict(zip(names, packed, strict=True))}
+        layer._parameters = {"bias": None}
+        layer.out_features = self.out_features if out_features is None else out_features
+        return layer
 
     def stand_in(self) -> Tensor:
         """A tensor with the shape, dtype and device of the dense weight, and one element."""
@@ -174,16 +248,8 @@ class QuantizedLinear(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """Move everything; a cast changes the bias and ``dtype``, never the stored tensors."""
-        stored = {id(buffer) for buffer in self.packed()}
         dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-
-        def keep_format(tensor: Tensor) -> Tensor:
-            applied = fn(tensor)
-            if id(tensor) not in stored or applied.dtype == tensor.dtype:
-                return applied
-            return tensor.to(applied.device)
-
-        super()._apply(keep_format, recurse)
+        super()._apply(keeping_dtypes(fn, self.packed()), recurse)
         self.dtype = dtype
         return self
 
@@ -243,6 +309,21 @@ class QuantizedLinear(nn.Module, ABC):
         device = self.device
         for name, buffer in other._buffers.items():
             self._buffers[name] = None if buffer is None else buffer.to(device)
+
+
+def keeping_dtypes(
+    fn: Callable[[Tensor], Tensor], stored: Iterable[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Return ``fn`` for ``nn.Module._apply``, which moves ``stored`` and does not cast them."""
+    known = {id(tensor) for tensor in stored}
+
+    def keep_format(tensor: Tensor) -> Tensor:
+        applied = fn(tensor)
+        if id(tensor) not in known or applied.dtype == tensor.dtype:
+            return applied
+        return tensor.to(applied.device)
+
+    return keep_format
 
 
 def check_scales(name: str, scales: Tensor) -> None:

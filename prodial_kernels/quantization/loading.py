@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +26,15 @@ from prodial_kernels.quantization.convert import (
     quantize_linear,
 )
 from prodial_kernels.quantization.layer import QuantizedLinear
-from prodial_kernels.quantization.model import QuantizationReport, find_layers
+from prodial_kernels.quantization.model import (
+    QuantizationReport,
+    ReportBuilder,
+    put_expert,
+    select,
+)
+from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
+from prodial_kernels.quantization.modules.experts import QuantizedExperts, QuantizedStack
+from prodial_kernels.quantization.modules.selection import PROJECTORS, TIED, Selection, kind_of
 from prodial_kernels.quantization.names import (
     SIGNS,
     check_dense_dtype,
@@ -34,6 +45,23 @@ from prodial_kernels.quantization.names import (
 from prodial_kernels.quantization.saving import watch_saving
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a checkpoint that is a part of one of the model's: of a mixture's experts.
+
+    Attributes:
+        name: The model's tensor [experts, out, in].
+        index: The expert.
+        order: Of the tensors that make up that expert's weight, one below the other, which.
+        of: How many these are.
+    """
+
+    name: str
+    index: int
+    order: int = 0
+    of: int = 1
+
+
 @torch.no_grad()
 def load_quantized(
     model: nn.Module,
@@ -41,15 +69,17 @@ def load_quantized(
     format: str | None = None,
     *,
     device: torch.device | str,
-    target_modules: Iterable[str] = ("in_proj", "out_proj"),
-    rename: Callable[[str], str] | None = None,
+    target_modules: Iterable[str] = PROJECTORS,
+    exclude: Iterable[str] = (),
+    rename: Callable[[str], str | Piece] | None = None,
     ignore: Iterable[str] = (),
     fill: Callable[[], None] | None = None,
 ) -> QuantizationReport:
     """Load a model tensor by tensor; the layers of ``target_modules`` are quantised as they come.
 
     At no time is there more than one dense weight of a layer that is to be quantised, on the
-    host or the device. Layers that ``tensors`` holds in a format of
+    host or the device; of a mixture, of one expert, where the checkpoint keeps them apart or can be
+    read in parts, as a ``TensorFiles`` can. Layers that ``tensors`` holds in a format of
     :mod:`prodial_kernels.quantization`, such as those of a 4-bit checkpoint of bitsandbytes, stay
     in it, whether they are targets or not.
 
@@ -58,8 +88,10 @@ def load_quantized(
         tensors: A checkpoint by the names of its state dict, such as a ``TensorFiles``.
         format: ``"nf4"``, ``"int8"`` or ``"fp8"`` for the dense targets; None leaves them dense.
         device: Where the weights go.
-        target_modules: Names, or endings of dotted paths, of the layers to quantise.
-        rename: From a name of the checkpoint to the model's.
+        target_modules: As for :func:`~prodial_kernels.quantization.quantize_model`, ``"all"``
+            included.
+        exclude: Likewise.
+        rename: From a name of the checkpoint to the model's, or to the part of a tensor that it is.
         ignore: Regular expressions for the model's names that it need not know.
         fill: Computes the buffers that no checkpoint holds; it is called in the end if the model
             has such, which are on ``device`` by then, without values.
@@ -74,7 +106,14 @@ def load_quantized(
     """
     if format is not None:
         check_choice("format", format, FORMATS)
-    names = {(rename(key) if rename else key): key for key in tensors}
+    names: dict[str, str] = {}
+    pieces: dict[str, dict[tuple[int, int], str]] = {}
+    for key in tensors:
+        name = rename(key) if rename else key
+        if isinstance(name, Piece):
+            pieces.setdefault(name.name, {})[name.index, name.order] = key
+        else:
+            names[name] = key
     slots = _Slots(model)
     for name in names:
         if name not in slots and (whose := foreign_format(name)) is not None:
@@ -83,28 +122,34 @@ def load_quantized(
                 "the dense checkpoint, with --quantize where it is too large"
             )
     stored = _stored_layers(names, model)
-    loader = _Loader(model, torch.device(device), format)
-    targets = {
-        f"{path}.weight": paths
-        for paths in (() if format is None else find_layers(model, target_modules))
-        for path in paths
-    }
+    chosen = Selection(()) if format is None else select(model, target_modules, exclude)
+    loader = _Loader(model, torch.device(device), format, chosen)
     unknown = []
     for name, key in names.items():
         layer = next((path for path in _parents(name) if path in stored), None)
         if layer is not None:
             if name == f"{layer}.weight":
                 loader.read(layer, {e: tensors[k] for e, k in stored[layer].items()})
-        elif name in targets:
-            loader.quantize(targets[name], name, tensors[key])
+        elif loader.takes(name):
+            loader.quantize(name, tensors, key)
         elif name in slots:
             slots.fill(name, tensors[key], loader.device)
         elif not any(re.search(pattern, name) for pattern in ignore) and not is_part_of_adapter(
             name, names
         ):
             unknown.append(name)
+    for name, parts in pieces.items():
+        if name not in slots:
+            unknown.append(name)
+            continue
+        by_expert = _whole_pieces(name, parts, slots.like(name))
+        if loader.takes(name):
+            loader.quantize_pieces(name, tensors, by_expert)
+        else:
+            slots.fill_pieces(name, tensors, by_expert, loader.device)
     if unknown:
         raise ValueError(f"the checkpoint holds what this model does not know: {listed(unknown)}")
+    loader.finish()
     _fill_buffers(model, loader.device, fill)
     empty = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if empty:
@@ -116,27 +161,121 @@ def load_quantized(
 class _Loader:
     """Replaces a model's dense layers by quantised ones, and counts errors and bytes."""
 
-    def __init__(self, model: nn.Module, device: torch.device, format: str | None) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, format: str | None, chosen: Selection
+    ) -> None:
         self.device = device
         self._model = model
         self._format = format or ""
-        self._formats: set[str] = set()
-        self._errors: dict[str, QuantizationError] = {}
-        self._before = self._after = 0
+        self._chosen = chosen
+        self._builder = ReportBuilder()
+        self._linears = {f"{path}.weight": found for found in chosen.linears for path in found}
+        self._tables = {f"{path}.weight": found for found in chosen.embeddings for path in found}
+        for tables, layers in chosen.tied:
+            self._linears.update({f"{path}.weight": layers for path in (*tables, *layers)})
+        self._experts = {
+            f"{path}.{name}": found
+            for found in chosen.experts
+            for path in found
+            for name in model.get_submodule(path)._parameters
+        }
+        tied = {layers[0] for _, layers in chosen.tied}
+        self._kinds = {
+            found[0]: TIED if found[0] in tied else kind_of(found[0], model)
+            for found in (*self._linears.values(), *self._tables.values())
+        }
+        self._stacks: dict[str, dict[str, QuantizedStack]] = {}
+        self._lost: dict[str, list[tuple[int, QuantizationError]]] = {}
+        self._dense_bytes: Counter[str] = Counter()
 
-    def quantize(self, paths: tuple[str, ...], name: str, weight: Tensor) -> None:
-        """Quantise the layer at ``paths`` from its weight; its bias comes when it comes."""
-        linear = self._model.get_submodule(paths[0])
-        if not isinstance(linear, nn.Linear):
+    def takes(self, name: str) -> bool:
+        """Whether the tensor ``name`` of the model is stored."""
+        return name in self._linears or name in self._tables or name in self._experts
+
+    def quantize(self, name: str, tensors: Mapping[str, Tensor], key: str) -> None:
+        """Store the weight ``name`` from the checkpoint's ``key``; a bias comes when it comes."""
+        if name in self._experts:
+            self._quantize_stack(name, tensors, key)
+            return
+        is_table = name in self._tables
+        paths = (self._tables if is_table else self._linears)[name]
+        module: Any = self._model.get_submodule(paths[0])
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
             return  # shared, and read under its other name
-        dense = _fitting(name, weight, linear.weight).to(self.device, linear.weight.dtype)
+        like = module.weight
+        dense = _fitting(name, tensors[key], like).to(self.device, like.dtype)
+        linear = module
+        if is_table:
+            linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.weight = nn.Parameter(dense, requires_grad=False)
         try:
             layer = quantize_linear(linear, self._format)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{paths[0]}: {error}") from error
-        self._errors[paths[0]] = quantization_error(dense, layer)
-        self._put(paths, layer, dense.nbytes)
+        lost = quantization_error(dense, layer)
+        self._builder.add(
+            paths[0], self._kinds[paths[0]], layer.FORMAT, dense.nbytes, layer.packed_bytes,
+            [(dense.numel(), lost)],
+        )  # fmt: skip
+        if is_table:
+            new = QuantizedEmbedding(layer, tied=False, padding_idx=module.padding_idx)
+            place(self._model, paths, new.train(module.training))
+        else:
+            place(self._model, paths, layer.train(module.training))
+
+    def quantize_pieces(
+        self, name: str, tensors: Mapping[str, Tensor], pieces: Mapping[int, list[str]]
+    ) -> None:
+        """Store the experts' weight ``name``, expert by expert."""
+        like = self._like(name)
+        for index, keys in pieces.items():
+            dense = _joined(name, tensors, keys, like[0])
+            self._put(name, index, len(like), dense.to(self.device, like.dtype))
+
+    def _quantize_stack(self, name: str, tensors: Mapping[str, Tensor], key: str) -> None:
+        like = self._like(name)
+        for index in range(len(like)):
+            dense = _fitting(f"{name}[{index}]", _part_of(tensors, key, index), like[0])
+            self._put(name, index, len(like), dense.to(self.device, like.dtype))
+
+    def _like(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        return cast(Tensor, self._model.get_submodule(path)._parameters[leaf])
+
+    def _put(self, name: str, index: int, count: int, dense: Tensor) -> None:
+        leaf = name.rpartition(".")[2]
+        path = self._experts[name][0]
+        stacks = self._stacks.setdefault(path, {})
+        stack = put_expert(stacks, leaf, index, count, dense, self._format, path)
+        self._dense_bytes[path] += dense.nbytes
+        lost = quantization_error(dense, stack[index])
+        self._lost.setdefault(path, []).append((dense.numel(), lost))
+
+    def finish(self) -> None:
+        """Put experts and tied embeddings where they belong, when all tensors were read."""
+        for found in self._chosen.experts:
+            experts = self._model.get_submodule(found[0])
+            stacks = self._stacks.get(found[0], {})
+            lacking = [
+                f"{found[0]}.{name}[{index}]"
+                for name in experts._parameters
+                for index in (stacks[name].missing if name in stacks else range(1))
+            ]
+            if lacking:
+                raise ValueError(f"the checkpoint lacks {listed(lacking)}")
+            ordered = {name: stacks[name] for name in experts._parameters}
+            after = sum(stack.packed_bytes for stack in ordered.values())
+            place(self._model, found, QuantizedExperts(experts, ordered))
+            self._builder.add(
+                found[0], "experts", self._format, self._dense_bytes[found[0]], after,
+                self._lost[found[0]],
+            )  # fmt: skip
+        for tables, layers in self._chosen.tied:
+            table = self._model.get_submodule(layers[0])
+            embedding: Any = self._model.get_submodule(tables[0])
+            if isinstance(table, QuantizedLinear):
+                new = QuantizedEmbedding(table, tied=True, padding_idx=embedding.padding_idx)
+                place(self._model, tables, new.train(embedding.training))
 
     def read(self, path: str, entries: dict[str, Tensor]) -> None:
         """Take over a layer that the checkpoint holds quantised."""
@@ -157,20 +296,15 @@ class _Loader:
             )
         # A copy in any case: the mapped file may not stay.
         layer = copy.deepcopy(layer) if self.device.type == "cpu" else layer
+        kind = kind_of(path, self._model)
         paths = module_paths(self._model)[linear]
-        self._put(paths, layer.to(self.device, dtype), linear.weight.nbytes)
+        layer = layer.to(self.device, dtype)
+        self._builder.add(paths[0], kind, layer.FORMAT, linear.weight.nbytes, layer.packed_bytes)
+        place(self._model, paths, layer.train(linear.training))
 
     def report(self) -> QuantizationReport:
         """Return the report."""
-        formats = " and ".join(sorted(self._formats)) or "no format"
-        return QuantizationReport(formats, self._errors, self._before, self._after)
-
-    def _put(self, paths: tuple[str, ...], layer: QuantizedLinear, dense_bytes: int) -> None:
-        training = self._model.get_submodule(paths[0]).training
-        place(self._model, paths, layer.train(training))
-        self._formats.add(layer.FORMAT)
-        self._before += dense_bytes
-        self._after += layer.packed_bytes
+        return self._builder.report()
 
 
 class _Slots:
@@ -190,6 +324,22 @@ class _Slots:
     def __contains__(self, name: str) -> bool:
         return name in self._of
 
+    def like(self, name: str) -> Tensor:
+        """The model's tensor of that name."""
+        path, leaf = self._of[name][0]
+        return cast(Tensor, getattr(self._model.get_submodule(path), leaf))
+
+    def fill_pieces(
+        self, name: str, tensors: Mapping[str, Tensor], pieces: Mapping[int, list[str]],
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        """Load one tensor [experts, out, in] from the checkpoint's tensors of its experts."""
+        like = self.like(name)
+        whole = torch.empty(like.shape, dtype=like.dtype, device=device)
+        for index, keys in pieces.items():
+            whole[index].copy_(_joined(name, tensors, keys, like[0]))
+        self.fill(name, whole, device)
+
     def fill(self, name: str, tensor: Tensor, device: torch.device) -> None:
         """Load one tensor, unless it is tied and was read under its other name."""
         path, leaf = self._of[name][0]
@@ -204,6 +354,44 @@ class _Slots:
             vars(value).update(vars(like))
         for path, leaf in self._of[name]:
             setattr(self._model.get_submodule(path), leaf, value)
+
+
+def _whole_pieces(
+    name: str, pieces: Mapping[tuple[int, int], str], like: Tensor
+) -> dict[int, list[str]]:
+    """Return the checkpoint's names of each expert's tensors, or raise where some are missing."""
+    orders = 1 + max(order for _, order in pieces)
+    wanted = [(index, order) for index in range(len(like)) for order in range(orders)]
+    lacking = [f"{name}[{index}]" for index, order in wanted if (index, order) not in pieces]
+    if lacking:
+        raise ValueError(f"the checkpoint lacks {listed(lacking)}")
+    if extra := pieces.keys() - set(wanted):
+        raise ValueError(
+            f"the checkpoint holds {listed(pieces[place] for place in extra)}, and {name} of this "
+            f"model has {len(like)} experts; its configuration belongs to another checkpoint"
+        )
+    return {index: [pieces[index, order] for order in range(orders)] for index in range(len(like))}
+
+
+def _joined(name: str, tensors: Mapping[str, Tensor], keys: list[str], like: Tensor) -> Tensor:
+    """One expert's weight [out, in], of the tensors that stand one below the other in it."""
+    parts = [tensors[key] for key in keys]
+    fits = all(p.ndim == 2 and p.shape[1] == like.shape[1] and p.is_floating_point() for p in parts)
+    if not fits or sum(len(part) for part in parts) != len(like):
+        raise ValueError(
+            f"{', '.join(keys)} of the checkpoint have shapes {[list(p.shape) for p in parts]} "
+            f"({', '.join({str(p.dtype) for p in parts})}), which together are no expert "
+            f"{list(like.shape)} of {name}; its configuration belongs to another checkpoint"
+        )
+    for key, part in zip(keys, parts, strict=True):
+        check_dense_dtype(key, str(part.dtype).removeprefix("torch."))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _part_of(tensors: Mapping[str, Tensor], key: str, index: int) -> Tensor:
+    """One expert of a tensor [experts, out, in]; nothing else is read where it can be."""
+    read: Callable[[str, int], Tensor] | None = getattr(tensors, "part", None)
+    return tensors[key][index] if read is None else read(key, index)
 
 
 def _stored_layers(theirs: Mapping[str, str], model: nn.Module) -> dict[str, dict[str, str]]:

@@ -24,7 +24,12 @@ from prodial_kernels.quantization.blockwise import (
     dynamic_map,
     quantize_blockwise,
 )
-from prodial_kernels.quantization.layer import CHUNK, QuantizedLinear, check_scales
+from prodial_kernels.quantization.layer import (
+    CHUNK,
+    QuantizedLinear,
+    check_scales,
+    takes_kernels,
+)
 from prodial_kernels.quantization.names import is_one_of
 
 BLOCKSIZE = 64
@@ -209,6 +214,49 @@ class NF4Linear(QuantizedLinear):
             rest = pairs[bytes_[full // 2 :].int()].view(-1)[: flat.numel() - full]
             torch.mul(rest, absmax[-1], out=flat[full:])
 
+    def gather(self, packed: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """See the base class."""
+        codes, absmax, quant_map, *nested = packed
+        k = self.in_features
+        if k % 2 == 0:
+            pairs = torch.cartesian_prod(quant_map, quant_map)
+            values = pairs[codes.view(-1, k // 2)[rows].int()].view(len(rows), k)
+        else:
+            # A byte may hold the end of a row and the beginning of the next.
+            at = rows[:, None] * k + torch.arange(k, device=rows.device)
+            both = codes.view(-1)[at // 2]
+            values = quant_map[torch.where(at % 2 == 0, both >> 4, both & 15).int()]
+        # Weights in a row that share a scale wherever the row begins.
+        shared = math.gcd(k, self.blocksize)
+        first = torch.arange(0, k, shared, device=rows.device)
+        blocks = (rows[:, None] * k + first).div_(self.blocksize, rounding_mode="floor")
+        scales = absmax[blocks]
+        if nested:
+            outer, nested_map, offset = nested
+            nested_blocks = blocks.div_(self.nested_blocksize, rounding_mode="floor")
+            scales = nested_map[scales.int()].mul_(outer[nested_blocks]) + offset
+        values.view(len(rows), -1, shared).mul_(scales[..., None])
+        return values.to(dtype)
+
+    @property
+    def row_multiple(self) -> int:
+        """See the base class: rows that begin where a block begins, of the scales too."""
+        weights = self.blocksize * (1 if self.nested_absmax is None else self.nested_blocksize)
+        return weights // math.gcd(weights, self.in_features)
+
+    def cut(self, packed: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
+        """See the base class."""
+        codes, absmax, quant_map, *nested = packed
+        first, last = start * self.in_features, stop * self.in_features
+        codes = codes[first // 2 : -(-last // 2)]
+        first, last = first // self.blocksize, -(-last // self.blocksize)
+        absmax = absmax[first:last]
+        if not nested:
+            return codes, absmax, quant_map
+        outer, nested_map, offset = nested
+        outer = outer[first // self.nested_blocksize : -(-last // self.nested_blocksize)]
+        return codes, absmax, quant_map, outer, nested_map, offset
+
     def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:
         """See the base class."""
         from prodial_kernels.kernels.dequantize import dequantize_nf4
@@ -219,6 +267,23 @@ class NF4Linear(QuantizedLinear):
             shape=(self.out_features, self.in_features), dtype=dtype,
             blocksize=self.blocksize, nested_blocksize=self.nested_blocksize,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def unpack_some(
+        self, stacked: tuple[Tensor, ...], ids: Tensor, known: list[int], out: Tensor
+    ) -> Tensor:
+        """See the base class; one launch on a GPU."""
+        if not takes_kernels(out.device, out.dtype):
+            return super().unpack_some(stacked, ids, known, out)
+        from prodial_kernels.kernels.dequantize import dequantize_nf4_some
+
+        codes, absmax, quant_map, *nested = stacked
+        with torch.cuda.device_of(out):
+            dequantize_nf4_some(
+                codes, absmax, quant_map, (nested[0], nested[1], nested[2]) if nested else None,
+                ids, out, blocksize=self.blocksize, nested_blocksize=self.nested_blocksize,
+            )  # fmt: skip
+        return out
 
     def _take(self, other: QuantizedLinear) -> None:
         super()._take(other)

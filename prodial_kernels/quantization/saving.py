@@ -14,13 +14,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from prodial_kernels.quantization.layer import QuantizedLinear
+from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
+from prodial_kernels.quantization.modules.experts import QuantizedExperts
 from prodial_kernels.quantization.names import OFFSET, is_part, is_part_of_adapter, listed
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 RESCALING = "rescale_prenorm_residual"
 """Setting of Mamba's configurations by which transformers divides out_proj at every load."""
@@ -163,6 +167,18 @@ def plain_state(
                 plain[name] = tensor.clone()
         for name, tensor in made[id(layer)].items():
             plain[prefix + name] = tensor
+    for prefix, embedding in _modules_of(model, QuantizedEmbedding):
+        table = vars(embedding)["table"]
+        name = f"{prefix}weight"
+        if any(other.startswith(prefix) for other in plain):
+            _drop(plain, prefix)
+            entries = made.get(id(table))
+            plain[name] = table.dequantize().cpu() if entries is None else entries["weight"]
+    for prefix, experts in _modules_of(model, QuantizedExperts):
+        if any(other.startswith(prefix) for other in plain):
+            _drop(plain, prefix)
+            for name, stack in experts.stacks.items():
+                plain[prefix + name] = stack.dequantize().cpu()
     for owner, name, offset in _offsets(model):
         if offset in plain and owner + name in plain:
             value = plain[owner + name]
@@ -178,6 +194,18 @@ def plain_state(
             f"{listed(without)}; pass the state dict of the model itself"
         )
     return plain
+
+
+def _modules_of(model: nn.Module, kind: type[ModuleT]) -> Iterator[tuple[str, ModuleT]]:
+    """Yield each module of a class with its path and a dot, at each of its paths."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kind):
+            yield f"{path}." if path else "", module
+
+
+def _drop(state: dict[str, Any], prefix: str) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
 
 
 def _plain_entries(path: str, layer: Any) -> dict[str, Tensor]:
@@ -288,6 +316,8 @@ def _untied(model: Any) -> bool:
         return False
     if outputs is None or inputs is None:
         return False
+    if isinstance(inputs, QuantizedEmbedding):
+        return vars(inputs)["table"] is not outputs
     stand_ins = (isinstance(inputs, StandsForLinear), isinstance(outputs, StandsForLinear))
     return any(stand_ins) or inputs.weight is not outputs.weight
 
@@ -319,6 +349,15 @@ def _without_plain_weights(
 ) -> None:
     """Before a state is loaded: drop plain weights that were saved beside an adapter's parts."""
     errors: list[str] = rest[-1]
+    others: list[tuple[str, Any]] = [
+        *_modules_of(module, QuantizedEmbedding), *_modules_of(module, QuantizedExperts)
+    ]  # fmt: skip
+    for own_prefix, other in others:
+        start = prefix + own_prefix
+        own = {name.removeprefix(start) for name in state if name.startswith(start)}
+        plain = {"weight"} if isinstance(other, QuantizedEmbedding) else set(other.stacks)
+        if own and own <= plain and all(state[start + n].is_floating_point() for n in own):
+            _take_plain(start, other, own, state, errors)
     for path, layer in _stand_ins(module):
         start = f"{prefix}{path}." if path else prefix
         own = {name.removeprefix(start) for name in state if name.startswith(start)}
@@ -344,3 +383,18 @@ def _without_plain_weights(
         # The sum was saved for everyone, and the offset beside it; the value itself is here.
         if torch.equal((value + moved.to(given.device)).to(given.dtype), given):
             state[prefix + path + name] = value
+
+
+def _take_plain(
+    start: str, module: Any, own: set[str], state: MutableMapping[str, Any], errors: list[str]
+) -> None:
+    """Replace the plain weights of an embedding or of experts by what these hold, if equal."""
+    for name in own:
+        dense = state.pop(start + name)
+        holder = vars(module)["table"] if name == "weight" else module.stacks[name]
+        if not torch.equal(holder.dequantize().to(dense), dense):
+            errors.append(
+                f"{start}{name} is not what the quantised layer here holds: the state was saved "
+                "from another base model"
+            )
+    state.update(module.state_dict(prefix=start))

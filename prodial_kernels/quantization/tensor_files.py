@@ -47,6 +47,11 @@ class TensorFiles(Mapping[str, Tensor]):
         tensor: Tensor = self._reader(self._files[name])(name)
         return tensor
 
+    def part(self, name: str, index: int) -> Tensor:
+        """Read ``self[name][index]`` alone."""
+        tensor: Tensor = self._reader(self._files[name]).part(name, index)
+        return tensor
+
     def __iter__(self) -> Iterator[str]:
         """Names, those of one file together."""
         return iter(self._files)
@@ -79,6 +84,10 @@ class _SafeFile:
         tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 
+    def part(self, name: str, index: int) -> Tensor:
+        tensor: Tensor = self._handle.get_slice(name)[index]
+        return tensor
+
     def dtype(self, name: str) -> str:
         return str(self._handle.get_slice(name).get_dtype())
 
@@ -93,6 +102,9 @@ class _TorchFile:
 
     def __call__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def part(self, name: str, index: int) -> Tensor:
+        return self._tensors[name][index]
 
     def dtype(self, name: str) -> str:
         dtype = self._tensors[name].dtype

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from prodial_kernels.models.loading.load import (
     resolve_dtype,
 )
 from prodial_kernels.quantization import FORMATS
+from prodial_kernels.quantization.modules.selection import stores_everything
 from prodial_kernels.training.merging import (
     Agreement,
     check_written_model,
@@ -42,6 +44,7 @@ def load_adapted(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    quantize_modules: str | None = None,
     impl: str | None = None,
 ) -> LoadedModel:
     """Load a model, and put a saved adapter into it.
@@ -54,6 +57,7 @@ def load_adapted(
         dtype: ``"auto"``, ``"float32"`` or ``"bfloat16"``.
         quantize: As for :func:`load_model`. An adapter belongs to the format it was trained on,
             and has it recorded: None takes that, where the checkpoint is not stored so itself.
+        quantize_modules: Likewise; ``"projectors"`` without an adapter that tells.
         impl: What the adapted projectors run by; None: what the adapter was trained with.
 
     Raises:
@@ -61,6 +65,7 @@ def load_adapted(
         ConfigError: ``impl`` cannot run on this machine.
         ModelError: The model or the device cannot be used.
     """
+    kept: Sequence[str] = ()
     if adapter is not None:
         saved = read_adapter(adapter)
         model = saved.base_model if model is None else model
@@ -68,10 +73,16 @@ def load_adapted(
             raise ModelError(f"the adapter in {adapter} names no base model; give it as the model")
         if quantize is None and saved.base_format in FORMATS and not is_stored_quantized(model):
             quantize = saved.base_format
+        if quantize_modules is None:
+            quantize_modules = "all" if stores_everything(saved.base_stored) else None
+        kept = saved.config.modules_to_save or ()
     on = resolve_device(device)
     to = resolve_dtype(dtype, on)
     check_implementation(impl or "auto", on, to)
-    loaded = load_model(model or EMBEDDED, device=on, dtype=to, quantize=quantize)
+    loaded = load_model(
+        model or EMBEDDED, device=on, dtype=to, quantize=quantize,
+        quantize_modules=quantize_modules or "projectors", keep_dense=kept,
+    )  # fmt: skip
     if adapter is not None:
         load_adapter(loaded.model, adapter)
         if impl is not None:
@@ -89,6 +100,7 @@ def merge_to_directory(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
+    quantize_modules: str | None = None,
 ) -> Agreement:
     """Fold an adapter into its base model and write a plain model in transformers' format.
 
@@ -105,6 +117,7 @@ def merge_to_directory(
         dtype: As for :func:`load_adapted`; also the dtype of the written weights. With ``"auto"``
             they are no wider than the checkpoint's.
         quantize: As for :func:`load_adapted`.
+        quantize_modules: Likewise.
 
     Raises:
         AdapterError: The adapter is damaged, or does not belong to the model.
@@ -122,7 +135,10 @@ def merge_to_directory(
     # Before the model is loaded, which may take minutes.
     _check_output(path, model, Path(adapter).expanduser(), replace=replace)
     with StopSignals():
-        loaded = load_adapted(model, adapter, device=device, dtype=dtype, quantize=quantize)
+        loaded = load_adapted(
+            model, adapter, device=device, dtype=dtype, quantize=quantize,
+            quantize_modules=quantize_modules,
+        )  # fmt: skip
         first = next(loaded.model.parameters())
         tokens = _probe_tokens(loaded)
         expected = logits_of(loaded.model, tokens)

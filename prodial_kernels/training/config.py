@@ -31,6 +31,7 @@ PACKINGS = ("stream", "documents")
 KEEP = ("last", "best")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 QUANTIZE = ("nf4", "int8", "fp8")
+QUANTIZE_MODULES = ("projectors", "all")
 ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint")
 LANGUAGE_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.seq_len is not None)
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
@@ -73,7 +74,9 @@ class FinetuneConfig:
         weight_decay: It never pulls the scale s toward 0.
         schedule: ``"cosine"`` and ``"linear"`` decay to 0.
         optimizer: ``"adamw"`` is fused on CUDA; the others are bitsandbytes' and need CUDA.
-        quantize: Projectors are quantised while they are loaded one by one.
+        quantize: Weights are quantised while they are loaded one by one.
+        quantize_modules: ``"all"``: everything but norms, routers and the recurrence's own, and
+            what is trained.
         memory_budget: Such as ``"8GiB"``, ``"6GB"`` or a number of bytes; PyTorch is allowed no
             more. None: what is free, as far as it can be.
         activations: ``"keep"``: what the fused operations need; ``"recompute"``: less (the norm,
@@ -224,6 +227,10 @@ class FinetuneConfig:
         None, "store the base model's projectors so while it is used (not in what is written); an "
         "adapter keeps to what it was trained on; auto: in nf4 if they do not fit otherwise",
         choices=(*QUANTIZE, "auto"),
+    )  # fmt: skip
+    quantize_modules: str = option(
+        "projectors", "what --quantize stores: {default} (default); all: linear layers, experts, "
+        "embeddings and head too", choices=QUANTIZE_MODULES,
     )  # fmt: skip
     device: str = option("auto", "{default}: CUDA where there is one", choices=DEVICES)
     dtype: str = option(
@@ -405,6 +412,11 @@ class FinetuneConfig:
             raise ConfigError(
                 "`gradient_checkpointing` means `activations` 'checkpoint', and contradicts "
                 f"`activations` {self.activations!r}; give one of them"
+            )
+        if self.quantize_modules == "all" and self.quantize is None:
+            raise ConfigError(
+                "`quantize_modules` says what `quantize` stores, and `quantize` is not given; add "
+                "it, such as `quantize` 'nf4'"
             )
         self._check_step()
         if self.method == "full":

@@ -30,7 +30,7 @@ from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.callbacks.base import Callback, RunView
 from prodial_kernels.training.callbacks.trackers import Tracking, check_trackers
 from prodial_kernels.training.callbacks.watch import Watch
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import FinetuneConfig, ResolvedConfig
 from prodial_kernels.training.memory.device import limited, measure
 from prodial_kernels.training.memory.run_plan import comparison_text, plan_run
 from prodial_kernels.training.merging import (
@@ -159,7 +159,7 @@ def finetune(
             if saved is not None:
                 if config.quantize == "auto":
                     # What was chosen when the run began.
-                    config = replace(config, quantize=saved.config.get("quantize"))
+                    config = _with_format(config, saved.config.get("quantize"))
                 check_same_config(folder, saved, config)
                 finished = read_result(folder, display.say)
                 if finished is not None:
@@ -172,7 +172,7 @@ def finetune(
             display.say(f"loading model {config.model!r} and data {config.data!r}")
             choice, plan = plan_run(config, device, dtype, model)
             if config.quantize == "auto":
-                config = replace(config, quantize=None if plan is None else plan.plan.quantize)
+                config = _with_format(config, None if plan is None else plan.plan.quantize)
             with limited(device, None if plan is None else plan.allowed), _ended(watch, given):
                 run = prepare(
                     config, folder, saved, display,
@@ -196,6 +196,12 @@ def _ended(watch: Watch, given: Given) -> Iterator[None]:
         given.give_back()
         watch.end(None)
         raise
+
+
+def _with_format(config: ResolvedConfig, quantize: str | None) -> ResolvedConfig:
+    """Return the configuration with the format that ``quantize="auto"`` has come to."""
+    modules = "projectors" if quantize is None else config.quantize_modules
+    return replace(config, quantize=quantize, quantize_modules=modules)
 
 
 def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIdentity | None:

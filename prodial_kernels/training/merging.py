@@ -17,6 +17,7 @@ from prodial_kernels.models.layers.head import eval_mode
 from prodial_kernels.models.layers.offload import blocks_on_demand
 from prodial_kernels.models.loading.load import LoadedModel, load_model
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.modules.counting import stored_elements
 from prodial_kernels.training.memory.device import indexed
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def has_room_dense(model: nn.Module, device: torch.device) -> bool:
         return True
     packed = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     dense = sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in packed)
+    dense += stored_elements(model) * (packed[0].dtype.itemsize if packed else 0)
     dense += sum(parameter.nbytes for parameter in model.parameters())
     free, _ = torch.cuda.mem_get_info(device)
     limit = torch.cuda.get_per_process_memory_fraction(indexed(device))

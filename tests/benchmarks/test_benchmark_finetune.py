@@ -16,7 +16,17 @@ from benchmarks import finetune
 from benchmarks.harness.process import WorkerError
 from benchmarks.harness.rows import values_of
 from benchmarks.training import curves
-from benchmarks.training.jobs import GB, JOBS, LEAST, MORE_JOBS, SIZES, TINY_JOBS, Job, JobRow
+from benchmarks.training.jobs import (
+    GB,
+    JOBS,
+    LEAST,
+    MORE_JOBS,
+    SIZES,
+    TINY_JOBS,
+    WHOLE_JOBS,
+    Job,
+    JobRow,
+)
 from benchmarks.training.steps import LR, JobTask, plan_of
 from prodial_kernels.cli import commands
 from prodial_kernels.quantization import QuantizedLinear
@@ -37,10 +47,10 @@ def feigned_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_jobs_are_those_that_must_fit() -> None:
-    names = [job.name for job in (*JOBS, *MORE_JOBS, *TINY_JOBS)]
+    names = [job.name for job in (*JOBS, *MORE_JOBS, *WHOLE_JOBS, *TINY_JOBS)]
     assert len(set(names)) == len(names)
+    assert all(job.model in SIZES for job in (*JOBS, *WHOLE_JOBS))
     for job in JOBS:
-        assert job.model in SIZES
         # What it must keep is what it is given.
         if job.must[1] is not None:
             assert parse_budget(str(job.memory_budget)) == job.must[1] * GB
@@ -109,7 +119,9 @@ def test_a_row_is_measured(job: Job) -> None:
     assert row.how == "steps launched one by one"
     assert not row.graphed
     assert row.levels == {"keep" if job.activations == "auto" else job.activations: 4}
-    assert len(layers) == (2 * SIZES["tiny"].layers if job.quantize else 0)
+    # Two projectors a mixer; of everything the attention, a shared expert and the head beside.
+    number = 2 * SIZES["tiny"].layers if job.quantize else 0
+    assert len(layers) == (2 * 2 + 4 + 2 + 1 if job.quantize_modules == "all" else number)
     assert row.command.startswith("prodial finetune --model embedded --data notes.txt")
     assert JobRow(**json.loads(json.dumps(values_of(row)))).title == row.title
 
@@ -208,8 +220,9 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
     done.clear()
     assert run(["--tiny"]) == 1
     # Nothing is measured while another job is prepared.
-    both = ["prepare", "prepare", "wait", "wait", "measure", "end", "measure", "end"]
-    assert done == both
+    number = len(TINY_JOBS)
+    every = ["prepare"] * number + ["wait"] * number + ["measure", "end"] * number
+    assert done == every
     assert "tiny-nf4        FAILED: it ended" in capsys.readouterr().out
     done.clear()
     assert run(["--tiny", "--side-by-side", "1"]) == 1

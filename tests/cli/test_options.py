@@ -19,13 +19,13 @@ FROZEN = {
     f"--resume --method {ADAPTER} --lr --learning-rate --steps --epochs --batch-size --seq-len "
     "--packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
     "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
-    "--impl --quantize --device --dtype --eval-every --save-every --log-every --config "
-    "--init-adapter --keep --report-to",
+    "--impl --quantize --quantize-modules --device --dtype --eval-every --save-every --log-every "
+    "--config --init-adapter --keep --report-to",
     "evaluate": "--model --adapter --data --split --max-tokens --seq-len --batch-size --lm-eval "
-    "--num-fewshot --limit --json --impl --quantize --device --dtype",
+    "--num-fewshot --limit --json --impl --quantize --quantize-modules --device --dtype",
     "generate": "--model --adapter --prompt --chat --system --max-new-tokens --temperature --top-p "
-    "--seed --json --impl --quantize --device --dtype",
-    "merge": "--model --adapter --output --force --quantize --device --dtype",
+    "--seed --json --impl --quantize --quantize-modules --device --dtype",
+    "merge": "--model --adapter --output --force --quantize --quantize-modules --device --dtype",
     "inspect": f"--json {ADAPTER}",
     "convert": "--to --output --model",
 }

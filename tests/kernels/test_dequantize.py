@@ -11,6 +11,7 @@ from torch import Tensor
 from prodial_kernels.quantization import FORMATS, QuantizedLinear
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.int8 import Int8Linear
+from prodial_kernels.quantization.modules.experts import QuantizedStack
 from prodial_kernels.quantization.nf4 import NF4Linear
 from support.kernels.uninterpreted import run_uninterpreted
 
@@ -70,6 +71,28 @@ def test_blocks_of_other_sizes(blocksize: int, nested: int) -> None:
         nested_blocksize=nested,
     )  # fmt: skip
     assert_same_bits(layer, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("double", [True, False])
+def test_some_of_several_weights(double: bool, dtype: torch.dtype) -> None:
+    """In one launch, in the order asked for; 33 × 129 weights end within a block and a byte."""
+    layers = [
+        NF4Linear.quantize(weights((33, 129)), None, double_quantization=double) for _ in range(5)
+    ]
+    stack = QuantizedStack(5, layers[0])
+    for index, layer in enumerate(layers):
+        stack.put(index, layer)
+    known = [4, 0, 3]
+    defined = torch.stack([layers[index].dequantize(dtype=dtype) for index in known])
+    found = torch.empty(3, 33, 129, dtype=dtype)
+    if torch.cuda.is_available():
+        found = stack.cuda().unpack_some(torch.tensor(known).cuda(), known, found.cuda()).cpu()
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prodial_kernels.quantization.nf4.takes_kernels", lambda *_: True)
+            stack.unpack_some(torch.tensor(known), known, found)
+    assert torch.equal(bits(found), bits(defined))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -301,8 +301,11 @@ def test_transformers_models_are_what_from_pretrained_gives(family: str, tmp_pat
     assert torch.equal(loaded.model(ids).logits, expected(ids).logits)
 
 
-def test_experts_that_are_merged_while_loading_are_refused(tmp_path: Path) -> None:
+def test_tensors_that_are_merged_in_an_unknown_way_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build("jamba").save_pretrained(tmp_path)
+    monkeypatch.setattr("prodial_kernels.models.loading.quantized._stacks_experts", lambda _: False)
     with pytest.raises(ModelError, match="merged with others when it is loaded"):
         load_model(str(tmp_path), device=CPU, dtype=torch.float32, quantize="nf4")
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
 
 # Layers that may be tied to one another.
 _TIED = (nn.Linear, QuantizedLinear, nn.Embedding, nn.EmbeddingBag)
@@ -59,7 +60,7 @@ def second_name(model: nn.Module, layers: Mapping[nn.Module, str]) -> tuple[str,
                 path = None if tensor is None else found_in(tensor, module)
                 if path is not None:
                     return path, prefix + own
-        if type(module).__module__.startswith("torch."):
+        if type(module).__module__.startswith("torch.") or isinstance(module, QuantizedEmbedding):
             continue
         for own, value in vars(module).items():
             if own in _REGISTERED:

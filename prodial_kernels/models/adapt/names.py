@@ -12,6 +12,8 @@ from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
 from prodial_kernels.models.adapt.named_layer import Factor
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.foreign import dense_values, from_foreign, is_foreign
+from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
+from prodial_kernels.quantization.modules.experts import QuantizedExperts, QuantizedStack
 
 _BASE = ".base_layer."
 # Children that torch.compile and activation checkpointing put between a module and its parent.
@@ -61,8 +63,9 @@ def base_state(model: nn.Module) -> dict[str, object]:
 
     Tensors are the model's own, parameters as parameters; a tied one is there under every name.
     The weight of a quantised layer is there as the layer, in the place of the tensors it is stored
-    in: what counts is the weight that they stand for, whichever library's they are. Not read off
-    ``state_dict``, which gives FSDP's shards even of a gathered model.
+    in: what counts is the weight that they stand for, whichever library's they are; of a mixture's
+    experts, as the stack. Not read off ``state_dict``, which gives FSDP's shards even of a gathered
+    model.
     """
     modules = [(plain_path(p), m) for p, m in model.named_modules(remove_duplicate=False)]
     adapted = {path for path, module in modules if isinstance(module, ProdialLinear)}
@@ -87,6 +90,12 @@ def _own_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, object
         # From the registries: with an offset, the attribute is another tensor.
         bias = {**module._parameters, **module._buffers}.get("bias")
         return {"weight": stored} if bias is None else {"weight": stored, "bias": bias}
+    if isinstance(module, QuantizedEmbedding):
+        return {"weight": vars(module)["table"]}
+    if isinstance(module, QuantizedExperts):
+        return {**module.stacks}
+    if isinstance(module, QuantizedStack):
+        return {}
     left_out: set[str] = set(module._non_persistent_buffers_set)
     left_out |= {name for name in module._parameters if name.startswith(OFFSET)}
     if isinstance(module, ProdialLinear):

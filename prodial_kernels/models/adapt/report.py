@@ -11,6 +11,7 @@ from prodial_kernels.linear import ProdialLinear, adapted_layers
 from prodial_kernels.models.adapt.targets import path_pattern
 from prodial_kernels.module_tree import module_paths
 from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.modules.counting import stored_elements
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,9 @@ def _row(members: list[tuple[str, nn.Module]]) -> ReportRow:
 
 def _packed(module: nn.Module) -> int:
     """Count the weights in storage formats, which are no parameters; shared ones once."""
-    return sum(
-        layer.in_features * layer.out_features
-        for layer in module.modules()
-        if isinstance(layer, QuantizedLinear)
-    )
+    layers = (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
+    in_layers = sum(layer.in_features * layer.out_features for layer in layers)
+    return in_layers + stored_elements(module)
 
 
 def _cells(row: ReportRow) -> tuple[str, ...]:

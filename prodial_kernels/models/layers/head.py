@@ -25,6 +25,9 @@ _PROBE = (0.0, 1.0, -2.0, 64.0)
 # Short, but of a length that every scan kernel takes.
 _PROBE_LENGTH = 8
 
+PART_ELEMENTS = 2**24
+"""Of a stored head that are dense at a time: 32 MiB in 16 bits, enough for a product."""
+
 
 class HeadError(ValueError):
     """The logits of a model cannot be computed apart from its forward."""
@@ -58,6 +61,41 @@ class OutputHead:
         if torch.is_autocast_enabled(device):
             weight = weight.to(torch.get_autocast_dtype(device))
         return weight, None if bias is None else bias.to(weight.dtype)
+
+    def matrix(self) -> tuple[Tensor | StoredMatrix, Tensor | None]:
+        """The same, but a quantised layer's W as it is stored: to be made dense in parts."""
+        if not isinstance(self.layer, QuantizedLinear):
+            return self.operands()
+        matrix, bias = StoredMatrix(self.layer), self.layer.bias
+        return matrix, None if bias is None else bias.to(matrix.dtype)
+
+
+class StoredMatrix:
+    """A quantised head's W [vocabulary, d] for products with a few rows of it at a time."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        """Take the stored weight of ``layer``, and the dtype that a model multiplies in."""
+        self._layer = layer
+        self.shape = (layer.out_features, layer.in_features)
+        self.device = layer.device
+        kind = layer.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        self.dtype = torch.get_autocast_dtype(kind) if autocast else layer.dtype
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.shape[0]
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows of W with where they are: dense, in memory that the next ones take over."""
+        multiple = self._layer.row_multiple
+        rows = max(1, PART_ELEMENTS // self.shape[1] // multiple) * multiple
+        room = torch.empty(
+            min(rows, len(self)), self.shape[1], dtype=self.dtype, device=self.device
+        )
+        for start in range(0, len(self), rows):
+            stop = min(start + rows, len(self))
+            yield slice(start, stop), self._layer.part(start, stop).dequantize(room[: stop - start])
 
 
 def find_head(model: nn.Module) -> OutputHead:

@@ -130,6 +130,10 @@ class AsTransformers(Mapping[str, Tensor]):
             return tensor.to(self._dtype) / self._divisor
         return tensor
 
+    def part(self, name: str, index: int) -> Tensor:
+        """Read ``self[name][index]`` of a mixture's experts, alone; nothing of theirs is scaled."""
+        return self._tensors.part(self._names[name], index)
+
     def __iter__(self) -> Iterator[str]:
         """Names, those of one file together."""
         return iter(self._names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,13 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    quantize_modules: str = "projectors",
+    keep_dense: Sequence[str] = (),
 ) -> LoadedModel:
     """Load a causal language model through transformers.
 
@@ -82,8 +89,11 @@ def load_model(
             :mod:`prodial_kernels.quantization`.
         device: Where to put it.
         dtype: Dtype of its weights, and what quantised ones are computed in.
-        quantize: Format to store ``in_proj`` and ``out_proj`` in. They are read one at a time, so
-            that the model is never dense as a whole.
+        quantize: Format to store frozen weights in. They are read one at a time, so that the model
+            is never dense as a whole.
+        quantize_modules: Which: ``"projectors"`` (``in_proj`` and ``out_proj``) or ``"all"``, as
+            :func:`prodial_kernels.quantize_model` has it.
+        keep_dense: Modules that are not quantised, because they are trained.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -112,7 +122,9 @@ def load_model(
         _warn_of_rescaling(name, config)
         packed = quantize is not None or hasattr(config, "quantization_config")
         if packed or is_named_as_mamba_ssm(tensors):
-            model, report = load_by_tensors(directory, config, device, dtype, quantize)
+            model, report = load_by_tensors(
+                directory, config, device, dtype, quantize, quantize_modules, keep_dense
+            )
             report = report if packed else None
         else:
             model = _load_dense(directory, config, dtype)

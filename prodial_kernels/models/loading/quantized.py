@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,17 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.models.loading.as_transformers import AsTransformers
+from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.quantization import QuantizationReport, TensorFiles, load_quantized
+from prodial_kernels.quantization.loading import Piece
+from prodial_kernels.quantization.modules.selection import EVERYTHING, PROJECTORS
 from prodial_kernels.quantization.stored_config import check_stored_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def load_by_tensors(
@@ -24,15 +31,19 @@ def load_by_tensors(
     device: torch.device,
     dtype: torch.dtype,
     format: str | None,
+    modules: str = "projectors",
+    keep_dense: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, QuantizationReport]:
-    """Load a model whose projectors are stored in ``format``, or as the checkpoint stores them.
+    """Load a model whose weights are stored in ``format``, or as the checkpoint stores them.
 
     Args:
         directory: A checkpoint.
         config: The model's; what it says of quantisation is taken out, because the weights say it.
         device: Where to put it.
         dtype: Of the dense weights.
-        format: Of dense projectors; None leaves them dense.
+        format: Of the dense weights of ``modules``; None leaves them dense.
+        modules: ``"projectors"`` or ``"all"``, as ``FinetuneConfig.quantize_modules``.
+        keep_dense: Modules that are not quantised, because they are trained.
 
     Raises:
         OSError: The checkpoint is not there or cannot be read.
@@ -46,7 +57,9 @@ def load_by_tensors(
         del config.quantization_config
     model = model_on_meta(config, dtype)
     tensors = AsTransformers(TensorFiles(directory), config, dtype)
-    report = load_into(model, tensors, device, format, _renaming(model))
+    report = load_into(
+        model, tensors, device, format, _renaming(model), modules=modules, keep_dense=keep_dense
+    )
     model.name_or_path = model.config.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -69,14 +82,24 @@ def load_into(
     tensors: Mapping[str, Tensor],
     device: torch.device,
     format: str | None,
-    rename: Callable[[str], str] | None,
+    rename: Callable[[str], str | Piece] | None,
+    *,
+    modules: str = "projectors",
+    keep_dense: Sequence[str] = (),
 ) -> QuantizationReport:
     """Fill a model of :func:`model_on_meta` from ``tensors``, quantised as they are read.
 
-    The other arguments are those of :func:`~prodial_kernels.quantization.load_quantized`.
+    The other arguments are those of :func:`load_by_tensors` and of
+    :func:`~prodial_kernels.quantization.load_quantized`.
     """
+    everything = modules == EVERYTHING
+    # Others are of parameters, which stay dense in any case.
+    paths = [path for path, _ in model.named_modules()]
+    kept = [name for name in keep_dense if any(matches_name(path, name) for path in paths)]
     return load_quantized(
         model, tensors, format, device=device, rename=rename,
+        target_modules=EVERYTHING if everything else PROJECTORS,
+        exclude=kept if everything else (),
         ignore=model._keys_to_ignore_on_load_unexpected or (),
         fill=partial(_compute_buffers, model),
     )  # fmt: skip
@@ -90,8 +113,11 @@ def _compute_buffers(model: Any) -> None:
     model.apply(model._init_weights)
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """How transformers turns names of this model's checkpoints into its own."""
+def _renaming(model: PreTrainedModel) -> Callable[[str], str | Piece]:
+    """How transformers turns names of this model's checkpoints into its own.
+
+    Experts that a checkpoint holds one by one, and gate and up apart, are parts of a tensor.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -100,16 +126,37 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
     converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     own = model.state_dict()
 
-    def rename(name: str) -> str:
+    def rename(name: str) -> str | Piece:
         renamed, converted = rename_source_key(
             name, renamings, converters, model.base_model_prefix, own
         )
-        if converted is not None:
+        if converted is None:
+            return str(renamed)
+        rule = next(rule for rule in converters if converted in rule.source_patterns)
+        expert = _EXPERT.search(name)
+        if expert is None or not _stacks_experts(rule):
             raise ValueError(
                 f"{name} of this checkpoint is merged with others when it is loaded "
-                f"({type(model).__name__}), which is not done while quantising; load this model "
-                "without quantize"
+                f"({type(model).__name__}), in a way that is not known while quantising; load this "
+                "model without quantize"
             )
-        return str(renamed)
+        if renamed not in own:
+            raise ValueError(
+                f"{name} is of an expert that this checkpoint holds quantised, which is not read; "
+                "use the dense checkpoint, with --quantize where it is too large"
+            )
+        order = rule.source_patterns.index(converted)
+        return Piece(str(renamed), int(expert.group(1)), order, len(rule.source_patterns))
 
     return rename
+
+
+def _stacks_experts(rule: Any) -> bool:
+    """Whether a rule of transformers' puts experts in a row, each of one or more in its rows."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    kinds = [type(operation) for operation in rule.operations]
+    dims = [getattr(operation, "dim", None) for operation in rule.operations]
+    if len(rule.source_patterns) == 1:
+        return kinds == [MergeModulelist] and dims == [0]
+    return kinds == [MergeModulelist, Concatenate] and dims == [0, 1]

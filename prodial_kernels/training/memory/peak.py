@@ -7,16 +7,16 @@ those of later layers are gone; the optimiser's step; an evaluation.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from prodial_kernels._checks import check_choice
+from prodial_kernels.quantization import FORMATS
+from prodial_kernels.quantization.modules.counting import stored_bytes
+from prodial_kernels.quantization.modules.selection import EVERYTHING
 from prodial_kernels.training.memory.activations import Tokens, kept, workspace
-from prodial_kernels.training.memory.shapes import ModelShape
+from prodial_kernels.training.memory.shapes import FrozenPart, ModelShape
 
-# Bytes of a stored weight, scales included: NF4 with double quantisation; int8 with a scale a row
-# and fp8 with a scale a tile, whose scales are negligible.
-_STORED = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "fp8": 1.0}
 # Bytes that an optimiser keeps of a trained element on the device; pages live on the host.
 _STATES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "paged_adamw8bit": 0.0}
 _FP32 = 4
@@ -31,6 +31,7 @@ class Job:
         length: Tokens of each.
         itemsize: Bytes of an activation in the compute dtype: 2 or 4.
         quantize: ``"nf4"``, ``"int8"``, ``"fp8"``, None, or, to be planned, ``"auto"``.
+        quantize_modules: What ``quantize`` stores: ``"projectors"`` or ``"all"``.
         optimizer: ``"adamw"``, ``"adamw8bit"`` or ``"paged_adamw8bit"``.
         loss: ``"full"`` (whole logits), ``"chunked"`` or ``"liger"``.
         loss_rows: Tokens whose logits exist at a time; of ``"chunked"`` only.
@@ -43,6 +44,7 @@ class Job:
     length: int
     itemsize: int = 2
     quantize: str | None = None
+    quantize_modules: str = "projectors"
     optimizer: str = "adamw"
     loss: str = "chunked"
     loss_rows: int = 1024
@@ -52,7 +54,8 @@ class Job:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("quantize", self.quantize, (None, "auto", *_STORED)),
+            ("quantize", self.quantize, (None, "auto", *FORMATS)),
+            ("quantize_modules", self.quantize_modules, ("projectors", EVERYTHING)),
             ("optimizer", self.optimizer, tuple(_STATES)),
             ("loss", self.loss, ("full", "chunked", "liger")),
         ):
@@ -60,6 +63,11 @@ class Job:
         for name in ("batch", "length", "itemsize", "loss_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def stores_everything(self) -> bool:
+        """Whether all weights that can be stored are."""
+        return self.quantize is not None and self.quantize_modules == EVERYTHING
 
 
 @dataclass(frozen=True)
@@ -188,14 +196,25 @@ def _activations(size: int, layers: int) -> PlanLine:
 
 
 def _weights(model: ModelShape, job: Job) -> Iterator[PlanLine]:
-    yield PlanLine("embedding", model.embedding_bytes, "and head, tied" if model.tied else "")
-    yield PlanLine("head", model.head_bytes, "")
-    if job.quantize is None:
-        yield PlanLine("frozen projectors", model.projector_bytes, "dense")
-    else:
-        packed = int(sum(n * k for n, k in model.projectors) * _STORED[job.quantize])
-        yield PlanLine("frozen projectors", packed, f"stored in {job.quantize}")
+    shape = ((1, model.vocabulary, model.width),)
+    for name, size in (("embedding", model.embedding_bytes), ("head", model.head_bytes)):
+        why = "and head, tied" if model.tied else ""
+        if size and job.stores_everything and model.stores_ends:
+            line = _line(name, FrozenPart(name, shape, size), job)
+            yield replace(line, why=", ".join(filter(None, (why, line.why))))
+        else:
+            yield PlanLine(name, size, why)
+    for part in model.parts:
+        yield _line(f"frozen {part.kind}", part, job)
     yield PlanLine("other frozen weights", model.other_bytes, "dense")
+
+
+def _line(name: str, part: FrozenPart, job: Job) -> PlanLine:
+    """Frozen weights as the job has them."""
+    if job.quantize is None or not (job.stores_everything or part.kind == "projectors"):
+        return PlanLine(name, part.dense_bytes, "dense")
+    size = sum(stored_bytes(job.quantize, n, k, number) for number, n, k in part.weights)
+    return PlanLine(name, size, f"stored in {job.quantize}")
 
 
 def _trained(model: ModelShape, job: Job) -> Iterator[PlanLine]:

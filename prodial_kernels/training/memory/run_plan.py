@@ -199,6 +199,7 @@ def job_of(
         length=config.seq_len,
         itemsize=dtype.itemsize,
         quantize=config.quantize,
+        quantize_modules=config.quantize_modules,
         optimizer=config.optimizer,
         loss=choice.loss,
         loss_rows=chunk_rows(model.vocabulary, dtype, device),

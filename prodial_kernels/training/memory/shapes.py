@@ -16,12 +16,9 @@ from prodial_kernels.linear import OFFSET, adapted_layers
 from prodial_kernels.models.layers.blocks import blocks_of, has_separate_norm, mixer_of
 from prodial_kernels.models.layers.fused_norms import is_fused
 from prodial_kernels.models.mixers import hf
+from prodial_kernels.quantization.modules.selection import kind_of, select_everything
 
 MAMBA, MAMBA2, OTHER = "mamba", "mamba2", "other"
-
-
-# The linear layers that quantisation stores in fewer bits.
-_QUANTIZABLE = ("in_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,22 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
+class FrozenPart:
+    """Frozen weights of one kind that can be stored in 4 or 8 bits.
+
+    Attributes:
+        kind: Such as ``"projectors"`` or ``"experts"``, as
+            :func:`~prodial_kernels.quantization.modules.selection.kind_of` calls it.
+        weights: (number, N, K) of each; a mixture's experts are several of one shape.
+        dense_bytes: What they take as they are.
+    """
+
+    kind: str
+    weights: tuple[tuple[int, int, int], ...]
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model, as :mod:`prodial_kernels.training.memory.plan` takes it.
 
@@ -78,9 +91,9 @@ class ModelShape:
         tied: Whether the head's weight is the embedding's.
         embedding_bytes: Of the embedding.
         head_bytes: Of the head; 0 where it is tied.
-        projectors: Shapes (N, K) of every frozen weight that can be stored in 4 or 8 bits.
-        projector_bytes: What these take as they are.
+        parts: What else is frozen and can be stored in 4 or 8 bits, by kind.
         other_bytes: Of everything else that is frozen.
+        stores_ends: Whether embedding and head can be stored so; one that is trained cannot.
         trained: Trained elements.
         trained_bytes: What these take.
         adapted: Whether an adapter is trained, and not every weight.
@@ -92,12 +105,17 @@ class ModelShape:
     tied: bool
     embedding_bytes: int
     head_bytes: int
-    projectors: tuple[tuple[int, int], ...]
-    projector_bytes: int
+    parts: tuple[FrozenPart, ...]
     other_bytes: int
     trained: int
     trained_bytes: int
     adapted: bool
+    stores_ends: bool = True
+
+    @property
+    def projector_bytes(self) -> int:
+        """Of the frozen projectors as they are."""
+        return sum(part.dense_bytes for part in self.parts if part.kind == "projectors")
 
 
 def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
@@ -113,19 +131,15 @@ def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
         ValueError: No list of blocks, no embedding or no head is found.
     """
     embedding, head = _ends(model)
-    seen: set[int] = {id(embedding.weight), id(head.weight)}
-    projectors: list[tuple[int, int]] = []
-    projector_bytes = other_bytes = trained = trained_bytes = 0
-    for path, parameter in model.named_parameters():
+    ends = {id(embedding.weight), id(head.weight)}
+    parts, stored = _parts(model, ends)
+    other_bytes = trained = trained_bytes = 0
+    for parameter in model.parameters():
         if parameter.requires_grad:
             trained += parameter.numel()
             trained_bytes += parameter.nbytes
-        elif id(parameter) not in seen:
-            if _owner(path) in _QUANTIZABLE and parameter.ndim == 2:
-                projectors.append((parameter.shape[0], parameter.shape[1]))
-                projector_bytes += parameter.nbytes
-            else:
-                other_bytes += parameter.nbytes
+        elif id(parameter) not in ends | stored:
+            other_bytes += parameter.nbytes
     tied = head.weight is embedding.weight
     frozen = not embedding.weight.requires_grad
     return ModelShape(
@@ -135,13 +149,39 @@ def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
         tied=tied,
         embedding_bytes=embedding.weight.nbytes if frozen else 0,
         head_bytes=0 if tied or head.weight.requires_grad else head.weight.nbytes,
-        projectors=tuple(projectors),
-        projector_bytes=projector_bytes,
+        parts=parts,
         other_bytes=other_bytes,
         trained=trained,
         trained_bytes=trained_bytes,
         adapted=bool(adapted_layers(model)),
+        stores_ends=ends <= stored,
     )
+
+
+def _parts(model: nn.Module, ends: set[int]) -> tuple[tuple[FrozenPart, ...], set[int]]:
+    """What of a model can be stored, by kind and without ``ends``; and the ids of all that can."""
+    chosen = select_everything(model)
+    found: dict[str, list[tuple[int, nn.Parameter]]] = {}
+    stored: set[int] = set()
+    tied = [layers for _, layers in chosen.tied]
+    for paths in (*chosen.linears, *chosen.embeddings, *tied, *chosen.experts):
+        kind = kind_of(paths[0], model)
+        for weight in model.get_submodule(paths[0])._parameters.values():
+            if weight is None or weight.ndim < 2:
+                continue
+            stored.add(id(weight))
+            if id(weight) not in ends:
+                number = len(weight) if weight.ndim == 3 else 1
+                found.setdefault(kind, []).append((number, weight))
+    parts = (
+        FrozenPart(
+            kind,
+            tuple((number, weight.shape[-2], weight.shape[-1]) for number, weight in weights),
+            sum(weight.nbytes for _, weight in weights),
+        )
+        for kind, weights in found.items()
+    )
+    return tuple(parts), stored
 
 
 def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:
@@ -209,9 +249,3 @@ def _ends(model: nn.Module) -> tuple[Any, Any]:
                 f"{type(model).__name__} has no {what} that its memory could be planned with"
             )
     return embedding, head
-
-
-def _owner(path: str) -> str:
-    """Return the name of the linear layer that a parameter belongs to, below its adapter."""
-    parts = [part for part in path.split(".")[:-1] if part != "base_layer"]
-    return parts[-1] if parts else ""

@@ -108,7 +108,10 @@ class Given:
         ModelError as :func:`~prodial_kernels.models.loading.load.load_model`.
         """
         if self.model is None:
-            loaded = load_model(config.model, device=device, dtype=dtype, quantize=config.quantize)
+            loaded = load_model(
+                config.model, device=device, dtype=dtype, quantize=config.quantize,
+                quantize_modules=config.quantize_modules, keep_dense=config.modules_to_save or (),
+            )  # fmt: skip
             return loaded if self.tokenizer is None else replace(loaded, tokenizer=self.tokenizer)
         if self.tokenizer is None:
             raise ConfigError("`model` is handed in without its tokenizer; give tokenizer= too")

@@ -12,6 +12,7 @@ from prodial_kernels.checkpoint.hashing import hash_tensor
 from prodial_kernels.files.sha256 import sha256_of_values
 from prodial_kernels.models.loading.load import EMBEDDED, is_stored_quantized
 from prodial_kernels.quantization import FORMATS
+from prodial_kernels.quantization.modules.selection import stores_everything
 from prodial_kernels.training.config import ADAPTER_OPTIONS, ConfigError, FinetuneConfig
 
 _DESCRIPTION = "adapter_config.json"
@@ -54,6 +55,8 @@ def with_settings_of_adapter(config: FinetuneConfig, *, named: bool = True) -> F
         if config.model == EMBEDDED and saved.base_model is not None:
             changes["model"] = saved.base_model
         changes["quantize"] = _format(config, saved, changes.get("model", config.model))
+        everything = changes["quantize"] is not None and stores_everything(saved.base_stored)
+        changes["quantize_modules"] = "all" if everything else "projectors"
     return replace(config, **changes)
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.head import head_obstacle
 from prodial_kernels.models.layers.recompute import draws_numbers
+from prodial_kernels.quantization.modules.experts import QuantizedExperts
+from prodial_kernels.quantization.modules.selection import is_experts
 from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.step.eager import EagerStep, TrainingStep
 from prodial_kernels.training.step.graphed import Buckets, CudaGraphs, GraphedStep, choose_graph
@@ -27,10 +29,12 @@ class ModelFacts:
     Attributes:
         head_obstacle: Why its logits cannot be computed a few at a time; None if they can.
         draws_numbers: Whether a block draws random numbers in training, as dropout does.
+        experts: Whether it has mixtures of experts, which can be stored.
     """
 
     head_obstacle: str | None = None
     draws_numbers: bool = False
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def facts_of(model: nn.Module) -> ModelFacts:
     except ValueError:
         # Without a list of blocks none of it is ever run again in backward.
         random = False
-    return ModelFacts(head_obstacle(model), random)
+    experts = any(is_experts(m) or isinstance(m, QuantizedExperts) for m in model.modules())
+    return ModelFacts(head_obstacle(model), random, experts)
 
 
 def decide(
@@ -83,6 +88,9 @@ def decide(
     obstacles = []
     if config.loss == "liger":
         obstacles.append("loss 'liger' waits for the device")
+    stored = config.quantize is not None and config.quantize_modules == "all"
+    if model.experts and stored:
+        obstacles.append("which experts a batch takes is read on the host")
     if model.draws_numbers and (checkpoints or config.chosen_activations == "checkpoint"):
         obstacles.append("recomputing dropout reads the random generator's state on the host")
     graphed, graph_reason = choose_graph(
@@ -91,7 +99,7 @@ def decide(
         obstacles=obstacles,
     )  # fmt: skip
     loss, loss_reason = choose_loss(
-        config.loss, device, graphed=graphed, head_obstacle=model.head_obstacle
+        config.loss, device, graphed=graphed, head_obstacle=model.head_obstacle, stored_head=stored
     )
     return StepChoice(graphed, loss, graph_reason, loss_reason)
 

@@ -2,13 +2,14 @@
 
 A chunk's logits are made in a buffer that all chunks share and become, in place, their own
 gradient, which is multiplied back to the hidden states at once. On CUDA a kernel reads and writes
-them in their dtype, and the buffer is all that is held; elsewhere, and in fp64, PyTorch computes
+them in their dtype, and the buffer is all that is held (of a head that is stored in 4 or 8 bits a
+few rows beside it, dense for their products); elsewhere, and in fp64, PyTorch computes
 the same beside one fp32 copy of 16-bit logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from prodial_kernels.models.layers.head import StoredMatrix
 from prodial_kernels.training.data.batches import IGNORED
 
 Weight: TypeAlias = Tensor | float
@@ -41,7 +43,7 @@ def chunk_rows(vocabulary: int, dtype: torch.dtype, device: torch.device) -> int
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    matrix: Tensor,
+    matrix: Tensor | StoredMatrix,
     bias: Tensor | None,
     targets: Tensor,
     positions: Tensor | None,
@@ -57,7 +59,7 @@ def chunked_cross_entropy(
 
     Args:
         hidden: h ``[n, d]``, in the dtype of ``matrix``.
-        matrix: W ``[v, d]``.
+        matrix: W ``[v, d]``; one that is stored gets no gradient.
         bias: ``[v]`` in the same dtype, or None.
         targets: int64 ``[n]``, :data:`IGNORED` among them; with ``positions`` ``[m]``.
         positions: int64 ``[m]``: which hidden states the targets belong to; None for all.
@@ -76,7 +78,13 @@ def chunked_cross_entropy(
 
 @torch.no_grad()
 def chunked_losses(
-    hidden: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, *, scale: float, rows: int
+    hidden: Tensor,
+    matrix: Tensor | StoredMatrix,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    scale: float,
+    rows: int,
 ) -> Tensor:
     """Return ``−log softmax(scale (h Wᵀ + bias))[target]`` of every token, without gradients.
 
@@ -105,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        matrix: Tensor,
+        matrix: Tensor | StoredMatrix,
         bias: Tensor | None,
         targets: Tensor,
         positions: Tensor | None,
@@ -120,8 +128,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         make = torch.empty_like if positions is None else torch.zeros_like
         gradients = _Gradients(
             make(hidden) if asked[0] else None,
-            torch.zeros_like(matrix, dtype=wide) if asked[1] else None,
-            torch.zeros_like(matrix[:, 0], dtype=wide) if asked[2] else None,
+            hidden.new_zeros(matrix.shape, dtype=wide) if asked[1] else None,
+            hidden.new_zeros(len(matrix), dtype=wide) if asked[2] else None,
         )
         # Of two dimensions: a factor of none would be rounded to the dtype of what it multiplies.
         factor = torch.full((1, 1), scale, dtype=wide, device=hidden.device) * weight
@@ -167,7 +175,12 @@ class _Gradients:
     bias: Tensor | None
 
     def add(
-        self, logits: Tensor, h: Tensor, matrix: Tensor, places: Tensor | slice, factor: Tensor
+        self,
+        logits: Tensor,
+        h: Tensor,
+        matrix: Tensor | StoredMatrix,
+        places: Tensor | slice,
+        factor: Tensor,
     ) -> None:
         """Add those of a chunk, whose ``logits`` ``[m, v]`` have become ``softmax − onehot``."""
         if self.hidden is not None:
@@ -190,29 +203,48 @@ def _spans(vocabulary: int) -> Sequence[slice]:
     return [span for span in spans if span.start < span.stop]
 
 
-def logits_buffer(matrix: Tensor, rows: int) -> Tensor:
+def logits_buffer(matrix: Tensor | StoredMatrix, rows: int) -> Tensor:
     """Room for ``rows`` rows of logits, each a little wider than the vocabulary and 0 there.
 
     Products read to the ends of the rows: oneDNN's in bf16 on a CPU with AMX does, and keeps a NaN.
     """
-    buffer = matrix.new_empty(rows, -(-len(matrix) // _ROW) * _ROW)
+    width = -(-len(matrix) // _ROW) * _ROW
+    buffer = torch.empty(rows, width, dtype=matrix.dtype, device=matrix.device)
     buffer[:, len(matrix) :] = 0
     return buffer
 
 
-def _logits(h: Tensor, matrix: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+def _parts(matrix: Tensor | StoredMatrix) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of W, and which they are: all of a dense one, a few of a stored one at a time."""
+    if isinstance(matrix, Tensor):
+        yield slice(0, len(matrix)), matrix
+    else:
+        yield from matrix.parts()
+
+
+def _logits(
+    h: Tensor, matrix: Tensor | StoredMatrix, bias: Tensor | None, buffer: Tensor
+) -> Tensor:
     """Write h Wᵀ + bias to the buffer; return it as ``[m, v]``."""
     logits = buffer[: len(h), : len(matrix)]
-    for span in _spans(len(matrix)):
-        if bias is None:
-            torch.mm(h, matrix[span].mT, out=logits[:, span])
-        else:
-            torch.addmm(bias[span], h, matrix[span].mT, out=logits[:, span])
+    for part, dense in _parts(matrix):
+        for span in _spans(len(dense)):
+            out = logits[:, part][:, span]
+            if bias is None:
+                torch.mm(h, dense[span].mT, out=out)
+            else:
+                torch.addmm(bias[part][span], h, dense[span].mT, out=out)
     return logits
 
 
-def _times(logits: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+def _times(logits: Tensor, matrix: Tensor | StoredMatrix, out: Tensor) -> Tensor:
     """Write ``logits @ matrix`` to ``out``."""
+    if not isinstance(matrix, Tensor):
+        # Summed in fp32: each part's own rounding is as small as the whole's.
+        total = torch.zeros_like(out, dtype=_wide(out.dtype))
+        for part, dense in matrix.parts():
+            total += _times(logits[:, part], dense, torch.empty_like(out))
+        return out.copy_(total)
     # The large product last: it adds in fp32 to what the small one left, rounded.
     *small, large = reversed(_spans(logits.shape[1]))
     for span in small:

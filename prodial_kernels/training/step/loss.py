@@ -109,7 +109,7 @@ class ChunkedLoss:
         """See :class:`Loss`."""
         targets, positions = _targets(labels, input_ids.device, every_position)
         hidden = self.head.hidden(input_ids, **inputs).flatten(0, 1)
-        matrix, bias = self.head.operands()
+        matrix, bias = self.head.matrix()
         rows = self.rows or chunk_rows(len(matrix), matrix.dtype, matrix.device)
         return chunked_cross_entropy(
             hidden.to(matrix.dtype), matrix, bias, targets, positions,
@@ -148,7 +148,12 @@ class LigerLoss:
 
 
 def choose_loss(
-    kind: str, device: torch.device, *, graphed: bool = False, head_obstacle: str | None = None
+    kind: str,
+    device: torch.device,
+    *,
+    graphed: bool = False,
+    head_obstacle: str | None = None,
+    stored_head: bool = False,
 ) -> tuple[str, str]:
     """Choose how the loss is computed.
 
@@ -159,6 +164,7 @@ def choose_loss(
         device: Where the model is.
         graphed: Whether steps are captured in a CUDA graph.
         head_obstacle: Why the model's head cannot be taken out; None if it can.
+        stored_head: Whether it is stored in 4 or 8 bits, which liger-kernel would need whole.
 
     Returns:
         ``"chunked"``, ``"liger"`` or ``"full"``, and why, in a few words.
@@ -178,6 +184,8 @@ def choose_loss(
     if kind == "liger" and without_liger:
         raise LossError(f"loss 'liger' cannot be used: {without_liger}")
     if kind == "auto":
+        if stored_head:
+            return "chunked", "neither the logits nor the dense head are ever whole"
         if without_liger:
             return "chunked", "the logits are never whole"
         return "liger", "liger-kernel is installed"
@@ -219,7 +227,7 @@ def negative_log_likelihoods(head: OutputHead, hidden: Tensor, targets: Tensor) 
     ``hidden`` ``[n, d]`` is as :meth:`OutputHead.hidden` gives it; ``targets``, int64 ``[n]``, what
     each is to predict -> fp32 ``[n]`` (fp64 for fp64 logits), nats.
     """
-    matrix, bias = head.operands()
+    matrix, bias = head.matrix()
     return chunked_losses(
         hidden.to(matrix.dtype), matrix, bias, targets,
         scale=head.scale, rows=chunk_rows(len(matrix), matrix.dtype, matrix.device),

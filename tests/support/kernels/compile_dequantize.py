@@ -7,7 +7,12 @@ import sys
 import torch
 from torch import Tensor
 
-from prodial_kernels.kernels.dequantize import dequantize_fp8, dequantize_int8, dequantize_nf4
+from prodial_kernels.kernels.dequantize import (
+    dequantize_fp8,
+    dequantize_int8,
+    dequantize_nf4,
+    dequantize_nf4_some,
+)
 from support.kernels.compile_kernels import check_all, ptx_of
 from support.kernels.compile_launches import broken_rules, cost_of
 from support.kernels.launch_recorder import Launch
@@ -28,6 +33,13 @@ def record(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     for absmax, given in ((empty(blocks, dtype=torch.uint8), nested), (empty(blocks), None)):
         dequantize_nf4(
             codes, absmax, empty(16), given, out, shape=(n, k), dtype=dtype, blocksize=64,
+            nested_blocksize=256,
+        )  # fmt: skip
+        dequantize_nf4_some(
+            empty(2, *codes.shape, dtype=torch.uint8), empty(2, blocks, dtype=absmax.dtype),
+            empty(2, 16),
+            None if given is None else (empty(2, -(-blocks // 256)), empty(2, 256), empty(2)),
+            empty(2, dtype=torch.int64), empty(2, n, k, dtype=dtype), blocksize=64,
             nested_blocksize=256,
         )  # fmt: skip
     dequantize_int8(empty(n, k, dtype=torch.int8), empty(n), None, dtype=dtype, step=1 / 127)
@@ -52,5 +64,5 @@ def problems(launch: Launch) -> list[str]:
 
 if __name__ == "__main__":
     sys.exit(
-        check_all(record, problems, dtypes=(torch.bfloat16, torch.float16), shapes=SHAPES, each=4)
+        check_all(record, problems, dtypes=(torch.bfloat16, torch.float16), shapes=SHAPES, each=6)
     )

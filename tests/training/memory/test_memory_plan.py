@@ -204,7 +204,7 @@ def test_whole_logits_and_full_fine_tuning_cost_what_they_do() -> None:
 
     everything = replace(
         model, trained=129_135_360, trained_bytes=4 * 129_135_360, embedding_bytes=0,
-        projector_bytes=0, other_bytes=0, adapted=False,
+        parts=(), other_bytes=0, adapted=False,
     )  # fmt: skip
     plan = plan_memory(everything, Job(1, 16, full=True), budget=None)
     # Weights, 16-bit copies, two moments, and their gradients in the end: 18 bytes each.

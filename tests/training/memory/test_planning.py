@@ -284,7 +284,7 @@ def test_a_planned_run_prints_and_reports(
     """The whole way with a plan, on the CPU: what a plan decides is done and reported."""
     from prodial_kernels.training import finetuning
 
-    def plan(config: FinetuneConfig, where: torch.device, dtype: torch.dtype) -> Any:
+    def plan(config: FinetuneConfig, where: torch.device, dtype: torch.dtype, *_: Any) -> Any:
         return plan_run(replace(config, cuda_graph="off"), CUDA, dtype)
 
     monkeypatch.setattr(finetuning, "plan_run", plan)
@@ -326,7 +326,7 @@ def test_quantises_only_where_nothing_else_fits(
     choice, chosen_plan = plan_run(config(place, **options), CUDA, torch.bfloat16)
     chosen = iter([(choice, chosen_plan), (choice, None)])
 
-    def choose(config: FinetuneConfig, where: torch.device, dtype: torch.dtype) -> Any:
+    def choose(config: FinetuneConfig, where: torch.device, dtype: torch.dtype, *_: Any) -> Any:
         return next(chosen)
 
     monkeypatch.setattr(finetuning, "plan_run", choose)

@@ -1,0 +1,1 @@
+"""Modules that hold stored weights besides linear layers: embeddings and mixtures of experts."""
