@@ -273,17 +273,23 @@ def _check_evaluation(values: Mapping[str, object]) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from prodial_kernels.training.adapted import merge_to_directory
+    from prodial_kernels.training.adapted import merge_to_directory, notes_for_gguf
 
     _quiet_transformers()
     values = vars(args)
+    adapter = adapter_directory(args.adapter)
+    notes = notes_for_gguf(values.get("model"), adapter) if "target" in args else []
     # Of a large model it takes minutes.
     print(f"merging {args.adapter} into its model, and checking what is written", file=sys.stderr)
     agreement = merge_to_directory(
-        values.get("model"), adapter_directory(args.adapter), args.output,
+        values.get("model"), adapter, args.output,
         replace="force" in args, **_placement(values),
     )  # fmt: skip
     print(f"wrote {args.output}; merged and unmerged {agreement}")
+    if "target" in args:
+        command = shlex.join(["python", "convert_hf_to_gguf.py", args.output])
+        for line in (*notes, f"llama.cpp makes a GGUF file of it: {command}"):
+            _say(line)
     return 0
 
 

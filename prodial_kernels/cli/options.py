@@ -124,6 +124,11 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, required=True)
     parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
     parser.add_argument(
+        "--for", choices=("gguf",), dest="target",
+        help="gguf: first check that llama.cpp's converter takes the model, and say what becomes "
+        "of it (what is written is the same)",
+    )  # fmt: skip
+    parser.add_argument(
         "--force",
         action="store_true",
         help="replace an empty directory, or a model that prodial wrote and nobody changed since",

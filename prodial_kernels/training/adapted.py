@@ -20,11 +20,13 @@ from prodial_kernels.models.loading.load import (
     ModelError,
     is_stored_quantized,
     load_model,
+    read_config,
     resolve_device,
     resolve_dtype,
 )
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.selection import stores_everything
+from prodial_kernels.training.gguf import gguf_notes
 from prodial_kernels.training.merging import (
     Agreement,
     check_written_model,
@@ -149,6 +151,22 @@ def merge_to_directory(
             return check_written_model(
                 written, tokens, expected, device=device_of, dtype=dtype_of, rounded=rounded
             )
+
+
+def notes_for_gguf(model: str | None, adapter: str | Path) -> list[str]:
+    """Return what is to be known of a merged model as a GGUF file, before it is made.
+
+    The arguments are those of :func:`merge_to_directory`.
+
+    Raises:
+        AdapterError: The adapter is damaged.
+        GGUFError: llama.cpp's converter does not take the model.
+        ModelError: The model's configuration cannot be read.
+    """
+    base = model or read_adapter(adapter).base_model
+    if base is None:
+        raise ModelError(f"the adapter in {adapter} names no base model; give it as the model")
+    return gguf_notes(read_config(base))
 
 
 def _check_output(path: Path, model: str | None, adapter: Path, *, replace: bool) -> None:

@@ -48,6 +48,7 @@ __all__ = [
     "empty_model",
     "is_stored_quantized",
     "load_model",
+    "read_config",
     "resolve_device",
     "resolve_dtype",
 ]
@@ -189,7 +190,7 @@ def is_stored_quantized(name: str) -> bool:
     Raises:
         ModelError: There is no such model, or its configuration cannot be read.
     """
-    return hasattr(_read_config(name), "quantization_config")
+    return hasattr(read_config(name), "quantization_config")
 
 
 def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -197,7 +198,7 @@ def empty_model(name: str, *, dtype: torch.dtype) -> PreTrainedModel:
 
     ModelError where there is no such model, or its configuration cannot be read.
     """
-    config = _read_config(name)
+    config = read_config(name)
     try:
         return model_on_meta(config, dtype).requires_grad_(False)
     except Exception as error:
@@ -219,7 +220,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def _read_config(name: str) -> Any:
+def read_config(name: str) -> Any:
+    """Return the configuration of the model that :func:`load_model` would load.
+
+    ModelError where there is no such model, or its configuration cannot be read.
+    """
     source = model_source(name)
     try:
         with without_retries(source) as options:
