@@ -11,6 +11,7 @@ from typing import Any
 from prodial_kernels.files.json_values import JsonReport, finite_or_none
 from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import merge_prodial
+from prodial_kernels.models.layers.decoding import biased_projections
 from prodial_kernels.models.loading.load import LoadedModel
 from prodial_kernels.training.config import STDLIB_EVAL_TOKENS, STDLIB_MAX_BYTES
 from prodial_kernels.training.data.examples import Example, kind_of
@@ -163,6 +164,13 @@ def assess_with_harness(
         OSError: The disk is full.
     """
     name, device = loaded.name, next(loaded.model.parameters()).device
+    notes = []
+    if batch_size > 1 and biased_projections(loaded.model):
+        batch_size = 1
+        notes.append(
+            "texts went through the model one at a time: lm-evaluation-harness pads on the left "
+            "for tasks that generate, which a model with a bias in in_proj reads otherwise"
+        )
     if adapted_layers(loaded.model):
         merge_prodial(loaded.model)
     if limit is not None and limit >= 1:
@@ -175,4 +183,4 @@ def assess_with_harness(
             path, tasks, num_fewshot=num_fewshot, batch_size=batch_size, device=str(device),
             limit=limit,
         )  # fmt: skip
-    return Assessment(name, "lm-evaluation-harness", results)
+    return Assessment(name, "lm-evaluation-harness", results, notes)

@@ -164,6 +164,21 @@ def clamp_steps(model: nn.Module) -> Iterator[None]:
             change.remove()
 
 
+def biased_projections(model: nn.Module) -> list[str]:
+    """Return the input projections, by name, that give padding a value other than 0.
+
+    transformers masks the input of ``in_proj``, not its output, so behind padding on the left the
+    convolution begins with the bias instead of nothing: texts padded so are read otherwise than
+    alone. Without a bias they are not, and on the right padding comes behind every token.
+    """
+    return [
+        f"{path}.in_proj".lstrip(".")
+        for path, mixer in model.named_modules()
+        if hasattr(mixer, "conv1d")
+        and getattr(getattr(mixer, "in_proj", None), "bias", None) is not None
+    ]
+
+
 def _forward_with_step(mixer: nn.Module) -> Callable[..., Any] | None:
     """Return transformers' forward of a mixer that takes single tokens by :data:`STEP`, if any."""
     for cls in type(mixer).__mro__:

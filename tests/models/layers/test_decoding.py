@@ -6,6 +6,7 @@ the care that it names may not be needed from that release on.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from prodial_kernels import apply_prodial
 from prodial_kernels.models.layers import decoding
-from prodial_kernels.models.layers.decoding import Reader, clamp_steps
+from prodial_kernels.models.layers.decoding import Reader, biased_projections, clamp_steps
 from prodial_kernels.models.mixers.arguments import is_cache
 from support.mixers.adapted_families import CONFIG
 from support.models import FAMILIES, build, randomise_adapters, token_ids
@@ -100,6 +101,30 @@ def test_upstream_steps_do_not_clamp_dt(name: str) -> None:
     model = model_of(name, **CLAMPED[name])
     _, reader, worst = greedy(model, token_ids(1, 9)[0].tolist(), 8)
     assert worst > 1e-5 or not reader.cached
+
+
+BIAS = {
+    "mamba": "use_bias", "falcon_mamba": "use_bias", "mamba2": "use_bias", "nemotron_h": "use_bias",
+    "zamba2": "add_bias_linear",
+}  # fmt: skip
+"""Of each family, the option of a bias in its projectors; of the others ``mamba_proj_bias``."""
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_padding_on_the_left_is_seen_through_a_bias_of_in_proj(name: str, biased: bool) -> None:
+    """Upstream's; where it fails with a bias, :func:`biased_projections` is needed no longer."""
+    model = model_of(name, **{BIAS.get(name, "mamba_proj_bias"): biased})
+    ids = token_ids(1, 12)
+    mask = torch.tensor([[0] * 5 + [1] * 12])
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.int64), ids], dim=1)
+    given = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    given = {k: v for k, v in given.items() if k in inspect.signature(model.forward).parameters}
+    found = model(padded, attention_mask=mask, use_cache=False, **given).logits[0, 5:]
+    error = relative(found, whole(model, ids[0].tolist()))
+    assert bool(biased_projections(model)) is biased
+    assert error > 1e-3 if biased else error < 1e-5
 
 
 @torch.no_grad()

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from prodial_kernels.models.loading.load import LoadedModel
+from prodial_kernels.training.evaluating import assess_with_harness
 from prodial_kernels.training.scoring.lm_eval import check_tasks, run_lm_eval
 from prodial_kernels.training.scoring.log_likelihood import EvaluationError
+from support.models import build
+from support.tiny_model import byte_tokenizer
 
 
 @pytest.fixture
@@ -35,6 +39,20 @@ def install(monkeypatch: pytest.MonkeyPatch, output: Any) -> list[dict[str, Any]
     module.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval", module)
     return calls
+
+
+@pytest.mark.parametrize(("biased", "batch_size"), [(False, 4), (True, 1)])
+def test_a_model_with_a_bias_before_its_convolution_gets_no_padding(
+    biased: bool, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness pads on the left for tasks that generate, and does not say beforehand."""
+    model = build("mamba2", use_bias=biased)
+    loaded = LoadedModel("tiny", model, byte_tokenizer())
+    calls = install(monkeypatch, {"results": {"gsm8k": {"exact_match,none": 1}}})
+    assessment = assess_with_harness(loaded, ["gsm8k"], batch_size=4)
+    assert [call["batch_size"] for call in calls] == [batch_size]
+    assert len(assessment.notes) == biased
+    assert assessment.metrics == {"gsm8k": {"exact_match": 1.0}}
 
 
 def test_arguments_and_results(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
