@@ -212,6 +212,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             loaded, args.lm_eval, batch_size=args.batch_size,
             num_fewshot=values.get("num_fewshot"), limit=values.get("limit"),
         )  # fmt: skip
+        for note in assessment.notes:
+            _say(note)
     else:
         assessment = assess(
             loaded, data,
