@@ -25,7 +25,8 @@ FROZEN = {
     "--num-fewshot --limit --json --impl --quantize --quantize-modules --device --dtype",
     "generate": "--model --adapter --prompt --chat --system --max-new-tokens --temperature --top-p "
     "--seed --json --impl --quantize --quantize-modules --device --dtype",
-    "merge": "--model --adapter --output --for --force --quantize --quantize-modules --device --dtype",
+    "merge": "--model --adapter --output --for --force --quantize --quantize-modules --device "
+    "--dtype",
     "inspect": f"--json {ADAPTER}",
     "convert": "--to --output --model",
 }
