@@ -176,6 +176,21 @@ def test_state_space_parameters(name: str) -> None:
         assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
 
 
+@pytest.mark.parametrize("name", MORE_OPTIONS)
+def test_the_doctor_is_right_with_the_real_kernels(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's LoRA gets a gradient where it says so, and none where it says so."""
+    from prodial_kernels.models.diagnosis import doctor
+    from support.real_lora import live_loras, said
+
+    monkeypatch.setattr(doctor, "_REFUSED_TYPES", ())
+    model = build(name, hidden_size=256, **MORE_OPTIONS[name]).to(DEVICE, torch.bfloat16)
+    statuses = said(model)
+    live = live_loras(model, "all-linear", monkeypatch)
+    assert live == {path: status == doctor.ADAPTED for path, status in statuses.items()}
+
+
 def trained_offsets(step: Step, names: dict[str, str]) -> dict[str, Tensor]:
     return {own: step.gradients[name] for name, own in names.items()}
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from prodial_kernels import ProdialConfig, apply_prodial
@@ -14,42 +12,12 @@ from prodial_kernels.models.diagnosis import doctor
 from prodial_kernels.models.diagnosis.doctor import diagnose
 from prodial_kernels.models.diagnosis.published import PUBLISHED, published_for
 from prodial_kernels.models.diagnosis.uses import Use, use_of
-from prodial_kernels.module_tree import module_paths
 from support.mixers import mamba_ssm_stand_ins
 from support.mixers.adapted_families import install_stand_in
 from support.mixers.adapted_mamba_ssm import token_ids as mixer_ids
 from support.mixers.toy import Toy
 from support.models import FAMILIES, build, token_ids
-
-tuners_utils = pytest.importorskip("peft.tuners.tuners_utils")
-from peft import LoraConfig, get_peft_model  # noqa: E402
-
-
-def said(model: nn.Module) -> dict[str, str]:
-    """The doctor's status of every linear layer but the head, by its path."""
-    statuses = {}
-    for module, paths in module_paths(model).items():
-        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
-            path = paths[0]
-            (finding,) = diagnose(model, path.replace(".", r"\.")).findings
-            statuses[path] = finding.status
-    return statuses
-
-
-def live_loras(model: nn.Module, targets: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
-    """Whether B of PEFT's LoRA gets a gradient in a training step, by the layer's path."""
-    # Without it, the layers that it refuses could not be looked at.
-    monkeypatch.setattr(tuners_utils, "_check_lora_target_modules_mamba", lambda *_: None)
-    config = LoraConfig(r=2, target_modules=targets, lora_dropout=0.0)
-    peft_model = get_peft_model(copy.deepcopy(model), config).train()
-    output = peft_model(input_ids=token_ids(), labels=token_ids(), use_cache=False)
-    output.loss.backward()
-    grads = {
-        name.removeprefix("base_model.model.").partition(".lora_B.")[0]: parameter.grad
-        for name, parameter in peft_model.named_parameters()
-        if ".lora_B." in name
-    }
-    return {path: grad is not None and bool(grad.count_nonzero()) for path, grad in grads.items()}
+from support.real_lora import live_loras, said
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
