@@ -30,6 +30,10 @@ SSM_PARTS = ("A_log", "D", "dt_bias", "conv1d")
 """Parts of a mixer's recurrence that ``train_ssm`` may name."""
 
 
+PLACEMENTS = ("auto", "mixer", "attention", "mlp", "all")
+"""Names in ``target_modules`` that mean all linear layers of a part of the model."""
+
+
 @dataclass(frozen=True)
 class AdapterOptions:
     """The adapter of one layer, but for its blocks, whose number depends on the layer's width.
@@ -83,7 +87,9 @@ class ProdialConfig(AdapterOptions):
             ``train_scale``, ``train_diagonal`` and ``impl``.
         target_modules: As in PEFT: a list of names, each matching a module whose dotted path ends
             with it, or one regular expression that must match whole dotted paths. A string that
-            is one plain name, such as ``"in_proj"``, is that name.
+            is one plain name, such as ``"in_proj"``, is that name. ``"mixer"``, ``"attention"``
+            and ``"mlp"`` mean the projectors of that part, ``"all"`` those of all three, and
+            ``"auto"`` what the makers of the model adapt (see ``models/README.md``).
         n_blocks: Number of diagonal blocks (the paper's r_b), one number or a number per target
             name; must divide ``in_features``. Default: a pure diagonal (1×1 blocks).
         block_size: Side P of a block instead of their number, one number or one per target name.

@@ -82,11 +82,16 @@ example:
 
 _INSPECT_EXAMPLES = """\
 Of an adapter: its settings, and how far each part has moved from doing nothing. Of a model: the
-layers that an adapter with these options would train, and how many parameters it would have.
+layers that an adapter with these options would train, and how many parameters it would have. Of
+targets: which match, which are absent, which PEFT refuses, and which would be dead, that is without
+gradient where mamba-ssm's kernels train. For a model its configuration is enough.
 
 examples:
   prodial inspect my-run/adapter
-  prodial inspect embedded --preset arc-easy"""
+  prodial inspect embedded --preset arc-easy
+  prodial inspect MODEL --target-modules in_proj out_proj q_proj
+  prodial inspect MODEL --list peft unsloth
+  prodial inspect MODEL --adapter peft-adapter"""
 
 _CONVERT_EXAMPLES = """\
 Every number stays as it is. PEFT loads ProDiaL after 'import prodial_kernels.peft', and LoRA, which
@@ -303,8 +308,11 @@ def _inspect(args: argparse.Namespace) -> int:
     report = (
         inspect_adapter(path)
         if is_adapter(path)
-        else inspect_model(path, options.config_values(args))
-    )
+        else inspect_model(
+            path, options.config_values(args),
+            adapter=vars(args).get("adapter"), lists=vars(args).get("lists") or (),
+        )
+    )  # fmt: skip
     print(report.to_json() if "json" in args else report)
     return 0
 

@@ -142,6 +142,15 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
         "path", help="directory of an adapter or a run; or a model: directory, hub id, embedded"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--adapter", metavar="DIR",
+        help="for a model: what the targets of this adapter, PEFT's or ours, would do in it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--list", nargs="+", metavar="TOOLKIT", dest="lists",
+        help="for a model: what the targets that toolkits publish would do in it: peft trl unsloth "
+        "axolotl nemo llamafactory ms-swift, or all",
+    )  # fmt: skip
     group = parser.add_argument_group("for a model: the adapter to plan")
     for name in ("preset", *ADAPTER_OPTIONS):
         add_option(group, name)

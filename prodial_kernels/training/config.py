@@ -142,7 +142,8 @@ class FinetuneConfig:
         None, "relu (the paper's Eq. 7) or free (two-sided)", metavar="KIND", choices=DIAGONALS
     )
     target_modules: str | tuple[str, ...] | None = option(
-        None, "layers to adapt ({default}), or one regular expression for whole paths",
+        None, "layers to adapt ({default}), one regular expression for whole paths, or a part: "
+        "mixer attention mlp all, auto: what the model's makers adapt",
         metavar="NAME", shown=" ".join(ProdialConfig.target_modules),
     )  # fmt: skip
     allow_partial: bool | None = option(

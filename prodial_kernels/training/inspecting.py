@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from prodial_kernels._checks import printable
-from prodial_kernels.checkpoint import SavedAdapter, read_adapter
+from prodial_kernels._checks import check_choice, printable
+from prodial_kernels.checkpoint import AdapterError, SavedAdapter, read_adapter
+from prodial_kernels.checkpoint.files import CONFIG_FILE
+from prodial_kernels.config import PLACEMENTS, ProdialConfig
 from prodial_kernels.files.json_values import JsonReport
 from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET
-from prodial_kernels.models.adapt.inject import apply_prodial
+from prodial_kernels.models.adapt.inject import apply_prodial, get_prodial_config
+from prodial_kernels.models.adapt.placements import resolve_placements
 from prodial_kernels.models.adapt.report import AdapterReport, table_lines
-from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
+from prodial_kernels.models.diagnosis.doctor import Diagnosis, diagnose
+from prodial_kernels.models.diagnosis.published import TOOLKITS, published_for
+from prodial_kernels.models.loading.load import empty_model
 from prodial_kernels.ops.diagonal import deviation
-from prodial_kernels.training.config import FinetuneConfig
+from prodial_kernels.training.config import ConfigError, FinetuneConfig
 from prodial_kernels.training.method import adapter_for
 from prodial_kernels.training.results import two_columns
 
@@ -101,22 +108,55 @@ class AdapterInspection(JsonReport):
 
 
 @dataclass(frozen=True)
-class ModelInspection(JsonReport):
-    """What an adapter would train in a model. ``str()`` is a table.
+class CheckedTargets(JsonReport):
+    """One list of targets, and what it would do in a model.
 
     Attributes:
-        model: What the model was loaded by.
-        config: The adapter's configuration.
-        report: What it would train.
+        origin: Whose list it is, and where it is written.
+        targets: The list, as one writes it.
+        diagnosis: What each target would do.
+    """
+
+    origin: str
+    targets: str
+    diagnosis: Diagnosis
+
+    def __str__(self) -> str:
+        method = {"lora": "PEFT's LoRA", "prodial": "ProDiaL"}[self.diagnosis.method]
+        refused = ": raises, and adapts nothing" if self.diagnosis.refused else ""
+        head = [("targets", self.targets), ("from", self.origin), ("method", method + refused)]
+        return f"{two_columns(head)}\n{self.diagnosis}"
+
+
+@dataclass(frozen=True)
+class ModelInspection(JsonReport):
+    """What adapters would do in a model. ``str()`` is a table.
+
+    Attributes:
+        model: What the model was found by.
+        config: The configuration of an adapter of this package; None where one was not asked for.
+        report: What it would train; None where there is no ``config`` or it is refused.
+        refused: Why it is refused; None where it is not.
+        checked: What other lists of targets would do, one by one.
     """
 
     model: str
-    config: Mapping[str, Any]
-    report: AdapterReport
+    config: Mapping[str, Any] | None
+    report: AdapterReport | None
+    refused: str | None
+    checked: Sequence[CheckedTargets]
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
-        return f"{two_columns([('model', self.model), ('adapter', settings)])}\n\n{self.report}"
+        head = [("model", self.model)]
+        if self.config is not None:
+            settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+            head.append(("adapter", settings))
+        if self.refused is not None:
+            head.append(("refused", self.refused))
+        parts = [two_columns(head)]
+        if self.report is not None:
+            parts.append(str(self.report))
+        return "\n\n".join([*parts, *map(str, self.checked)])
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -148,23 +188,97 @@ def inspect_adapter(path: str | Path) -> AdapterInspection:
     )
 
 
-def inspect_model(name: str, options: Mapping[str, Any]) -> ModelInspection:
-    """Load a model and report what an adapter would train in it.
+def inspect_model(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    adapter: str | Path | None = None,
+    lists: Sequence[str] = (),
+) -> ModelInspection:
+    """Say what adapters would do in a model, from its configuration alone; no weight is read.
 
     Args:
         name: As for :func:`load_model`.
-        options: Adapter options of ``FinetuneConfig``, and its preset.
+        options: Adapter options of ``FinetuneConfig``, and its preset. Where they name
+            ``target_modules``, what PEFT's LoRA would do on those is said too.
+        adapter: Directory of an adapter, PEFT's or this package's, whose targets are checked.
+        lists: Toolkits whose published lists for this kind of model are checked:
+            :data:`~prodial_kernels.models.diagnosis.published.TOOLKITS`, or ``"all"``.
 
     Raises:
-        ConfigError: An unknown or unusable option.
-        ModelError: The model cannot be loaded.
-        ValueError: The adapter does not fit the model.
+        AdapterError: ``adapter`` names no targets.
+        ConfigError: An unknown or unusable option, or an unknown toolkit.
+        ModelError: There is no such model, or its configuration cannot be read.
+        ValueError: The adapter does not fit the model, and nothing else was asked for.
     """
+    for toolkit in lists:
+        check_choice("`list`", toolkit, (*TOOLKITS, "all"), error=ConfigError)
     config = FinetuneConfig.from_dict(options).resolved()
-    device = resolve_device("cpu")
-    model = load_model(name, device=device, dtype=resolve_dtype("float32", device)).model
-    adapter = adapter_for(model, config)
-    return ModelInspection(name, adapter.to_dict(), apply_prodial(model, adapter))
+    model = empty_model(name, dtype=torch.float32)
+    checked = [*_from_adapter(model, adapter), *_published(model, lists)]
+    targets = options.get("target_modules")
+    if targets is not None:
+        checked.insert(0, _checked(model, "--target-modules", targets))
+    if checked and not options:
+        return ModelInspection(name, None, None, None, checked)
+    try:
+        own = adapter_for(model, config)
+        report = apply_prodial(model, own)
+    except ValueError as error:
+        if not checked or isinstance(error, ConfigError):
+            raise
+        return ModelInspection(name, None, None, str(error), checked)
+    return ModelInspection(name, get_prodial_config(model).to_dict(), report, None, checked)
+
+
+def _checked(
+    model: nn.Module,
+    origin: str,
+    targets: str | Sequence[str],
+    *,
+    method: str = "lora",
+    exclude: Sequence[str] = (),
+) -> CheckedTargets:
+    if not isinstance(targets, str) or targets in PLACEMENTS:
+        names = [targets] if isinstance(targets, str) else targets
+        # A placement that the model has not is said to be absent.
+        with suppress(ValueError):
+            names = resolve_placements(
+                model, ProdialConfig(target_modules=tuple(names))
+            ).target_modules
+        targets = names
+    shown = targets if isinstance(targets, str) else " ".join(targets)
+    shown += f", not {' '.join(exclude)}" if exclude else ""
+    return CheckedTargets(origin, shown, diagnose(model, targets, method=method, exclude=exclude))
+
+
+def _published(model: nn.Module, lists: Sequence[str]) -> list[CheckedTargets]:
+    toolkits = TOOLKITS if "all" in lists else tuple(lists)
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    return [
+        _checked(model, entry.source, entry.targets, exclude=entry.exclude)
+        for entry in published_for(kind, toolkits)
+    ]
+
+
+def _from_adapter(model: nn.Module, adapter: str | Path | None) -> list[CheckedTargets]:
+    if adapter is None:
+        return []
+    try:
+        content = json.loads((Path(adapter) / CONFIG_FILE).read_text(encoding="utf-8"))
+        peft = content.get("peft_type")
+        values = content if peft is not None else content["config"]
+        targets, exclude = values["target_modules"], values.get("exclude_modules") or ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(
+            f"{adapter} holds no adapter whose targets can be read: {error!r}"
+        ) from error
+    if not targets or not isinstance(targets, str | list):
+        raise AdapterError(f"{adapter} names no target_modules, but {targets!r}")
+    if isinstance(exclude, str):
+        exclude = [exclude]
+    method = "prodial" if peft in (None, "PRODIAL") else "lora"
+    return [_checked(model, str(adapter), targets, method=method, exclude=exclude)]
 
 
 def _in_order(path: str) -> list[tuple[int, str]]:

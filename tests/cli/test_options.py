@@ -27,7 +27,7 @@ FROZEN = {
     "--seed --json --impl --quantize --quantize-modules --device --dtype",
     "merge": "--model --adapter --output --for --force --quantize --quantize-modules --device "
     "--dtype",
-    "inspect": f"--json {ADAPTER}",
+    "inspect": f"--json --adapter --list {ADAPTER}",
     "convert": "--to --output --model",
 }
 

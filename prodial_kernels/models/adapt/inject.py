@@ -22,6 +22,7 @@ from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.named_layer import NamedProdialLinear, check_adapter_name
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.adapt.offsets import Offsets, SsmParameter, find_ssm, make_offsets
+from prodial_kernels.models.adapt.placements import resolve_placements
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.snapshot import Snapshot
 from prodial_kernels.models.adapt.state import (
@@ -102,6 +103,8 @@ def apply_prodial(
             "prodial_* after it, or train both as one adapter: get_peft_model with a "
             "prodial_kernels.peft.ProdialPeftConfig(lora=LoraConfig(...))"
         )
+    # Names of layers are what a file of the adapter keeps.
+    config = resolve_placements(model, config)
     targets = find_targets(model, config)
     saved = find_saved(model, config, targets)
     moved = find_ssm(model, config.train_ssm)

@@ -52,11 +52,15 @@ class AdapterReport:
         rows: Adapted layers and modules trained as a whole, equal ones together.
         trainable: Trained parameters of the model, shared ones counted once.
         total: All parameters of the model, the adapter included.
+        adapted: Linear layers with an adapter, and how many there are in all.
+        covered: Share of the pretrained weights that lie in layers with an adapter.
     """
 
     rows: tuple[ReportRow, ...]
     trainable: int
     total: int
+    adapted: tuple[int, int]
+    covered: float
 
     @property
     def percent(self) -> float:
@@ -69,7 +73,13 @@ class AdapterReport:
         numbers = _number_cells(self.trainable, self.total, self.percent)
         lines.append(("model", "", "", "", *numbers))
         first, rule, *rows, last = table_lines(lines)
-        return "\n".join([first, rule, *rows, rule, last])
+        lines_of_table = [first, rule, *rows, rule, last]
+        if self.adapted[0]:
+            lines_of_table.append(
+                f"adapters on {self.adapted[0]} of {self.adapted[1]} linear layers, which hold "
+                f"{self.covered:.1%} of the weights"
+            )
+        return "\n".join(lines_of_table)
 
 
 def table_lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -97,11 +107,23 @@ def adapter_report(model: nn.Module) -> AdapterReport:
             key = (path_pattern(paths[0]), type(module), *_kind(module))
             groups.setdefault(key, []).append((paths[0], module))
     parameters = list(model.parameters())
+    linears = [m for m in module_paths(model) if isinstance(m, nn.Linear | QuantizedLinear)]
+    adapted = {layer.base_layer: layer for layer in adapted_layers(model).values()}
+    weights = {id(p): p.numel() for p in map(_weight, adapted) if p is not None}
+    covered = sum(weights.values()) + sum(map(_packed, adapted))
+    adapters = sum(p.numel() for n, p in model.named_parameters() if ".prodial_" in f".{n}")
+    total = sum(p.numel() for p in parameters) + _packed(model)
     return AdapterReport(
         rows=tuple(_row(members) for members in groups.values()),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters) + _packed(model),
+        total=total,
+        adapted=(len(adapted), len(linears)),
+        covered=covered / max(1, total - adapters),
     )
+
+
+def _weight(layer: nn.Module) -> nn.Parameter | None:
+    return layer._parameters.get("weight")
 
 
 def _kind(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.aliases import second_name
 from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
+from prodial_kernels.models.adapt.placements import resolve_placements
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import has_hooks, module_paths
 from prodial_kernels.quantization import QuantizedLinear
@@ -80,6 +81,7 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
             matches in only some of the layers, a block count does not divide ``in_features``, or a
             module holds a target or its weight under a second name.
     """
+    config = resolve_placements(model, config)
     paths = module_paths(model)
     targets = []
     for module, module_names in paths.items():

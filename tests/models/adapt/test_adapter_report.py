@@ -50,7 +50,11 @@ def test_totals(model: Toy, report: AdapterReport) -> None:
 
 
 def test_table(report: AdapterReport) -> None:
-    lines = str(report).splitlines()
+    *lines, covered = str(report).splitlines()
+    assert covered == "adapters on 6 of 9 linear layers, which hold 63.7% of the weights"
+    assert report.adapted == (6, 9)
+    base = 66 + 42 + 3 * (12 + 72 + 72) + BIASES + 42 + 42
+    assert report.covered == pytest.approx(6 * 72 / base)
     assert re.match(r"module +in -> out +blocks +r +trainable +total +percent$", lines[0])
     assert len({len(line) for line in lines}) == 1
     assert len(lines) == 4 + len(report.rows)
