@@ -19,11 +19,11 @@ from prodial_kernels.config import PLACEMENTS, ProdialConfig
 from prodial_kernels.files.json_values import JsonReport
 from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET
 from prodial_kernels.models.adapt.inject import apply_prodial, get_prodial_config
-from prodial_kernels.models.adapt.placements import resolve_placements
 from prodial_kernels.models.adapt.report import AdapterReport, table_lines
 from prodial_kernels.models.diagnosis.doctor import Diagnosis, diagnose
 from prodial_kernels.models.diagnosis.published import TOOLKITS, published_for
 from prodial_kernels.models.loading.load import empty_model
+from prodial_kernels.models.placements import resolve_placements
 from prodial_kernels.ops.diagonal import deviation
 from prodial_kernels.training.config import ConfigError, FinetuneConfig
 from prodial_kernels.training.method import adapter_for
@@ -138,6 +138,7 @@ class ModelInspection(JsonReport):
         report: What it would train; None where there is no ``config`` or it is refused.
         refused: Why it is refused; None where it is not.
         checked: What other lists of targets would do, one by one.
+        unlisted: Toolkits that were asked for and publish no list for this kind of model.
     """
 
     model: str
@@ -145,6 +146,7 @@ class ModelInspection(JsonReport):
     report: AdapterReport | None
     refused: str | None
     checked: Sequence[CheckedTargets]
+    unlisted: Sequence[str]
 
     def __str__(self) -> str:
         head = [("model", self.model)]
@@ -153,6 +155,8 @@ class ModelInspection(JsonReport):
             head.append(("adapter", settings))
         if self.refused is not None:
             head.append(("refused", self.refused))
+        if self.unlisted:
+            head.append(("no list of", ", ".join(self.unlisted)))
         parts = [two_columns(head)]
         if self.report is not None:
             parts.append(str(self.report))
@@ -219,16 +223,19 @@ def inspect_model(
     targets = options.get("target_modules")
     if targets is not None:
         checked.insert(0, _checked(model, "--target-modules", targets))
-    if checked and not options:
-        return ModelInspection(name, None, None, None, checked)
+    kind = str(getattr(model.config, "model_type", ""))
+    unlisted = [name for name in lists if name != "all" and not published_for(kind, [name])]
+    if (checked or lists) and not options:
+        return ModelInspection(name, None, None, None, checked, unlisted)
     try:
         own = adapter_for(model, config)
         report = apply_prodial(model, own)
     except ValueError as error:
         if not checked or isinstance(error, ConfigError):
             raise
-        return ModelInspection(name, None, None, str(error), checked)
-    return ModelInspection(name, get_prodial_config(model).to_dict(), report, None, checked)
+        return ModelInspection(name, None, None, str(error), checked, unlisted)
+    settings = get_prodial_config(model).to_dict()
+    return ModelInspection(name, settings, report, None, checked, unlisted)
 
 
 def _checked(

@@ -22,7 +22,6 @@ from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.named_layer import NamedProdialLinear, check_adapter_name
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.adapt.offsets import Offsets, SsmParameter, find_ssm, make_offsets
-from prodial_kernels.models.adapt.placements import resolve_placements
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.snapshot import Snapshot
 from prodial_kernels.models.adapt.state import (
@@ -34,6 +33,7 @@ from prodial_kernels.models.adapt.state import (
     undo_all,
 )
 from prodial_kernels.models.adapt.targets import Saved, Target, find_saved, find_targets
+from prodial_kernels.models.placements import resolve_placements
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.quantization import (
     FORMATS,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prodial_kernels.config import SSM_PARTS
 from prodial_kernels.linear import OFFSET, OFFSETS_OFF, never_narrower
 from prodial_kernels.models.patch_point import AdaptedMixer, Policy
+from prodial_kernels.models.placements import is_mixer
 from prodial_kernels.module_tree import module_paths
 
 # What the parts are called in a mixer: mamba_ssm's, Vim's second direction, Zamba's.
@@ -52,12 +53,6 @@ class SsmParameter:
         if parameter is None:
             raise AttributeError(f"{self.path} is gone")
         return parameter
-
-
-def is_mixer(module: nn.Module) -> bool:
-    """Whether ``module`` holds a recurrence's own parameters: A_log, or a step size's bias."""
-    own = module._parameters
-    return own.get("A_log") is not None or own.get("dt_bias") is not None
 
 
 def ssm_parameters(model: nn.Module, parts: Iterable[str] = SSM_PARTS) -> list[SsmParameter]:

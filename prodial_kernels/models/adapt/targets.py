@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.aliases import second_name
 from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
-from prodial_kernels.models.adapt.placements import resolve_placements
+from prodial_kernels.models.placements import resolve_placements
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import has_hooks, module_paths
 from prodial_kernels.quantization import QuantizedLinear

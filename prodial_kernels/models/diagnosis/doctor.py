@@ -16,11 +16,11 @@ from prodial_kernels._checks import check_choice
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.files.json_values import JsonReport
 from prodial_kernels.models.adapt.families import check_mixers
-from prodial_kernels.models.adapt.offsets import is_mixer
 from prodial_kernels.models.adapt.report import table_lines
 from prodial_kernels.models.adapt.targets import find_targets, path_pattern
 from prodial_kernels.models.diagnosis.published import ALL_LINEAR
 from prodial_kernels.models.diagnosis.uses import use_of
+from prodial_kernels.models.placements import is_recurrent
 from prodial_kernels.module_patterns import compile_pattern, matches_name
 from prodial_kernels.module_tree import module_paths
 from prodial_kernels.quantization import QuantizedLinear
@@ -145,7 +145,7 @@ def diagnose(
     if method == "prodial":
         findings = [_by_prodial(model, finding) for finding in findings]
     blocks = _blocks(model)
-    mixers = [names[0] for module, names in paths.items() if is_mixer(module)]
+    mixers = [names[0] for module, names in paths.items() if is_recurrent(module)]
     return Diagnosis(
         method=method,
         findings=tuple(findings),
@@ -301,7 +301,7 @@ def _notes(
             "PEFT's merge_and_unload adds to it once for each place, so the merged model is "
             "another one; keep the adapter beside it, or use apply_prodial, which merges once"
         )
-    without = sum(1 for module in model.modules() if is_mixer(module))
+    without = sum(1 for module in model.modules() if is_recurrent(module))
     if without and not any(_inside_mixer(model, paths[0]) for paths in matched):
         yield (
             f"none of the {without} mixers is adapted: only attention, MLP or experts are trained"
@@ -311,7 +311,7 @@ def _notes(
 
 def _inside_mixer(model: nn.Module, path: str) -> bool:
     parent = path.rpartition(".")[0]
-    return bool(parent) and is_mixer(model.get_submodule(parent))
+    return bool(parent) and is_recurrent(model.get_submodule(parent))
 
 
 def _width_notes(live: list[nn.Module]) -> Iterator[str]:

@@ -150,7 +150,7 @@ def test_state_space_parameters(name: str) -> None:
             offset.add_(torch.randn_like(offset) * 0.1)
     result = trained_offsets(training_step(model, ids()), {name: name for name in moved})
 
-    def plain_step(dtype: torch.dtype) -> dict[str, Tensor]:
+    def plain_step(dtype: torch.dtype, *, fused: bool = False) -> dict[str, Tensor]:
         reference = oracle(name, model, dtype)
         for own in moved:
             path, _, leaf = own.replace(OFFSET, "").rpartition(".")
@@ -159,7 +159,7 @@ def test_state_space_parameters(name: str) -> None:
             parameter.data = getattr(model.get_submodule(path), leaf).detach().to(dtype)
             parameter.requires_grad_()
         for module in list(reference.modules()):
-            if fused_function(module):
+            if fused_function(module) and not fused:
                 AdaptedMixer(module, {"forward": unfused_forward})
         named = {own.replace(OFFSET, ""): own for own in moved}
         return trained_offsets(training_step(reference, ids()), named)
@@ -167,11 +167,15 @@ def test_state_space_parameters(name: str) -> None:
     with pytorch_functions(modeling_of(model)):
         exact = plain_step(torch.float32)
     eager = plain_step(torch.bfloat16)
+    # Upstream's own fused kernels, which ours are, round a few of these sums more coarsely.
+    upstreams = plain_step(torch.bfloat16, fused=True)
     assert result.keys() == exact.keys() == eager.keys()
     for key, tensor in result.items():
         assert tensor.count_nonzero() > 0, f"{key} is dead"
         error = (tensor.float() - exact[key].float()).norm()
-        allowed = 2 * (eager[key].float() - exact[key].float()).norm()
+        same = [(other[key].float() - exact[key].float()).norm() for other in (eager, upstreams)]
+        print(f"{key}: {error:.2e}, separate {same[0]:.2e}, upstream fused {same[1]:.2e}")
+        allowed = 2 * torch.stack(same).max()
         allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
         assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
 
@@ -182,7 +186,7 @@ def test_the_doctor_is_right_with_the_real_kernels(
 ) -> None:
     """PEFT's LoRA gets a gradient where it says so, and none where it says so."""
     from prodial_kernels.models.diagnosis import doctor
-    from support.real_lora import live_loras, said
+    from support.mixers.real_lora import live_loras, said
 
     monkeypatch.setattr(doctor, "_REFUSED_TYPES", ())
     model = build(name, hidden_size=256, **MORE_OPTIONS[name]).to(DEVICE, torch.bfloat16)

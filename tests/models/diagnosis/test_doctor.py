@@ -15,9 +15,9 @@ from prodial_kernels.models.diagnosis.uses import Use, use_of
 from support.mixers import mamba_ssm_stand_ins
 from support.mixers.adapted_families import install_stand_in
 from support.mixers.adapted_mamba_ssm import token_ids as mixer_ids
+from support.mixers.real_lora import live_loras, said
 from support.mixers.toy import Toy
 from support.models import FAMILIES, build, token_ids
-from support.real_lora import live_loras, said
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])

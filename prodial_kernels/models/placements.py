@@ -12,7 +12,6 @@ from dataclasses import replace
 from torch import nn
 
 from prodial_kernels.config import PLACEMENTS, ProdialConfig
-from prodial_kernels.models.adapt.offsets import is_mixer
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import module_paths
 from prodial_kernels.quantization import QuantizedLinear
@@ -79,6 +78,17 @@ def placed(model: nn.Module, placement: str) -> list[str]:
     return list(dict.fromkeys(_shortest(path, others) for path in wanted))
 
 
+def is_mixer(module: nn.Module) -> bool:
+    """Whether ``module`` holds a recurrence's own parameters: A_log, or a step size's bias."""
+    own = module._parameters
+    return own.get("A_log") is not None or own.get("dt_bias") is not None
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether ``module`` mixes along the sequence by a recurrence or a convolution of its own."""
+    return is_mixer(module) or any(isinstance(child, nn.Conv1d) for child in module.children())
+
+
 def _layers(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
     """Return every linear layer's first path and part; the part is empty where it is unknown."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -99,7 +109,7 @@ def _part_of(model: nn.Module, path: str) -> str:
     )
     if numbered or name in _ROUTERS:
         return ""
-    if is_mixer(owner) or any(isinstance(child, nn.Conv1d) for child in owner.children()):
+    if is_recurrent(owner):
         return "" if name in _INNER else "mixer"
     if children & {*_QUERIES} or "attention" in type(owner).__name__.lower():
         return "attention"
