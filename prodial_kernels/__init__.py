@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         quantize_linear,
         quantize_model,
     )
+    from prodial_kernels.training.memory.for_model import plan
+    from prodial_kernels.training.step.model_loss import chunk_loss
     from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "add_weighted_adapter",
     "apply_prodial",
     "capture",
+    "chunk_loss",
     "delete_adapter",
     "fuse_norms",
     "list_adapters",
@@ -58,6 +61,7 @@ __all__ = [
     "load_quantized",
     "merge_prodial",
     "merge_quantized",
+    "plan",
     "prodial_linear",
     "quantize_linear",
     "quantize_model",
@@ -80,6 +84,7 @@ _HOMES = {
     "add_weighted_adapter": "models.adapt.several",
     "apply_prodial": "models.adapt.inject",
     "capture": "captured",
+    "chunk_loss": "training.step.model_loss",
     "delete_adapter": "models.adapt.several",
     "fuse_norms": "models.layers.fused_norms",
     "list_adapters": "models.adapt.several",
@@ -87,6 +92,7 @@ _HOMES = {
     "load_quantized": "quantization",
     "merge_prodial": "models.adapt.inject",
     "merge_quantized": "models.adapt.inject",
+    "plan": "training.memory.for_model",
     "prodial_linear": "functional",
     "quantize_linear": "quantization",
     "quantize_model": "quantization",

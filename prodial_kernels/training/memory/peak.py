@@ -38,6 +38,7 @@ class Job:
         graph: Whether steps are captured in a CUDA graph.
         accumulates: Whether several micro-batches make a step, so that gradients always exist.
         full: Whether every weight trains, in fp32, with 16-bit copies under autocast.
+        whole_evaluation: Whether an evaluation holds whole logits, whatever the loss.
     """
 
     batch: int
@@ -51,6 +52,7 @@ class Job:
     graph: bool = False
     accumulates: bool = False
     full: bool = False
+    whole_evaluation: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -251,7 +253,7 @@ def _evaluation(model: ModelShape, job: Job, batch: int) -> int:
     block = c * m * (2 * layer.projected + 3 * layer.inner) + 2 * _FP32 * m * layer.width
     if not layer.inner:
         block = 2 * c * m * max((n + k for n, k in layer.weights), default=0)
-    if job.loss == "full":
+    if job.loss == "full" or job.whole_evaluation:
         logits = (c + _FP32) * m * model.vocabulary + _FP32 * job.length * model.vocabulary
     else:
         logits = min(m, job.loss_rows) * model.vocabulary * c

@@ -115,7 +115,7 @@ def plan_run(
     kernels = device.type == "cuda" and kernels_available()
     if not kernels and config.memory_budget is not None:
         raise MemoryPlanError(
-            f"memory_budget {config.memory_budget!r} cannot be kept: {_why_unknown(device)}"
+            f"memory_budget {config.memory_budget!r} cannot be kept: {why_unknown(device)}"
         )
     model = trained_on_meta(config, dtype, at_hand)
     facts = facts_of(model)
@@ -146,8 +146,7 @@ def _plan_of(
     device: torch.device,
     dtype: torch.dtype,
 ) -> RunPlan:
-    major, _ = torch.cuda.get_device_capability(device)
-    constants = DeviceMemory(library_workspace=_WORKSPACE[major >= 9])
+    constants = device_constants(device)
     job = job_of(config, model, choice, device, dtype)
     usable = usable_bytes(device, context=constants.context)
     limit = None if config.memory_budget is None else parse_budget(config.memory_budget)
@@ -156,6 +155,12 @@ def _plan_of(
         activations=config.chosen_activations, device=constants, strict=limit is not None,
     )  # fmt: skip
     return RunPlan(plan, model, job, config.chosen_activations, constants, limit)
+
+
+def device_constants(device: torch.device) -> DeviceMemory:
+    """Return what a CUDA device takes besides tensors."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return DeviceMemory(library_workspace=_WORKSPACE[major >= 9])
 
 
 def block_levels(
@@ -174,7 +179,8 @@ def block_levels(
     return next(level_plans(shape, activations))
 
 
-def _why_unknown(device: torch.device) -> str:
+def why_unknown(device: torch.device) -> str:
+    """Say why the memory of a run on a device cannot be predicted, as the end of a sentence."""
     if device.type != "cuda":
         return (
             "only the memory of CUDA devices can be planned, and this run is on the CPU; leave it "

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prodial_kernels.embedded import embedded_model_path
 from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import remove_prodial
-from prodial_kernels.models.loading.load import LoadedModel, load_model
+from prodial_kernels.models.loading.load import EMBEDDED, LoadedModel, load_model
 from prodial_kernels.training.config import ConfigError, FinetuneConfig, ResolvedConfig
 from prodial_kernels.training.data.sources.objects import GIVEN
 
@@ -88,6 +90,8 @@ class Given:
             )
         own = model.name_or_path
         name = own if own and own.isprintable() else type(model).__name__
+        if own and Path(own) == embedded_model_path():
+            name = EMBEDDED
         if config.model not in (FinetuneConfig.model, name):
             raise ConfigError(
                 f"`model` is {config.model!r} in the configuration, and handed in beside it as "
