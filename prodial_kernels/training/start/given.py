@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prodial_kernels.embedded import embedded_model_path
+from prodial_kernels import embedded
 from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import remove_prodial
 from prodial_kernels.models.loading.load import EMBEDDED, LoadedModel, load_model
@@ -90,7 +90,7 @@ class Given:
             )
         own = model.name_or_path
         name = own if own and own.isprintable() else type(model).__name__
-        if own and Path(own) == embedded_model_path():
+        if own and Path(embedded.__file__).parent in Path(own).parents:
             name = EMBEDDED
         if config.model not in (FinetuneConfig.model, name):
             raise ConfigError(
