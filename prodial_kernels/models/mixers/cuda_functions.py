@@ -20,6 +20,10 @@ def kernels_available() -> bool:
     return all(map(find_spec, ("causal_conv1d", "selective_scan_cuda")))
 
 
+# torch.compile takes the answer and traces nothing; see ops/implementation.py.
+kernels_available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def scan(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """``out, states, out ⊙ silu(z)``, each [b, E, l] but the states.
 
