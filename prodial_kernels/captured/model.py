@@ -121,13 +121,16 @@ def capture(
     saving do not change. Meanwhile the model answers ``parameters()``, ``train()`` and
     ``num_parameters()`` from memory, where a trainer asks them in every step.
 
+    With ``DistributedDataParallel`` each process captures by itself, before or after the model is
+    wrapped. Gradients are reduced outside of the graphs, all at once behind the last backward.
+
     A call that differs from the captured ones runs eagerly, and a :class:`CaptureWarning` says so
     once: another shape, a cache in training, a block that waits for the device. A model that
     changes (adapters merged, switched off or exchanged, weights frozen) is captured anew.
 
     Args:
         model: Any module with a list of blocks, on a CUDA device: transformers', mamba_ssm's,
-            adapted by this package, by PEFT or not at all.
+            adapted by this package, by PEFT or not at all; in ``DistributedDataParallel`` or not.
         batch_size: Capture batches of this size only; default: of every shape, up to four.
         seq_len: Likewise the length.
         norms: Also run each RMS norm of transformers as one kernel, as fine-tuning here does; it
@@ -137,9 +140,9 @@ def capture(
         A handle; leaving its ``with`` block or calling ``release()`` restores the model.
 
     Raises:
-        CaptureError: The model is not on one CUDA device, its blocks are not found, captured
-            already or under accelerate's hooks, or there is more than one process. Later, from the
-            step that captures: the blocks cannot be captured.
+        CaptureError: The model is not on one CUDA device, is sharded or in ``DataParallel``, or its
+            blocks are not found, captured already or under accelerate's hooks. Later, from the step
+            that captures: the blocks cannot be captured.
     """
     device = _device_of(model)
     if device.type != "cuda":
@@ -176,18 +179,16 @@ def capture_with(
 
 def _blocks(model: nn.Module) -> Sequence[nn.Module]:
     """Return the blocks to capture, each once, in order; CaptureError where there are none."""
-    processes = 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-    if processes > 1:
+    if isinstance(model, nn.DataParallel):
         raise CaptureError(
-            f"blocks are captured in one process only so far, and this is one of {processes}; "
-            "train without capture()"
+            "model is wrapped in DataParallel, which is not captured; run one process for each GPU "
+            "(torchrun) and wrap it in DistributedDataParallel"
         )
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise CaptureError(f"model is wrapped in {type(model).__name__}, which is not captured")
     if sharded(model):
-        raise CaptureError("model: its parameters are sharded or on 'meta', which is not captured")
+        raise CaptureError(
+            "model: its parameters are sharded (FSDP, ZeRO) or on 'meta', which is not captured; "
+            "DistributedDataParallel is"
+        )
     try:
         blocks = blocks_of(model)
     except ValueError:

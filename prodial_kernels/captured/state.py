@@ -77,7 +77,10 @@ def _options(module: nn.Module) -> dict[str, Any]:
 
 def sharded(model: nn.Module) -> bool:
     """Whether some parameter is not a plain tensor on one device."""
+    # FSDP's first kind keeps plain parameters, and DeepSpeed's ZeRO marks them.
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return True
     return any(
-        p.is_meta or (type(p) not in _PLAIN and hasattr(p, "device_mesh"))
+        p.is_meta or hasattr(p, "ds_id") or (type(p) not in _PLAIN and hasattr(p, "device_mesh"))
         for p in model.parameters()
     )

@@ -138,11 +138,16 @@ def test_refusals() -> None:
         capture_with(model, StandIn())
 
 
-def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(CaptureError, match="in one process only so far, and this is one of 2"):
-        capture_with(adapted(), StandIn())
+def test_what_is_not_whole_in_one_process_is_refused() -> None:
+    model = adapted()
+    with pytest.raises(CaptureError, match="DataParallel, which is not captured; run one process"):
+        capture_with(nn.DataParallel(model), StandIn())
+    sharded = type("FullyShardedDataParallel", (nn.Sequential,), {})(model)
+    with pytest.raises(CaptureError, match=r"sharded \(FSDP, ZeRO\) .* DistributedDataParallel is"):
+        capture_with(sharded, StandIn())
+    next(model.parameters()).ds_id = 0  # as ZeRO's third stage leaves it
+    with pytest.raises(CaptureError, match="sharded"):
+        capture_with(model, StandIn())
 
 
 def test_a_failed_capture_says_so_and_leaves_the_model_as_it_was() -> None:
