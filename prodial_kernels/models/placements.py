@@ -52,7 +52,13 @@ def resolve_placements(model: nn.Module, config: ProdialConfig) -> ProdialConfig
     names: list[str] = []
     for target in targets:
         names += placed(model, target) if target in PLACEMENTS else [target]
-    return replace(config, target_modules=tuple(dict.fromkeys(names)))
+    # A part may be some of the layers that share a name: then their numbers tell them apart.
+    numbered = any(part.isdigit() for name in names for part in name.split("."))
+    return replace(
+        config,
+        target_modules=tuple(dict.fromkeys(names)),
+        allow_partial=config.allow_partial or numbered,
+    )
 
 
 def placed(model: nn.Module, placement: str) -> list[str]:

@@ -24,7 +24,9 @@ class ProdialPeftConfig(PeftConfig):
 
     Attributes:
         target_modules: As in PEFT: names that the dotted paths of linear layers end with, or one
-            regular expression that matches whole paths. Default: ``in_proj`` and ``out_proj``.
+            regular expression that matches whole paths; or a part of the model as in
+            :class:`~prodial_kernels.config.ProdialConfig`, such as ``"auto"``. Default: ``in_proj``
+            and ``out_proj``.
         exclude_modules: Names or a regular expression of targets to leave out.
         r: As in :class:`~prodial_kernels.config.AdapterOptions`, like ``lora_dropout``,
             ``diagonal``, ``train_scale``, ``train_diagonal`` and ``impl``.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from prodial_kernels.config import ProdialConfig, resolve_block_size
+from prodial_kernels.config import PLACEMENTS, ProdialConfig, resolve_block_size
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.adapt.families import check_mixers
 from prodial_kernels.models.adapt.targets import (
@@ -17,6 +17,7 @@ from prodial_kernels.models.adapt.targets import (
     target_of,
 )
 from prodial_kernels.models.mixers.structure import weight_reads
+from prodial_kernels.models.placements import resolve_placements
 from prodial_kernels.module_tree import module_paths
 from prodial_kernels.peft.config import ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
@@ -65,6 +66,19 @@ def find_layers(
     saved = tuple(name for name in config.modules_to_save or () if name not in _HEADS)
     find_saved(model, ProdialConfig(modules_to_save=saved), targets)
     return new
+
+
+def resolve_targets(model: nn.Module, config: ProdialPeftConfig) -> None:
+    """Write names of layers in the place of ``"mixer"``, ``"auto"`` and their like.
+
+    Raises:
+        ValueError: The model has no layers of that part.
+    """
+    names = config.target_modules
+    listed = {names} if isinstance(names, str) else {*(names or ())}
+    if listed & {*PLACEMENTS}:
+        own = ProdialConfig(target_modules=tuple(sorted(listed)))
+        config.target_modules = [*resolve_placements(model, own).target_modules]
 
 
 def check_lora_targets(

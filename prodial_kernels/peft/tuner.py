@@ -33,7 +33,7 @@ from prodial_kernels.peft.available import PEFT_VERSION
 from prodial_kernels.peft.config import DEFAULT_TARGETS, ProdialPeftConfig
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.peft.register import PREFIX
-from prodial_kernels.peft.targets import check_lora_targets, find_layers
+from prodial_kernels.peft.targets import check_lora_targets, find_layers, resolve_targets
 from prodial_kernels.quantization.model import make_dense
 from prodial_kernels.quantization.saving import release_saving, settle_configuration
 
@@ -78,6 +78,7 @@ class ProdialTuner(BaseTuner):
             ValueError: The configuration does not fit the model, which is then as it was.
         """
         config = self._prepare_adapter_config(self.peft_config[adapter_name], {})
+        resolve_targets(model, config)
         with _own_mixers(model), _all_or_nothing(model):
             if state_dict is None:
                 self._new_layers = find_layers(model, config, lambda path: _is_ours(config, path))

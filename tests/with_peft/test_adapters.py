@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from prodial_kernels import (
 )
 from prodial_kernels.models.adapt.report import adapter_report
 from prodial_kernels.peft import ProdialPeftConfig
+from prodial_kernels.peft.layer import ProdialPeftLinear
 from support.models import build, token_ids
 from support.peft_models import MIXES_METHODS, adapted, config, layers, logits, move
 
@@ -449,3 +452,17 @@ def test_only_the_combination_that_is_the_sum() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)
+
+
+@pytest.mark.parametrize("targets", ["mixer", ["attention", "mixer"], "auto"])
+def test_parts_of_a_model_as_targets(targets: Any, tmp_path: Path) -> None:
+    """The file names layers, so that what a part means later does not matter."""
+    model = get_peft_model(build("bamba"), ProdialPeftConfig(r=2, target_modules=targets))
+    names = {path.rpartition(".")[2] for path, module in model.named_modules()
+             if isinstance(module, ProdialPeftLinear)}  # fmt: skip
+    mixer, attention = {"in_proj", "out_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
+    mlp = {"gate_proj", "up_proj", "down_proj"}
+    expected = {"mixer": mixer, "auto": mixer | attention | mlp}
+    assert names == (expected[targets] if isinstance(targets, str) else mixer | attention)
+    model.save_pretrained(tmp_path)
+    assert {*ProdialPeftConfig.from_pretrained(str(tmp_path)).target_modules} == names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from prodial_kernels.config import ProdialConfig, resolve_block_size
 from prodial_kernels.models.adapt.aliases import second_name
 from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
-from prodial_kernels.models.placements import resolve_placements
+from prodial_kernels.models.placements import placed, resolve_placements
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import has_hooks, module_paths
 from prodial_kernels.quantization import QuantizedLinear
@@ -91,7 +92,7 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
     linears: dict[nn.Module, tuple[str, ...]] = {
         m: names for m, names in paths.items() if isinstance(m, nn.Linear | QuantizedLinear)
     }
-    _check_names_used(config, targets, linears.values())
+    _check_names_used(model, config, targets, linears.values())
     if not config.allow_partial:
         _check_every_layer(targets, linears)
     for target in targets:
@@ -223,6 +224,7 @@ def _refuse_hooks(kind: str) -> None:
 
 
 def _check_names_used(
+    model: nn.Module,
     config: ProdialConfig,
     targets: Iterable[Target],
     linear_paths: Iterable[tuple[str, ...]],
@@ -234,9 +236,13 @@ def _check_names_used(
         reason = " (or only modules that an earlier name already matches)" if used else ""
         if isinstance(names, str):
             reason = ": a string is an expression for whole dotted paths; give names as a list"
+        hint = ""
+        if config.target_modules == ProdialConfig.target_modules:
+            with suppress(ValueError):
+                hint = f'; target_modules="mixer" means {" ".join(placed(model, "mixer"))}'
         raise ValueError(
             f"target_modules {unused} matches nothing in this model{reason}; "
-            f"its nn.Linear layers: {_patterns(linear_paths)}"
+            f"its nn.Linear layers: {_patterns(linear_paths)}{hint}"
         )
 
 
