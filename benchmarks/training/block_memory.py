@@ -27,7 +27,8 @@ from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.head import find_head
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, prepare_blocks
 from prodial_kernels.models.loading.quantized import model_on_meta
-from prodial_kernels.training.memory.activations import Tokens, kept, levels_of, workspace
+from prodial_kernels.training.memory.activations import kept, levels_of, workspace
+from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.shapes import LayerShape, describe_model
 from prodial_kernels.training.step.loss import ChunkedLoss
 
@@ -163,7 +164,8 @@ def measure(model: str, format: str | None, batch: int, length: int, level: str)
             handle.remove()
         loaded.zero_grad(set_to_none=True)
         gc.collect()
-    tokens = Tokens(batch, length, dtype.itemsize, format is not None)
+    stored = format is not None
+    tokens = Tokens(batch, length, dtype.itemsize, stored, stored)
     for index in range(1, len(blocks) - 1):
         if index not in watch.started or index not in watch.peaks:
             continue

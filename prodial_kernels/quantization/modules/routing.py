@@ -73,10 +73,15 @@ class Routes:
         self._known = [expert for expert, count in enumerate(every) if count]
         self._counts = [every[expert] for expert in self._known]
 
+    @property
+    def used(self) -> int:
+        """How many experts have rows."""
+        return len(self._known)
+
     def groups(self, most: int) -> Iterator[Group]:
         """Yield the experts that have rows, at most so many at a time."""
         start = 0
-        for first in range(0, len(self._known), most):
+        for first in range(0, len(self._known), max(1, most)):
             known = self._known[first : first + most]
             ends, total = [], 0
             for count in self._counts[first : first + most]:
@@ -170,10 +175,10 @@ def _products(rows: Tensor, stack: Stack, routes: Routes, *, backward: bool) -> 
     """``rows @ Wᵀ`` by expert, or ``rows @ W``."""
     n, k = stack.out_features, stack.in_features
     result = rows.new_empty(len(rows), k if backward else n)
-    most = max(1, GROUP_BYTES // (n * k * rows.itemsize))
+    most = min(routes.used, max(1, GROUP_BYTES // (n * k * rows.itemsize)))
+    room = rows.new_empty(most, n, k)
     for group in routes.groups(most):
-        weights = rows.new_empty(len(group.known), n, k)
-        stack.unpack_some(group.ids, group.known, weights)
+        weights = stack.unpack_some(group.ids, group.known, room[: len(group.known)])
         weights = weights if backward else weights.mT
         part, out = rows[group.rows], result[group.rows]
         if _takes_grouped_product(rows, n, k):

@@ -8,47 +8,25 @@ compared with whole models on an H100 (bf16, r = 16): see
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from prodial_kernels.kernels.choices.tile_sizes import padded_rank
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, RECOMPUTE
 from prodial_kernels.ops.layout import direct_length
 from prodial_kernels.ops.projection import LEAST_PREFETCHED
-from prodial_kernels.training.memory.shapes import MAMBA, MAMBA2, LayerShape
+from prodial_kernels.training.memory.part_bytes import Part, Tokens, parts_beside
+from prodial_kernels.training.memory.shapes import MAMBA, MAMBA2, OTHER, LayerShape
 
 _FP32 = 4
-# Tokens that mamba_ssm's selective scan covers with one saved state, and its SSD with one chunk.
-_SCAN_CHUNK, _SSD_CHUNK = 2048, 256
+# Tokens that mamba_ssm's selective scan covers with one saved state.
+_SCAN_CHUNK = 2048
 # Splits of the tokens over which the projector's kernels sum gradients of the adapter.
 _SPLITS = 32
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The batch that activations are counted for.
-
-    Attributes:
-        batch: Sequences.
-        length: Tokens of each.
-        itemsize: Bytes of an activation in the compute dtype.
-        dense_weight: Whether a projector's weight is dequantised for every product.
-    """
-
-    batch: int
-    length: int
-    itemsize: int
-    dense_weight: bool = False
-
-    @property
-    def count(self) -> int:
-        """M."""
-        return self.batch * self.length
 
 
 def levels_of(layer: LayerShape) -> tuple[str, ...]:
     """Return the levels that change something for a layer, from the fastest to the smallest."""
     levels = [KEEP]
-    if layer.separate_norm:
+    # Without a mixer, and its adapters, the norm's output is not kept in any case.
+    if layer.separate_norm and layer.mixer != OTHER:
         levels.append(NORM)
     if layer.mixer == MAMBA and layer.fused:
         levels.append(RECOMPUTE)
@@ -63,6 +41,12 @@ def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
             return (c + _FP32) * m * layer.width
         residual = _FP32 if layer.separate_norm and not layer.rounds_input else c
         return residual * m * layer.width
+    beside = sum(part.kept for part in _beside(layer, tokens))
+    if layer.mixer == OTHER and layer.parts.complete:
+        return beside + _kept_by_norms(layer, tokens, layer.parts.norms)
+    if not layer.separate_norm and layer.parts.norms:
+        # The first norm is counted with its output below.
+        beside += _kept_by_norms(layer, tokens, layer.parts.norms[1:])
     norm = c * m * layer.width
     if layer.fused_norm:
         # The norm's input in its own dtype and its deviations, with its output, which is X.
@@ -75,7 +59,20 @@ def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
     if level == RECOMPUTE and layer.two_streams:
         # Made again from the residual, and out_proj's output is not kept in its place.
         norm -= c * m * layer.width
-    return norm + _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+    return norm + beside + _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+
+
+def _beside(layer: LayerShape, tokens: Tokens) -> list[Part]:
+    """What a block has beside its mixer, where all of it is known."""
+    if not layer.parts.complete:
+        return []
+    return list(parts_beside(layer.parts, tokens, layer.width, layer.rank))
+
+
+def _kept_by_norms(layer: LayerShape, tokens: Tokens, widths: tuple[int, ...]) -> int:
+    """The input of each norm, as it is or copied to fp32, and its deviations."""
+    size = tokens.itemsize if layer.fused_norm else _FP32
+    return sum(tokens.count * (size * width + _FP32) for width in widths)
 
 
 def _read_by_norm(layer: LayerShape, tokens: Tokens) -> int:
@@ -108,8 +105,9 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
     if layer.mixer == MAMBA2:
         if layer.fused:
             # zxbcdt, the ungated output, H of both projectors; the convolution and the states are
-            # computed again.
-            return c * m * (layer.projected + inner) + 2 * low_rank
+            # computed again. Of FalconH1, zxbcdt before and after its multipliers.
+            copies = 2 if layer.scales_projection else 1
+            return c * m * (copies * layer.projected + inner) + 2 * low_rank
         convolved = inner + 2 * layer.groups * state
         # zxbcdt, the convolution's in- and output, the scan's output, three of the gated norm in
         # fp32, out_proj's in- and output.
@@ -122,23 +120,40 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
 def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
     """Bytes of the largest moment within a block's backward, beyond what is kept."""
     m, c = tokens.count, tokens.itemsize
-    again = 0
+    again = forward = 0
+    # The gradients of the residual and of the mixer's output, which are one in the same dtype.
+    stream = ((_FP32 + c) if layer.fp32_residual else c) * m * layer.width
+    beside = _beside(layer, tokens)
     if level == CHECKPOINT:
         # The block's forward has run again and left behind what it keeps at the first level.
         again = kept(layer, tokens, KEEP)
-        if layer.fused_norm and layer.separate_norm:
+        if layer.fused_norm and (layer.separate_norm or not layer.fp32_residual):
             # It reads what is kept between forward and backward, and copies it no more.
             again -= _read_by_norm(layer, tokens)
+        parallel = layer.mixer != OTHER and layer.parts.attention is not None
+        # The end of that forward; with two mixers side by side, what each gives is there still.
+        forward = max((part.forward for part in beside), default=0)
+        forward += stream + (3 * c * m * layer.width if parallel else 0)
     elif level == RECOMPUTE:
         # in_proj's output and its input.
         again = c * m * (layer.projected + layer.width)
     elif level == NORM and layer.fused:
         again = c * m * layer.width
+    moments, freed = [forward], 0
+    for part in beside:
+        released = part.released if level == CHECKPOINT else 0
+        moments.append(stream + part.backward - freed - released)
+        freed += part.kept
+    if layer.mixer != OTHER:
+        # The norms after the mixer's.
+        freed += _kept_by_norms(layer, tokens, layer.parts.norms[1:])
+    if layer.mixer != OTHER or not beside:
+        moments.append(_backward_of_mixer(layer, tokens, stream) - freed)
     norm = _backward_of_norm(layer, tokens)
     if layer.mixer in (MAMBA, MAMBA2):
         # What the mixer kept has gone before.
         norm -= _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
-    return again + max(_backward_of_mixer(layer, tokens), norm)
+    return again + max(*moments, norm - freed)
 
 
 def _backward_of_norm(layer: LayerShape, tokens: Tokens) -> int:
@@ -149,12 +164,10 @@ def _backward_of_norm(layer: LayerShape, tokens: Tokens) -> int:
     return 5 * _FP32 * tokens.count * layer.width
 
 
-def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
+def _backward_of_mixer(layer: LayerShape, tokens: Tokens, stream: int) -> int:
     m, c = tokens.count, tokens.itemsize
     inner, state = layer.inner, layer.state
-    # The gradient of the residual, and that of the mixer's output.
-    stream = (_FP32 + c) * m * layer.width
-    weight = _weight_workspace(layer, tokens)
+    weight = _weight_workspace(layer, tokens, layer.projected, layer.width)
     if layer.mixer == MAMBA and not layer.fused:
         return _backward_of_separate_kernels(layer, tokens)
     if layer.mixer == MAMBA:
@@ -166,9 +179,9 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
         return stream + max(scan, project)
     if layer.mixer == MAMBA2:
         convolved = inner + 2 * layer.groups * state
-        chunks = -(-m // _SSD_CHUNK)
+        chunks = tokens.batch * -(-tokens.length // layer.chunk)
         states = chunks * inner * state * (2 * _FP32 + 2 * c)
-        products = chunks * layer.groups * _SSD_CHUNK**2 * 2 * _FP32
+        products = chunks * layer.groups * layer.chunk**2 * 2 * _FP32
         # The gradient from out_proj and of the norm, the convolution's output and its gradient.
         scan = c * m * (2 * inner + 2 * convolved + layer.projected) + states + products
         if layer.two_streams:
@@ -176,7 +189,8 @@ def _backward_of_mixer(layer: LayerShape, tokens: Tokens) -> int:
         project = c * m * (layer.projected + (1 + layer.two_streams) * layer.width) + weight
         return stream + max(scan, project)
     widest = max((n + k for n, k in layer.weights), default=0)
-    return stream + 2 * c * m * widest + weight
+    n, k = max(layer.weights, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+    return stream + 2 * c * m * widest + _weight_workspace(layer, tokens, n, k)
 
 
 def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
@@ -184,9 +198,8 @@ def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
     m, c = tokens.count, tokens.itemsize
     inner, width = layer.inner, layer.width
     residual = _FP32 * m * width
-    weight = _weight_workspace(layer, tokens)
     # The gradient of the mixer's output, and that of out_proj's input.
-    out_proj = c * m * (width + inner) + weight
+    out_proj = c * m * (width + inner) + _weight_workspace(layer, tokens, width, inner)
     freed = c * m * (inner + width)
     # That gradient, copied where the projector does not give it with the tokens side by side, and
     # those of u, delta and z; dB and dC in fp32.
@@ -195,7 +208,8 @@ def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
     # u, delta, z and the ungated output are gone too. The gradient of in_proj's output is put
     # together and transposed; then X's is made, and X again where it is not kept.
     freed += c * m * 4 * inner
-    in_proj = c * m * (2 * layer.projected + 2 * width) + weight - freed
+    weight = _weight_workspace(layer, tokens, layer.projected, width)
+    in_proj = c * m * ((1 + copies) * layer.projected + 2 * width) + weight - freed
     return residual + max(out_proj, scan, in_proj)
 
 
@@ -207,11 +221,9 @@ def _prefetched(layer: LayerShape, tokens: Tokens) -> int:
     return tokens.itemsize * (weight + layer.two_streams * tokens.count * layer.width)
 
 
-def _weight_workspace(layer: LayerShape, tokens: Tokens) -> int:
-    """The folded weight, the dequantised one, and partial sums of the adapter's gradients."""
-    largest = max((n * k for n, k in layer.weights), default=0)
-    sides = max((n + k for n, k in layer.weights), default=0)
-    partial = _SPLITS * _FP32 * padded_rank(layer.rank) * sides if layer.rank else 0
-    folded = tokens.itemsize * largest if layer.rank else 0
-    unpacked = tokens.itemsize * largest if tokens.dense_weight else 0
+def _weight_workspace(layer: LayerShape, tokens: Tokens, n: int, k: int) -> int:
+    """A folded weight [n, k], the dequantised one, and partial sums of its adapter's gradients."""
+    partial = _SPLITS * _FP32 * padded_rank(layer.rank) * (n + k) if layer.rank else 0
+    folded = tokens.itemsize * n * k if layer.rank else 0
+    unpacked = tokens.itemsize * n * k if tokens.dense_weight else 0
     return folded + unpacked + partial

@@ -14,7 +14,8 @@ from prodial_kernels._checks import check_choice
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.counting import stored_bytes
 from prodial_kernels.quantization.modules.selection import EVERYTHING
-from prodial_kernels.training.memory.activations import Tokens, kept, workspace
+from prodial_kernels.training.memory.activations import kept, workspace
+from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.shapes import FrozenPart, ModelShape
 
 # Bytes that an optimiser keeps of a trained element on the device; pages live on the host.
@@ -140,7 +141,9 @@ def peak_of(
 def _moments(
     model: ModelShape, job: Job, levels: tuple[str, ...], evaluation_batch: int
 ) -> Iterator[tuple[str, list[PlanLine], bool]]:
-    tokens = Tokens(job.batch, job.length, job.itemsize, job.quantize is not None)
+    tokens = Tokens(
+        job.batch, job.length, job.itemsize, job.quantize is not None, job.stores_everything
+    )
     layers = list(zip(model.layers, levels, strict=True))
     until = list(accumulate(kept(layer, tokens, level) for layer, level in layers))
     gradients = _FP32 * model.trained

@@ -6,7 +6,7 @@ do, so that a plan can be made before weights are loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from prodial_kernels.models.layers.blocks import blocks_of, has_separate_norm, m
 from prodial_kernels.models.layers.fused_norms import is_fused
 from prodial_kernels.models.mixers import hf
 from prodial_kernels.quantization.modules.selection import kind_of, select_everything
+from prodial_kernels.training.memory.block_parts import BlockParts, parts_of
 
 MAMBA, MAMBA2, OTHER = "mamba", "mamba2", "other"
 
@@ -45,6 +46,10 @@ class LayerShape:
             adding it to the output: then a checkpoint in that dtype loses nothing.
         two_streams: Whether it takes the last mixer's output and the fp32 residual as two inputs.
         trains_a: Whether A_log trains, so that A's own exponential is kept beside A.
+        fp32_residual: Whether what goes from block to block is in fp32 whatever the model's dtype.
+        chunk: Tokens of a chunk of Mamba-2's scan.
+        scales_projection: Whether what ``in_proj`` gives is multiplied by factors of the model's.
+        parts: What it has beside the mixer.
     """
 
     mixer: str
@@ -62,6 +67,10 @@ class LayerShape:
     rounds_input: bool
     two_streams: bool
     trains_a: bool = False
+    fp32_residual: bool = True
+    chunk: int = 256
+    scales_projection: bool = False
+    parts: BlockParts = field(default_factory=BlockParts)
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,9 @@ def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
     tied = head.weight is embedding.weight
     frozen = not embedding.weight.requires_grad
     return ModelShape(
-        layers=tuple(_describe_layer(block, kernels) for block in blocks_of(model)),
+        layers=tuple(
+            _describe_layer(block, kernels, head.weight.shape[1]) for block in blocks_of(model)
+        ),
         width=head.weight.shape[1],
         vocabulary=head.weight.shape[0],
         tied=tied,
@@ -184,13 +195,12 @@ def _parts(model: nn.Module, ends: set[int]) -> tuple[tuple[FrozenPart, ...], se
     return tuple(parts), stored
 
 
-def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:
+def _describe_layer(block: nn.Module, kernels: bool, width: int) -> LayerShape:
     mixer: Any = mixer_of(block)
     separate = has_separate_norm(block)
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
     adapters = [layer.r for layer in adapted_layers(block).values()]
     shapes = tuple((linear.out_features, linear.in_features) for linear in linears)
-    width = max((k for _, k in shapes), default=0)
     kind, inner, state, dt_rank, groups, projected = OTHER, 0, 0, 0, 0, 0
     fused = False
     if mixer is not None:
@@ -227,6 +237,10 @@ def _describe_layer(block: nn.Module, kernels: bool) -> LayerShape:
         separate_norm=separate,
         rounds_input=separate and block.get_submodule("norm").weight.dtype != torch.float32,
         two_streams=hasattr(block, "fused_add_norm"),
+        fp32_residual=bool(getattr(block, "residual_in_fp32", False)),
+        chunk=int(getattr(mixer, "chunk_size", 256)),
+        scales_projection=hasattr(mixer, "mup_vector") or hasattr(block, "mup_vector"),
+        parts=parts_of(block, mixer),
         trains_a=mixer is not None and _trains(mixer, "A_log"),
     )
 

@@ -319,7 +319,8 @@ def test_the_merge_of_a_quantized_base_folds_offsets() -> None:
 
 
 def test_the_plan_counts_what_a_trained_a_log_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prodial_kernels.training.memory.activations import KEEP, Tokens, kept
+    from prodial_kernels.training.memory.activations import KEEP, kept
+    from prodial_kernels.training.memory.part_bytes import Tokens
     from prodial_kernels.training.memory.shapes import describe_model
     from support.live_storages import LiveStorages
 

@@ -14,7 +14,8 @@ from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.layers.blocks import Calling, blocks_of, mixer_of
 from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, RECOMPUTE, apply_levels
-from prodial_kernels.training.memory.activations import Tokens, kept, levels_of
+from prodial_kernels.training.memory.activations import kept, levels_of
+from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.shapes import describe_model
 from support.kernels import rms_norm_kernel
 from support.live_storages import LiveStorages, bytes_kept

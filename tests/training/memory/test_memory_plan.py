@@ -15,7 +15,8 @@ from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVELS, NORM, RECOMPUTE
 from prodial_kernels.ops import projection
 from prodial_kernels.training.memory import activations
-from prodial_kernels.training.memory.activations import Tokens, kept, workspace
+from prodial_kernels.training.memory.activations import kept, workspace
+from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.peak import Job, peak_of
 from prodial_kernels.training.memory.plan import (
     DeviceMemory,

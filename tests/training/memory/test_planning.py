@@ -77,7 +77,7 @@ def test_without_a_budget_what_is_free_is_used(place: Path, device: dict[str, An
     assert set(plan.plan.levels) == {KEEP}
     device["free"] = 0
     # Nothing fits; it is tried all the same, as small as it goes.
-    assert not planned(place, batch_size=512).plan.fits
+    assert not planned(place, batch_size=1024).plan.fits
 
 
 def test_a_budget_chooses_levels(place: Path, device: dict[str, Any]) -> None:
