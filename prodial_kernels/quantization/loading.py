@@ -283,6 +283,8 @@ class _Loader:
         if not isinstance(linear, nn.Linear):
             return
         dtype = linear.weight.dtype
+        if "weight" in entries:
+            entries["weight"] = unflattened(entries["weight"], linear.weight)
         try:
             layer = from_state_dict(entries, dtype=dtype)
         except KeyError as error:
@@ -392,6 +394,17 @@ def _part_of(tensors: Mapping[str, Tensor], key: str, index: int) -> Tensor:
     """One expert of a tensor [experts, out, in]; nothing else is read where it can be."""
     read: Callable[[str, int], Tensor] | None = getattr(tensors, "part", None)
     return tensors[key][index] if read is None else read(key, index)
+
+
+def unflattened(stored: Tensor, like: Tensor) -> Tensor:
+    """Return codes that a checkpoint holds flat, a byte for each weight, in the shape of ``like``.
+
+    e4m3 codes are written as uint8, which no loader casts.
+    """
+    if stored.ndim != 1 or stored.numel() != like.numel():
+        return stored
+    codes = stored.view(torch.float8_e4m3fn) if stored.dtype == torch.uint8 else stored
+    return codes.reshape(like.shape)
 
 
 def _stored_layers(theirs: Mapping[str, str], model: nn.Module) -> dict[str, dict[str, str]]:

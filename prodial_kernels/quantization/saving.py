@@ -20,16 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.quantization.layer import QuantizedLinear
+<<<<<<< HEAD
 from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
 from prodial_kernels.quantization.modules.experts import QuantizedExperts
 from prodial_kernels.quantization.names import OFFSET, is_part, is_part_of_adapter, listed
+=======
+from prodial_kernels.quantization.names import METHOD, OFFSET, is_part, is_part_of_adapter, listed
+>>>>>>> c7117fb (Load and save this package's formats as transformers' quantization_config)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 RESCALING = "rescale_prenorm_residual"
 """Setting of Mamba's configurations by which transformers divides out_proj at every load."""
 
-_METHOD = "save_pretrained"
+_SAVE = "save_pretrained"
 _AROUND = "_prodial_part_of_another"
 
 
@@ -54,11 +58,13 @@ class _PlainSaving:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's own method so that it writes plain weights."""
         model = self._model
-        own = getattr(type(model), _METHOD)
-        if not list(_stand_ins(model)):
+        own = getattr(type(model), _SAVE)
+        layers = [layer for _, layer in _stand_ins(model)]
+        packed = has_own_quantizer(model) and all(isinstance(m, QuantizedLinear) for m in layers)
+        if not layers or packed:
             return own(model, *args, **kwargs)
         parameters = inspect.signature(own).parameters
-        with _plain_config(model):
+        with _plain_config(model), _without_quantizer(model):
             if "state_dict" not in parameters:
                 return self._by_state_dict(own, *args, **kwargs)
             given = inspect.signature(own).bind(model, *args, **kwargs)
@@ -82,7 +88,7 @@ class _PlainSaving:
 
     def remove(self) -> None:
         self._handle.remove()
-        vars(self._model).pop(_METHOD, None)
+        vars(self._model).pop(_SAVE, None)
 
 
 class _PartOfAnother:
@@ -106,25 +112,28 @@ def watch_saving(model: nn.Module) -> None:
         vars(model)[_AROUND] = _PartOfAnother(model)
     for module in model.modules():
         if (
-            callable(getattr(type(module), _METHOD, None))
-            and _METHOD not in vars(module)
+            callable(getattr(type(module), _SAVE, None))
+            and _SAVE not in vars(module)
             and next(_stand_ins(module), None) is not None
         ):
-            vars(module)[_METHOD] = _PlainSaving(module)
+            vars(module)[_SAVE] = _PlainSaving(module)
 
 
 def release_saving(model: nn.Module) -> None:
     """Restore ``save_pretrained`` of every module that has only plain layers again."""
     for module in model.modules():
-        for name in (_METHOD, _AROUND):
+        for name in (_SAVE, _AROUND):
             change = vars(module).get(name)
             if isinstance(change, _PlainSaving | _PartOfAnother) and not any(_stand_ins(module)):
                 change.remove()
 
 
 def settle_configuration(model: nn.Module) -> None:
-    """Let a merged model be loaded as it is: not rescaled, and not tied where it no longer is."""
+    """Let a merged model be loaded as it is: dense, not rescaled, not tied if it is no longer."""
     for module in model.modules():
+        quantizer: Any = getattr(module, "hf_quantizer", None)
+        if has_own_quantizer(module):
+            quantizer.remove_quantization_config(module)
         config = getattr(module, "config", None)
         for name, value in _settled(module).items():
             setattr(config, name, value)
@@ -298,6 +307,26 @@ def _plain_config(model: Any) -> Iterator[None]:
             setattr(config, name, value)
 
 
+def has_own_quantizer(model: Any) -> bool:
+    """Whether transformers loaded ``model`` by this package's ``quantization_config``."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return getattr(config, "quant_method", None) == METHOD
+
+
+@contextmanager
+def _without_quantizer(model: Any) -> Iterator[None]:
+    """Let a model that was loaded quantised be written as the dense one that it stands for."""
+    if not has_own_quantizer(model):
+        yield
+        return
+    quantizer, config = model.hf_quantizer, model.config.quantization_config
+    del model.hf_quantizer, model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.hf_quantizer, model.config.quantization_config = quantizer, config
+
+
 def _settled(model: Any) -> dict[str, bool]:
     config = getattr(model, "config", None)
     settled = {}
@@ -329,7 +358,7 @@ def _refuse_saving_around(module: nn.Module, *_: Any) -> None:
     does, or one that writes PEFT's adapters and nothing of the layers.
     """
     library = sys.modules.get("transformers.modeling_utils")
-    own = getattr(getattr(library, "PreTrainedModel", None), _METHOD, None)
+    own = getattr(getattr(library, "PreTrainedModel", None), _SAVE, None)
     code = getattr(inspect.unwrap(own), "__code__", None) if own is not None else None
     frame = sys._getframe(1)
     while code is not None and frame is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prodial_kernels.quantization.names import is_one_of
+from prodial_kernels.quantization.names import METHOD, is_one_of
 
 # Field -> the values that are read; None for a field that has no meaning for stored tensors, or one
 # that is read from them.
@@ -17,6 +17,7 @@ _FIELDS: dict[str, dict[str, tuple[Any, ...] | None]] = {
         "llm_int8_enable_fp32_cpu_offload": None, "llm_int8_has_fp16_weight": (False,),
         "llm_int8_skip_modules": None, "llm_int8_threshold": None,
     },
+    METHOD: {"format": ("nf4", "int8", "fp8"), "target_modules": None},
     "fp8": {
         "activation_scheme": ("dynamic",), "dequantize": None, "fmt": ("e4m3",),
         "modules_to_not_convert": None, "scale_fmt": ("float", "ue8m0", None),
@@ -35,8 +36,8 @@ def check_stored_config(config: Mapping[str, Any]) -> None:
     if fields is None:
         raise ValueError(
             f"it is quantised with {method!r}, whose format is not read here; these are: "
-            "bitsandbytes (nf4, int8) and fp8 with 128×128 blocks. Use the dense checkpoint, with "
-            "--quantize where it is too large"
+            f"bitsandbytes (nf4, int8), fp8 with 128×128 blocks, and {METHOD}. Use the dense "
+            "checkpoint, with --quantize where it is too large"
         )
     # With 8 bits, the other fields have defaults that mean nothing.
     four_bits = bool(config.get("load_in_4bit", config.get("_load_in_4bit")))
