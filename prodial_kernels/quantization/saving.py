@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.quantization.layer import QuantizedLinear
-<<<<<<< HEAD
 from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
 from prodial_kernels.quantization.modules.experts import QuantizedExperts
-from prodial_kernels.quantization.names import OFFSET, is_part, is_part_of_adapter, listed
-=======
-from prodial_kernels.quantization.names import METHOD, OFFSET, is_part, is_part_of_adapter, listed
->>>>>>> c7117fb (Load and save this package's formats as transformers' quantization_config)
+from prodial_kernels.quantization.names import (
+    METHOD,
+    OFFSET,
+    is_part,
+    is_part_of_adapter,
+    listed,
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -60,8 +62,11 @@ class _PlainSaving:
         model = self._model
         own = getattr(type(model), _SAVE)
         layers = [layer for _, layer in _stand_ins(model)]
-        packed = has_own_quantizer(model) and all(isinstance(m, QuantizedLinear) for m in layers)
-        if not layers or packed:
+        packed = all(isinstance(layer, QuantizedLinear) for layer in layers) and not any(
+            isinstance(module, QuantizedEmbedding | QuantizedExperts) for module in model.modules()
+        )
+        # What transformers loaded packed is written so.
+        if not layers or (packed and has_own_quantizer(model)):
             return own(model, *args, **kwargs)
         parameters = inspect.signature(own).parameters
         with _plain_config(model), _without_quantizer(model):
