@@ -34,6 +34,7 @@ from prodial_kernels.checkpoint.fingerprint import (
     describe_layers,
 )
 from prodial_kernels.checkpoint.first_format import check_first_base, convert_tensors
+from prodial_kernels.checkpoint.sharded import by_the_first, fill, is_sharded, whole
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import apply_prodial, get_prodial_config, remove_prodial
@@ -111,6 +112,9 @@ def save_adapter(
     Every value of the base model is read, to recognise it by
     (:func:`~prodial_kernels.checkpoint.hashing.hash_tensor` says how fast).
 
+    Of a model that is divided among processes (FSDP2's ``fully_shard``), every process must call
+    it: each tensor is gathered in turn, the first process writes, and all return when it has.
+
     Args:
         model: What ``apply_prodial`` or ``load_adapter`` was called on, also inside the wrapper of
             ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``.
@@ -121,7 +125,7 @@ def save_adapter(
 
     Raises:
         AdapterError: The model has no adapter, or none of that name, its weights are on the meta
-            device or sharded, a trained value is NaN or inf, or ``base_model`` is not printable.
+            device, a trained value is NaN or inf, or ``base_model`` is not printable.
         OSError: The disk is full, or the place cannot be written.
     """
     from prodial_kernels._version import __version__
@@ -133,6 +137,11 @@ def save_adapter(
     tensors = contents.adapter | contents.beside
     for name, tensor in tensors.items():
         check_has_values(name, tensor)
+    together = any(
+        isinstance(tensor, Tensor) and is_sharded(tensor)
+        for tensor in (*tensors.values(), *contents.base.values())
+    )
+    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
     _check_values(tensors, "this adapter cannot be saved", "It diverged; go back to an earlier one")
     if base_model is None:
         own_name = getattr(model, "name_or_path", None)
@@ -149,7 +158,14 @@ def save_adapter(
     }
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     owned = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    write_files(Path(directory), header, serialise_safetensors(owned))
+
+    def write() -> None:
+        write_files(Path(directory), header, serialise_safetensors(owned))
+
+    if together:
+        by_the_first(write)
+    else:
+        write()
 
 
 def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
@@ -453,9 +469,8 @@ def _copy_into(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], ori
             )
         # Moved before the first change: if memory runs out, it does so here.
         ready[name] = source.to(device=target.device, dtype=target.dtype)
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(ready[name])
+    for name, target in targets.items():
+        fill(target, ready[name])
 
 
 def describe_tensor(tensor: Tensor) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prodial_kernels._checks import some_of
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.hashing import hash_tensor
+from prodial_kernels.checkpoint.sharded import whole
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.modules.experts import QuantizedStack
 
@@ -40,7 +41,7 @@ def model_fingerprint(model: nn.Module) -> str:
     reading the model once: see :func:`~prodial_kernels.checkpoint.hashing.hash_tensor`.
 
     Raises:
-        AdapterError: A tensor is on the meta device, so it has no values, or sharded.
+        AdapterError: A tensor is on the meta device, so it has no values.
     """
     hashes = _Hashes()
     content = {
@@ -59,13 +60,13 @@ def describe_base(tensors: Mapping[str, Values], linears: Linears) -> dict[str, 
         linears: The layers that it adapts, as they are without it, by dotted path.
 
     Raises:
-        AdapterError: A tensor is on the meta device or sharded, or an adapted weight not finite.
+        AdapterError: A tensor is on the meta device, or an adapted weight not finite.
     """
     for path, linear in linears.items():
         stored = linear.packed() if isinstance(linear, QuantizedLinear) else (linear.weight,)
         for tensor in stored:
             check_has_values(path, tensor)
-            if not all_finite(tensor):
+            if not all_finite(whole(tensor)):
                 raise AdapterError(
                     f"the base weight of {path} is not finite, so no adapter can be trained on it "
                     "or recognise it; load the base model again"
@@ -125,15 +126,10 @@ def check_layers(saved: Mapping[str, Any], current: Mapping[str, Any], origin: s
 
 
 def check_has_values(name: str, tensor: Tensor) -> None:
-    """Raise AdapterError for a tensor on the meta device, or a sharded one."""
+    """Raise AdapterError for a tensor on the meta device."""
     if tensor.is_meta:
         raise AdapterError(
             f"{name} is on the meta device and has no values; load the weights first"
-        )
-    if hasattr(tensor, "full_tensor"):
-        raise AdapterError(
-            f"{name} is sharded (a DTensor), and this process holds a part of it only; call "
-            "unshard() on every FSDPModule in every process, save in one, then reshard()"
         )
 
 
@@ -216,7 +212,7 @@ def _other_format(saved: Mapping[str, Any], linears: Linears) -> str:
 def _dense(name: str, values: Tensor | QuantizedLinear) -> Tensor:
     tensor = values.dequantize() if isinstance(values, QuantizedLinear) else values
     check_has_values(name, tensor)
-    return tensor
+    return whole(tensor)
 
 
 def _description(name: str, values: Values, hashes: _Hashes) -> dict[str, Any]:

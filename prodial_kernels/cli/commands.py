@@ -25,6 +25,7 @@ from prodial_kernels.cli.messages import (
 )
 from prodial_kernels.cli.paths import adapter_directory, inspected
 from prodial_kernels.training.config import OPTIONS, ConfigError
+from prodial_kernels.training.distributed.launch import Launch, tell_launcher
 from prodial_kernels.upstream import require_extra
 
 _DESCRIPTION = """\
@@ -148,7 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "debug" in args:
             raise
-        _complain(explained(error))
+        tell_launcher(printable(explained(error)))
+        # The process that failed says why; the first one repeats it, the others need not.
+        if type(error).__name__ != "PeerError" or os.environ.get("RANK") == "0":
+            _complain(explained(error))
         return 1
 
 
@@ -167,20 +171,25 @@ def _finetune(args: argparse.Namespace) -> int:
     if "resume" in args:
         values = {**RunDirectory(output).read_identity().config, **values, "output": output}
     config = FinetuneConfig.from_dict(values)
-    if "resume" not in args:
+    launch = Launch.from_environment()
+    # The others find what the first one has made there already.
+    if "resume" not in args and launch.main:
         RunDirectory(output).check_startable()
     if config.memory_budget is not None:
         # Gaps between tensors count too. It is read when CUDA starts, later.
         grow_segments()
 
+    from prodial_kernels.training.distributed.world import PeerError
     from prodial_kernels.training.finetuning import finetune
     from prodial_kernels.training.step.out_of_memory import OutOfMemory
 
     _quiet_transformers()
     try:
-        print(finetune(config, resume="resume" in args))
-    except (KeyboardInterrupt, OSError, OutOfMemory):
-        if RunDirectory(output).identity_file.exists():
+        result = finetune(config, resume="resume" in args)
+        if launch.main:
+            print(result)
+    except (KeyboardInterrupt, OSError, OutOfMemory, PeerError):
+        if launch.main and RunDirectory(output).identity_file.exists():
             command = shlex.join(["prodial", "finetune", "--resume", "--output", output])
             _say(f"what was saved is kept; continue with: {command}")
         raise

@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "seq_len": 256,
     "weight_decay": 0.01,
     "schedule": "cosine",
+    "grad_accumulation": 1,
 }
 STDLIB_MAX_BYTES = 4_000_000
 STDLIB_EVAL_TOKENS = 32_768
@@ -185,9 +186,10 @@ class FinetuneConfig:
         "stream", "texts in a row ({default}, default), or each by itself (documents)",
         choices=PACKINGS,
     )  # fmt: skip
-    grad_accumulation: int = option(
-        1, "batches in an optimiser step ({default})", metavar="N", range=(1, 2**26)
-    )
+    grad_accumulation: int | None = option(
+        None, "batches in an optimiser step, those of all processes ({default})", metavar="N",
+        range=(1, 2**26), shown="one for each process",
+    )  # fmt: skip
     weight_decay: float | None = option(None, "of AdamW ({default})", metavar="W", range=(0, 1000))
     schedule: str | None = option(
         None, "learning rate after the warm-up ({default})", choices=SCHEDULES
@@ -232,6 +234,10 @@ class FinetuneConfig:
     quantize_modules: str = option(
         "projectors", "what --quantize stores: {default} (default); all: linear layers, experts, "
         "embeddings and head too", choices=QUANTIZE_MODULES,
+    )  # fmt: skip
+    shard: bool = option(
+        False, "divide the frozen model among the processes of the run (FSDP2), for one that does "
+        "not fit a GPU"
     )  # fmt: skip
     device: str = option("auto", "{default}: CUDA where there is one", choices=DEVICES)
     dtype: str = option(
@@ -302,13 +308,17 @@ class FinetuneConfig:
         """Return all options as plain JSON-ready values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def resolved(self) -> ResolvedConfig:
+    def resolved(self, *, processes: int = 1) -> ResolvedConfig:
         """Fill in every option that is None and has a default; paths become absolute.
 
-        What comes out resolves to itself.
+        What comes out resolves to itself. ``processes`` are those that train together.
+
+        Raises:
+            ConfigError: The batches of a step cannot be divided among the processes.
         """
         preset = self._preset
         values: dict[str, Any] = {"lr": DEFAULT_LR[self.method], **DEFAULTS}
+        values["grad_accumulation"] = processes
         if preset is not None:
             values |= {
                 "lr": preset.learning_rate,
@@ -333,7 +343,14 @@ class FinetuneConfig:
             # A pipe has no path but the one that it was given by.
             if os.path.isfile(path) or os.path.isdir(path):
                 filled[name] = str(path.resolve())
-        return ResolvedConfig(**{**given, **filled})
+        resolved = ResolvedConfig(**{**given, **filled})
+        if resolved.grad_accumulation % processes:
+            raise ConfigError(
+                f"`grad_accumulation` is how many batches all processes together take in a step: "
+                f"{resolved.grad_accumulation} cannot be divided among {processes}; give a "
+                f"multiple of {processes}, or start another number of processes"
+            )
+        return resolved
 
     def adapter(self, *, r: int | None = None) -> ProdialConfig:
         """Return the adapter's configuration.
@@ -419,6 +436,13 @@ class FinetuneConfig:
                 "`quantize_modules` says what `quantize` stores, and `quantize` is not given; add "
                 "it, such as `quantize` 'nf4'"
             )
+        if self.shard and (self.method == "full" or self.quantize is not None):
+            other = "`method` 'full' trains all of it"
+            if self.method != "full":
+                other = f"`quantize` {self.quantize!r} stores it in a form that is not divided"
+            raise ConfigError(
+                f"`shard` divides the frozen model, and {other}; leave one of them out"
+            )
         self._check_step()
         if self.method == "full":
             self._check_without_adapter()
@@ -482,6 +506,7 @@ class ResolvedConfig(FinetuneConfig):
     lr: float
     batch_size: int
     seq_len: int
+    grad_accumulation: int
     weight_decay: float
     schedule: str
 

@@ -9,28 +9,31 @@ data=rows)``.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from prodial_kernels.checkpoint import save_adapter
+from prodial_kernels.checkpoint import load_adapter, save_adapter
 from prodial_kernels.files.atomic import atomic_file, atomic_text
-from prodial_kernels.files.json_values import finite_or_none
 from prodial_kernels.files.written import own_files
 from prodial_kernels.models.adapt.inject import merge_prodial
-from prodial_kernels.models.loading.load import resolve_device, resolve_dtype
+from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training.callbacks.base import Callback, RunView
+from prodial_kernels.training.callbacks.base import Callback
 from prodial_kernels.training.callbacks.trackers import Tracking, check_trackers
 from prodial_kernels.training.callbacks.watch import Watch
-from prodial_kernels.training.config import FinetuneConfig, ResolvedConfig
+from prodial_kernels.training.config import ConfigError, FinetuneConfig, ResolvedConfig
+from prodial_kernels.training.distributed.gradients import GradientSum
+from prodial_kernels.training.distributed.launch import Launch
+from prodial_kernels.training.distributed.replicas import check_replicas
+from prodial_kernels.training.distributed.world import World, joined
+from prodial_kernels.training.events import RunEvents
 from prodial_kernels.training.memory.device import limited, measure
 from prodial_kernels.training.memory.run_plan import comparison_text, plan_run
 from prodial_kernels.training.merging import (
@@ -42,35 +45,31 @@ from prodial_kernels.training.merging import (
     write_model,
 )
 from prodial_kernels.training.results import FinetuneResult, best_evaluation, peak_memory
-from prodial_kernels.training.run.best import BestKept
 from prodial_kernels.training.run.directory import (
     RunDirectory,
     RunError,
     RunIdentity,
     check_same_config,
 )
-from prodial_kernels.training.run.loop import NonFiniteLossError, StepRecord, train
+from prodial_kernels.training.run.loop import NonFiniteLossError, train
 from prodial_kernels.training.run.metrics import MetricsLog, read_metrics
 from prodial_kernels.training.run.plot import plot_loss
 from prodial_kernels.training.run.preparation import Run, check_options, prepare
 from prodial_kernels.training.run.progress import Progress
-from prodial_kernels.training.run.result_file import read_result
+from prodial_kernels.training.run.result_file import read_result, result_of
 from prodial_kernels.training.run.signals import StopSignals
 from prodial_kernels.training.run.state import (
     Position,
     StateError,
     differing_surroundings,
     load_state,
-    save_state,
     saved_states,
-    steps_of,
 )
 from prodial_kernels.training.run.versions import versions
-from prodial_kernels.training.scoring.language_model import evaluate_examples
-from prodial_kernels.training.scoring.log_likelihood import Scorer
 from prodial_kernels.training.start.given import Given
 from prodial_kernels.training.start.initial_adapter import with_settings_of_adapter
 from prodial_kernels.training.step.choose import make_step
+from prodial_kernels.training.step.eager import trained_parameters
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
 from prodial_kernels.upstream import require_extra
 
@@ -94,6 +93,10 @@ def finetune(
     The directory ``config.output`` gets ``run.json`` (what this run is), ``metrics.jsonl``,
     ``loss.png``, ``results.json``, ``state/`` (to resume from), ``adapter/`` and ``merged/`` (or,
     for ``method="full"``, ``model/``), a model in transformers' format.
+
+    In each of several processes that ``torchrun`` or ``accelerate launch`` has started, with the
+    same arguments: they share the micro-batches of every step, the first one writes, its callbacks
+    are called, and all return the result.
 
     Args:
         config: What to do.
@@ -128,6 +131,8 @@ def finetune(
         PlaceError: The written model of the run was changed since, so it cannot be replaced.
         RunError: The directory holds a run already or, with ``resume``, another run or none;
             another process is running in it; or it was removed during the run.
+        LaunchError: The processes of the run cannot work together as they were started.
+        PeerError: Another process of the run failed.
         StateError: With ``resume``: none of the saved states is whole.
         NonFiniteLossError: Training diverged; the last saved state is kept.
         MemoryPlanError: The run does not fit into ``config.memory_budget``.
@@ -138,53 +143,103 @@ def finetune(
     """
     require_extra("finetune()")
     started = time.perf_counter()
-    with StopSignals() as signals:
+    launch = Launch.from_environment()
+    with StopSignals(shared=launch.size > 1) as signals:
         given = Given(model, tokenizer, data, held_out)
         config = with_settings_of_adapter(config, named=model is None)
-        config = given.noted_in(config).resolved()
+        config = given.noted_in(config).resolved(processes=launch.size)
         folder = RunDirectory(config.output)
-        display = Progress(enabled=progress)
+        display = Progress(enabled=progress and launch.main)
         device = resolve_device(config.device)
         dtype = given.dtype(resolve_dtype(config.dtype, device), config)
         check_trackers(config.report_to or ())
         watch = Watch([*map(Tracking, config.report_to or ()), *callbacks])
+        if not launch.main:
+            watch = Watch([])
         check_options(config, device, dtype)
-        # Quickly, before a directory is made; what counts is the look under the lock.
-        if resume:
-            folder.read_identity()
-        else:
-            folder.check_startable()
-        with folder.only_one_process(create=not resume):
-            saved = _whose_run(folder, resume, display)
-            if saved is not None:
-                if config.quantize == "auto":
-                    # What was chosen when the run began.
-                    config = _with_format(config, saved.config.get("quantize"))
-                check_same_config(folder, saved, config)
-                finished = read_result(folder, display.say)
+        _check_shard(config, given, launch)
+        with joined(launch, device) as world:
+            # Quickly, before a directory is made; what counts is the look under the lock.
+            if world.main:
+                if resume:
+                    folder.read_identity()
+                else:
+                    folder.check_startable()
+            with folder.only_one_process(create=not resume) if world.main else nullcontext():
+                saved, finished = _begun(world, folder, config, resume, display)
                 if finished is not None:
                     display.say(f"the run in {folder.path} is finished: there is nothing to do")
                     return finished
-                # They are replaced at the end: rather now than then, if they cannot be.
-                for path in (folder.merged, folder.full_model):
-                    with suppress(FileNotFoundError):
-                        own_files(path)
-            display.say(f"loading model {config.model!r} and data {config.data!r}")
-            choice, plan = plan_run(config, device, dtype, model)
-            if config.quantize == "auto":
-                config = _with_format(config, None if plan is None else plan.plan.quantize)
-            with limited(device, None if plan is None else plan.allowed), _ended(watch, given):
-                run = prepare(
-                    config, folder, saved, display,
-                    device=device, dtype=dtype, choice=choice, plan=plan, given=given,
-                )  # fmt: skip
-                try:
-                    events = _train(run, saved, signals, watch)
-                    result = _finish(run, events, started)
-                finally:
-                    run.levels.remove()
-            watch.end(result)
-            return result
+                if saved is not None and config.quantize == "auto":
+                    # What was chosen when the run began.
+                    config = _with_format(config, saved.config.get("quantize"))
+                display.say(f"loading model {config.model!r} and data {config.data!r}")
+                own = replace(config, grad_accumulation=config.grad_accumulation // world.size)
+                choice, plan = plan_run(own, device, dtype, model)
+                if config.quantize == "auto":
+                    config = _with_format(config, None if plan is None else plan.plan.quantize)
+                with limited(device, None if plan is None else plan.allowed), _ended(watch, given):
+                    run = prepare(
+                        config, folder, saved, display,
+                        device=device, dtype=dtype, choice=choice, plan=plan, given=given,
+                        world=world,
+                    )  # fmt: skip
+                    try:
+                        events = _train(run, saved, signals, watch)
+                        result = _finish_together(run, events, started)
+                    finally:
+                        run.levels.remove()
+                watch.end(result)
+                return result
+
+
+def _check_shard(config: ResolvedConfig, given: Given, launch: Launch) -> None:
+    """Raise ConfigError where a model cannot be divided, or there is nothing to divide it among."""
+    if config.shard and launch.size == 1:
+        raise ConfigError(
+            "`shard` divides the frozen model among the processes of a run, and this is one by "
+            "itself; start several with torchrun --nproc-per-node N"
+        )
+    if config.shard and given.model is not None:
+        raise ConfigError(
+            "`shard` divides a model that every process loads by its name, and this one is handed "
+            "in; save it with save_pretrained, and give its directory as `model`"
+        )
+
+
+def _begun(
+    world: World, folder: RunDirectory, config: ResolvedConfig, resume: bool, display: Progress
+) -> tuple[RunIdentity | None, FinetuneResult | None]:
+    """Return, in every process, the run to continue and its result if it is finished.
+
+    The first process looks, under the lock, and raises where the run cannot go on.
+    """
+
+    def look() -> dict[str, Any]:
+        saved = _whose_run(folder, resume, display)
+        if saved is None:
+            return {"saved": None, "finished": None}
+        known = config
+        if config.quantize == "auto":
+            known = _with_format(config, saved.config.get("quantize"))
+        check_same_config(folder, saved, known)
+        finished = read_result(folder, display.say)
+        if finished is None:
+            # They are replaced at the end: rather now than then, if they cannot be.
+            for path in (folder.merged, folder.full_model):
+                with suppress(FileNotFoundError):
+                    own_files(path)
+        return {
+            "saved": asdict(saved),
+            "finished": None if finished is None else finished.to_dict(),
+        }
+
+    found = world.from_main(look)
+    saved, finished = found["saved"], found["finished"]
+    return (
+        None if saved is None else RunIdentity(**saved),
+        None if finished is None else result_of(finished, folder),
+    )
 
 
 @contextmanager
@@ -219,18 +274,25 @@ def _whose_run(folder: RunDirectory, resume: bool, display: Progress) -> RunIden
 
 def _restore(run: Run) -> Position:
     """Load the newest state that can be, or begin at step 0; StateError where all are damaged."""
-    states, reasons = saved_states(run.folder.states), []
+    names = run.world.from_main(lambda: [path.name for path in saved_states(run.folder.states)])
+    states, reasons = [run.folder.states / name for name in names], []
     for path in reversed(states):
+        failure = ""
         try:
             position = load_state(
                 path, run.loaded.model, run.method.optimizer,
-                run=run.identity.fingerprint, fits=run.options.reaches,
+                run=run.identity.fingerprint, fits=run.options.reaches, process=run.world.rank,
             )  # fmt: skip
         except StateError as error:
-            run.display.say(f"skipping a state: {error}")
-            reasons.append(str(error))
+            failure = str(error)
+        # The same one in every process.
+        failure = next(filter(None, run.world.gather(failure)), "")
+        if failure:
+            run.display.say(f"skipping a state: {failure}")
+            reasons.append(failure)
+            run.method.optimizer.state.clear()
             continue
-        others = differing_surroundings(path)
+        others = differing_surroundings(path, processes=run.world.size)
         if others:
             run.display.say(f"the last bits may differ from here on: {', '.join(others)}")
         run.display.say(f"resuming after step {position.step} of {run.options.steps}")
@@ -248,30 +310,42 @@ def _restore(run: Run) -> Position:
 def _train(run: Run, saved: RunIdentity | None, signals: StopSignals, watch: Watch) -> RunEvents:
     folder, say = run.folder, run.display.say
     position = Position() if saved is None else _restore(run)
+    gradients = None
+    if run.world.size > 1:
+        trained = trained_parameters(run.method.optimizer)
+        gradients = GradientSum(trained, run.world, signals)
+        check_replicas(run.world, trained)
+        batches = run.config.grad_accumulation
+        say(f"{run.world.size} processes share the {batches} batches of a step")
     step = GuardedStep(
         make_step(
             run.loaded.model, run.method.optimizer, run.config, run.choice, device=run.device,
-            autocast_dtype=run.autocast_dtype, say=say,
+            autocast_dtype=run.autocast_dtype, gradients=gradients, say=say,
         ),
         run.method.optimizer,
     )  # fmt: skip
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    if saved is None:
-        # As late as can be: what fails before leaves nothing behind.
-        folder.check_there()
-        folder.write_identity(run.identity)
-    log = MetricsLog(folder.metrics_file, step=position.step)
-    if log.dropped:
-        say(f"{folder.metrics_file}: {log.dropped} lines that are no records were dropped")
+    log = None
+    if run.world.main:
+        if saved is None:
+            # As late as can be: what fails before leaves nothing behind.
+            folder.check_there()
+            folder.write_identity(run.identity)
+        log = MetricsLog(folder.metrics_file, step=position.step)
+        if log.dropped:
+            say(f"{folder.metrics_file}: {log.dropped} lines that are no records were dropped")
     try:
-        events = RunEvents(run, log, position, watch)
+        events = RunEvents(run, log, position, watch, signals)
         events.begin()
-        _take_steps(run, step, events, signals)
+        # Several processes stop together, or those that go on would wait for ever.
+        with nullcontext() if run.world.size == 1 else signals.deferred():
+            _take_steps(run, step, events, signals)
         return events
     finally:
         step.close()
-        log.close()
+        if log is not None:
+            log.close()
 
 
 def _take_steps(run: Run, step: GuardedStep, events: RunEvents, signals: StopSignals) -> None:
@@ -291,7 +365,8 @@ def _take_steps(run: Run, step: GuardedStep, events: RunEvents, signals: StopSig
         failure = error
     # Outside the handlers, so that nothing refers to what the failed step had made.
     kept = _last_state(run.folder)
-    if failure.whole:
+    # A state is of all processes, and the others are in the middle of a step.
+    if failure.whole and run.world.size == 1:
         events.save(events.position)
         kept = f"the state after step {events.position.step} is saved"
     raise failure.explained(kept, None if run.plan is None else run.plan.advice())
@@ -302,132 +377,30 @@ def _last_state(folder: RunDirectory) -> str:
     return f"the last good state is {states[-1]}" if states else "no state was saved before it"
 
 
-class RunEvents:
-    """What a run does at the loop's events: logs steps, saves states, evaluates, tells callbacks.
+def _finish_together(run: Run, events: RunEvents, started: float) -> FinetuneResult:
+    """Let the first process finish, and return its result in all; a divided model is gathered."""
+    if run.world.size == 1:
+        return _finish(run, events, started)
+    logits = None
+    if run.config.shard:
+        run.levels.remove()
+        if events.best is not None:
+            events.best.restore()
+        if run.world.main:
+            run.folder.check_there()
+        save_adapter(run.loaded.model, run.folder.adapter, base_model=run.config.model)
+        logits = logits_of(run.loaded.model, _few_tokens(run))
+    done = run.world.from_main(lambda: _finish(run, events, started, logits).to_dict())
+    return result_of(done, run.folder)
 
-    Attributes:
-        position: Where the run stands after its last step.
-        stopped: Whether a callback has ended training.
-        best: The parameters of the best evaluations; None where only the last count.
+
+def _finish(
+    run: Run, events: RunEvents, started: float, gathered: Tensor | None = None
+) -> FinetuneResult:
+    """Save the adapter, write the merged model, check it, draw the curve, sum up.
+
+    ``gathered`` are logits of a model that is divided, whose adapter is saved already.
     """
-
-    def __init__(self, run: Run, log: MetricsLog, position: Position, watch: Watch) -> None:
-        """Begin at ``position``."""
-        self.position = position
-        self._run = run
-        self._log = log
-        self._watch = watch
-        self._history = read_metrics(run.folder.metrics_file)
-        self.stopped = any((r["kind"], r["step"]) == ("stop", position.step) for r in self._history)
-        self.best: BestKept | None = None
-        if run.config.keep == "best":
-            self.best = BestKept(
-                run.folder.best, run.loaded.model,
-                run=run.identity.fingerprint, step=position.step, say=run.display.say,
-            )  # fmt: skip
-            self._compare_best()
-
-    def begin(self) -> None:
-        """Tell the callbacks of the run."""
-        run = self._run
-        began = os.stat(run.folder.identity_file).st_mtime_ns
-        named = f"{run.identity.fingerprint} {began}"
-        self._watch.begin(
-            RunView(
-                run.config, run.loaded.model, run.loaded.tokenizer, run.folder.path,
-                run.options.steps, self.position.step, tuple(self._history),
-                hashlib.sha256(named.encode()).hexdigest()[:16],
-            )
-        )  # fmt: skip
-
-    def logged(self, record: StepRecord) -> None:
-        """Write the step to ``metrics.jsonl``, where its turn is, and show it."""
-        self._run.folder.check_there()
-        self.position = record.position
-        self._run.display.step(record)
-        step = record.position.step
-        if step % self._run.config.log_every == 0 or step == self._run.options.steps:
-            self._log.write(
-                {
-                    "kind": "train",
-                    "step": step,
-                    "loss": record.loss,
-                    "lr": record.lr,
-                    "grad_norm": record.grad_norm,
-                    "tokens": record.position.tokens,
-                    "seconds": round(record.position.seconds, 3),
-                    "tokens_per_second": round(record.tokens_per_second, 1),
-                }
-            )
-        self._stop(step, self._watch.step(record))
-
-    def save(self, position: Position) -> None:
-        """Save the state, after the lines of ``metrics.jsonl`` that belong to it."""
-        folder = self._run.folder
-        folder.check_there()
-        self._log.flush()
-        path = save_state(
-            folder.states, position, self._run.loaded.model, self._run.method.optimizer,
-            run=self._run.identity.fingerprint,
-        )  # fmt: skip
-        if self.best is not None:
-            self.best.prune(steps_of(folder.states))
-        self._watch.saved(position.step, path)
-
-    def evaluate(self, position: Position) -> None:
-        """Evaluate on the held-out examples."""
-        metrics = self.metrics()
-        self._log.write({"kind": "evaluation", "step": position.step, **metrics})
-        is_best = self.best is not None and self.best.offer(position.step, metrics)
-        headline = "bits_per_byte" if "bits_per_byte" in metrics else "acc"
-        note = ", the best so far" if is_best and position.step else ""
-        self._run.display.say(
-            f"step {position.step}: held-out {headline} {metrics[headline]:.4f}{note}"
-        )
-        self._stop(position.step, self._watch.evaluated(position.step, metrics))
-
-    def metrics(self) -> dict[str, Any]:
-        """Return what an evaluation of the model as it is now gives."""
-        return _evaluate(self._run)
-
-    def _stop(self, step: int, by: Sequence[str]) -> None:
-        if not by or self.stopped or step >= self._run.options.steps:
-            return
-        self.stopped = True
-        self._log.write({"kind": "stop", "step": step})
-        steps = self._run.options.steps
-        self._run.display.say(f"{', '.join(by)} ends training after step {step} of {steps}")
-
-    def _compare_best(self) -> None:
-        """Say where the best evaluation of an earlier part of the run was not kept."""
-        earlier = [record for record in self._history if record["kind"] == "evaluation"]
-        if not earlier or self.best is None:
-            return
-        step = best_evaluation(earlier)["step"]
-        kept = self.best.best
-        if kept is None or kept.step != step:
-            self._run.display.say(
-                f"the parameters of the best evaluation so far, after step {step}, were not kept; "
-                "what is kept is the best from here on"
-            )
-
-
-def _evaluate(run: Run) -> dict[str, Any]:
-    autocast = run.autocast_dtype
-    with (
-        run.display.evaluating() as advance,
-        torch.autocast(run.device.type, dtype=autocast, enabled=autocast is not None),
-    ):
-        scorer = Scorer(
-            run.loaded.model, run.loaded.tokenizer, seq_len=run.config.seq_len,
-            batch_size=run.evaluation_batch, progress=advance,
-        )  # fmt: skip
-        metrics = evaluate_examples(scorer, run.split.held_out, max_tokens=run.config.eval_tokens)
-    return finite_or_none(asdict(metrics))
-
-
-def _finish(run: Run, events: RunEvents, started: float) -> FinetuneResult:
-    """Save the adapter, write the merged model, check it, draw the curve, sum up."""
     folder, say, position = run.folder, run.display.say, events.position
     folder.check_there()
     records = read_metrics(folder.metrics_file)
@@ -449,14 +422,14 @@ def _finish(run: Run, events: RunEvents, started: float) -> FinetuneResult:
         after, kept = {"kind": "evaluation", "step": best.step, **best.metrics}, best.step
         say(f"what is written is step {kept} of {position.step}, the best evaluation")
     full = run.config.method == "full"
-    if not full:
+    if not full and gathered is None:
         # A model that was handed in may have no name to be found by.
         unnamed = run.config.model == type(run.loaded.model).__name__
         base = None if unnamed else run.config.model
         save_adapter(run.loaded.model, folder.adapter, base_model=base)
     model_dir = folder.full_model if full else folder.merged
     say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
-    agreement = _write_and_check(run)
+    agreement = _write_and_check(run) if gathered is None else _merge_anew(run, gathered)
     with atomic_file(folder.plot_file) as picture:
         plot_loss(records, picture, title=run.title)
     result = FinetuneResult(
@@ -483,9 +456,29 @@ def _finish(run: Run, events: RunEvents, started: float) -> FinetuneResult:
         data=run.data_record,
         versions=versions(),
         implementation=run.implementation,
+        processes=run.world.size,
     )
     atomic_text(folder.results_file, json.dumps(result.to_dict(), indent=2) + "\n")
     return result
+
+
+def _few_tokens(run: Run) -> Tensor:
+    # The logits of more may be more than there is room for.
+    return run.batches.batch(0).input_ids[:1, :512]
+
+
+def _merge_anew(run: Run, expected: Tensor) -> Agreement:
+    """Merge the saved adapter into its base on the CPU, where the model is divided on the GPUs."""
+    loaded = load_model(run.config.model, device=torch.device("cpu"), dtype=run.dtype)
+    load_adapter(loaded.model, run.folder.adapter)
+    merge_prodial(loaded.model)
+    tokens = _few_tokens(run)
+    rounded = round_as_stored(loaded, tokens, expected, dtype=run.config.dtype)
+    with write_model(loaded.model, run.loaded.tokenizer, run.folder.merged, replace=True) as path:
+        return check_written_model(
+            path, tokens, expected, device=run.device, dtype=run.dtype,
+            by_blocks=run.device.type == "cuda", rounded=rounded,
+        )  # fmt: skip
 
 
 def _write_and_check(run: Run) -> Agreement:
@@ -497,8 +490,7 @@ def _write_and_check(run: Run) -> Agreement:
         # As few as it takes to tell.
         tokens = tokens[:1, :32]
     elif run.plan is not None:
-        # The logits of more may be more than there is room for.
-        tokens = tokens[:1, :512]
+        tokens = _few_tokens(run)
     expected = logits_of(model, tokens)
     full = run.config.method == "full"
     path = run.folder.full_model if full else run.folder.merged

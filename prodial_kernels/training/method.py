@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,14 @@ class PreparedMethod:
     report: AdapterReport
 
 
-def prepare_method(model: nn.Module, config: ResolvedConfig) -> PreparedMethod:
+def prepare_method(
+    model: nn.Module,
+    config: ResolvedConfig,
+    arrange: Callable[[nn.Module], None] = lambda model: None,
+) -> PreparedMethod:
     """Freeze and adapt, or free, the parameters of a model on its device, and make the optimiser.
+
+    ``arrange`` may move them to other places before there is an optimiser.
 
     Raises:
         AdapterError: The adapter to begin with is not one of this model.
@@ -51,6 +58,7 @@ def prepare_method(model: nn.Module, config: ResolvedConfig) -> PreparedMethod:
     adapter = make_trainable(model, config)
     if config.init_adapter is not None:
         load_adapter(model, config.init_adapter)
+    arrange(model)
     groups = adapter_parameter_groups(model, weight_decay=config.weight_decay)
     device = next(model.parameters()).device
     optimizer = make_optimizer(config.optimizer, groups, lr=config.lr, device=device)

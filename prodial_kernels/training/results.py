@@ -44,6 +44,7 @@ class FinetuneResult:
         memory: The memory plan, what was measured, and their ratio, where there was a plan.
         device: ``"cpu"`` or ``"cuda"``.
         implementation: What the adapted projectors ran by, and why; None for full fine-tuning.
+        processes: How many trained together; ``peak_bytes`` and ``memory`` are of the first.
         agreement: How well the written model agrees with the trained one.
         best: The best held-out metrics of the run, with their step.
         data: What was trained on: its name, how many examples, how many were cut, and what reading
@@ -80,6 +81,7 @@ class FinetuneResult:
     implementation: str | None = None
     kept_step: int | None = None
     planned_steps: int | None = None
+    processes: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -95,7 +97,8 @@ class FinetuneResult:
             ("method", method + rank),
             ("trainable parameters", f"{self.trainable:,} of {self.total:,} ({percent:.2f}%)"),
             ("training", f"{self._steps_text} steps, {self.tokens:,} tokens, "
-                         f"{self.tokens / max(self.train_seconds, 1e-9):,.0f} tokens/s"),
+                         f"{self.tokens / max(self.train_seconds, 1e-9):,.0f} tokens/s"
+                         f"{f' by {self.processes} processes' if self.processes > 1 else ''}"),
             ("time", _times(self.seconds, self.train_seconds)),
             ("peak memory", f"{self.peak_bytes / 2**20:,.0f} MiB "
                             f"({'process' if self.device == 'cpu' else 'GPU'})"),

@@ -19,7 +19,7 @@ from prodial_kernels import (
     remove_prodial,
     save_adapter,
 )
-from prodial_kernels.checkpoint import AdapterError, read_adapter
+from prodial_kernels.checkpoint import read_adapter
 from prodial_kernels.models.adapt.inject import get_prodial_config
 from support.saved_adapters import CONFIG, Model, state, trained
 
@@ -101,26 +101,31 @@ def test_ddp_comes_after(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_sharded_model_is_refused_whole_and_saved_gathered(tmp_path: Path) -> None:
+def test_a_sharded_model_is_saved_whole_and_not_merged(tmp_path: Path) -> None:
+    """Divided or gathered; with several processes in ``tests/training/distributed``."""
     model = trained(CONFIG)
     expected = state(model)
+    save_adapter(model, tmp_path / "plain")
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    with pytest.raises(
-        AdapterError, match=r"sharded \(a DTensor\).*unshard\(\) on every FSDPModule"
-    ):
-        save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"is sharded \(a DTensor\).*unshard\(\) every FSDPModule"):
+    with pytest.raises(ValueError, match=r"is sharded \(a DTensor\).*in every process"):
         merge_prodial(model)
+    save_adapter(model, tmp_path / "sharded")
     gathered = [module for module in model.modules() if hasattr(module, "unshard")]
     for module in gathered:
         module.unshard()
-    save_adapter(model, tmp_path / "adapter")
+    save_adapter(model, tmp_path / "gathered")
     for module in gathered:
         module.reshard()
-    again = Model()
-    load_adapter(again, tmp_path / "adapter")
-    assert {name: value for name, value in state(again).items() if "prodial" in name} == {
-        name: value for name, value in expected.items() if "prodial" in name
+    described = {
+        (tmp_path / name / "adapter_config.json").read_text()
+        for name in ("plain", "sharded", "gathered")
     }
+    assert len(described) == 1
+    for name in ("sharded", "gathered"):
+        again = Model()
+        load_adapter(again, tmp_path / name)
+        assert {name: value for name, value in state(again).items() if "prodial" in name} == {
+            name: value for name, value in expected.items() if "prodial" in name
+        }

@@ -30,6 +30,8 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 def prodial_lines(page: Path) -> list[str]:
     lines = (line for block in code_blocks(page, "bash") for line in block.splitlines())
+    # Several processes have a launcher before it.
+    lines = (re.sub(r"^torchrun .* -m prodial_kernels ", "prodial ", line) for line in lines)
     return [line for line in lines if line.startswith("prodial ")]
 
 

@@ -298,7 +298,8 @@ def _check_mergeable(model: nn.Module, state: AdaptedState) -> None:
         if shards:
             raise ValueError(
                 f"{path}.{shards[0]} is sharded (a DTensor), and a part of a weight cannot be "
-                "merged; gather the model first: unshard() every FSDPModule"
+                "merged; call save_adapter in every process, then load_adapter and merge_prodial "
+                "on a model in one piece, or 'prodial merge'"
             )
         with torch.no_grad():
             merged = layer.adapted_weight()

@@ -199,6 +199,12 @@ def require_adaptable(path: str, module: nn.Module, name: str) -> nn.Linear | Qu
     if isinstance(module, nn.Linear):
         own = nn.Linear.forward
         weight = module.weight
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"{kind} with a weight that is sharded already, and adapters would not be part of "
+                "what FSDP2 manages: call apply_prodial or load_adapter first, then "
+                "fully_shard"
+            )
         # A Parameter subclass is some library's storage format (bitsandbytes, torchao, DTensor).
         if type(weight) is not nn.Parameter or weight.dtype not in _WEIGHT_DTYPES:
             raise ValueError(

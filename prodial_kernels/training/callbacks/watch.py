@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from prodial_kernels.training.callbacks.base import Callback, RunView
+from prodial_kernels.training.callbacks.trackers import Tracking
 from prodial_kernels.training.results import FinetuneResult
 from prodial_kernels.training.run.loop import StepRecord
 from prodial_kernels.training.step.out_of_memory import random_states, restore_random_states
@@ -31,6 +32,11 @@ class Watch:
         self._callbacks = callbacks
         self._begun: list[Callback] = []
         self._view: RunView | None = None
+
+    @property
+    def may_end(self) -> bool:
+        """Whether one of them can end training; trackers never do."""
+        return any(not isinstance(callback, Tracking) for callback in self._callbacks)
 
     def begin(self, view: RunView) -> None:
         """Tell them of the run."""

@@ -117,10 +117,15 @@ def plan_run(
         raise MemoryPlanError(
             f"memory_budget {config.memory_budget!r} cannot be kept: {why_unknown(device)}"
         )
+    if config.shard and config.memory_budget is not None:
+        raise MemoryPlanError(
+            f"memory_budget {config.memory_budget!r} cannot be kept with shard: what a divided "
+            "model takes is not planned; leave one of them out"
+        )
     model = trained_on_meta(config, dtype, at_hand)
     facts = facts_of(model)
     choice = decide(config, facts, device)
-    if not kernels:
+    if not kernels or config.shard:
         return choice, None
     fuse_norms(model)
     try:

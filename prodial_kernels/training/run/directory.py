@@ -29,6 +29,7 @@ NOT_COMPARED_ON_RESUME = frozenset(
         "gradient_checkpointing",
         "keep",
         "report_to",
+        "shard",
     }
 )
 

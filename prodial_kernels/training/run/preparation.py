@@ -18,6 +18,8 @@ from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.data.batches import TrainingBatches
 from prodial_kernels.training.data.examples import Example, kind_of
 from prodial_kernels.training.data.splits import DataSplit, load_documents, make_batches
+from prodial_kernels.training.distributed.sharding import shard_frozen
+from prodial_kernels.training.distributed.world import World
 from prodial_kernels.training.memory.run_plan import RunPlan, block_levels
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.results import METHOD_NAMES
@@ -50,6 +52,7 @@ class Run:
     levels: AppliedLevels
     identity: RunIdentity
     implementation: str | None
+    world: World
 
     @property
     def evaluation_batch(self) -> int:
@@ -103,6 +106,7 @@ def prepare(
     choice: StepChoice,
     plan: RunPlan | None,
     given: Given | None = None,
+    world: World | None = None,
 ) -> Run:
     """Load model and data, check whose run this is, and apply the method; nothing is written.
 
@@ -110,6 +114,7 @@ def prepare(
     place of names; the errors are those of :func:`~prodial_kernels.training.finetuning.finetune`.
     """
     given = Given() if given is None else given
+    world = World() if world is None else world
     full = config.method == "full"
     split = load_documents(
         config.data if given.data is None else given.data,
@@ -118,7 +123,9 @@ def prepare(
         max_bytes=config.max_bytes,
     )
     display.say(str(split))
-    loaded = given.load(config, device=device, dtype=torch.float32 if full else dtype)
+    # No device holds a model that is divided among them.
+    home = torch.device("cpu") if config.shard else device
+    loaded = given.load(config, device=home, dtype=torch.float32 if full else dtype)
     if loaded.quantization is not None:
         display.say(str(loaded.quantization))
     separate = config.packing == "documents" and kind_of(split.train) == "text"
@@ -141,10 +148,17 @@ def prepare(
         device=device.type,
         init_adapter="" if begun_with is None else adapter_fingerprint(begun_with),
     )
+    world.check_same("models, data or options", identity.fingerprint)
     if saved is not None:
         check_same_identity(folder, saved, identity)
     torch.manual_seed(config.seed)
-    method = prepare_method(loaded.model, config)
+    method = prepare_method(
+        loaded.model, config,
+        (lambda model: shard_frozen(model, device)) if config.shard else (lambda model: None),
+    )  # fmt: skip
+    if not world.main:
+        # The same initial values, but dropout of its own.
+        torch.manual_seed(_seed_of(config.seed, world.rank))
     display.say(str(method.report))
     implementation = implementation_of(loaded.model)
     if implementation is not None:
@@ -159,7 +173,7 @@ def prepare(
         display.say(cut)
     return Run(
         config, folder, display, loaded, split, batches, method, options, device, dtype, choice,
-        plan, levels, identity, implementation,
+        plan, levels, identity, implementation, world,
     )  # fmt: skip
 
 
@@ -173,6 +187,11 @@ def _loop_options(config: ResolvedConfig, batches: TrainingBatches) -> LoopOptio
         eval_every=config.eval_every,
         save_every=config.save_every,
     )
+
+
+def _seed_of(seed: int, process: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/process {process}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:

@@ -24,16 +24,7 @@ def read_result(
     if not file.is_file():
         return None
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(FinetuneResult)}
-        full = values["method"] == "full"
-        values |= {
-            "agreement": Agreement(**values["agreement"]),
-            "output": folder.path,
-            "adapter_dir": None if full else folder.adapter,
-            "model_dir": folder.full_model if full else folder.merged,
-        }
-        result = FinetuneResult(**{k: v for k, v in values.items() if k in known})
+        result = result_of(json.loads(file.read_text(encoding="utf-8")), folder)
         # It must be good for being shown.
         str(result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -46,3 +37,20 @@ def read_result(
         say(f"{missing[0]} is gone: finishing the run again")
         return None
     return result
+
+
+def result_of(values: dict[str, Any], folder: RunDirectory) -> FinetuneResult:
+    """Return the result that :meth:`FinetuneResult.to_dict` has described, of the run in a folder.
+
+    Raises:
+        KeyError, TypeError: They describe none.
+    """
+    known = {field.name for field in fields(FinetuneResult)}
+    full = values["method"] == "full"
+    values = values | {
+        "agreement": Agreement(**values["agreement"]),
+        "output": folder.path,
+        "adapter_dir": None if full else folder.adapter,
+        "model_dir": folder.full_model if full else folder.merged,
+    }
+    return FinetuneResult(**{k: v for k, v in values.items() if k in known})

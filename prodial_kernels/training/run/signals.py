@@ -45,11 +45,16 @@ class StopSignals:
     Inside :meth:`deferred` a first signal is only noted in ``received``. A second SIGINT or SIGTERM
     raises all the same; the others say nothing new when they come again, as SIGXCPU does every
     second. In a thread other than the main one signals cannot be handled and are left alone.
+
+    Where several processes train together, ``received`` is what they have agreed on
+    (:meth:`agree`), and ``noted`` what this one was sent: all must stop after the same step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
         """Start with no signal received and nothing installed."""
         self.received: int | None = None
+        self.noted: int | None = None
+        self._shared = shared
         self._raised = False
         self._deferred = False
         self._urgent = {getattr(signal, name) for name in _ALWAYS}
@@ -76,11 +81,15 @@ class StopSignals:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Hold a first signal back until the block is done; then :meth:`check` raises it."""
-        self._deferred = True
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
+            self._deferred = before
+
+    def agree(self) -> None:
+        """Let the signal that this process or another one of the run was sent be received."""
+        self.received = signal.SIGTERM if self.noted is None else self.noted
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal was held back."""
@@ -89,11 +98,13 @@ class StopSignals:
             raise Interrupted(self.received)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        again = self._raised or self.received is not None
+        again = self._raised or self.noted is not None
         if again and signum not in self._urgent:
             return
-        if self._deferred and (self.received is None or self.received not in self._urgent):
-            self.received = signum
+        if self._deferred and (self.noted is None or self.noted not in self._urgent):
+            self.noted = signum
+            if not self._shared:
+                self.received = signum
             return
         self._raised = True
         raise Interrupted(signum)

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prodial_kernels.checkpoint.adapter import describe_tensor
 from prodial_kernels.files.atomic import atomic_directory, remove_files, write_safetensors
 from prodial_kernels.files.sha256 import sha256_of_file, sha256_of_values
+from prodial_kernels.training.distributed.world import World
 from prodial_kernels.training.run.versions import versions
 from prodial_kernels.training.step.optimizers import check_state, restore_state, state_tensors
 from prodial_kernels.training.step.out_of_memory import random_states, restore_random_states
@@ -32,6 +33,7 @@ FORMAT_VERSION = 2
 KEPT_STATES = 2
 _TENSORS = "tensors.safetensors"
 _POSITION = "state.json"
+_RANDOM = re.compile(r"random/([1-9]\d{0,6}/)?(cpu|cuda)")
 _LEFTOVER = re.compile(r"\.step-\d+\..*\b(partial|previous)")
 
 
@@ -63,6 +65,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     *,
     run: str = "",
+    random: Sequence[Mapping[str, Tensor]] = (),
 ) -> Path:
     """Save the state after ``position.step`` steps and remove all but the newest two.
 
@@ -72,11 +75,17 @@ def save_state(
         model: Its parameters with ``requires_grad`` are saved.
         optimizer: Its per-parameter tensors are saved; learning rates follow from the step.
         run: Fingerprint of the run that this is a state of.
+        random: Of every process of the run, in order, what :func:`random_states` returns there;
+            by default of this one alone.
 
     Raises:
         OSError: The disk is full or cannot be written. Earlier states are untouched.
     """
-    tensors = {f"random/{kind}": state for kind, state in random_states().items()}
+    tensors = {
+        _random_name(process, kind): state
+        for process, states in enumerate(random or [random_states()])
+        for kind, state in states.items()
+    }
     for name, parameter in trained_parameters(model).items():
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in state_tensors(optimizer, parameter).items():
@@ -90,7 +99,7 @@ def save_state(
             "position": asdict(position),
             "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
             "sha256": sha256_of_file(temporary / _TENSORS),
-            "made_with": surroundings(),
+            "made_with": {**surroundings(), "processes": str(max(1, len(random)))},
         }
         described["checksum"] = sha256_of_values(described)
         (temporary / _POSITION).write_text(json.dumps(described, indent=2), encoding="utf-8")
@@ -101,6 +110,18 @@ def save_state(
         if _LEFTOVER.fullmatch(leftover.name):
             shutil.rmtree(leftover, ignore_errors=True)
     return path
+
+
+def gather_random_states(world: World) -> list[dict[str, Tensor]]:
+    """Return what :func:`random_states` returns in every process of a run, by number."""
+    if world.size == 1:
+        return [random_states()]
+    own = {kind: bytes(state.tolist()).hex() for kind, state in random_states().items()}
+    return [
+        {kind: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+         for kind, text in states.items()}
+        for states in world.gather(own)
+    ]  # fmt: skip
 
 
 def surroundings() -> dict[str, str]:
@@ -128,6 +149,7 @@ def load_state(
     *,
     run: str = "",
     fits: Callable[[Position], bool] = lambda _: True,
+    process: int = 0,
 ) -> Position:
     """Bring model, optimiser and random generators to a saved state.
 
@@ -139,6 +161,8 @@ def load_state(
         optimizer: An optimiser over exactly those parameters, without state.
         run: Fingerprint of the run that is continued.
         fits: Whether a run can be at a position.
+        process: The number of this process in its run. Where the state holds no generators of it,
+            it keeps its own.
 
     Raises:
         StateError: Files are missing, damaged, or of another run, model or version.
@@ -164,7 +188,7 @@ def load_state(
         }
     if position.step and not any(moments.values()):
         raise StateError(f"{path}: holds no moments of the optimiser")
-    _check_random_states(path, tensors)
+    _check_random_states(path, tensors, process)
     try:
         check_state(optimizer, moments, position.step)
         restore_state(optimizer, moments)
@@ -177,18 +201,23 @@ def load_state(
         for name, parameter in trained.items():
             parameter.copy_(tensors[f"parameter/{name}"])
     restore_random_states(
-        {kind: tensors[name] for kind in ("cpu", "cuda") if (name := f"random/{kind}") in tensors}
+        {
+            kind: tensors[name]
+            for kind in ("cpu", "cuda")
+            if (name := _random_name(process, kind)) in tensors
+        }
     )
     return position
 
 
-def differing_surroundings(path: Path) -> list[str]:
-    """Return in what a state was saved otherwise than this process would, in words."""
-    saved = _read_description(path).get("made_with")
-    saved = saved if isinstance(saved, Mapping) else {}
+def differing_surroundings(path: Path, *, processes: int = 1) -> list[str]:
+    """Return in what a state was saved otherwise than this run would, in words."""
+    found = _read_description(path).get("made_with")
+    # Earlier versions had but one.
+    saved = {"processes": "1", **(found if isinstance(found, Mapping) else {})}
     return [
         f"{what} {now} (was {saved.get(what, 'unknown')})"
-        for what, now in surroundings().items()
+        for what, now in {**surroundings(), "processes": str(processes)}.items()
         if saved.get(what) != now
     ]
 
@@ -198,12 +227,19 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _check_random_states(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _random_name(process: int, kind: str) -> str:
+    return f"random/{process}/{kind}" if process else f"random/{kind}"
+
+
+def _check_random_states(path: Path, tensors: Mapping[str, Tensor], process: int) -> None:
+    on_cpu, on_cuda = _random_name(process, "cpu"), _random_name(process, "cuda")
+    if process and on_cpu not in tensors:
+        return
     try:
         # A generator of its own checks more than the shape.
-        torch.Generator().set_state(tensors["random/cpu"])
-        if "random/cuda" in tensors and torch.cuda.is_available():
-            torch.Generator("cuda").set_state(tensors["random/cuda"])
+        torch.Generator().set_state(tensors[on_cpu])
+        if on_cuda in tensors and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(tensors[on_cuda])
     except (KeyError, TypeError, RuntimeError) as error:
         raise StateError(f"{path}: holds no usable random state: {error}") from error
 
@@ -224,7 +260,7 @@ def _check_parameters(
             f"{path}: its trained parameters are not this model's; {len(wrong)} differ, such as "
             f"{wrong[0]}"
         )
-    known = {"random/cpu", "random/cuda", *expected}
+    known = {*expected, *(name for name in tensors if _RANDOM.fullmatch(name))}
     known |= {name for name in tensors if _owner(name) in trained}
     strange = sorted(tensors.keys() - known)
     if strange:

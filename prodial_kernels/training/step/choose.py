@@ -17,6 +17,7 @@ from prodial_kernels.models.layers.recompute import draws_numbers
 from prodial_kernels.quantization.modules.experts import QuantizedExperts
 from prodial_kernels.quantization.modules.selection import is_experts
 from prodial_kernels.training.config import ResolvedConfig
+from prodial_kernels.training.distributed.gradients import GradientSum
 from prodial_kernels.training.step.eager import EagerStep, TrainingStep
 from prodial_kernels.training.step.graphed import Buckets, CudaGraphs, GraphedStep, choose_graph
 from prodial_kernels.training.step.loss import choose_loss, make_loss
@@ -91,6 +92,8 @@ def decide(
     stored = config.quantize is not None and config.quantize_modules == "all"
     if model.experts and stored:
         obstacles.append("which experts a batch takes is read on the host")
+    if config.shard:
+        obstacles.append("shard gathers weights from other processes within a step")
     if model.draws_numbers and (checkpoints or config.chosen_activations == "checkpoint"):
         obstacles.append("recomputing dropout reads the random generator's state on the host")
     graphed, graph_reason = choose_graph(
@@ -112,6 +115,7 @@ def make_step(
     *,
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
+    gradients: GradientSum | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> TrainingStep:
     """Make what takes the steps of a run.
@@ -123,6 +127,7 @@ def make_step(
         choice: What :func:`decide` returned for it.
         device: Where the model is.
         autocast_dtype: Run forward under autocast to this dtype.
+        gradients: Sums over the processes of the run; None where there is one.
         say: Told what was chosen and why, where it is not simply what was asked for.
 
     Raises:
@@ -134,7 +139,9 @@ def make_step(
     if device.type == "cuda":
         say(str(choice))
     if not choice.graphed:
-        return EagerStep(loss, optimizer, clip=config.clip, autocast_dtype=autocast_dtype)
+        return EagerStep(
+            loss, optimizer, clip=config.clip, autocast_dtype=autocast_dtype, gradients=gradients
+        )
     return GraphedStep(
         loss,
         optimizer,
@@ -143,5 +150,6 @@ def make_step(
         clip=config.clip,
         autocast_dtype=autocast_dtype,
         required=config.cuda_graph == "on",
+        gradients=gradients,
         say=say,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels.training.data.batches import IGNORED, Batch, to_device
+from prodial_kernels.training.distributed.gradients import GradientSum
 from prodial_kernels.training.step.chunked_loss import Weight
 from prodial_kernels.training.step.loss import Loss
 from prodial_kernels.training.step.optimizers import set_learning_rate
@@ -31,7 +32,10 @@ class TrainingStep(Protocol):
     """Takes optimiser steps. Between the two calls the host is free, to prepare the next batch."""
 
     def begin(self, parts: Sequence[Batch], lr: float) -> None:
-        """Start a step over micro-batches; the device may still be at it afterwards."""
+        """Start a step over micro-batches; the device may still be at it afterwards.
+
+        ``parts`` are those of all processes of the run; each computes its share of them.
+        """
 
     def finish(self) -> StepResult:
         """Wait for the step. If its result is not finite, the parameters are as before it."""
@@ -50,6 +54,7 @@ class EagerStep:
         *,
         clip: float = 0.0,
         autocast_dtype: torch.dtype | None = None,
+        gradients: GradientSum | None = None,
     ) -> None:
         """Train the optimiser's parameters on ``loss``.
 
@@ -58,26 +63,29 @@ class EagerStep:
             optimizer: Its learning rate is set in every step.
             clip: Largest gradient norm; 0 for no clipping.
             autocast_dtype: Run forward under autocast to this dtype.
+            gradients: Sums over the processes of the run; None where there is one.
         """
         self._loss = loss
         self._optimizer = optimizer
         self._trained = trained_parameters(optimizer)
         self._clip = clip
         self._autocast_dtype = autocast_dtype
+        self._gradients = gradients
         self._result: Tensor | None = None
 
     def begin(self, parts: Sequence[Batch], lr: float) -> None:
         """See :class:`TrainingStep`."""
         device = self._trained[0].device
-        on_device = [_on_device(part, device) for part in parts]
-        self._result = self.accumulate(on_device, label_weight(parts))
+        own = parts if self._gradients is None else self._gradients.share(parts)
+        on_device = [_on_device(part, device) for part in own]
+        self._result = self.combine(self.accumulate(on_device, label_weight(parts)))
         set_learning_rate(self._optimizer, lr)
 
     def finish(self) -> StepResult:
         """See :class:`TrainingStep`."""
         if self._result is None:
             raise RuntimeError("finish() without begin()")
-        result = StepResult(*self._result.tolist())
+        result = self.result(self._result)
         self._result = None
         if result.finite:
             self._optimizer.step()
@@ -91,7 +99,7 @@ class EagerStep:
     def accumulate(
         self, parts: Sequence[Batch], weight: Weight, *, every_position: bool = False
     ) -> Tensor:
-        """Run forward and backward of micro-batches and clip; wait for nothing.
+        """Run forward and backward of micro-batches; wait for nothing.
 
         Args:
             parts: Their inputs are on the device; with ``every_position`` their labels too.
@@ -99,7 +107,7 @@ class EagerStep:
             every_position: As the loss takes it.
 
         Returns:
-            ``[2]``: the loss and the norm of the whole gradient before clipping.
+            The loss, 0-dim: this process's part of it.
         """
         device, dtype = self._trained[0].device, self._autocast_dtype
         total = torch.zeros((), device=device)
@@ -110,8 +118,24 @@ class EagerStep:
                 )
             value.backward()
             total += value.detach()
+        return total
+
+    def combine(self, loss: Tensor) -> Tensor:
+        """Sum loss and gradients over all processes and clip; on a GPU, wait for nothing.
+
+        Returns:
+            ``[2]``: the loss and the norm of the whole gradient before clipping.
+        """
+        if self._gradients is not None:
+            loss = self._gradients.sum(loss)
         norm = nn.utils.clip_grad_norm_(self._trained, self._clip if self._clip > 0 else math.inf)
-        return torch.stack([total, norm.to(total)])
+        return torch.stack([loss, norm.to(loss)])
+
+    def result(self, combined: Tensor) -> StepResult:
+        """Wait for what :meth:`combine` returned."""
+        if self._gradients is not None:
+            self._gradients.finish()
+        return StepResult(*combined.tolist())
 
 
 def _on_device(part: Batch, device: torch.device) -> Batch:

@@ -14,7 +14,8 @@ the weight of a label are written into such tensors before every launch.
   AdamW), so that the host need not look before the update.
 * Dropout draws from the device's generator, which replays advance as eager steps do; a saved state
   therefore continues alike.
-* Optimisers that cannot be captured run eagerly behind the graph.
+* Optimisers that cannot be captured run eagerly behind the graph. So do the sum of the gradients
+  of several processes, clipping and the update after it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from prodial_kernels._checks import check_choice
 from prodial_kernels.kernels.replay.streams import watched_for_waits
 from prodial_kernels.training.config import CUDA_GRAPHS
 from prodial_kernels.training.data.batches import IGNORED, Batch
+from prodial_kernels.training.distributed.gradients import GradientSum
 from prodial_kernels.training.step.eager import (
     EagerStep,
     StepResult,
@@ -201,7 +203,9 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # NCCL's watchdog calls CUDA in a thread of its own.
+        mode = "thread_local" if torch.distributed.is_initialized() else "global"
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             function()
         return graph.replay
 
@@ -236,6 +240,7 @@ class GraphedStep:
         clip: float = 0.0,
         autocast_dtype: torch.dtype | None = None,
         required: bool = False,
+        gradients: GradientSum | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         """Train the optimiser's parameters on ``loss``.
@@ -248,9 +253,13 @@ class GraphedStep:
             clip: Largest gradient norm; 0 for no clipping.
             autocast_dtype: Run forward under autocast to this dtype.
             required: Raise where a step turns out not to be capturable; else go on eagerly.
+            gradients: Sums over the processes of the run; None where there is one.
             say: Told when that happens.
         """
-        self._eager = EagerStep(loss, optimizer, clip=clip, autocast_dtype=autocast_dtype)
+        self._eager = EagerStep(
+            loss, optimizer, clip=clip, autocast_dtype=autocast_dtype, gradients=gradients
+        )
+        self._gradients = gradients
         self._falls_back = False
         self._optimizer = optimizer
         self._trained = trained_parameters(optimizer)
@@ -264,8 +273,10 @@ class GraphedStep:
         device = self._trained[0].device
         self._weight = torch.zeros((), device=device)
         self._skip = torch.zeros((), device=device)
+        self._loss = torch.zeros((), device=device)
         self._result = torch.zeros(2, device=device)
-        self._whole = is_capturable(optimizer)
+        # What depends on other processes is left out of the graph, and what follows it.
+        self._whole = is_capturable(optimizer) and gradients is None
         if self._whole:
             make_capturable(optimizer)
 
@@ -279,8 +290,9 @@ class GraphedStep:
         if self._falls_back:
             self._eager.begin(parts, lr)
             return
-        program = self._program(self._buckets.shape_of(parts), parts[0])
-        fill(parts, program.host)
+        own = parts if self._gradients is None else self._gradients.share(parts)
+        program = self._program(self._buckets.shape_of(own), own[0])
+        fill(own, program.host)
         for host, device in zip(program.host, program.device, strict=True):
             if host is not None and device is not None:
                 device.copy_(host, non_blocking=True)
@@ -290,6 +302,7 @@ class GraphedStep:
         if program.replay is None:
             if program.warm < (1 if self._watched else WARM_UP):
                 self._warm_up(program)
+                self._combine()
                 return
             program.replay = self._captured(program)
             if not self._whole:
@@ -298,6 +311,7 @@ class GraphedStep:
         # An eager optimiser is to find what this replay has written.
         for parameter, gradient in zip(self._trained, program.gradients, strict=False):
             parameter.grad = gradient
+        self._combine()
 
     def finish(self) -> StepResult:
         """See :class:`TrainingStep`."""
@@ -306,7 +320,7 @@ class GraphedStep:
         if self._running is None:
             raise RuntimeError("finish() without begin()")
         self._running = None
-        result = StepResult(*self._result.tolist())
+        result = self._eager.result(self._result)
         if not self._whole:
             if result.finite:
                 self._optimizer.step()
@@ -319,6 +333,11 @@ class GraphedStep:
         self._running = None
         self._optimizer.zero_grad(set_to_none=True)
         self._graphs.release()
+
+    def _combine(self) -> None:
+        """Go on with what the other processes have computed too."""
+        if self._gradients is not None:
+            self._result.copy_(self._eager.combine(self._loss))
 
     def _program(self, shape: Shape, like: Batch) -> _Program:
         program = self._programs.get(shape)
@@ -370,7 +389,11 @@ class GraphedStep:
             Batch(ids, labels, **{name: tensor[i] for name, tensor in held.apart.items()})
             for i, (ids, labels) in enumerate(zip(held.input_ids, held.labels, strict=True))
         ]
-        result = self._eager.accumulate(parts, self._weight, every_position=True)
+        loss = self._eager.accumulate(parts, self._weight, every_position=True)
+        if self._gradients is not None:
+            self._loss.copy_(loss)
+            return
+        result = self._eager.combine(loss)
         self._result.copy_(result)
         if not self._whole:
             return
