@@ -39,3 +39,9 @@ MODEL: Mapping[tuple[str, int, int], tuple[float, float]] = {
 TRAINER_MS = {("mamba-130m", 4, 512): 24.0}
 TRAINER_OF_LORA = {("mamba2-130m", 4, 512): 0.35}
 TRAINER_OF_FROZEN = {("mamba-130m", 8, 2048): 0.85, ("mamba2-130m", 8, 2048): 0.85}
+
+# Two GPUs beside one: units of 2^-23 in the norm of a gradient, or twice what repeating it on one
+# GPU changes if that is more; relative loss of a whole run, likewise; tokens/s over one GPU's.
+GRADIENT_ULPS = 4.0
+LOSS_OF_TWO = 1e-4
+OVER_ONE_ON_TWO = 1.9

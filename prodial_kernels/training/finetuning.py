@@ -26,6 +26,7 @@ from prodial_kernels.models.adapt.inject import merge_prodial
 from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.callbacks.base import Callback
+from prodial_kernels.training.callbacks.events import RunEvents
 from prodial_kernels.training.callbacks.trackers import Tracking, check_trackers
 from prodial_kernels.training.callbacks.watch import Watch
 from prodial_kernels.training.config import ConfigError, FinetuneConfig, ResolvedConfig
@@ -33,7 +34,6 @@ from prodial_kernels.training.distributed.gradients import GradientSum
 from prodial_kernels.training.distributed.launch import Launch
 from prodial_kernels.training.distributed.replicas import check_replicas
 from prodial_kernels.training.distributed.world import World, joined
-from prodial_kernels.training.events import RunEvents
 from prodial_kernels.training.memory.device import limited, measure
 from prodial_kernels.training.memory.run_plan import comparison_text, plan_run
 from prodial_kernels.training.merging import (

@@ -12,7 +12,7 @@ import transformers.models.mamba2.modeling_mamba2  # noqa: F401  # before the pr
 
 from prodial_kernels.training import Callback
 from prodial_kernels.training.callbacks.base import RunView
-from prodial_kernels.training.events import RunEvents
+from prodial_kernels.training.callbacks.events import RunEvents
 from prodial_kernels.training.run import preparation
 from prodial_kernels.training.run.loop import StepRecord
 from support.distributed import user_cases

@@ -110,11 +110,11 @@ def test_in_the_backward_pass_of_the_first_step(place: Path, tmp_path: Path) -> 
 
 
 def test_in_an_evaluation(place: Path, tmp_path: Path) -> None:
-    from prodial_kernels.training import finetuning
+    from prodial_kernels.training.callbacks import events
 
     whole = run(place, tmp_path / "whole")
     with (
-        exhausted(finetuning, "evaluate_examples", call=2),
+        exhausted(events, "evaluate_examples", call=2),
         pytest.raises(OutOfMemory, match=r"in an evaluation.*the state after step 4 is saved"),
     ):
         run(place, tmp_path / "run")
