@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from prodial_kernels import upstream
+from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
 from prodial_kernels.models.adapt.targets import Target
 from prodial_kernels.models.layers.packed_rows import guard_packed_rows
+from prodial_kernels.models.layers.read_weights import own_read_weights
 from prodial_kernels.models.mixers import hf, mamba_ssm, vim
 from prodial_kernels.models.mixers.structure import weight_reads
 from prodial_kernels.models.patch_point import Undo
@@ -75,7 +77,10 @@ def _release(cls: type[nn.Module]) -> str:
 def adapt_mixers(model: nn.Module) -> list[Undo]:
     """Let every known mixer call its adapted projectors; return what undoes it.
 
+    Quantised layers of other libraries whose weight a mixer reads are read as this package's own.
     Rows of several documents that the model would mix up are refused from then on.
     """
+    # Before a family looks at what its mixers consist of.
+    read = own_read_weights(model, dtype_between_layers(model))
     mixers = [undo for family in FAMILIES for undo in family.adapt(model)]
-    return [*mixers, *guard_packed_rows(model)]
+    return [*read, *mixers, *guard_packed_rows(model)]

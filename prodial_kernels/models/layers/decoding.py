@@ -35,8 +35,9 @@ STEP = "mamba2_selective_state_update"
 """Name of the function by which transformers' Mamba-2 mixers take one token."""
 
 # A step and a forward over the whole text differ by rounding alone. In 16 bits and over many layers
-# that is some percent of the logits; the wrong ways are off by as much as the text matters.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+# that is some percent of the logits, and on a GPU mamba_ssm's kernels multiply fp32 in TF32 (0.3%
+# off on an H200); the wrong ways are off by as much as the text matters.
+_TOLERANCE = {"cpu": {torch.float64: 1e-6, torch.float32: 1e-3}, "cuda": {torch.float32: 2e-2}}
 _TOLERANCE_16_BITS = 0.1
 _PROBE_STEPS = 4
 _PROBE_LENGTH = 48
@@ -106,7 +107,8 @@ class Reader:
         found = torch.stack(steps)
         expected = self._whole(probe)[-_PROBE_STEPS:]
         errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
-        tolerance = _TOLERANCE.get(next(self.model.parameters()).dtype, _TOLERANCE_16_BITS)
+        first = next(self.model.parameters())
+        tolerance = _TOLERANCE.get(first.device.type, {}).get(first.dtype, _TOLERANCE_16_BITS)
         error = float(errors.median())
         # "not <=" rather than ">": a NaN must fail.
         if not error <= tolerance:
