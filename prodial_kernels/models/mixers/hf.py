@@ -12,8 +12,9 @@ one of these paths:
 * ``mamba`` runs the block of :mod:`prodial_kernels.models.mixers.mamba1_block`.
 * Where the fused function is unusable (``falcon_mamba``: its backward leaves out the Jacobian of
   the B, C and dt norms) or computes something else than evaluation (``falcon_h1`` with a norm
-  before the gate), upstream's ``forward`` runs on a proxy with ``training=False``, which
-  ``forward`` reads only to choose its path: separate convolution and scan kernels.
+  before the gate; several groups, in releases that norm them together), upstream's ``forward``
+  runs on a proxy with ``training=False``, which ``forward`` reads only to choose its path: separate
+  convolution and scan kernels.
 
 The assumptions of these paths are checked against upstream's code when adapters are applied. A
 release that differs gives a warning and takes a path that is right for it, or an error.
@@ -87,8 +88,9 @@ def check(mixer: nn.Module, targets: frozenset[str]) -> None:
 def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
     """Give every mixer of ``model`` that holds an adapted projector its path.
 
-    FalconMamba's mixers never take the fused function, not even without an adapter of their own:
-    its wrong gradient would reach the adapters of earlier layers.
+    FalconMamba's mixers, and those whose evaluation norms groups together, never take the fused
+    function, not even without an adapter of their own: its gradient would reach the adapters of
+    earlier layers.
 
     Returns:
         What undoes it, one per changed mixer.
@@ -181,6 +183,8 @@ def _policy_of(mixer: nn.Module) -> Policy | None:
     forward, fused = found
     if hasattr(mixer, "b_layernorm"):
         return _evaluated(mixer, forward)
+    if _norms_groups_together(mixer):
+        return _evaluated(mixer, forward)
     adapted = adapted_children(mixer)
     if not adapted:
         return None
@@ -197,6 +201,17 @@ def _policy_of(mixer: nn.Module) -> Policy | None:
         # configuration, whose default is "norm, then gate".
         return _evaluated(mixer, forward)
     return ssd_forward if "out_proj" in adapted else None
+
+
+def _norms_groups_together(mixer: nn.Module) -> bool:
+    """Whether evaluation takes one norm over all groups, where mamba_ssm's fused call takes each.
+
+    So do mamba2, bamba and granitemoehybrid with several groups up to transformers 5.21: what they
+    train on the kernels is not what they evaluate.
+    """
+    norm = getattr(mixer, "norm", None)
+    grouped = any(hasattr(norm, name) for name in ("group_size", "n_groups"))
+    return getattr(mixer, "n_groups", 1) > 1 and norm is not None and not grouped
 
 
 def _evaluated(mixer: nn.Module, forward: Forward) -> Policy:

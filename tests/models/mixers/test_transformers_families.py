@@ -76,6 +76,16 @@ def test_effective_weight_is_never_formed(name: str, monkeypatch: pytest.MonkeyP
     model.eval().generate(token_ids(), max_new_tokens=2, do_sample=False)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_repeatable_on_a_cpu(name: str) -> None:
+    """Bit for bit; on a GPU those of Mamba-1 are not."""
+    model = adapt(name)
+    first, second = (training_step(model, token_ids()) for _ in range(2))
+    assert torch.equal(first.logits, second.logits)
+    for key, gradient in first.gradients.items():
+        assert torch.equal(gradient, second.gradients[key]), key
+
+
 def test_recognises_mixers_without_importing_transformers() -> None:
     code = (
         "import sys, torch, prodial_kernels as p; net = torch.nn.Sequential(torch.nn.Linear(2, 2));"

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels import ProdialConfig, ProdialLinear, merge_prodial, remove_prodial
+from prodial_kernels import (
+    ProdialConfig,
+    ProdialLinear,
+    apply_prodial,
+    merge_prodial,
+    remove_prodial,
+)
 from prodial_kernels.models.adapt import inject
 from prodial_kernels.models.mixers.hf import FUSED_SSD
 from support.mixers import cuda_stand_ins
@@ -249,6 +255,38 @@ def test_falcon_mamba_never_uses_the_fused_function(monkeypatch: pytest.MonkeyPa
     step = training_step(adapt("falcon_mamba", first_layer_only("in_proj")), token_ids())
     assert len(calls) == 0
     assert all(gradient.count_nonzero() for gradient in step.gradients.values())
+
+
+class OneNorm(nn.Module):
+    """A gated norm over all groups, as releases before 5.24 have it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        gated = x * nn.functional.silu(gate)
+        return nn.functional.rms_norm(gated, gated.shape[-1:], self.weight, self.variance_epsilon)
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [("mamba2", "n_groups"), ("bamba", "mamba_n_groups"), ("granitemoehybrid", "mamba_n_groups")],
+)
+def test_groups_that_are_normed_together_are_never_fused(
+    name: str, groups: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mamba_ssm's fused function norms each; the stand-in refuses to be called with several."""
+    install_stand_in(monkeypatch, name)
+    model = build(name, **{groups: 2})
+    for mixer in fused_mixers(model):
+        mixer.norm = OneNorm(mixer.norm)
+    first = ProdialConfig(
+        r=2, target_modules=r".*layers\.0\.(mixer|mamba)\.in_proj", allow_partial=True
+    )
+    apply_prodial(model, first)
+    trained = training_step(model, token_ids()).logits
+    torch.testing.assert_close(model.eval()(token_ids(), use_cache=False).logits, trained)
 
 
 def start_checkpointing(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from prodial_kernels.models.layers.head import find_head
 from prodial_kernels.training.step.loss import FullLoss, LossError, choose_loss
 from support.loss_cases import HeadOnly, labels_of, run
+from support.models import FAMILIES
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -66,3 +67,9 @@ def test_liger_is_called_with_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> 
     expected = run(FullLoss(model), model, labels)
     for key, value in result.items():
         torch.testing.assert_close(value, expected[key])
+
+
+def test_liger_patches_one_of_the_families() -> None:
+    """Which is why its loss is called by itself; where this fails, it has learnt another."""
+    patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    assert set(patches.MODEL_TYPE_TO_APPLY_LIGER_FN) & set(FAMILIES) == {"falcon_h1"}
