@@ -333,11 +333,23 @@ def _check_fits(
         if list(tensor.shape) != expected:
             raise AdapterError(
                 f"{origin}: {name} must have shape {expected}, got {list(tensor.shape)}"
+                f"{_resizing(model, own.get(name), tensor)}"
             )
     if not first:
         with _readable_base(origin):
             check_values(saved.base, base_without(state, beside), contents.linears, origin)
     return beside
+
+
+def _resizing(model: nn.Module, own: Tensor | None, saved: Tensor) -> str:
+    """Say how to make room where an embedding or a head was trained with added tokens."""
+    if own is None or own.shape[1:] != saved.shape[1:]:
+        return ""
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    layers: list[Any] = [getattr(model, name, lambda: None)() for name in getters]
+    if not any(own is layer._parameters.get("weight") for layer in layers if layer is not None):
+        return ""
+    return f"; tokens were added: call model.resize_token_embeddings({len(saved)}) first"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from prodial_kernels.models.adapt.inject import apply_prodial, remove_prodial
 from prodial_kernels.models.adapt.named_layer import PARTS
 from prodial_kernels.models.adapt.names import adapter_parameters
 from prodial_kernels.models.adapt.report import AdapterReport
+from prodial_kernels.models.diagnosis.doctor import ADAPTED, diagnose
 from prodial_kernels.module_patterns import is_plain_name
 from prodial_kernels.peft.config import ProdialPeftConfig
 
@@ -32,7 +33,11 @@ _PLAIN_LORA = ("use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "
 
 
 def to_peft(
-    directory: str | PathLike[str], output: str | PathLike[str], *, method: str = "prodial"
+    directory: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    method: str = "prodial",
+    model: nn.Module | None = None,
 ) -> None:
     """Write what ``save_adapter`` or ``prodial finetune`` wrote as PEFT's two files.
 
@@ -40,9 +45,11 @@ def to_peft(
         directory: An adapter of this package, of any format version.
         output: A directory that does not exist or is empty.
         method: ``"prodial"``, which is loaded with ``import prodial_kernels.peft``, or ``"lora"``,
-            which PEFT loads by itself: adapters without s and D_b only, and none on ``out_proj``,
-            ``x_proj`` and ``dt_proj``, where PEFT's LoRA is refused or has no effect until it is
-            merged.
+            which PEFT loads by itself: adapters without s and D_b only, and none on layers where
+            PEFT's LoRA is refused or has no effect until it is merged.
+        model: The base model, plain, for ``"lora"``: says which layers those are
+            (:func:`prodial_kernels.models.diagnosis.doctor.diagnose`). It may be on the ``meta``
+            device. Default: all that are called ``out_proj``, ``x_proj`` or ``dt_proj``.
 
     Raises:
         AdapterError: There is no adapter, it is damaged, or its form is not that of ``method``.
@@ -65,7 +72,7 @@ def to_peft(
             "PEFT has no place for; merge it, or train it without"
         )
     parts = PARTS if method == "prodial" else _LORA_PARTS
-    config = _prodial(saved) if method == "prodial" else _lora(saved, directory)
+    config = _prodial(saved) if method == "prodial" else _lora(saved, directory, model)
     tensors = {}
     for name, tensor in saved.tensors.items():
         path, _, part = name.rpartition(".")
@@ -132,7 +139,7 @@ def _prodial(saved: SavedAdapter) -> ProdialPeftConfig:
     return ProdialPeftConfig.from_prodial(saved.config, **options)
 
 
-def _lora(saved: SavedAdapter, directory: object) -> LoraConfig:
+def _lora(saved: SavedAdapter, directory: object, model: nn.Module | None) -> LoraConfig:
     config = saved.config
     if config.train_scale or config.train_diagonal or not config.r:
         raise AdapterError(
@@ -140,10 +147,16 @@ def _lora(saved: SavedAdapter, directory: object) -> LoraConfig:
             "method='prodial' (prodial convert --to peft)"
         )
     paths = sorted({name.rpartition(".")[0] for name in saved.tensors})
-    dead = [path for path in paths if path.endswith(_READ_BY_MIXERS)]
-    if dead:
+    dead = [(path, "") for path in paths if path.endswith(_READ_BY_MIXERS)]
+    if model is not None:
+        dead = [
+            (finding.module or finding.target, f" ({finding.why})")
+            for finding in diagnose(model, paths).findings
+            if finding.status != ADAPTED
+        ]
+    for path, why in dead:
         raise AdapterError(
-            f"PEFT's LoRA on {dead[0]} would be refused or without effect before it is merged; "
+            f"PEFT's LoRA on {path} would be refused or without effect before it is merged{why}; "
             "give method='prodial' (prodial convert --to peft)"
         )
     return LoraConfig(

@@ -353,7 +353,13 @@ def _untied(model: Any) -> bool:
     if isinstance(inputs, QuantizedEmbedding):
         return vars(inputs)["table"] is not outputs
     stand_ins = (isinstance(inputs, StandsForLinear), isinstance(outputs, StandsForLinear))
-    return any(stand_ins) or inputs.weight is not outputs.weight
+    return any(stand_ins) or _own_weight(inputs) is not _own_weight(outputs)
+
+
+def _own_weight(layer: Any) -> Any:
+    """Return the parameter itself: read as an attribute, a master of fp32 is another tensor."""
+    own = layer._parameters.get("weight")
+    return layer.weight if own is None else own
 
 
 def _refuse_saving_around(module: nn.Module, *_: Any) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from prodial_kernels._checks import check_choice
-from prodial_kernels.checkpoint import AdapterError, save_adapter
+from prodial_kernels.checkpoint import AdapterError, read_adapter, save_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE
 from prodial_kernels.models.loading.load import (
     ModelError,
+    empty_model,
     load_model,
     resolve_device,
     resolve_dtype,
@@ -29,7 +33,9 @@ def convert_adapter(
         to: ``"peft"`` or ``"lora"``, see :func:`prodial_kernels.peft.to_peft`; or ``"prodial"``,
             which needs the base model: this package's adapters say which one they belong to.
         output: A directory that does not exist or is empty.
-        model: For ``"prodial"``, as for :func:`load_model`; None: the one that PEFT's file names.
+        model: As for :func:`load_model`; None: the one that the adapter names. ``"prodial"`` loads
+            it; ``"lora"`` reads its configuration, where it is there, to refuse layers on which
+            PEFT's LoRA would be dead and no others.
 
     Raises:
         AdapterError: The adapter is damaged, or has no such form.
@@ -41,7 +47,8 @@ def convert_adapter(
 
     check_choice("to", to, FORMS)
     if to != "prodial":
-        to_peft(adapter, output, method="prodial" if to == "peft" else to)
+        base = _empty_base(adapter, model) if to == "lora" else None
+        to_peft(adapter, output, method="prodial" if to == "peft" else to, model=base)
         return
     output = Path(output)
     check_output(output)
@@ -50,6 +57,19 @@ def convert_adapter(
     loaded = load_model(name, device=device, dtype=resolve_dtype("auto", device))
     load_peft(loaded.model, adapter)
     save_adapter(loaded.model, output, base_model=name)
+
+
+def _empty_base(adapter: str | Path, model: str | None) -> nn.Module | None:
+    """Return the base model without its weights; None where it is neither given nor to be found."""
+    name = read_adapter(adapter).base_model if model is None else model
+    if name is None:
+        return None
+    try:
+        return empty_model(name, dtype=torch.float32)
+    except ModelError:
+        if model is not None:
+            raise
+        return None
 
 
 def _base_of(adapter: Path) -> str:

@@ -19,6 +19,7 @@ from prodial_kernels import (
 )
 from prodial_kernels.checkpoint import AdapterError, read_adapter
 from prodial_kernels.peft import load_peft, to_peft
+from prodial_kernels.training.converting import convert_adapter
 from support.models import build, randomise_adapters, token_ids
 from support.peft_models import adapted, config, logits
 
@@ -140,3 +141,23 @@ def assert_refused_and_untouched(model: nn.Module, folder: Path, message: str) -
         load_peft(model, folder)
     assert {path: type(module) for path, module in model.named_modules()} == classes
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_base_model_says_where_lora_would_be_dead(tmp_path: Path) -> None:
+    """Jamba calls its out_proj, Bamba hands its weight to a kernel."""
+    for name in ("jamba", "bamba"):
+        model = build(name)
+        config = ProdialConfig(
+            r=2, target_modules=("out_proj",), train_scale=False, train_diagonal=False
+        )
+        apply_prodial(model, config)
+        build(name).config.save_pretrained(tmp_path / name)
+        save_adapter(model, tmp_path / f"{name}-own", base_model=str(tmp_path / name))
+    convert_adapter(tmp_path / "jamba-own", "lora", tmp_path / "lora")
+    assert (tmp_path / "lora" / "adapter_config.json").exists()
+    with pytest.raises(AdapterError, match=r"BambaMixer hands out_proj\.weight to its"):
+        convert_adapter(tmp_path / "bamba-own", "lora", tmp_path / "dead")
+    assert not (tmp_path / "dead").exists()
+    # Without a model, the name decides.
+    with pytest.raises(AdapterError, match="refused or without effect before it is merged; give"):
+        to_peft(tmp_path / "jamba-own", tmp_path / "dead", method="lora")
