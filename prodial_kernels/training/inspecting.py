@@ -138,6 +138,7 @@ class ModelInspection(JsonReport):
         report: What it would train; None where there is no ``config`` or it is refused.
         refused: Why it is refused; None where it is not.
         checked: What other lists of targets would do, one by one.
+        notes: What else follows for an adapter of this package, a sentence each.
         unlisted: Toolkits that were asked for and publish no list for this kind of model.
     """
 
@@ -147,6 +148,7 @@ class ModelInspection(JsonReport):
     refused: str | None
     checked: Sequence[CheckedTargets]
     unlisted: Sequence[str]
+    notes: Sequence[str] = ()
 
     def __str__(self) -> str:
         head = [("model", self.model)]
@@ -159,7 +161,7 @@ class ModelInspection(JsonReport):
             head.append(("no list of", ", ".join(self.unlisted)))
         parts = [two_columns(head)]
         if self.report is not None:
-            parts.append(str(self.report))
+            parts.append("\n".join([str(self.report), *(f"* {note}" for note in self.notes)]))
         return "\n\n".join([*parts, *map(str, self.checked)])
 
 
@@ -229,13 +231,15 @@ def inspect_model(
         return ModelInspection(name, None, None, None, checked, unlisted)
     try:
         own = adapter_for(model, config)
+        names = resolve_placements(model, own).target_modules
+        notes = diagnose(model, names, method="prodial").notes
         report = apply_prodial(model, own)
     except ValueError as error:
         if not checked or isinstance(error, ConfigError):
             raise
         return ModelInspection(name, None, None, str(error), checked, unlisted)
     settings = get_prodial_config(model).to_dict()
-    return ModelInspection(name, settings, report, None, checked, unlisted)
+    return ModelInspection(name, settings, report, None, checked, unlisted, notes)
 
 
 def _checked(

@@ -72,3 +72,16 @@ def test_targets_of_an_adapter(place: Path, tmp_path: Path) -> None:
     assert [f.status for f in checked.diagnosis.findings] == ["adapted", "adapted"]
     with pytest.raises(AdapterError, match="holds no adapter whose targets can be read"):
         inspect_model(str(place), {}, adapter=tmp_path)
+
+
+def test_widths_that_cost_are_named(tmp_path: Path) -> None:
+    import transformers
+
+    transformers.Mamba2Config(
+        hidden_size=416, num_heads=13, head_dim=64, n_groups=1, state_size=16,
+        num_hidden_layers=1,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    inspection = inspect_model(str(tmp_path), {})
+    width = 2 * 832 + 2 * 16 + 13
+    assert [note for note in inspection.notes if f"a width of {width} is no multiple of 8" in note]
+    assert "up to 7.6 times" in str(inspection)

@@ -152,7 +152,7 @@ def diagnose(
         layers=_share(blocks, matched),
         mixers=_share(mixers, matched) if mixers else None,
         weights=_weights(live) / max(1, sum(p.numel() for p in model.parameters())),
-        notes=tuple(_notes(model, findings, live, matched)),
+        notes=tuple(_notes(model, method, findings, live, matched)),
     )
 
 
@@ -278,6 +278,7 @@ def _weight(layer: nn.Module) -> Any:
 
 def _notes(
     model: nn.Module,
+    method: str,
     findings: Sequence[Finding],
     live: list[nn.Module],
     matched: list[tuple[str, ...]],
@@ -295,7 +296,8 @@ def _notes(
             "apply_prodial keeps both the kernels and the adapter"
         )
     tied = Counter(id(_weight(layer)) for layer in live if _weight(layer) is not None)
-    if any(count > 1 for count in tied.values()) or any(len(paths) > 1 for paths in matched):
+    shared = any(count > 1 for count in tied.values()) or any(len(paths) > 1 for paths in matched)
+    if shared and method == "lora":
         yield (
             "some of these layers share one weight (blocks that are used at several places): "
             "PEFT's merge_and_unload adds to it once for each place, so the merged model is "

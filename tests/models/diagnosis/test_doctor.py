@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
-from prodial_kernels import ProdialConfig, apply_prodial
+from prodial_kernels import ProdialConfig, apply_prodial, merge_prodial
 from prodial_kernels.models.diagnosis import doctor
 from prodial_kernels.models.diagnosis.doctor import diagnose
 from prodial_kernels.models.diagnosis.published import PUBLISHED, published_for
@@ -17,7 +18,7 @@ from support.mixers.adapted_families import install_stand_in
 from support.mixers.adapted_mamba_ssm import token_ids as mixer_ids
 from support.mixers.real_lora import live_loras, said
 from support.mixers.toy import Toy
-from support.models import FAMILIES, build, token_ids
+from support.models import FAMILIES, build, randomise_adapters, token_ids
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "separate"])
@@ -154,3 +155,48 @@ def test_lists_of_a_type_come_before_those_of_any() -> None:
     assert toolkits[-1] == "llamafactory"
     assert {entry.toolkit for entry in published_for("zamba2")} == {"unsloth", "llamafactory"}
     assert all(entry.source for entry in PUBLISHED)
+
+
+@torch.no_grad()
+def test_dt_proj_acts_only_when_it_is_merged() -> None:
+    """What the doctor says of it, seen: nothing changes until the merge, and then much does."""
+    model = get_peft_model(build("jamba"), LoraConfig(r=2, target_modules=["dt_proj"])).eval()
+    before = model(input_ids=token_ids(), use_cache=False).logits
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    assert torch.equal(model(input_ids=token_ids(), use_cache=False).logits, before)
+    merged = model.merge_and_unload()
+    after = merged(input_ids=token_ids(), use_cache=False).logits
+    assert (after - before).norm() > 0.01 * before.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+def test_shared_blocks_are_merged_once_a_use(name: str) -> None:
+    types = {"layers_block_type": ["mamba", "hybrid", "hybrid"]}
+    options = {**types, "hybrid_layer_ids": [1, 2]} if name == "zamba2" else types
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    base = build(name, **options).eval()
+    assert "adds to it once for each place" in str(diagnose(base, targets))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets)).eval()
+    for name_of, parameter in model.named_parameters():
+        if "lora_B" in name_of:
+            nn.init.normal_(parameter)
+    expected = model(input_ids=token_ids(), use_cache=False).logits
+    merged = model.merge_and_unload()(input_ids=token_ids(), use_cache=False).logits
+    # Rounding makes 1e-6 of it.
+    assert (merged - expected).norm() > 0.005 * expected.norm()
+    # Ours is one layer at all places, and merged once.
+    own = build(name, **options).eval()
+    apply_prodial(own, ProdialConfig(r=2, target_modules=tuple(targets)))
+    randomise_adapters(own)
+    expected = own(input_ids=token_ids(), use_cache=False).logits
+    merged = merge_prodial(own)(input_ids=token_ids(), use_cache=False).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_pefts_defaults_are_those_that_are_listed() -> None:
+    defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    listed = {kind: e.targets for e in PUBLISHED if e.toolkit == "peft" for kind in e.models}
+    assert {k: tuple(v) for k, v in defaults.items() if k in FAMILIES} == listed
