@@ -85,21 +85,34 @@ _BF16_1B: dict[str, Any] = {"aim": (300, 6), "before": (451, 38.053)}
 _130M: dict[str, Any] = {"cuda_graph": "on", "must": (16, None), "aim": (14, None)}
 _1B: dict[str, Any] = {"cuda_graph": "on", "must": (78, None), "aim": (65, None)}
 # The whole frozen model in 4 bits.
-_WHOLE: dict[str, Any] = {
-    "quantize": "nf4", "quantize_modules": "all", "activations": "checkpoint",
-}  # fmt: skip
+_WHOLE: dict[str, Any] = {"quantize": "nf4", "quantize_modules": "all"}
+_LEAN: dict[str, Any] = {**_WHOLE, "activations": "offload"}
 WHOLE_JOBS = (
     Job(
         "30b-a3b-all", "nemotron-3-nano-30b-a3b", 1, 2048, must=(None, 24), aim=(None, 20),
-        **_WHOLE,
+        memory_budget="24GB", **_WHOLE,
     ),
-    Job("nemotron-8b-all", "nemotron-h-8b", 1, 2048, must=(None, 8), aim=(None, 6.5), **_WHOLE),
-    Job("nano-4b-all", "nemotron-3-nano-4b", 1, 2048, must=(None, 5), aim=(None, 4), **_WHOLE),
-    Job("7b-all", "falcon-mamba-7b", 1, 2048, must=(None, 5.5), aim=(None, 5), **_WHOLE),
-    Job("granite-micro-all", "granite-4.0-h-micro", 1, 2048, **_WHOLE),
-    Job("falcon-h1-7b-all", "falcon-h1-7b", 1, 2048, **_WHOLE),
-    Job("bamba-9b-all", "bamba-9b", 1, 2048, **_WHOLE),
+    Job("30b-a3b-all-lean", "nemotron-3-nano-30b-a3b", 1, 2048, aim=(None, 20), **_LEAN),
+    Job(
+        "nemotron-8b-all", "nemotron-h-8b", 1, 2048, must=(None, 8), aim=(None, 6.5),
+        memory_budget="8GB", **_WHOLE,
+    ),
+    Job("nemotron-8b-all-lean", "nemotron-h-8b", 1, 2048, aim=(None, 6.5), **_LEAN),
+    Job(
+        "nano-4b-all", "nemotron-3-nano-4b", 1, 2048, must=(None, 5), aim=(None, 4),
+        memory_budget="5GB", **_WHOLE,
+    ),
+    Job("nano-4b-all-lean", "nemotron-3-nano-4b", 1, 2048, aim=(None, 4), **_LEAN),
+    Job("7b-all-lean", "falcon-mamba-7b", 1, 2048, must=(None, 5.5), aim=(None, 5), **_LEAN),
+    Job("granite-micro-all", "granite-4.0-h-micro", 1, 2048, memory_budget="4GB", **_WHOLE),
+    Job("falcon-h1-7b-all", "falcon-h1-7b", 1, 2048, memory_budget="8GB", **_WHOLE),
+    Job("bamba-9b-all", "bamba-9b", 1, 2048, memory_budget="10GB", **_WHOLE),
+    Job(
+        "1.4b-bf16-lean", "mamba-1.4b", 4, 2048, activations="offload", must=(310, 5),
+        aim=(None, 4.5),
+    ),
 )  # fmt: skip
+
 JOBS = (
     Job(
         "1.4b-bf16", "mamba-1.4b", 4, 2048, memory_budget="8GB", must=(350, 8), **_BF16_1B
@@ -142,7 +155,7 @@ MORE_JOBS = (
 TINY_JOBS = (
     Job("tiny", "tiny", 2, 32, must=(60_000, 8), aim=(1e-3, 8), before=(9e4, 9)),
     Job("tiny-nf4", "tiny", 2, 32, "nf4", activations="checkpoint"),
-    Job("tiny-all", "tiny-moe", 2, 32, **_WHOLE),
+    Job("tiny-all", "tiny-moe", 2, 32, **_LEAN),
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ KEEP = ("last", "best")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 QUANTIZE = ("nf4", "int8", "fp8")
 QUANTIZE_MODULES = ("projectors", "all")
-ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint")
+ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint", "offload")
 LANGUAGE_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.seq_len is not None)
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
 # the default data and steps. A full fine-tuning moves every weight, so it needs far smaller steps
@@ -82,7 +82,8 @@ class FinetuneConfig:
             more. None: what is free, as far as it can be.
         activations: ``"keep"``: what the fused operations need; ``"recompute"``: less (the norm,
             and Mamba-1's in_proj output, are computed again); ``"checkpoint"``: one residual each;
-            ``"auto"``: the first that fits, layer by layer, and on a CPU ``"keep"``.
+            ``"offload"``: that one in the host's memory; ``"auto"``: the first that fits, layer by
+            layer, and on a CPU ``"keep"``.
         loss: ``"liger"`` is liger-kernel's, on CUDA.
         impl: See :func:`prodial_kernels.resolve_impl`.
         dtype: Trained parameters are float32 in either case.

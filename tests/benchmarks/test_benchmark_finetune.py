@@ -226,7 +226,7 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
     assert "tiny-nf4        FAILED: it ended" in capsys.readouterr().out
     done.clear()
     assert run(["--tiny", "--side-by-side", "1"]) == 1
-    assert done == ["prepare", "wait", "measure", "end"] * 2
+    assert done == ["prepare", "wait", "measure", "end"] * number
     with pytest.raises(SystemExit, match="unknown jobs"):
         run(["--tiny", "--jobs", "1.4b-bf16"])
 

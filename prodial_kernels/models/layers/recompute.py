@@ -7,6 +7,8 @@
 * ``"checkpoint"``: a block keeps its input and runs again in backward. Where a block reads its
   input only rounded to the dtype of its norm, the rounded input is what is kept, and what it runs
   on again: the same gradient.
+* ``"offload"``: the same, with that input in the host's memory meanwhile
+  (:mod:`~prodial_kernels.models.layers.host_memory`).
 
 Everything takes part in training mode with gradients only, and gives the same gradients bit for
 bit where the kernels do.
@@ -32,19 +34,25 @@ from prodial_kernels.models.layers.blocks import (
     plain_forward,
 )
 from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms, is_fused
+from prodial_kernels.models.layers.host_memory import HostStore, Sent
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import RECOMPUTE_XZ
 from prodial_kernels.models.patch_point import AdaptedMixer, Changes, Undo, View
 
-KEEP, NORM, RECOMPUTE, CHECKPOINT = "keep", "norm", "recompute", "checkpoint"
-LEVELS = (KEEP, NORM, RECOMPUTE, CHECKPOINT)
+KEEP, NORM, RECOMPUTE = "keep", "norm", "recompute"
+CHECKPOINT, OFFLOAD = "checkpoint", "offload"
+LEVELS = (KEEP, NORM, RECOMPUTE, CHECKPOINT, OFFLOAD)
 """From the fastest to the smallest."""
+
+# Attribute of a block: where its input waits.
+_STORE = "prodial_host_store"
 
 LEVEL_TEXTS = {
     KEEP: "keep what the fused operations need",
     NORM: "compute the norm before in_proj again",
     RECOMPUTE: "compute the norm and in_proj's output again",
     CHECKPOINT: "keep one residual, compute the block again",
+    OFFLOAD: "keep one residual in the host's memory, compute the block again",
 }
 
 
@@ -104,11 +112,12 @@ def apply_levels(model: nn.Module, levels: Sequence[str]) -> AppliedLevels:
     if len(levels) != len(blocks):
         raise ValueError(f"the model has {len(blocks)} blocks, got {len(levels)} levels")
     applied = AppliedLevels([])
+    store = HostStore()
     try:
         for index, (block, level) in enumerate(zip(blocks, levels, strict=True)):
             if level not in LEVELS:
                 raise ValueError(f"level of block {index}: expected one of {LEVELS}, got {level!r}")
-            applied._changes += _changes(block, level, index)
+            applied._changes += _changes(block, level, index, store)
     except BaseException:
         applied.remove()
         raise
@@ -142,7 +151,10 @@ def checkpointed_forward(block: nn.Module, upstream: Callable[..., Any], *args: 
         return forward(target, hidden.get(), *others, **kwargs)
 
     output = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=draws_numbers(block))
-    hidden.shrink()
+    first_output = output[0] if isinstance(output, tuple) else output
+    # What gets no gradient is never asked for again.
+    needed = isinstance(first_output, Tensor) and first_output.requires_grad
+    hidden.shrink(vars(block).get(_STORE) if needed else None)
     return output
 
 
@@ -164,11 +176,19 @@ def draws_numbers(block: nn.Module) -> bool:
     )
 
 
-def _changes(block: nn.Module, level: str, index: int) -> list[Undo]:
+def _changes(block: nn.Module, level: str, index: int, store: HostStore) -> list[Undo]:
     if level == KEEP:
         return []
     if level == CHECKPOINT:
         return [AdaptedMixer(block, {"forward": checkpointed_forward})]
+    if level == OFFLOAD:
+        if hasattr(block, "fused_add_norm"):
+            raise ValueError(
+                f"block {index}, a {type(block).__name__}, takes two inputs, of which the residual "
+                f"would stay on the device; level {level!r} does little for it: use 'checkpoint'"
+            )
+        again = AdaptedMixer(block, {"forward": checkpointed_forward})
+        return [SetAttribute(block, _STORE, store), again]
     separate, mixer = has_separate_norm(block), mixer_of(block)
     changes: list[Undo] = []
     if level == RECOMPUTE and mixer is not None:
@@ -190,13 +210,15 @@ class _Input:
         self._tensor = tensor
         self._requires_grad = tensor.requires_grad
         self._read: Tensor | None = None
+        self._sent: Sent | None = None
         self._first = True
 
     def get(self) -> Tensor:
         """The input; when the block runs again, outside the graph."""
         if self._first:
             return self._tensor
-        return self._tensor.detach().requires_grad_(self._requires_grad)
+        tensor = self._tensor if self._sent is None else self._sent.store.bring(self._sent)
+        return tensor.detach().requires_grad_(self._requires_grad)
 
     def read_by(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)``, where x is the input in the norm's dtype."""
@@ -204,13 +226,17 @@ class _Input:
             self._read = x.detach()
         return norm(x)
 
-    def shrink(self) -> None:
-        """Keep the smaller one for backward."""
+    def shrink(self, store: HostStore | None) -> None:
+        """Keep the smaller one for backward, in the host's memory where there is a store."""
         self._first = False
         read, self._read = self._read, None
         if read is None or read.itemsize >= self._tensor.itemsize:
             read = self._tensor.detach()
         self._tensor = read
+        if store is not None:
+            self._sent = store.send(read)
+            # A size without memory: nothing but the store holds it now.
+            self._tensor = read.new_empty(0)
 
 
 class _RecomputedNorm:

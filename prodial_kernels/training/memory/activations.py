@@ -9,7 +9,7 @@ compared with whole models on an H100 (bf16, r = 16): see
 from __future__ import annotations
 
 from prodial_kernels.kernels.choices.tile_sizes import padded_rank
-from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, RECOMPUTE
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, OFFLOAD, RECOMPUTE
 from prodial_kernels.ops.layout import direct_length
 from prodial_kernels.ops.projection import LEAST_PREFETCHED
 from prodial_kernels.training.memory.part_bytes import Part, Tokens, parts_beside
@@ -30,12 +30,15 @@ def levels_of(layer: LayerShape) -> tuple[str, ...]:
         levels.append(NORM)
     if layer.mixer == MAMBA and layer.fused:
         levels.append(RECOMPUTE)
-    return (*levels, CHECKPOINT)
+    levels.append(CHECKPOINT)
+    return tuple(levels) if layer.two_streams else (*levels, OFFLOAD)
 
 
 def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
     """Bytes from a block's forward to its backward at a level."""
     m, c = tokens.count, tokens.itemsize
+    if level == OFFLOAD:
+        return 0
     if level == CHECKPOINT:
         if layer.two_streams:
             return (c + _FP32) * m * layer.width
@@ -60,6 +63,11 @@ def kept(layer: LayerShape, tokens: Tokens, level: str) -> int:
         # Made again from the residual, and out_proj's output is not kept in its place.
         norm -= c * m * layer.width
     return norm + beside + _kept_by_mixer(layer, tokens, xz=level != RECOMPUTE)
+
+
+def sent(layer: LayerShape, tokens: Tokens, level: str) -> int:
+    """Bytes that wait in the host's memory from a block's forward to its backward."""
+    return kept(layer, tokens, CHECKPOINT) if level == OFFLOAD else 0
 
 
 def _beside(layer: LayerShape, tokens: Tokens) -> list[Part]:
@@ -124,9 +132,12 @@ def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
     # The gradients of the residual and of the mixer's output, which are one in the same dtype.
     stream = ((_FP32 + c) if layer.fp32_residual else c) * m * layer.width
     beside = _beside(layer, tokens)
-    if level == CHECKPOINT:
+    if level in (CHECKPOINT, OFFLOAD):
         # The block's forward has run again and left behind what it keeps at the first level.
         again = kept(layer, tokens, KEEP)
+        if level == OFFLOAD:
+            # The input has come back, and the one before it is on its way.
+            again += 2 * kept(layer, tokens, CHECKPOINT)
         if layer.fused_norm and (layer.separate_norm or not layer.fp32_residual):
             # It reads what is kept between forward and backward, and copies it no more.
             again -= _read_by_norm(layer, tokens)
@@ -141,7 +152,7 @@ def workspace(layer: LayerShape, tokens: Tokens, level: str) -> int:
         again = c * m * layer.width
     moments, freed = [forward], 0
     for part in beside:
-        released = part.released if level == CHECKPOINT else 0
+        released = part.released if level in (CHECKPOINT, OFFLOAD) else 0
         moments.append(stream + part.backward - freed - released)
         freed += part.kept
     if layer.mixer != OTHER:

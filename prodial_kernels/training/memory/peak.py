@@ -14,7 +14,7 @@ from prodial_kernels._checks import check_choice
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.counting import stored_bytes
 from prodial_kernels.quantization.modules.selection import EVERYTHING
-from prodial_kernels.training.memory.activations import kept, workspace
+from prodial_kernels.training.memory.activations import kept, sent, workspace
 from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.shapes import FrozenPart, ModelShape
 
@@ -151,10 +151,12 @@ def _moments(
     m, width = tokens.count, model.width
     # The last norm's input in fp32 and its output.
     head = (_FP32 + job.itemsize) * m * width
+    # What the last block that sends its input out has sent.
+    leaving = max((sent(layer, tokens, level) for layer, level in layers), default=0)
     yield (
         "when the loss is computed",
         [
-            _activations(until[-1] + head, len(layers)),
+            _activations(until[-1] + head + leaving, len(layers)),
             PlanLine("loss", _loss(model, job, m), _LOSSES[job.loss]),
             PlanLine("gradients", gradients if always_there else 0, "fp32"),
         ],

@@ -15,12 +15,16 @@ from typing import Any
 from prodial_kernels._checks import check_choice
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVEL_TEXTS, LEVELS
 from prodial_kernels.training.config import ACTIVATIONS
-from prodial_kernels.training.memory.activations import levels_of
+from prodial_kernels.training.memory.activations import levels_of, sent
+from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.peak import Job, Peak, PlanLine, peak_of
 from prodial_kernels.training.memory.shapes import ModelShape
 from prodial_kernels.training.sizes import size_text
 
 AUTO = "auto"
+
+HOST_BYTES_A_SECOND = 20e9
+"""What a device is taken to exchange with page-locked memory: PCIe 4 with 16 lanes."""
 
 
 class MemoryPlanError(ValueError):
@@ -58,6 +62,7 @@ class MemoryPlan:
         context: Bytes outside the allocator, as assumed.
         reserve: Bytes left free for gaps between tensors.
         budget: What was to be fitted into; None for no limit.
+        sent: Bytes that go to the host's memory in a step, and come back.
     """
 
     levels: tuple[str, ...]
@@ -67,6 +72,7 @@ class MemoryPlan:
     context: int
     reserve: int
     budget: int | None
+    sent: int = 0
 
     @property
     def total(self) -> int:
@@ -90,6 +96,7 @@ class MemoryPlan:
             "context": self.context,
             "reserve": self.reserve,
             "budget": self.budget,
+            "sent": self.sent,
         }
 
     def __str__(self) -> str:
@@ -100,6 +107,10 @@ class MemoryPlan:
             PlanLine("predicted peak", self.total, ""),
             PlanLine("left for gaps between tensors", self.reserve, "not part of the prediction"),
         ]
+        if self.sent:
+            ms = 1e3 * self.sent / HOST_BYTES_A_SECOND
+            why = f"each step and back, {ms:.0f} ms each way beside the blocks"
+            rows.append(PlanLine("in the host's memory meanwhile", self.sent, why))
         if self.budget is not None:
             rows.append(PlanLine("memory budget", self.budget, "" if self.fits else "NOT ENOUGH"))
         width = max(len(row.what) for row in rows)
@@ -124,16 +135,16 @@ def plan_memory(
     """Choose the fastest way to run a job within a budget.
 
     In order: everything kept; the norms computed again; in_proj's output too; one residual a
-    layer. A level is used for as many layers as needed, the first ones, whose activations live
-    longest. With ``job.quantize="auto"`` the weights are stored in NF4 only if none of this is
-    enough.
+    layer; that residual in the host's memory. A level is used for as many layers as needed, the
+    first ones, whose activations live longest. With ``job.quantize="auto"`` the weights are stored
+    in NF4 only if none of this is enough.
 
     Args:
         model: What :func:`~prodial_kernels.training.memory.shapes.describe_model` returns.
         job: The job.
         budget: Bytes in all, the CUDA context included; None for no limit.
-        activations: ``"auto"``, or one level for all layers: ``"keep"``, ``"recompute"`` or
-            ``"checkpoint"``.
+        activations: ``"auto"``, or one level for all layers: ``"keep"``, ``"recompute"``,
+            ``"checkpoint"`` or ``"offload"``.
         device: Constants of the device.
         strict: Raise where nothing fits, rather than return the smallest plan.
 
@@ -243,12 +254,19 @@ def _plan(
         )  # fmt: skip
         plan = MemoryPlan(
             levels, job.quantize, batch, peak, device.context,
-            int(device.fragmentation * peak.total), budget,
+            int(device.fragmentation * peak.total), budget, _sent(model, job, levels),
         )  # fmt: skip
         # Evaluating fewer sequences at once costs nothing worth another level.
         if plan.fits or batch == 1 or not peak.in_evaluation:
             return plan
         batch = max(1, batch // 2)
+
+
+def _sent(model: ModelShape, job: Job, levels: tuple[str, ...]) -> int:
+    tokens = Tokens(job.batch, job.length, job.itemsize)
+    return sum(
+        sent(layer, tokens, level) for layer, level in zip(model.layers, levels, strict=True)
+    )
 
 
 _Alternatives = list[tuple[str, Job]]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prodial_kernels.models.layers.fused_norms import fuse_norms
-from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP
+from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, OFFLOAD
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.memory.allocator import SETTING, VARIABLE, segments_grow
@@ -137,7 +137,7 @@ def plan_run(
     if choice.graphed and facts.draws_numbers:
         with suppress(MemoryPlanError):
             plan = _plan_of(config, shape, choice, device, dtype)
-            if CHECKPOINT not in plan.plan.levels:
+            if not {CHECKPOINT, OFFLOAD} & set(plan.plan.levels):
                 return choice, plan
         # Blocks that draw numbers cannot be captured where they run again in backward.
         choice = decide(config, facts, device, checkpoints=True)

@@ -94,7 +94,8 @@ def decide(
         obstacles.append("which experts a batch takes is read on the host")
     if config.shard:
         obstacles.append("shard gathers weights from other processes within a step")
-    if model.draws_numbers and (checkpoints or config.chosen_activations == "checkpoint"):
+    again = checkpoints or config.chosen_activations in ("checkpoint", "offload")
+    if model.draws_numbers and again:
         obstacles.append("recomputing dropout reads the random generator's state on the host")
     graphed, graph_reason = choose_graph(
         config.cuda_graph, device=device,

@@ -105,8 +105,24 @@ def test_blocks_take_what_was_measured(
 
 def test_a_norm_is_made_again_only_where_its_output_is_kept() -> None:
     levels = {kind: levels_of(shape) for kind, shape in shapes("nemotron-h-8b").items()}
-    assert levels["linear_attention"] == ("keep", "norm", "checkpoint")
-    assert levels["mlp"] == levels["full_attention"] == ("keep", "checkpoint")
+    assert levels["linear_attention"] == ("keep", "norm", "checkpoint", "offload")
+    assert levels["mlp"] == levels["full_attention"] == ("keep", "checkpoint", "offload")
+
+
+def test_what_waits_in_the_hosts_memory_is_said() -> None:
+    model, job = describe_model(adapted("nemotron_h"), kernels=True), Job(2, 512)
+    plans = {
+        level: plan_memory(model, job, budget=None, activations=level)
+        for level in ("checkpoint", "offload")
+    }
+    # In fp32, which the tiny model is.
+    residual = 4 * 1024 * 16
+    assert (plans["checkpoint"].sent, plans["offload"].sent) == (0, 4 * residual)
+    assert plans["offload"].to_dict()["sent"] == 4 * residual
+    assert "in the host's memory meanwhile" in str(plans["offload"])
+    assert "in the host's memory meanwhile" not in str(plans["checkpoint"])
+    # Of four inputs at most three are on the device.
+    assert plans["offload"].peak.total < plans["checkpoint"].peak.total
 
 
 def adapted(name: str, **options: Any) -> nn.Module:
