@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order (all)")
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU, to try it out")
+    parser.add_argument("--model", default="embedded", help="what the runs train (embedded)")
     parser.add_argument("--output", type=Path, help="folder of distributed.json (the device's)")
     return parser
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     for part in args.parts.split(","):
         started = time.perf_counter()
-        rows = runs(args.tiny) if part == "runs" else measured(part, args.tiny)
+        rows = runs(args.model, args.tiny) if part == "runs" else measured(part, args.tiny)
         add_ratios(rows)
         record["rows"] += rows
         # Whatever comes later, this is kept.
@@ -127,20 +128,25 @@ def environments(size: int = SIZE) -> list[dict[str, str]]:
 # Runs
 
 
-def runs(tiny: bool) -> list[Row]:
+def runs(model: str, tiny: bool) -> list[Row]:
     """Rows of ``prodial finetune`` on one and on two GPUs, whole and interrupted."""
     with TemporaryDirectory() as folder:
-        return _Runs(Path(folder), tiny).rows()
+        try:
+            return _Runs(Path(folder), model, tiny).rows()
+        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+            return [{"part": "runs", "error": f"{type(error).__name__}: {error}"}]
 
 
 class _Runs:
-    def __init__(self, folder: Path, tiny: bool) -> None:
+    def __init__(self, folder: Path, model: str, tiny: bool) -> None:
         self.folder = folder
-        self.steps, self.kill_at = (12, 7) if tiny else (60, 35)
+        steps, sequences, length, tokens = (6, 1, 32, 64) if tiny else (60, 4, 256, 4096)
+        self.kill_at = 4 if tiny else 35
         self.options = [
-            "--steps", str(self.steps), "--batch-size", "4", "--seq-len", "256", "--warmup", "4",
-            "--eval-every", "0", "--eval-tokens", "4096", "--max-bytes", "400000", "--lr", "0.003",
-            "--save-every", "5" if tiny else "10", "--device", "cpu" if tiny else "cuda",
+            "--model", model, "--steps", str(steps), "--batch-size", str(sequences),
+            "--seq-len", str(length), "--eval-every", "0", "--eval-tokens", str(tokens),
+            "--max-bytes", "400000", "--warmup", "4", "--lr", "0.003",
+            "--save-every", "2" if tiny else "10", "--device", "cpu" if tiny else "cuda",
         ]  # fmt: skip
 
     def rows(self) -> list[Row]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.training.random_weights import random_quantized  # noqa: E402
 from prodial_kernels import ProdialConfig, apply_prodial  # noqa: E402
 from prodial_kernels.linear import adapted_layers  # noqa: E402
+from prodial_kernels.models.layers.blocks import blocks_of  # noqa: E402
 from prodial_kernels.models.layers.fused_norms import fuse_norms  # noqa: E402
 from prodial_kernels.models.layers.recompute import prepare_blocks  # noqa: E402
 from prodial_kernels.training.data.batches import Batch  # noqa: E402
@@ -224,7 +225,7 @@ class _Case:
         from torch.distributed.fsdp import fully_shard
 
         self.model = self.build()
-        for block in self.model.base_model.layers:
+        for block in blocks_of(self.model):
             fully_shard(block)
         fully_shard(self.model)
         self.mean(self.model, own)
