@@ -181,7 +181,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
     ):
         scorer = Scorer(
             run.loaded.model, run.loaded.tokenizer, seq_len=run.config.seq_len,
-            batch_size=run.evaluation_batch, progress=advance,
+            batch_size=run.evaluation_batch, progress=advance, world=run.world,
         )  # fmt: skip
         metrics = evaluate_examples(scorer, run.split.held_out, max_tokens=run.config.eval_tokens)
     return finite_or_none(asdict(metrics))

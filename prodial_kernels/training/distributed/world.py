@@ -175,6 +175,10 @@ class World:
             time.sleep(0.02)
 
 
+ONE_PROCESS = World()
+"""A process by itself: it gathers what it has, and waits for nobody."""
+
+
 @contextmanager
 def joined(launch: Launch, device: torch.device) -> Iterator[World]:
     """Join the processes of a run until the block ends.
@@ -189,7 +193,7 @@ def joined(launch: Launch, device: torch.device) -> Iterator[World]:
         PeerError: Another process failed.
     """
     if launch.size == 1:
-        yield World()
+        yield ONE_PROCESS
         return
     if not distributed.is_available():
         raise LaunchError("this PyTorch is built without torch.distributed; run one process")

@@ -19,7 +19,7 @@ from prodial_kernels.training.data.batches import TrainingBatches
 from prodial_kernels.training.data.examples import Example, kind_of
 from prodial_kernels.training.data.splits import DataSplit, load_documents, make_batches
 from prodial_kernels.training.distributed.sharding import shard_frozen
-from prodial_kernels.training.distributed.world import World
+from prodial_kernels.training.distributed.world import ONE_PROCESS, World
 from prodial_kernels.training.memory.run_plan import RunPlan, block_levels
 from prodial_kernels.training.method import PreparedMethod, prepare_method
 from prodial_kernels.training.results import METHOD_NAMES
@@ -106,7 +106,7 @@ def prepare(
     choice: StepChoice,
     plan: RunPlan | None,
     given: Given | None = None,
-    world: World | None = None,
+    world: World = ONE_PROCESS,
 ) -> Run:
     """Load model and data, check whose run this is, and apply the method; nothing is written.
 
@@ -114,7 +114,6 @@ def prepare(
     place of names; the errors are those of :func:`~prodial_kernels.training.finetuning.finetune`.
     """
     given = Given() if given is None else given
-    world = World() if world is None else world
     full = config.method == "full"
     split = load_documents(
         config.data if given.data is None else given.data,

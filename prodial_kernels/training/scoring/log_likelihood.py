@@ -14,6 +14,7 @@ from prodial_kernels.models.layers.head import HeadError, eval_mode, find_head, 
 from prodial_kernels.training.data.batches import check_sizes
 from prodial_kernels.training.data.examples import DataError
 from prodial_kernels.training.data.tokenization import prefix_token
+from prodial_kernels.training.distributed.world import ONE_PROCESS, World
 from prodial_kernels.training.step.loss import negative_log_likelihoods
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Scorer:
         batch_size: Windows in a forward pass.
         device: Where to put the inputs; by default where the model's first parameter is.
         progress: Called after each forward pass with (windows done, windows in all).
+        world: The processes that share the forward passes: each makes the same calls, and each
+            gets what one alone would compute, bit for bit.
 
     Raises:
         ValueError: A size is less than 1.
@@ -84,6 +87,7 @@ class Scorer:
     batch_size: int = 8
     device: torch.device | str | None = None
     progress: OnProgress | None = None
+    world: World = ONE_PROCESS
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -105,6 +109,7 @@ class Scorer:
             DataError: A token is outside the model's vocabulary, or the tokenizer has neither BOS
                 nor EOS.
             EvaluationError: A log-likelihood is not finite.
+            PeerError: Another process failed.
         """
         model = self.model
         device = next(model.parameters()).device if self.device is None else self.device
@@ -113,16 +118,25 @@ class Scorer:
         sums = torch.zeros(len(scored), dtype=torch.float64)
         order = sorted(range(len(scored)), key=lambda i: -len(scored[i].tokens))
         score = _scorer(model)
+        starts = range(0, len(order), self.batch_size)
+        rank, size = self.world.rank, self.world.size
+        done: dict[int, float] = {}
         with eval_mode(model):
-            for start in range(0, len(order), self.batch_size):
+            for first in range(0, len(starts), size):
+                # The last one again rather than none: a divided model runs in all or in none.
+                start = starts[min(first + rank, len(starts) - 1)]
                 rows = order[start : start + self.batch_size]
                 inputs = torch.full((len(rows), len(scored[rows[0]].tokens) - 1), pad_token)
                 for target, row in enumerate(rows):
                     tokens = scored[row].tokens
                     inputs[target, : len(tokens) - 1] = tokens[:-1]
-                sums[rows] = score(inputs.to(device), [scored[row] for row in rows])
+                found = score(inputs.to(device), [scored[row] for row in rows])
+                done.update(zip(rows, found.tolist(), strict=True))
                 if self.progress is not None:
-                    self.progress(start + len(rows), len(order))
+                    self.progress(min(start + size * len(rows), len(order)), len(order))
+        for of_one in self.world.gather(list(done.items())):
+            for row, value in of_one:
+                sums[row] = value
         if not torch.isfinite(sums).all():
             raise EvaluationError(
                 f"{int((~torch.isfinite(sums)).sum())} of {len(sums)} log-likelihoods are not "
