@@ -85,6 +85,26 @@ def test_upstream_mamba1_caches_forget_when_several_tokens_are_given(name: str) 
     assert relative(second, whole(model, ids[0].tolist())[16:]) > 1e-5
 
 
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2", "jamba"])
+def test_upstream_a_second_turn_reads_the_text_on_top_of_the_old_state(name: str) -> None:
+    """``generate`` with the cache of the first turn; hybrids with a Mamba-2 take it up rightly."""
+    model = model_of(name)
+    options: dict[str, Any] = {
+        "max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True,
+        "output_logits": True, "pad_token_id": 0,
+    }  # fmt: skip
+    first = model.generate(token_ids(1, 16), **options)
+    cache = next(value for key, value in first.items() if is_cache(key, value))
+    named = next(
+        key for key in ("cache", "past_key_values", "cache_params")
+        if key in inspect.signature(model.forward).parameters
+    )  # fmt: skip
+    second = torch.cat([first.sequences, token_ids(1, 5, seed=3)], dim=1)
+    expected = model.generate(second, **options).logits[0]
+    found = model.generate(second, **{named: cache}, **options).logits[0]
+    assert relative(found, expected) > 1e-5
+
+
 @torch.no_grad()
 def test_upstream_bamba_counts_positions_from_0_in_every_call() -> None:
     model = model_of("bamba")
