@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +172,8 @@ def round_as_stored(
     """Cast a merged model to what its checkpoint is stored in, if that is narrower, in place.
 
     A base of 16 bits that was computed with in fp32 becomes one of 16 bits again, of the same
-    size. Buffers, such as rotary frequencies, which no file holds, stay as they are.
+    size; the few parameters that it stores in fp32 stay so. Buffers, such as rotary frequencies,
+    which no file holds, stay as they are.
 
     Args:
         loaded: What was loaded and merged; on the CPU or a GPU.
@@ -195,17 +196,25 @@ def round_as_stored(
         return None
     merged = compare_logits(logits_of(model, tokens), expected, dtype=wide)
     _check(merged, "the merged model does not compute what was trained")
-    _cast_parameters(model, stored)
+    kept = {_within(name) for name in loaded.stored_wider}
+    _cast_parameters(model, stored, kept)
     _cast_parameters(model, wide)
     logits = logits_of(model, tokens)
-    _cast_parameters(model, stored)
+    _cast_parameters(model, stored, kept)
     return Rounded(stored, logits)
 
 
-def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
+def _cast_parameters(
+    model: nn.Module, dtype: torch.dtype, kept: Collection[str] = frozenset()
+) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and _within(name) not in kept:
             parameter.data = parameter.data.to(dtype)
+
+
+def _within(name: str) -> str:
+    """A parameter's name below the base model, which checkpoints may call otherwise."""
+    return name.partition(".")[2]
 
 
 def _check(agreement: Agreement, problem: str) -> None:

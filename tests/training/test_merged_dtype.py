@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from prodial_kernels import ProdialConfig, apply_prodial, save_adapter
 from prodial_kernels.models.loading.load import load_model
 from prodial_kernels.training import merging
 from prodial_kernels.training.adapted import load_adapted, merge_to_directory
 from prodial_kernels.training.merging import MergeError
 from support import tiny_run
+from support.models import build
 from support.tiny_model import byte_tokenizer, tiny_mamba2, write_text
 
 
@@ -58,7 +61,7 @@ def test_merge_follows_too_unless_told_otherwise(
     # Rounding hides nothing else: neither a wrong merge nor a wrong file.
     narrow = merging._cast_parameters
     monkeypatch.setattr(
-        merging, "_cast_parameters", lambda model, dtype: narrow(spoilt(model), dtype)
+        merging, "_cast_parameters", lambda model, *how: narrow(spoilt(model), *how)
     )
     with pytest.raises(MergeError, match="does not compute what was merged"):
         merge_to_directory(None, run.adapter_dir, place / "spoilt", device="cpu")
@@ -71,14 +74,28 @@ def spoilt(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def test_a_checkpoint_of_several_dtypes_is_not_rounded(place: Path, tmp_path: Path) -> None:
-    tiny_mamba2().bfloat16().save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    tensors = load_file(file)
-    name = "backbone.layers.0.mixer.A_log"
-    tensors[name] = tensors[name].float()
-    save_file(tensors, file, metadata={"format": "pt"})
-    for folder, expected in ((tmp_path, None), (place, torch.bfloat16)):
-        loaded = load_model(str(folder / "model"), device=torch.device("cpu"), dtype=torch.float32)
-        assert loaded.stored_dtype == expected
+@pytest.mark.parametrize(
+    ("name", "wide"), [("zamba", ".A_log"), ("nemotron_h", ".gate.weight"), ("mamba2", None)]
+)
+def test_what_a_checkpoint_stores_wider_stays_so(
+    name: str, wide: str | None, tmp_path: Path
+) -> None:
+    """transformers keeps these parameters in fp32, and saves a 16-bit model in two dtypes."""
+    build(name, vocab_size=264).bfloat16().save_pretrained(tmp_path / "first")
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    kept.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    wider = {key for key, tensor in stored.items() if tensor.dtype == torch.float32}
+    assert any(key.endswith(str(wide)) for key in wider) is (wide is not None)
+    base = str(tmp_path / "base")
+    loaded = load_model(base, device=torch.device("cpu"), dtype=torch.float32)
+    assert loaded.stored_dtype == torch.bfloat16
+    assert loaded.stored_wider == wider
+    apply_prodial(loaded.model, ProdialConfig(r=2, n_blocks=2))
+    save_adapter(loaded.model, tmp_path / "adapter", base_model=base)
+    merge_to_directory(None, tmp_path / "adapter", tmp_path / "merged", device="cpu")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {key: t.dtype for key, t in merged.items()} == {k: t.dtype for k, t in stored.items()}
+    for key in wider:
+        assert torch.equal(merged[key], stored[key]), key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,21 +99,26 @@ def check_numbers(tensors: TensorFiles, state: Mapping[str, torch.Tensor]) -> No
             )
 
 
-def dtype_of_dense(tensors: TensorFiles) -> torch.dtype | None:
-    """Return what all of a checkpoint's floating-point tensors are stored in; None if they differ.
+def dtypes_of_dense(tensors: TensorFiles) -> tuple[torch.dtype | None, frozenset[str]]:
+    """Return what most of a checkpoint's floating-point tensors are stored in; None without any.
 
-    Those of quantised layers do not count.
+    And the names of those that are stored wider, as transformers keeps a few parameters of some
+    models in fp32 (zamba's A_log, the router of nemotron_h). Quantised layers do not count.
     """
     quantised = {
         name.removesuffix(f".{sign}") for name in tensors for sign in SIGNS if name.endswith(sign)
     }
-    found = {
-        tensors.dtype(name)
+    stored = {
+        name: _FLOATING[tensors.dtype(name)]
         for name in tensors
-        if not any(name.startswith(f"{path}.") for path in quantised)
+        if tensors.dtype(name) in _FLOATING
+        and not any(name.startswith(f"{path}.") for path in quantised)
     }
-    found &= _FLOATING.keys()
-    return _FLOATING[found.pop()] if len(found) == 1 else None
+    if not stored:
+        return None, frozenset()
+    main = Counter(stored.values()).most_common(1)[0][0]
+    wider = (name for name, dtype in stored.items() if dtype.itemsize > main.itemsize)
+    return main, frozenset(wider)
 
 
 def check_merged(error: RuntimeError) -> None:

@@ -23,7 +23,7 @@ from prodial_kernels.models.loading.completeness import (
     check_numbers,
     check_tokenizer,
     check_whole,
-    dtype_of_dense,
+    dtypes_of_dense,
 )
 from prodial_kernels.models.loading.quantized import load_by_tensors, model_on_meta
 from prodial_kernels.models.loading.source import (
@@ -63,7 +63,8 @@ class LoadedModel:
         model: The model, on its device, in eval mode.
         tokenizer: Its tokenizer.
         quantization: What was quantised, if anything.
-        stored_dtype: What the checkpoint's dense weights are stored in, if it is one dtype.
+        stored_dtype: What most of the checkpoint's dense weights are stored in, if that is known.
+        stored_wider: The checkpoint's names of those that are stored in a wider one.
     """
 
     name: str
@@ -71,6 +72,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     quantization: QuantizationReport | None = None
     stored_dtype: torch.dtype | None = None
+    stored_wider: frozenset[str] = frozenset()
 
 
 def load_model(
@@ -119,7 +121,7 @@ def load_model(
         if own:
             check_tokenizer(tokenizer, directory)
         tensors = TensorFiles(directory)
-        stored = dtype_of_dense(tensors)
+        stored, wider = dtypes_of_dense(tensors)
         _warn_of_rescaling(name, config)
         packed = quantize is not None or hasattr(config, "quantization_config")
         if packed or is_named_as_mamba_ssm(tensors):
@@ -139,7 +141,7 @@ def load_model(
     if not isinstance(source, Path):
         # By which an adapter names its base; the directory is in a cache.
         model.name_or_path = model.config.name_or_path = source
-    return LoadedModel(name, model.to(device).eval(), tokenizer, report, stored)
+    return LoadedModel(name, model.to(device).eval(), tokenizer, report, stored, wider)
 
 
 def _load_dense(directory: Path, config: Any, dtype: torch.dtype) -> Any:
