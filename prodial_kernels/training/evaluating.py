@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,8 @@ from prodial_kernels.models.layers.decoding import biased_projections
 from prodial_kernels.models.loading.load import LoadedModel
 from prodial_kernels.training.config import STDLIB_EVAL_TOKENS, STDLIB_MAX_BYTES
 from prodial_kernels.training.data.examples import Example, kind_of
-from prodial_kernels.training.data.splits import load_documents, read_whole
+from prodial_kernels.training.data.sources.objects import GIVEN
+from prodial_kernels.training.data.splits import Source, load_documents, read_whole
 from prodial_kernels.training.merging import write_model
 from prodial_kernels.training.results import metric_rows, two_columns
 from prodial_kernels.training.run.progress import Progress
@@ -67,7 +69,7 @@ class EvaluationData:
 
 
 def evaluation_data(
-    data: str = "stdlib",
+    data: Source = "stdlib",
     *,
     split: str | None = None,
     max_tokens: int | None = None,
@@ -76,7 +78,7 @@ def evaluation_data(
     """Read what a model is to be evaluated on.
 
     Args:
-        data: As ``load_documents`` takes it.
+        data: As ``load_documents`` takes it: the name of a source, or rows in memory.
         split: ``"held-out"`` for the part that fine-tuning on the same source holds out, ``"all"``
             for everything (of a hub data set its validation or test part); None for held-out of
             ``"stdlib"`` and all of anything else.
@@ -86,7 +88,7 @@ def evaluation_data(
     Raises:
         DataError: The data cannot be used.
     """
-    stdlib = data == "stdlib"
+    stdlib = isinstance(data, str) and data == "stdlib"
     if split is None:
         split = "held-out" if stdlib else "all"
     max_bytes = STDLIB_MAX_BYTES if stdlib else None
@@ -103,7 +105,8 @@ def evaluation_data(
         examples = examples[: max(1, n)]
     if max_tokens is None and stdlib:
         max_tokens = STDLIB_EVAL_TOKENS
-    source = "Python's standard library" if stdlib else data
+    named = str(data) if isinstance(data, (str, os.PathLike)) else GIVEN
+    source = "Python's standard library" if stdlib else named
     return EvaluationData(f"{source} ({split})", examples, notes, max_tokens)
 
 

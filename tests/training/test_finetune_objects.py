@@ -11,9 +11,11 @@ import torch
 from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
 from prodial_kernels.checkpoint import read_adapter
 from prodial_kernels.linear import adapted_layers
+from prodial_kernels.models.loading.load import LoadedModel
 from prodial_kernels.training import Callback, FinetuneConfig, FinetuneResult, RunView, finetune
 from prodial_kernels.training.config import ConfigError
 from prodial_kernels.training.data.examples import DataError
+from prodial_kernels.training.evaluating import assess, evaluation_data
 from prodial_kernels.training.run.directory import RunError
 from support.tiny_model import byte_tokenizer, tiny_mamba2
 from support.tiny_run import run
@@ -101,6 +103,16 @@ def test_a_data_set_with_splits_of_chats(tmp_path: Path) -> None:
     assert result.data["held_out"] == 6
     assert "of the splits train, test: train to train on, test held out" in result.data["notes"]
     assert result.after["n_documents"] == 6
+
+
+def test_rows_in_memory_are_evaluated_on(place: Path) -> None:
+    tiny = LoadedModel("tiny", tiny_mamba2().eval(), byte_tokenizer())
+    assessed = [
+        assess(tiny, evaluation_data(data), progress=False)
+        for data in (texts(place), str(place / "text.txt"))
+    ]
+    assert assessed[0].metrics == assessed[1].metrics
+    assert assessed[0].data == "rows given in Python (all)"
 
 
 def test_dtype_and_format_of_the_model_are_its_own(place: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def _start(place: Path, output: str, *more: str) -> subprocess.Popen[str]:
         "finetune", "--model", "model", "--data", "text.txt", "--output", output,
         "--steps", str(_STEPS), "--batch-size", "4", "--seq-len", "48", "--lora-dropout", "0.2",
         "--grad-accumulation", "2", "--eval-every", "12", "--save-every", "7", "--device", "cpu",
+        "--keep", "best",
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "prodial_kernels", *arguments, *more],
