@@ -109,8 +109,8 @@ def _separated(
                 raise DataError(
                     f"{path}:{line}: the first line must name the columns, and none of {shown} is "
                     "a name that rows have. If the file has no line of names, add one, such as "
-                    "text, or prompt,completion; else rename its columns, to some of: "
-                    f"{', '.join(sorted(KEYS))}"
+                    "text, or prompt,completion; else rename its columns: text; prompt, "
+                    "completion; instruction, input, output; context, choices, label"
                 )
             continue
         if len(values) != len(header):
