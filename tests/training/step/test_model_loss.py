@@ -47,7 +47,10 @@ def value_and_gradients(model: Any, ids: Tensor, labels: Tensor, **more: Any) ->
 def in_fp64(model: Any, ids: Tensor, labels: Tensor, items: int | None) -> dict[str, Tensor]:
     """What transformers would compute, which rounds all logits to fp32, in fp64."""
     exact = copy.deepcopy(model).double()
-    logits = exact(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    hidden = exact.base_model(input_ids=ids, use_cache=False)[0]
+    logits = exact.lm_head(hidden) * getattr(model.config, "lm_head_multiplier", 1.0)
+    assert logits.dtype == torch.float64
+    logits = logits[:, :-1].flatten(0, 1)
     sum_or_mean = "mean" if items is None else "sum"
     loss = functional.cross_entropy(
         logits, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction=sum_or_mean
