@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,7 @@ class PaddedBatches(TrainingBatches):
         *,
         pad_token: int,
         mask_prompt: bool = True,
+        learned: Sequence[Tensor | None] = (),
         notes: Sequence[str] = (),
     ) -> None:
         """Cut pairs to length and keep them.
@@ -56,6 +58,8 @@ class PaddedBatches(TrainingBatches):
             sizes: Of sequences and batches.
             pad_token: Fills up short sequences; any valid id, since it is never learned.
             mask_prompt: Learn the continuations only.
+            learned: Of each pair which of its tokens are learned, bool ``[n]``, where that is
+                neither all nor the whole continuation; such a pair must not be too long.
             notes: What to say of the sequences, beside what is cut off them.
 
         Raises:
@@ -64,10 +68,14 @@ class PaddedBatches(TrainingBatches):
         if not pairs:
             raise DataError("there are no examples to train on")
         cut = [_cut(pair, sizes.seq_len) for pair in pairs]
-        self._mask_prompt = mask_prompt
         self._pad_token = pad_token
         self._tokens = torch.cat([ids for pair in cut for ids in pair])
-        self._context_lengths = torch.tensor([len(pair.context) for pair in cut])
+        self._learned = torch.cat(
+            [
+                _learned(pair, mask_prompt) if mask is None else mask
+                for pair, mask in zip_longest(cut, learned)
+            ]
+        )
         self._lengths = torch.tensor([len(c) + len(t) for c, t in cut])
         self._starts = self._lengths.cumsum(0) - self._lengths
         self._plan: tuple[int, list[Tensor]] = (-1, [])
@@ -89,6 +97,10 @@ class PaddedBatches(TrainingBatches):
         mask_prompt: bool = True,
     ) -> PaddedBatches:
         """Tokenise examples of one kind: completions end with EOS, of choices the right is learned.
+
+        Completions whose prompts continue each other, as those of the turns of a conversation do
+        where its template ends every turn with EOS, become one sequence if it is not too long:
+        what is learned after what is the same, and no token is read twice.
 
         Choices get no EOS, because the likelihoods that decide the accuracy have none either.
 
@@ -114,11 +126,16 @@ class PaddedBatches(TrainingBatches):
         if mask_prompt:
             note += "; what stands before it is read, not learned"
         pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return cls(pairs, sizes, pad_token=int(pad), mask_prompt=mask_prompt, notes=[note])
+        learned: list[Tensor | None] = []
+        if mask_prompt and completions:
+            pairs, learned = _joined(pairs, sizes.seq_len)
+        return cls(
+            pairs, sizes,
+            pad_token=int(pad), mask_prompt=mask_prompt, learned=learned, notes=[note],
+        )  # fmt: skip
 
     def _identity(self) -> tuple[str, tuple[object, ...], tuple[Tensor, ...]]:
-        data = (self._tokens, self._lengths, self._context_lengths)
-        return "padded", (self._mask_prompt,), data
+        return "padded", (), (self._tokens, self._lengths, self._learned)
 
     def _batch(self, step: int) -> Batch:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -134,9 +151,8 @@ class PaddedBatches(TrainingBatches):
         for target, row in enumerate(rows.tolist()):
             start, n = int(self._starts[row]), int(self._lengths[row])
             ids = self._tokens[start : start + n].long()
-            learned_from = int(self._context_lengths[row]) if self._mask_prompt else 0
             input_ids[target, :n] = ids
-            labels[target, learned_from:n] = ids[learned_from:]
+            labels[target, :n] = ids.masked_fill(~self._learned[start : start + n], IGNORED)
         return Batch(input_ids, labels)
 
     def _plan_of(self, epoch: int) -> list[Tensor]:
@@ -149,6 +165,43 @@ class PaddedBatches(TrainingBatches):
             batches.extend(by_length.split(batch_size))
         shuffled = torch.randperm(len(batches), generator=generator)
         return [batches[int(index)] for index in shuffled]
+
+
+def _learned(pair: EncodedPair, mask_prompt: bool) -> Tensor:
+    """Which tokens of a pair are learned: the continuation's, or all."""
+    n = len(pair.context)
+    mask = torch.ones(n + len(pair.continuation), dtype=torch.bool)
+    if mask_prompt:
+        mask[:n] = False
+    return mask
+
+
+def _joined(
+    pairs: Sequence[EncodedPair], seq_len: int
+) -> tuple[list[EncodedPair], list[Tensor | None]]:
+    """Make one pair of neighbours of which each begins with all of the one before.
+
+    Returns:
+        The pairs, and of those that were made of several what of them is learned.
+    """
+    joined: list[EncodedPair] = []
+    learned: list[Tensor | None] = []
+    for pair in pairs:
+        last = joined[-1] if joined else None
+        before = 0 if last is None else len(last.context) + len(last.continuation)
+        if (
+            last is None
+            or not before <= len(pair.context) <= seq_len - len(pair.continuation)
+            or not torch.equal(pair.context[:before], torch.cat(last))
+        ):
+            joined.append(pair)
+            learned.append(None)
+            continue
+        mask = _learned(pair, True)
+        earlier = learned[-1]
+        mask[:before] = _learned(last, True) if earlier is None else earlier
+        joined[-1], learned[-1] = pair, mask
+    return joined, learned
 
 
 def _cut(pair: EncodedPair, seq_len: int) -> EncodedPair:

@@ -78,7 +78,7 @@ def test_packed_text_shorter_than_a_window_is_an_error(byte_tokenizer: Any) -> N
 def test_padded_completions_mask_prompt_and_padding(byte_tokenizer: Any) -> None:
     examples = [PromptCompletion("ab", "cde"), PromptCompletion("", "x")]
     batches = make_batches(examples, byte_tokenizer, seq_len=32, batch_size=2)
-    input_ids, labels, _ = batches.batch(0)
+    input_ids, labels = batches.batch(0)[:2]
     assert input_ids.shape == (2, 8)
     by_length = sorted(zip(input_ids.tolist(), labels.tolist(), strict=True), key=lambda x: x[0][3])
     a, b, c, d, e, x = (byte_tokenizer("abcdex")["input_ids"][i] for i in range(6))
@@ -91,7 +91,7 @@ def test_padded_without_the_mask_learns_the_prompt_but_no_padding(byte_tokenizer
     batches = make_batches(
         [PromptCompletion("ab", "cde")], byte_tokenizer, seq_len=32, batch_size=1, mask_prompt=False
     )
-    input_ids, labels, _ = batches.batch(0)
+    input_ids, labels = batches.batch(0)[:2]
     assert torch.equal(labels[0, :6], input_ids[0, :6])
     assert labels[0, 6:].tolist() == [IGNORED, IGNORED]
 
@@ -101,7 +101,7 @@ def test_multiple_choice_learns_the_right_choice_without_eos(byte_tokenizer: Any
     batches = make_batches(examples, byte_tokenizer, seq_len=256, batch_size=1)
     seen = set()
     for step in range(2):
-        (ids,), (labels,), _ = batches.batch(step)
+        (ids,), (labels,) = batches.batch(step)[:2]
         text = byte_tokenizer.decode(ids).rstrip("<eos>")
         learned = byte_tokenizer.decode(labels[labels != IGNORED])
         assert text.endswith(learned)
@@ -157,7 +157,7 @@ def test_too_long_pairs_lose_the_start_of_the_context_then_the_end() -> None:
         pair = EncodedPair(stream(n_context), 100 + stream(n_continuation))
         batches = PaddedBatches([pair], BatchSizes(8, 1), pad_token=0)
         assert batches.n_truncated == 1
-        input_ids, labels, _ = batches.batch(0)
+        input_ids, labels = batches.batch(0)[:2]
         assert (labels[0] >= 100).tolist() == (input_ids[0] >= 100).tolist()
         return input_ids[0].tolist()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import threading
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
 
 from prodial_kernels.files import reading
+from prodial_kernels.training.data.chat import rendered
 from prodial_kernels.training.data.examples import (
     Conversation,
     DataError,
@@ -353,22 +357,61 @@ def test_messages_and_sharegpt_are_the_same_conversation(tmp_path: Path) -> None
         assert read_whole(file).examples == (expected,)
 
 
-def test_every_turn_of_the_assistant_is_learned_and_ends_once(chat_tokenizer: Any) -> None:
-    talk = Conversation(tuple(Message(t["role"], t["content"]) for t in TALK))
-    batches = make_batches([talk], chat_tokenizer, seq_len=128, batch_size=2)
-    input_ids, labels, _ = batches.batch(0)
-    learned = {
+def learned_in(batches: Any, tokenizer: Any, batch: int = 0) -> set[tuple[str, str]]:
+    """Of every sequence the text up to what is learned last, and what of it is learned."""
+    input_ids, labels = batches.batch(batch)[:2]
+    return {
         (
-            chat_tokenizer.decode(ids[: int((row != -100).nonzero().max()) + 1]),
-            chat_tokenizer.decode(row[row != -100]),
+            tokenizer.decode(ids[: int((row != -100).nonzero().max()) + 1]),
+            tokenizer.decode(row[row != -100]),
         )
         for ids, row in zip(input_ids, labels, strict=True)
     }
+
+
+def test_every_turn_of_the_assistant_is_learned_and_ends_once(chat_tokenizer: Any) -> None:
+    talk = Conversation(tuple(Message(t["role"], t["content"]) for t in TALK))
     first = "[user]2+2?\n[assistant]4<eos>"
-    assert learned == {
-        (first, "4<eos>"),
-        (f"{first}\n[user]+1?\n[assistant]5<eos>", "5<eos>"),
-    }
+    whole = f"{first}\n[user]+1?\n[assistant]5<eos>"
+    batches = make_batches([talk], chat_tokenizer, seq_len=128, batch_size=2)
+    # One sequence, in which no turn is read twice.
+    assert learned_in(batches, chat_tokenizer) == {(whole, "4<eos>5<eos>")}
+    # Too long for one: each turn after as much as there is room for.
+    length = len(chat_tokenizer(whole)["input_ids"])
+    batches = make_batches([talk], chat_tokenizer, seq_len=length - 1, batch_size=2)
+    assert learned_in(batches, chat_tokenizer) == {(first, "4<eos>"), (whole[1:], "5<eos>")}
+    # Without EOS in the template it stands after every turn's last token only where it is learned.
+    chat_tokenizer.chat_template = TEMPLATE.replace("<eos>", "|")
+    batches = make_batches([talk], chat_tokenizer, seq_len=128, batch_size=2)
+    assert {learned for _, learned in learned_in(batches, chat_tokenizer)} == {
+        "4|\n<eos>", "5|\n<eos>"
+    }  # fmt: skip
+
+
+def test_conversations_in_one_sequence_give_the_gradient_of_their_turns(
+    chat_tokenizer: Any, tiny_mamba2: Any
+) -> None:
+    """The same labels after the same tokens: what each turn gives by itself, added up."""
+    turns = [("user", "2+2?"), ("assistant", "4"), ("user", "+1?"), ("assistant", "5, of course"),
+             ("user", "no"), ("assistant", "!")]  # fmt: skip
+    talk = Conversation(tuple(Message(*turn) for turn in turns))
+    joined = make_batches([talk], chat_tokenizer, seq_len=256, batch_size=1)
+    apart = make_batches(rendered([talk], chat_tokenizer)[::-1], chat_tokenizer, seq_len=256,
+                         batch_size=3)  # fmt: skip
+    assert (len(joined.batch(0).labels), len(apart.batch(0).labels)) == (1, 3)
+    model = copy.deepcopy(tiny_mamba2).double()
+    found = []
+    for batches in (joined, apart):
+        model.zero_grad()
+        input_ids, labels = batches.batch(0)[:2]
+        hidden = model.backbone(input_ids, use_cache=False)[0]
+        loss = functional.cross_entropy(
+            model.lm_head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        )
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    # The scan's own sums are in fp32.
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
 def test_conversations_are_evaluated(chat_tokenizer: Any, tiny_mamba2: Any) -> None:
