@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
 from prodial_kernels.models.mixers.scan_function import differentiable_scan
@@ -78,17 +80,29 @@ def test_quantised_projections() -> None:
     assert cuda_stand_ins.calls["scan_bwd"] == 4
 
 
-def test_autocast() -> None:
-    model = adapt("mamba", num_hidden_layers=1)
-    ids = token_ids(length=8)
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
+def test_trainer(tmp_path: Path) -> None:
+    """transformers' ``Trainer(torch_compile=True)``, here under autocast."""
+    from transformers import Trainer, TrainingArguments
 
-    def step_of(run: Any) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
-            return losses_and_gradients(model, run, ids)
-
-    expected = step_of(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(step_of(compiled), expected, rtol=2e-2, atol=1e-3)
+    found = []
+    for number, compiles in enumerate(({}, {"torch_compile_backend": "aot_eager"})):
+        counters.clear()
+        model = adapt("mamba", num_hidden_layers=1)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / str(number)), per_device_train_batch_size=2, max_steps=3,
+            use_cpu=True, bf16=True, report_to=[], logging_steps=1, disable_tqdm=True, seed=1,
+            save_strategy="no", torch_compile=bool(compiles), **compiles,
+        )  # fmt: skip
+        rows = [{"input_ids": row, "labels": row} for row in token_ids(batch=6, length=8)]
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+        found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(found[0]) == 3
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-3, atol=0)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert cuda_stand_ins.calls["scan_bwd"] == 6
 
 
 def test_the_kernels_operators(monkeypatch: pytest.MonkeyPatch) -> None:
