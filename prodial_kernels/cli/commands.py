@@ -172,8 +172,8 @@ def _finetune(args: argparse.Namespace) -> int:
         values = {**RunDirectory(output).read_identity().config, **values, "output": output}
     config = FinetuneConfig.from_dict(values)
     launch = Launch.from_environment()
-    # The others find what the first one has made there already.
-    if "resume" not in args and launch.main:
+    # The others find what the first one has made there already, and so do all when restarted.
+    if "resume" not in args and launch.main and not launch.restarts:
         RunDirectory(output).check_startable()
     if config.memory_budget is not None:
         # Gaps between tensors count too. It is read when CUDA starts, later.

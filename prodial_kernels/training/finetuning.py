@@ -150,6 +150,8 @@ def finetune(
         config = given.noted_in(config).resolved(processes=launch.size)
         folder = RunDirectory(config.output)
         display = Progress(enabled=progress and launch.main)
+        # A launcher that starts everything again has but one command for it.
+        resume = resume or (launch.restarts > 0 and folder.identity_file.is_file())
         device = resolve_device(config.device)
         dtype = given.dtype(resolve_dtype(config.dtype, device), config)
         check_trackers(config.report_to or ())

@@ -27,11 +27,13 @@ class Launch:
         rank: Its number, from 0.
         size: How many there are.
         local_rank: Its number among those of this machine: which GPU it has.
+        restarts: How often the launcher has started all of them again, after one failed.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    restarts: int = 0
 
     @property
     def main(self) -> bool:
@@ -50,9 +52,10 @@ class Launch:
             return cls()
         values = {name: environment[name] for name in ("RANK", "WORLD_SIZE")}
         values["LOCAL_RANK"] = environment.get("LOCAL_RANK", "0")
+        values["TORCHELASTIC_RESTART_COUNT"] = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            rank, size, local = (int(value) for value in values.values())
-            good = 0 <= rank < size and local >= 0
+            rank, size, local, restarts = (int(value) for value in values.values())
+            good = 0 <= rank < size and local >= 0 and restarts >= 0
         except ValueError:
             good = False
         if not good:
@@ -61,7 +64,7 @@ class Launch:
                 f"the environment says {said}, which cannot be; start with torchrun "
                 "--nproc-per-node N, or remove these variables to run in one process"
             )
-        return cls(rank, size, local)
+        return cls(rank, size, local, restarts)
 
 
 def tell_launcher(message: str, environment: Mapping[str, str] = os.environ) -> None:

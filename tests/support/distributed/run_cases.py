@@ -95,6 +95,12 @@ def killed(which: int, step: int) -> Callable[[Path], None]:
     return case
 
 
+def restarted(place: Path) -> int:
+    # As torchrun --max-restarts starts the same command again.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    return run(place, place / "disturbed", **DROPOUT).steps
+
+
 def resumed(place: Path) -> int:
     return run(place, place / "disturbed", resume=True, **DROPOUT).steps
 
@@ -135,6 +141,7 @@ CASES = {
     "stopped": stopped,
     "killed_first": killed(0, 7),
     "killed_second": killed(1, 10),
+    "restarted": restarted,
     "resumed": resumed,
     "stopped_in_evaluation": stopped_in_evaluation,
     "ended_by_a_callback": ended_by_a_callback,
