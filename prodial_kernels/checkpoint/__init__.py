@@ -8,12 +8,15 @@ from prodial_kernels.checkpoint.adapter import (
 )
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.fingerprint import model_fingerprint
+from prodial_kernels.checkpoint.hub import fetch_adapter, push_adapter
 
 __all__ = [
     "AdapterError",
     "SavedAdapter",
+    "fetch_adapter",
     "load_adapter",
     "model_fingerprint",
+    "push_adapter",
     "read_adapter",
     "save_adapter",
 ]

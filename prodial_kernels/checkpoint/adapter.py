@@ -15,6 +15,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as serialise_safetensors
 from torch import Tensor, nn
 
+from prodial_kernels.checkpoint.card import write_card
 from prodial_kernels.checkpoint.contents import (
     Contents,
     base_without,
@@ -34,6 +35,7 @@ from prodial_kernels.checkpoint.fingerprint import (
     describe_layers,
 )
 from prodial_kernels.checkpoint.first_format import check_first_base, convert_tensors
+from prodial_kernels.checkpoint.peft_form import file_name, peft_fields, plain_name
 from prodial_kernels.checkpoint.sharded import by_the_first, fill, is_sharded, whole
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import adapted_layers
@@ -65,7 +67,8 @@ class SavedAdapter:
         base: Fingerprint of the base model (:func:`describe_base`).
         base_model: Name of the base model as given to :func:`save_adapter`, or None.
         package_version: Version of this package that wrote it.
-        format_version: Of the files: 1 kept s, and a few values of the base; 2 is today's.
+        format_version: Of the files: 1 kept s, and a few values of the base; 2 named tensors as
+            here; 3 is today's, which names them in the file as PEFT does.
     """
 
     config: ProdialConfig
@@ -104,9 +107,11 @@ def save_adapter(
 ) -> None:
     """Write an adapter of ``model``, and all that is trained beside it, to ``directory``.
 
-    Two files: ``adapter_model.safetensors`` and ``adapter_config.json``. The directory always
-    holds the previous adapter or this one, even if the process is killed. Tensors keep their
-    dtype. Beside the adapter it holds what ``modules_to_save`` names, every other parameter that
+    Two files: ``adapter_model.safetensors`` and ``adapter_config.json``, and a model card beside
+    them, unless somebody wrote a ``README.md`` of his own. The directory always holds the previous
+    adapter or this one, even if the process is killed. Tensors keep their dtype. PEFT reads the
+    files too, after ``import prodial_kernels.peft``, where they hold nothing but the layers'
+    adapters. Beside the adapter it holds what ``modules_to_save`` names, every other parameter that
     requires a gradient, and the running statistics of layers such as ``BatchNorm``.
 
     Every value of the base model is read, to recognise it by
@@ -149,7 +154,9 @@ def save_adapter(
             base_model = own_name or None
     elif not (isinstance(base_model, str) and base_model.isprintable()):
         raise AdapterError(f"base_model must be a name in printable letters, got {base_model!r}")
+    recognised = peft_fields(model, config, base_model, beside=bool(contents.beside))
     header = {
+        **recognised,
         "package_version": __version__,
         "base_model": base_model,
         "config": config.to_dict(),
@@ -157,10 +164,15 @@ def save_adapter(
         "base": describe_base(contents.base, contents.linears),
     }
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
-    owned = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    owned = {
+        file_name(name): tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
 
     def write() -> None:
-        write_files(Path(directory), header, serialise_safetensors(owned))
+        payload = serialise_safetensors(owned, metadata={"format": "pt"})
+        write_files(Path(directory), header, payload)
+        write_card(Path(directory), config, base_model, in_peft=bool(recognised))
 
     if together:
         by_the_first(write)
@@ -180,6 +192,8 @@ def read_adapter(directory: str | PathLike[str]) -> SavedAdapter:
     header, payload = read_files(directory)
     try:
         tensors = parse_safetensors(payload)
+        if header["format_version"] > 2:
+            tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
         config = ProdialConfig.from_dict(header["config"])
         listed = _dictionary(header, "tensors")
         base = _dictionary(header, "base")

@@ -28,8 +28,9 @@ from prodial_kernels.files.sha256 import sha256_of_file, sha256_of_values
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 # 1: the scale is kept as s, and of the base a few values of each adapted weight. 2: as s - 1.
-FORMAT_VERSION = 2
-_READABLE = (1, 2)
+# 3: the tensors have PEFT's names in the file.
+FORMAT_VERSION = 3
+_READABLE = (1, 2, 3)
 SECONDS_TO_WAIT = 300.0
 
 
@@ -136,7 +137,7 @@ def _read_header(directory: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path} has format_version={version!r}, written by prodial-kernels "
             f"{header.get('package_version')!r}; this version reads "
-            f"{' and '.join(map(str, _READABLE))}: install one that reads it"
+            f"{', '.join(map(str, _READABLE))}: install one that reads it"
         )
     checksum = header.pop("checksum", None)
     if checksum != sha256_of_values(header):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from peft import LoraConfig, PeftConfig
 
@@ -13,9 +14,31 @@ from prodial_kernels.config import AdapterOptions, ProdialConfig, refuse_commas
 from prodial_kernels.module_patterns import compile_pattern
 from prodial_kernels.peft.register import PEFT_TYPE
 
+ConfigT = TypeVar("ConfigT")
+
 DEFAULT_TARGETS = ProdialConfig.target_modules
+# What save_adapter's file holds beside PEFT's fields.
+_OF_SAVE_ADAPTER = frozenset(
+    ("format_version", "package_version", "base_model", "config", "tensors", "base",
+     "tensors_sha256", "checksum")
+)  # fmt: skip
 
 
+def _without_own_fields(cls: type[ConfigT]) -> type[ConfigT]:
+    """Let a configuration be made of the file that ``save_adapter`` wrote, too."""
+    made: Any = cls.__init__
+
+    @wraps(made)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "tensors_sha256" in kwargs:
+            kwargs = {k: value for k, value in kwargs.items() if k not in _OF_SAVE_ADAPTER}
+        made(self, *args, **kwargs)
+
+    setattr(cls, "__init__", __init__)  # noqa: B010  mypy does not let it be assigned
+    return cls
+
+
+@_without_own_fields
 @dataclass
 class ProdialPeftConfig(PeftConfig):
     """The configuration of a ProDiaL adapter, as ``get_peft_model`` and PEFT's trainers take it.

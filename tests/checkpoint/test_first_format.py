@@ -60,6 +60,24 @@ def write_first_format(
     (directory / CONFIG_FILE).write_text(text)
 
 
+def test_the_second_format_named_tensors_as_the_model_does(tmp_path: Path) -> None:
+    source = trained(CONFIG)
+    save_adapter(source, tmp_path)
+    saved = read_adapter(tmp_path)
+    payload = save({name: tensor.contiguous() for name, tensor in saved.tensors.items()})
+    content = json.loads((tmp_path / CONFIG_FILE).read_text())
+    content |= {"format_version": 2, "tensors_sha256": hashlib.sha256(payload).hexdigest()}
+    del content["checksum"]
+    (tmp_path / TENSOR_FILE).write_bytes(payload)
+    text = json.dumps({**content, "checksum": sha256_of_values(content)})
+    (tmp_path / CONFIG_FILE).write_text(text)
+    assert read_adapter(tmp_path).format_version == 2
+    plain = Model()
+    load_adapter(plain, tmp_path)
+    x = torch.randn(5, 12)
+    assert torch.equal(plain.eval()(x), source.eval()(x))
+
+
 def test_it_loads_and_computes_the_same(tmp_path: Path) -> None:
     source = trained(CONFIG)
     write_first_format(source, tmp_path)
@@ -77,7 +95,7 @@ def test_it_loads_and_computes_the_same(tmp_path: Path) -> None:
             assert torch.equal(loaded, expected)
     again = tmp_path / "again"
     save_adapter(plain, again)
-    assert read_adapter(again).format_version == 2
+    assert read_adapter(again).format_version == 3
     other = Model()
     load_adapter(other, again)
     assert state(other.eval()) == state(plain)

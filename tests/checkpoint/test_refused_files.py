@@ -68,7 +68,7 @@ def test_configuration_of_another_program(directory: Path) -> None:
     expect_refusal(directory, "no format_version: it is not ProDiaL's")
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", True, 1.0, None])
+@pytest.mark.parametrize("version", [0, 4, "1", True, 1.0, None])
 def test_unknown_format_version(directory: Path, version: object) -> None:
     path = directory / CONFIG_FILE
     content = {**json.loads(path.read_text()), "format_version": version}

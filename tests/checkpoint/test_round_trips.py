@@ -21,7 +21,9 @@ from prodial_kernels import (
     save_adapter,
 )
 from prodial_kernels.checkpoint import AdapterError, read_adapter
+from prodial_kernels.checkpoint.card import CARD_FILE
 from prodial_kernels.checkpoint.files import CONFIG_FILE, TENSOR_FILE
+from prodial_kernels.checkpoint.peft_form import file_name, plain_name
 from support.saved_adapters import CONFIG, Model, state, trained
 
 
@@ -52,8 +54,11 @@ def test_round_trip_is_exact(tmp_path: Path, config: ProdialConfig) -> None:
 
 
 def test_files_hold_what_the_format_says(directory: Path) -> None:
-    assert sorted(p.name for p in directory.iterdir()) == [CONFIG_FILE, TENSOR_FILE]
-    tensors = load_file(directory / TENSOR_FILE)
+    assert sorted(p.name for p in directory.iterdir()) == [CARD_FILE, CONFIG_FILE, TENSOR_FILE]
+    stored = load_file(directory / TENSOR_FILE)
+    assert "base_model.model.layers.0.in_proj.prodial_A.weight" in stored
+    tensors = {plain_name(name): tensor for name, tensor in stored.items()}
+    assert {file_name(name) for name in tensors} == stored.keys()
     parts = ("prodial_a", "prodial_b", "prodial_blocks", "prodial_scale")
     assert sorted(tensors) == sorted(
         [f"layers.{i}.{proj}.{part}" for i in range(2) for proj in ("in_proj", "out_proj")
@@ -63,7 +68,7 @@ def test_files_hold_what_the_format_says(directory: Path) -> None:
                                          "running_var", "weight")]
     )  # fmt: skip
     header = json.loads((directory / CONFIG_FILE).read_text())
-    assert header["format_version"] == 2
+    assert header["format_version"] == 3
     assert ProdialConfig.from_dict(header["config"]) == CONFIG
     assert header["tensors"]["layers.0.in_proj.prodial_blocks"] == {
         "shape": [4, 3, 3], "dtype": "float32",
@@ -93,7 +98,7 @@ def test_the_models_own_name_is_the_default_base_model(tmp_path: Path) -> None:
 def test_masters_keep_their_dtype_in_a_16_bit_model(tmp_path: Path) -> None:
     source = trained(model=Model().to(torch.bfloat16))
     save_adapter(source, tmp_path)
-    tensors = load_file(tmp_path / TENSOR_FILE)
+    tensors = read_adapter(tmp_path).tensors
     assert tensors["layers.0.in_proj.prodial_scale"].dtype == torch.float32
     # Trained beside the adapter, so a master as well.
     assert tensors["head.0.weight"].dtype == torch.float32
@@ -120,7 +125,7 @@ def test_shared_layers_are_saved_once(tmp_path: Path) -> None:
 
     source = trained(model=shared())
     save_adapter(source, tmp_path)
-    assert not any(name.startswith("layers.2") for name in load_file(tmp_path / TENSOR_FILE))
+    assert not any(name.startswith("layers.2") for name in read_adapter(tmp_path).tensors)
     plain = shared()
     load_adapter(plain, tmp_path)
     x = torch.randn(5, 12)
@@ -147,7 +152,7 @@ def test_saving_replaces_what_was_there(directory: Path) -> None:
     plain = Model()
     load_adapter(plain, directory)
     assert state(plain) == state(second)
-    assert len(list(directory.iterdir())) == 2
+    assert len(list(directory.iterdir())) == 3
 
 
 def test_a_loaded_adapter_can_be_saved_removed_and_merged(directory: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prodial_kernels import ProdialConfig, apply_prodial, load_adapter
 from prodial_kernels.checkpoint import AdapterError
 from prodial_kernels.checkpoint.files import TENSOR_FILE, read_files, write_files
+from prodial_kernels.checkpoint.peft_form import file_name, plain_name
 
 CONFIG = ProdialConfig(r=4, n_blocks={"in_proj": 4, "out_proj": 24}, modules_to_save=("head",))
 
@@ -84,10 +85,10 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def rewrite_tensors(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Change the tensors, and the list of them, and every checksum."""
     header, _ = read_files(directory)
-    tensors = load_file(directory / TENSOR_FILE)
+    tensors = {plain_name(n): t for n, t in load_file(directory / TENSOR_FILE).items()}
     change(tensors)
     header["tensors"] = {
         name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
         for name, t in tensors.items()
     }
-    write_files(directory, header, save(tensors))
+    write_files(directory, header, save({file_name(n): t for n, t in tensors.items()}))
