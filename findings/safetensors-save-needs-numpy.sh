@@ -6,8 +6,8 @@
 # Seen:   load() and load_file() work without numpy. save() and save_file() raise
 #         ModuleNotFoundError, after everything was computed that was to be saved.
 # So:     in an environment with no more than the two libraries ask for, a model can be loaded and
-#         trained, and the result not be written. A package that saves by safetensors.torch must
-#         require safetensors[numpy].
+#         trained, and the result not be written. The extra safetensors[torch] brings numpy; a package
+#         that saves must require it.
 #
 # Output seen:
 #   numpy is installed: False
