@@ -20,8 +20,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import prodial_kernels.peft
+from support.mixers.adapted_families import install_stand_in
 from support.models import token_ids
-from support.peft_models import MIXES_METHODS, config, layers, logits
+from support.peft_models import MIXES_METHODS, adapted, config, layers, logits
 from support.tiny_model import byte_tokenizer, tiny_mamba2, write_tiny_model
 
 pytestmark = pytest.mark.filterwarnings(
@@ -118,6 +119,20 @@ def test_flattened_rows_end_a_trainer(tmp_path: Path) -> None:
     packing = Trainer(model, arguments, train_dataset=rows, data_collator=flattening)
     with pytest.raises(ValueError, match="run into the next"):
         packing.train()
+
+
+def test_flattened_rows_train_where_documents_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainer turns the cache off, which the guard asks for; evaluation goes the same way."""
+    install_stand_in(monkeypatch, "bamba")
+    model = adapted("bamba", task_type="CAUSAL_LM")
+    before = factors(model)
+    flattening = DataCollatorWithFlattening(return_seq_idx=True)
+    rows = [{"input_ids": row["input_ids"].tolist()} for row in ROWS]
+    arguments = TrainingArguments(str(tmp_path), **QUIET, max_steps=1, learning_rate=1e-2)
+    Trainer(model, arguments, train_dataset=rows, data_collator=flattening).train()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in factors(model).items())
 
 
 # --- TRL, which the tests' dependencies do not include. ------------------------------------------
