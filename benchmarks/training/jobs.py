@@ -26,7 +26,8 @@ class Job:
         batch: Sequences.
         length: Tokens of one.
         quantize: As ``prodial finetune`` has it, like the next four; None for bf16.
-        quantize_modules: Likewise.
+        quantize_modules: Likewise, and so is ``experts``.
+        experts: Where they are.
         memory_budget: Likewise, or :data:`LEAST`; None for what the device has.
         activations: Likewise.
         cuda_graph: Likewise.
@@ -51,6 +52,7 @@ class Job:
     aim: Limits = (None, None)
     before: Limits = (None, None)
     quantize_modules: str = "projectors"
+    experts: str = "auto"
 
     @property
     def title(self) -> str:
@@ -63,7 +65,7 @@ class Job:
         chosen: dict[str, Any] = {"batch_size": self.batch, "seq_len": self.length}
         for name, default in (
             ("quantize", None), ("quantize_modules", "projectors"), ("activations", "auto"),
-            ("cuda_graph", "auto"),
+            ("cuda_graph", "auto"), ("experts", "auto"),
         ):  # fmt: skip
             if getattr(self, name) != default:
                 chosen[name] = getattr(self, name)
@@ -91,6 +93,10 @@ WHOLE_JOBS = (
     Job(
         "30b-a3b-all", "nemotron-3-nano-30b-a3b", 1, 2048, must=(None, 24), aim=(None, 20),
         memory_budget="24GB", **_WHOLE,
+    ),
+    Job(
+        "30b-a3b-streamed", "nemotron-3-nano-30b-a3b", 1, 2048, must=(None, 12), aim=(None, 8),
+        experts="host", activations="checkpoint", **_WHOLE,
     ),
     Job("30b-a3b-all-lean", "nemotron-3-nano-30b-a3b", 1, 2048, aim=(None, 20), **_LEAN),
     Job(
@@ -155,7 +161,7 @@ MORE_JOBS = (
 TINY_JOBS = (
     Job("tiny", "tiny", 2, 32, must=(60_000, 8), aim=(1e-3, 8), before=(9e4, 9)),
     Job("tiny-nf4", "tiny", 2, 32, "nf4", activations="checkpoint"),
-    Job("tiny-all", "tiny-moe", 2, 32, **_LEAN),
+    Job("tiny-all", "tiny-moe", 2, 32, experts="host", **_LEAN),
 )  # fmt: skip
 
 
@@ -195,6 +201,7 @@ class JobRow:
     predicted_bytes: int | None = None
     trained: int = 0
     quantize_modules: str = "projectors"
+    experts: str = "auto"
     build_s: float = 0.0
     total_s: float = 0.0
     kernels_us: Mapping[str, float] | None = None

@@ -16,6 +16,7 @@ from prodial_kernels.quantization import QuantizationReport, QuantizedLinear, qu
 from prodial_kernels.quantization.model import select
 from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
 from prodial_kernels.quantization.modules.experts import QuantizedExperts, QuantizedStack
+from prodial_kernels.quantization.modules.host_experts import HostStack
 from prodial_kernels.quantization.modules.selection import EVERYTHING, PROJECTORS, Selection
 
 
@@ -100,6 +101,7 @@ def random_packed(
     format: str | None,
     modules: str = "projectors",
     *,
+    experts_on_host: bool = False,
     seed: int = 0,
 ) -> PreTrainedModel:
     """Build the same in seconds: of each shape one weight is drawn and stored, then copied.
@@ -112,7 +114,7 @@ def random_packed(
     if format is not None:
         everything = modules == EVERYTHING
         chosen = select(model, EVERYTHING if everything else PROJECTORS)
-        _place_copies(model, chosen, format, device, drawn)
+        _place_copies(model, chosen, format, device, drawn, experts_on_host)
     names = model.state_dict().keys()
     rest = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     tied = {name for name in names if name not in drawn}
@@ -138,8 +140,9 @@ class _Some(Mapping[str, Tensor]):
 
 
 def _place_copies(
-    model: nn.Module, chosen: Selection, format: str, device: torch.device, drawn: RandomWeights
-) -> None:
+    model: nn.Module, chosen: Selection, format: str, device: torch.device, drawn: RandomWeights,
+    experts_on_host: bool,
+) -> None:  # fmt: skip
     """Store copies of one drawn weight of each shape in the place of what was chosen."""
     layers: dict[torch.Size, QuantizedLinear] = {}
 
@@ -172,7 +175,8 @@ def _place_copies(
         stacks = {}
         for name, weight in experts.named_parameters():
             one = copy_of(weight[0].shape, weight.dtype, None)
-            stacks[name] = stack = QuantizedStack(len(weight), one)
+            kind = HostStack if experts_on_host else QuantizedStack
+            stacks[name] = stack = kind(len(weight), one)
             for index in range(len(weight)):
                 stack.put(index, one)
         place(model, paths, QuantizedExperts(experts, stacks))

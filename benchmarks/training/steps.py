@@ -226,7 +226,10 @@ def build(job: Job, place: torch.device, dtype: torch.dtype) -> nn.Module:
     """Return the job's model with random weights; it is never dense where it is quantised."""
     if job.library == "transformers":
         config = transformers_config(job.model)
-        return random_packed(config, place, dtype, job.quantize, job.quantize_modules)
+        return random_packed(
+            config, place, dtype, job.quantize, job.quantize_modules,
+            experts_on_host=job.experts == "host",
+        )  # fmt: skip
     from mamba_ssm import MambaLMHeadModel
     from mamba_ssm.models.config_mamba import MambaConfig
 

@@ -73,6 +73,7 @@ def load_quantized(
     exclude: Iterable[str] = (),
     rename: Callable[[str], str | Piece] | None = None,
     ignore: Iterable[str] = (),
+    experts_on_host: bool = False,
     fill: Callable[[], None] | None = None,
 ) -> QuantizationReport:
     """Load a model tensor by tensor; the layers of ``target_modules`` are quantised as they come.
@@ -93,6 +94,8 @@ def load_quantized(
         exclude: Likewise.
         rename: From a name of the checkpoint to the model's, or to the part of a tensor that it is.
         ignore: Regular expressions for the model's names that it need not know.
+        experts_on_host: Whether a mixture's experts, where they are quantised, stay in the host's
+            memory and come to ``device`` when they are used.
         fill: Computes the buffers that no checkpoint holds; it is called in the end if the model
             has such, which are on ``device`` by then, without values.
 
@@ -123,7 +126,12 @@ def load_quantized(
             )
     stored = _stored_layers(names, model)
     chosen = Selection(()) if format is None else select(model, target_modules, exclude)
-    loader = _Loader(model, torch.device(device), format, chosen)
+    if experts_on_host and not chosen.experts:
+        raise ValueError(
+            "experts_on_host is for a mixture's experts that are quantised here, and this model "
+            "has none; leave it out"
+        )
+    loader = _Loader(model, torch.device(device), format, chosen, experts_on_host)
     unknown = []
     for name, key in names.items():
         layer = next((path for path in _parents(name) if path in stored), None)
@@ -162,9 +170,11 @@ class _Loader:
     """Replaces a model's dense layers by quantised ones, and counts errors and bytes."""
 
     def __init__(
-        self, model: nn.Module, device: torch.device, format: str | None, chosen: Selection
-    ) -> None:
+        self, model: nn.Module, device: torch.device, format: str | None, chosen: Selection,
+        experts_on_host: bool,
+    ) -> None:  # fmt: skip
         self.device = device
+        self._on_host = experts_on_host
         self._model = model
         self._format = format or ""
         self._chosen = chosen
@@ -246,7 +256,7 @@ class _Loader:
         leaf = name.rpartition(".")[2]
         path = self._experts[name][0]
         stacks = self._stacks.setdefault(path, {})
-        stack = put_expert(stacks, leaf, index, count, dense, self._format, path)
+        stack = put_expert(stacks, leaf, index, count, dense, self._format, path, self._on_host)
         self._dense_bytes[path] += dense.nbytes
         lost = quantization_error(dense, stack[index])
         self._lost.setdefault(path, []).append((dense.numel(), lost))

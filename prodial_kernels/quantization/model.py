@@ -21,6 +21,7 @@ from prodial_kernels.quantization.convert import (
 from prodial_kernels.quantization.layer import QuantizedLinear
 from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
 from prodial_kernels.quantization.modules.experts import QuantizedExperts, QuantizedStack
+from prodial_kernels.quantization.modules.host_experts import HostStack
 from prodial_kernels.quantization.modules.selection import (
     EVERYTHING,
     PROJECTORS,
@@ -231,7 +232,7 @@ def quantized_experts(
 
 def put_expert(
     stacks: dict[str, QuantizedStack], name: str, index: int, count: int, dense: Tensor,
-    format: str, path: str,
+    format: str, path: str, on_host: bool = False,
 ) -> QuantizedStack:  # fmt: skip
     """Store one expert's weight in the stack called ``name``, which the first one makes."""
     linear = nn.Linear(1, 1, bias=False, device="meta")
@@ -241,7 +242,7 @@ def put_expert(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}.{name}[{index}]: {error}") from error
     if name not in stacks:
-        stacks[name] = QuantizedStack(count, layer)
+        stacks[name] = (HostStack if on_host else QuantizedStack)(count, layer)
     stacks[name].put(index, layer)
     return stacks[name]
 

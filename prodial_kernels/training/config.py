@@ -32,6 +32,7 @@ KEEP = ("last", "best")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 QUANTIZE = ("nf4", "int8", "fp8")
 QUANTIZE_MODULES = ("projectors", "all")
+EXPERTS = ("auto", "device", "host")
 ACTIVATIONS = ("auto", "keep", "recompute", "checkpoint", "offload")
 LANGUAGE_PRESETS = tuple(name for name, preset in PRESETS.items() if preset.seq_len is not None)
 # Peak learning rates, at or between the best points of a one-seed sweep on the embedded model with
@@ -78,6 +79,7 @@ class FinetuneConfig:
         quantize: Weights are quantised while they are loaded one by one.
         quantize_modules: ``"all"``: everything but norms, routers and the recurrence's own, and
             what is trained.
+        experts: Each step copies those that its batch takes, up to three times.
         memory_budget: Such as ``"8GiB"``, ``"6GB"`` or a number of bytes; PyTorch is allowed no
             more. None: what is free, as far as it can be.
         activations: ``"keep"``: what the fused operations need; ``"recompute"``: less (the norm,
@@ -239,6 +241,11 @@ class FinetuneConfig:
     shard: bool = option(
         False, "divide the frozen model among the processes of the run (FSDP2), for one that does "
         "not fit a GPU"
+    )  # fmt: skip
+    experts: str = option(
+        "auto", "where quantised experts are: on the device, or on the host and copied when a "
+        "batch takes them; {default} (default): on the host if nothing else fits",
+        choices=EXPERTS,
     )  # fmt: skip
     device: str = option("auto", "{default}: CUDA where there is one", choices=DEVICES)
     dtype: str = option(
@@ -436,6 +443,11 @@ class FinetuneConfig:
             raise ConfigError(
                 "`quantize_modules` says what `quantize` stores, and `quantize` is not given; add "
                 "it, such as `quantize` 'nf4'"
+            )
+        if self.experts == "host" and self.quantize_modules != "all":
+            raise ConfigError(
+                "`experts` 'host' is of quantised experts, and `quantize_modules` is "
+                f"{self.quantize_modules!r}; make it 'all'"
             )
         if self.shard and (self.method == "full" or self.quantize is not None):
             other = "`method` 'full' trains all of it"

@@ -180,6 +180,8 @@ def finetune(
                 choice, plan = plan_run(own, device, dtype, model)
                 if config.quantize == "auto":
                     config = _with_format(config, None if plan is None else plan.plan.quantize)
+                if config.experts == "auto" and plan is not None:
+                    config = replace(config, experts=plan.plan.experts)
                 with limited(device, None if plan is None else plan.allowed), _ended(watch, given):
                     run = prepare(
                         config, folder, saved, display,

@@ -19,8 +19,8 @@ FROZEN = {
     f"--resume --method {ADAPTER} --lr --learning-rate --steps --epochs --batch-size --seq-len "
     "--packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
     "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
-    "--impl --quantize --quantize-modules --shard --device --dtype --eval-every --save-every "
-    "--log-every --config --init-adapter --keep --report-to",
+    "--impl --quantize --quantize-modules --experts --shard --device --dtype --eval-every "
+    "--save-every --log-every --config --init-adapter --keep --report-to",
     "evaluate": "--model --adapter --data --split --max-tokens --seq-len --batch-size --lm-eval "
     "--num-fewshot --limit --json --impl --quantize --quantize-modules --device --dtype",
     "generate": "--model --adapter --prompt --chat --system --max-new-tokens --temperature --top-p "

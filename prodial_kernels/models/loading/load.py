@@ -83,6 +83,7 @@ def load_model(
     quantize: str | None = None,
     quantize_modules: str = "projectors",
     keep_dense: Sequence[str] = (),
+    experts_on_host: bool = False,
 ) -> LoadedModel:
     """Load a causal language model through transformers.
 
@@ -97,6 +98,7 @@ def load_model(
         quantize_modules: Which: ``"projectors"`` (``in_proj`` and ``out_proj``) or ``"all"``, as
             :func:`prodial_kernels.quantize_model` has it.
         keep_dense: Modules that are not quantised, because they are trained.
+        experts_on_host: Whether a mixture's quantised experts stay in the host's memory.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -126,8 +128,9 @@ def load_model(
         packed = quantize is not None or hasattr(config, "quantization_config")
         if packed or is_named_as_mamba_ssm(tensors):
             model, report = load_by_tensors(
-                directory, config, device, dtype, quantize, quantize_modules, keep_dense
-            )
+                directory, config, device, dtype, quantize, quantize_modules, keep_dense,
+                experts_on_host,
+            )  # fmt: skip
             report = report if packed else None
         else:
             model = _load_dense(directory, config, dtype)

@@ -33,6 +33,7 @@ def load_by_tensors(
     format: str | None,
     modules: str = "projectors",
     keep_dense: Sequence[str] = (),
+    experts_on_host: bool = False,
 ) -> tuple[PreTrainedModel, QuantizationReport]:
     """Load a model whose weights are stored in ``format``, or as the checkpoint stores them.
 
@@ -44,6 +45,7 @@ def load_by_tensors(
         format: Of the dense weights of ``modules``; None leaves them dense.
         modules: ``"projectors"`` or ``"all"``, as ``FinetuneConfig.quantize_modules``.
         keep_dense: Modules that are not quantised, because they are trained.
+        experts_on_host: As :func:`~prodial_kernels.quantization.load_quantized` has it.
 
     Raises:
         OSError: The checkpoint is not there or cannot be read.
@@ -58,8 +60,9 @@ def load_by_tensors(
     model = model_on_meta(config, dtype)
     tensors = AsTransformers(TensorFiles(directory), config, dtype)
     report = load_into(
-        model, tensors, device, format, _renaming(model), modules=modules, keep_dense=keep_dense
-    )
+        model, tensors, device, format, _renaming(model), modules=modules, keep_dense=keep_dense,
+        experts_on_host=experts_on_host,
+    )  # fmt: skip
     model.name_or_path = model.config.name_or_path = str(directory)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -86,6 +89,7 @@ def load_into(
     *,
     modules: str = "projectors",
     keep_dense: Sequence[str] = (),
+    experts_on_host: bool = False,
 ) -> QuantizationReport:
     """Fill a model of :func:`model_on_meta` from ``tensors``, quantised as they are read.
 
@@ -99,7 +103,7 @@ def load_into(
     return load_quantized(
         model, tensors, format, device=device, rename=rename,
         target_modules=EVERYTHING if everything else PROJECTORS,
-        exclude=kept if everything else (),
+        exclude=kept if everything else (), experts_on_host=experts_on_host,
         ignore=model._keys_to_ignore_on_load_unexpected or (),
         fill=partial(_compute_buffers, model),
     )  # fmt: skip

@@ -38,3 +38,9 @@ def stored_bytes(format: str, n: int, k: int, count: int = 1) -> int:
     else:
         raise ValueError(f"format must be nf4, int8 or fp8, got {format!r}")
     return count * one
+
+
+def host_bytes(format: str, n: int, k: int) -> int:
+    """Return what of a weight [n, k] a ``HostStack`` keeps in the host's memory."""
+    codes = ceil_div(n * k, 2) if format == "nf4" else n * k
+    return codes + (ceil_div(n * k, BLOCKSIZE) if format == "nf4" else 0)

@@ -34,8 +34,7 @@ class QuantizedStack(nn.Module):
         self._names = [name for name, buffer in like._buffers.items() if buffer is not None]
         self._missing = set(range(count))
         for name, buffer in zip(self._names, like.packed(), strict=True):
-            room = buffer.new_empty((count, *buffer.shape))
-            self.register_buffer(name, room)
+            self._make_room(name, buffer)
         blank = copy.copy(like)
         blank._buffers = dict.fromkeys(like._buffers)
         blank._parameters = {"bias": None}
@@ -49,7 +48,7 @@ class QuantizedStack(nn.Module):
             ValueError: It is stored in another way than the first.
         """
         for name, buffer in layer._buffers.items():
-            room = self._buffers.get(name)
+            room = self._room(name) if name in self._names else None
             if buffer is None and room is None:
                 continue
             if buffer is None or room is None or room[index].shape != buffer.shape:
@@ -79,14 +78,24 @@ class QuantizedStack(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Bytes of the stored weights, scales included."""
-        return sum(buffer.nbytes for buffer in self.buffers(recurse=False))
+        return sum(self._room(name).nbytes for name in self._names)
+
+    def _make_room(self, name: str, like: Tensor) -> None:
+        self.register_buffer(name, like.new_empty((self.count, *like.shape)))
+
+    def _room(self, name: str) -> Tensor:
+        """The tensors of one kind of all weights."""
+        return self.get_buffer(name)
+
+    def prefetch(self, known: list[int]) -> None:
+        """Begin to bring some weights to the device, where they are not there."""
 
     def __getitem__(self, index: int) -> QuantizedLinear:
         """One weight as a layer, which shares its storage."""
         if not 0 <= index < self.count:
             raise IndexError(f"index must be in 0..{self.count - 1}, got {index}")
         layer = copy.copy(vars(self)["_like"])
-        own = {name: self.get_buffer(name)[index] for name in self._names}
+        own = {name: self._room(name)[index] for name in self._names}
         layer._buffers = {**layer._buffers, **own}
         result: QuantizedLinear = layer
         return result
@@ -113,7 +122,7 @@ class QuantizedStack(nn.Module):
     def unpack_some(self, ids: Tensor, known: list[int], out: Tensor) -> Tensor:
         """Dequantise the weights ``ids`` [g], on the host ``known``, to ``out`` [g, N, K]."""
         like: QuantizedLinear = vars(self)["_like"]
-        packed = tuple(self.get_buffer(name) for name in self._names)
+        packed = tuple(self._room(name) for name in self._names)
         return like.unpack_some(packed, ids, known, out)
 
     def extra_repr(self) -> str:
@@ -125,7 +134,7 @@ class QuantizedStack(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedStack:
         like: QuantizedLinear = vars(self)["_like"]
-        device = self.get_buffer(self._names[0]).device
+        device = next(self.buffers(recurse=False)).device
         dtype = fn(torch.empty(0, dtype=like.dtype, device=device)).dtype
         super()._apply(keeping_dtypes(fn, self.buffers(recurse=False)), recurse)
         # One of its own: copies of a module share it otherwise.

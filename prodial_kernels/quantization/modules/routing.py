@@ -26,6 +26,9 @@ class Stack(Protocol):
     out_features: int
     in_features: int
 
+    def prefetch(self, known: list[int]) -> None:
+        """Begin to bring some weights to the device, where they are not there."""
+
     def unpack_some(self, ids: Tensor, known: list[int], out: Tensor) -> Tensor:
         """Dequantise those of ``ids``, which on the host are ``known``, to ``out`` [g, N, K]."""
 
@@ -177,7 +180,13 @@ def _products(rows: Tensor, stack: Stack, routes: Routes, *, backward: bool) -> 
     result = rows.new_empty(len(rows), k if backward else n)
     most = min(routes.used, max(1, GROUP_BYTES // (n * k * rows.itemsize)))
     room = rows.new_empty(most, n, k)
-    for group in routes.groups(most):
+    groups = list(routes.groups(most))
+    for index, group in enumerate(groups):
+        if index == 0:
+            stack.prefetch(group.known)
+        if index + 1 < len(groups):
+            # Beside the products of this one.
+            stack.prefetch(groups[index + 1].known)
         weights = stack.unpack_some(group.ids, group.known, room[: len(group.known)])
         weights = weights if backward else weights.mT
         part, out = rows[group.rows], result[group.rows]
@@ -185,8 +194,8 @@ def _products(rows: Tensor, stack: Stack, routes: Routes, *, backward: bool) -> 
             out.copy_(F.grouped_mm(part, weights, offs=group.offsets))
             continue
         start = 0
-        for index, end in enumerate(group.ends):
-            torch.mm(part[start:end], weights[index], out=out[start:end])
+        for place, end in enumerate(group.ends):
+            torch.mm(part[start:end], weights[place], out=out[start:end])
             start = end
     return result
 

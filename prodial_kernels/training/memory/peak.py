@@ -12,7 +12,8 @@ from itertools import accumulate
 
 from prodial_kernels._checks import check_choice
 from prodial_kernels.quantization import FORMATS
-from prodial_kernels.quantization.modules.counting import stored_bytes
+from prodial_kernels.quantization.modules.counting import host_bytes, stored_bytes
+from prodial_kernels.quantization.modules.routing import GROUP_BYTES
 from prodial_kernels.quantization.modules.selection import EVERYTHING
 from prodial_kernels.training.memory.activations import kept, sent, workspace
 from prodial_kernels.training.memory.part_bytes import Tokens
@@ -33,6 +34,7 @@ class Job:
         itemsize: Bytes of an activation in the compute dtype: 2 or 4.
         quantize: ``"nf4"``, ``"int8"``, ``"fp8"``, None, or, to be planned, ``"auto"``.
         quantize_modules: What ``quantize`` stores: ``"projectors"`` or ``"all"``.
+        experts: Where stored experts are: ``"device"``, ``"host"`` or, to be planned, ``"auto"``.
         optimizer: ``"adamw"``, ``"adamw8bit"`` or ``"paged_adamw8bit"``.
         loss: ``"full"`` (whole logits), ``"chunked"`` or ``"liger"``.
         loss_rows: Tokens whose logits exist at a time; of ``"chunked"`` only.
@@ -47,6 +49,7 @@ class Job:
     itemsize: int = 2
     quantize: str | None = None
     quantize_modules: str = "projectors"
+    experts: str = "device"
     optimizer: str = "adamw"
     loss: str = "chunked"
     loss_rows: int = 1024
@@ -59,6 +62,7 @@ class Job:
         for name, value, known in (
             ("quantize", self.quantize, (None, "auto", *FORMATS)),
             ("quantize_modules", self.quantize_modules, ("projectors", EVERYTHING)),
+            ("experts", self.experts, ("auto", "device", "host")),
             ("optimizer", self.optimizer, tuple(_STATES)),
             ("loss", self.loss, ("full", "chunked", "liger")),
         ):
@@ -221,7 +225,25 @@ def _line(name: str, part: FrozenPart, job: Job) -> PlanLine:
     if job.quantize is None or not (job.stores_everything or part.kind == "projectors"):
         return PlanLine(name, part.dense_bytes, "dense")
     size = sum(stored_bytes(job.quantize, n, k, number) for number, n, k in part.weights)
+    if part.kind == "experts" and job.experts == "host":
+        size = host_experts(job.quantize, part)[1]
+        return PlanLine(name, size, f"stored in {job.quantize}, most of it in the host's memory")
     return PlanLine(name, size, f"stored in {job.quantize}")
+
+
+def host_experts(format: str, part: FrozenPart) -> tuple[int, int]:
+    """Return the bytes of experts in the host's memory, and what the device holds for them.
+
+    The latter with two groups on their way, beside what is there all the time.
+    """
+    on_host = away = beside = 0
+    for number, n, k in part.weights:
+        whole, large = stored_bytes(format, n, k), host_bytes(format, n, k)
+        on_host += number * large
+        away += number * (whole - large)
+        most = min(number, max(1, GROUP_BYTES // (2 * n * k)))
+        beside = max(beside, 2 * most * large)
+    return on_host, away + beside
 
 
 def _trained(model: ModelShape, job: Job) -> Iterator[PlanLine]:

@@ -17,7 +17,7 @@ from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVEL_TEXT
 from prodial_kernels.training.config import ACTIVATIONS
 from prodial_kernels.training.memory.activations import levels_of, sent
 from prodial_kernels.training.memory.part_bytes import Tokens
-from prodial_kernels.training.memory.peak import Job, Peak, PlanLine, peak_of
+from prodial_kernels.training.memory.peak import Job, Peak, PlanLine, host_experts, peak_of
 from prodial_kernels.training.memory.shapes import ModelShape
 from prodial_kernels.training.sizes import size_text
 
@@ -63,6 +63,8 @@ class MemoryPlan:
         reserve: Bytes left free for gaps between tensors.
         budget: What was to be fitted into; None for no limit.
         sent: Bytes that go to the host's memory in a step, and come back.
+        experts: Where stored experts are, ``"device"`` or ``"host"``.
+        streamed: Bytes of experts in the host's memory.
     """
 
     levels: tuple[str, ...]
@@ -73,6 +75,8 @@ class MemoryPlan:
     reserve: int
     budget: int | None
     sent: int = 0
+    experts: str = "device"
+    streamed: int = 0
 
     @property
     def total(self) -> int:
@@ -97,6 +101,8 @@ class MemoryPlan:
             "reserve": self.reserve,
             "budget": self.budget,
             "sent": self.sent,
+            "experts": self.experts,
+            "streamed": self.streamed,
         }
 
     def __str__(self) -> str:
@@ -111,6 +117,10 @@ class MemoryPlan:
             ms = 1e3 * self.sent / HOST_BYTES_A_SECOND
             why = f"each step and back, {ms:.0f} ms each way beside the blocks"
             rows.append(PlanLine("in the host's memory meanwhile", self.sent, why))
+        if self.streamed:
+            ms = 1e3 * self.streamed / HOST_BYTES_A_SECOND
+            why = f"those taken come in each pass: up to {ms:.0f} ms, two or three times a step"
+            rows.append(PlanLine("experts in the host's memory", self.streamed, why))
         if self.budget is not None:
             rows.append(PlanLine("memory budget", self.budget, "" if self.fits else "NOT ENOUGH"))
         width = max(len(row.what) for row in rows)
@@ -239,8 +249,12 @@ def _candidates(
 ) -> Iterator[MemoryPlan]:
     formats = (None, "nf4") if job.quantize == AUTO else (job.quantize,)
     for quantize in formats:
-        for levels in level_plans(model, activations):
-            yield _plan(model, replace(job, quantize=quantize), levels, budget, device)
+        for experts in ("device", "host") if job.experts == AUTO else (job.experts,):
+            decided = replace(job, quantize=quantize, experts=experts)
+            if experts == "host" and job.experts == AUTO and not _streamed(model, decided):
+                continue
+            for levels in level_plans(model, activations):
+                yield _plan(model, decided, levels, budget, device)
 
 
 def _plan(
@@ -255,11 +269,20 @@ def _plan(
         plan = MemoryPlan(
             levels, job.quantize, batch, peak, device.context,
             int(device.fragmentation * peak.total), budget, _sent(model, job, levels),
+            job.experts, _streamed(model, job),
         )  # fmt: skip
         # Evaluating fewer sequences at once costs nothing worth another level.
         if plan.fits or batch == 1 or not peak.in_evaluation:
             return plan
         batch = max(1, batch // 2)
+
+
+def _streamed(model: ModelShape, job: Job) -> int:
+    """Bytes of experts that are in the host's memory."""
+    if job.quantize is None or not job.stores_everything or job.experts != "host":
+        return 0
+    experts = (part for part in model.parts if part.kind == "experts")
+    return sum(host_experts(job.quantize, part)[0] for part in experts)
 
 
 def _sent(model: ModelShape, job: Job, levels: tuple[str, ...]) -> int:

@@ -211,6 +211,7 @@ def job_of(
         itemsize=dtype.itemsize,
         quantize=config.quantize,
         quantize_modules=config.quantize_modules,
+        experts=config.experts,
         optimizer=config.optimizer,
         loss=choice.loss,
         loss_rows=chunk_rows(model.vocabulary, dtype, device),

@@ -25,6 +25,7 @@ NOT_COMPARED_ON_RESUME = frozenset(
         "save_every",
         "cuda_graph",
         "memory_budget",
+        "experts",
         "activations",
         "gradient_checkpointing",
         "keep",

@@ -115,6 +115,7 @@ class Given:
             loaded = load_model(
                 config.model, device=device, dtype=dtype, quantize=config.quantize,
                 quantize_modules=config.quantize_modules, keep_dense=config.modules_to_save or (),
+                experts_on_host=config.experts == "host",
             )  # fmt: skip
             return loaded if self.tokenizer is None else replace(loaded, tokenizer=self.tokenizer)
         if self.tokenizer is None:
