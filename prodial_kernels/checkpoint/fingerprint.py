@@ -107,6 +107,7 @@ def check_values(
             f"{len(wrong)} of {len(before)} tensors, first in {wrong[0]}. "
             + (
                 _other_format(saved["layers"], linears)
+                or _other_modules(before, tensors, linears)
                 or "Load the very base model it was trained on: not another size or revision, not "
                 "a fine-tuned or merged one"
             )
@@ -206,6 +207,24 @@ def _other_format(saved: Mapping[str, Any], linears: Linears) -> str:
                 else f"quantise the model to {then!r} first (--quantize {then})"
             )
             return f"It was trained on {path} stored as {then}, and here it is {now}: {fix}"
+    return ""
+
+
+def _other_modules(
+    before: Mapping[str, Any], tensors: Mapping[str, Values], linears: Linears
+) -> str:
+    """Return advice where other layers than the adapted ones are stored otherwise, or nothing."""
+    adapted = {f"{path}.weight" for path in linears}
+    then = {name for name, each in before.items() if each.get("format") is not None} - adapted
+    stored = (QuantizedLinear, QuantizedStack)
+    now = {name for name, values in tensors.items() if isinstance(values, stored)} - adapted
+    for name in sorted(then ^ now):
+        was, wanted = ("stored", "all") if name in then else ("dense", "projectors")
+        here = "dense" if name in then else "stored"
+        return (
+            f"It was trained beside {name} as {was}, and here it is {here}: quantise the same "
+            f"modules (--quantize-modules {wanted})"
+        )
     return ""
 
 

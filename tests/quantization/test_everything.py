@@ -258,8 +258,12 @@ def test_an_adapter_belongs_to_what_is_stored(tmp_path: Path) -> None:
     # What is not adapted counts too: it was trained beside other weights.
     other = build("nemotron_h")
     quantize_model(other, "nf4")
-    with pytest.raises(AdapterError, match="trained on other weights"):
+    with pytest.raises(AdapterError, match=r"trained on other weights.*--quantize-modules all"):
         load_adapter(other, tmp_path)
+    apply_prodial(other, ProdialConfig(r=2))
+    save_adapter(other, tmp_path / "less")
+    with pytest.raises(AdapterError, match=r"here it is stored.*--quantize-modules projectors"):
+        load_adapter(stored("nemotron_h"), tmp_path / "less")
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ class HostStack(QuantizedStack):
     def __init__(self, count: int, like: QuantizedLinear) -> None:
         """Make room for ``count`` weights stored as that of ``like`` is, on its device."""
         # Tensors of the host's: no buffers, so that nothing moves them.
-        self.__dict__["_host"] = {}
-        self.__dict__["_coming"] = {}
+        vars(self)["host_tensors"] = {}
+        vars(self)["coming"] = {}
         super().__init__(count, like)
 
     def _make_room(self, name: str, like: Tensor) -> None:
@@ -42,10 +42,10 @@ class HostStack(QuantizedStack):
             return
         shape = (self.count, *like.shape)
         host = torch.empty(shape, dtype=like.dtype, pin_memory=like.is_cuda)
-        self.__dict__["_host"][name] = host
+        vars(self)["host_tensors"][name] = host
 
     def _room(self, name: str) -> Tensor:
-        host: Tensor | None = self.__dict__["_host"].get(name)
+        host: Tensor | None = vars(self)["host_tensors"].get(name)
         return super()._room(name) if host is None else host
 
     @property
@@ -70,8 +70,8 @@ class HostStack(QuantizedStack):
     @torch.no_grad()
     def prefetch(self, known: list[int]) -> None:
         """Begin to copy the weights ``known`` to the device."""
-        device, coming = self.device, self.__dict__["_coming"]
-        host: dict[str, Tensor] = self.__dict__["_host"]
+        device, coming = self.device, vars(self)["coming"]
+        host: dict[str, Tensor] = vars(self)["host_tensors"]
         # Of the current stream's memory, which the copies wait for.
         rooms = {
             name: torch.empty((len(known), *tensor.shape[1:]), dtype=tensor.dtype, device=device)
@@ -93,7 +93,7 @@ class HostStack(QuantizedStack):
     @torch.no_grad()
     def unpack_some(self, ids: Tensor, known: list[int], out: Tensor) -> Tensor:
         """Dequantise the weights ``ids`` [g], on the host ``known``, to ``out`` [g, N, K]."""
-        coming = self.__dict__["_coming"]
+        coming = vars(self)["coming"]
         if tuple(known) not in coming:
             self.prefetch(known)
         rooms, arrived = coming.pop(tuple(known))
@@ -108,18 +108,18 @@ class HostStack(QuantizedStack):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in self.__dict__["_host"].items():
+        for name, tensor in vars(self)["host_tensors"].items():
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        for name, tensor in self.__dict__["_host"].items():
+        for name, tensor in vars(self)["host_tensors"].items():
             given = state_dict.get(prefix + name)
             if given is not None and given.shape == tensor.shape:
                 tensor.copy_(given)
         own = {
             name: value
             for name, value in state_dict.items()
-            if name.removeprefix(prefix) not in self.__dict__["_host"]
+            if name.removeprefix(prefix) not in vars(self)["host_tensors"]
         }
         super()._load_from_state_dict(own, prefix, *rest)
 
