@@ -11,6 +11,7 @@ from packaging.version import Version
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from prodial_kernels.linear import forget_decoding_graphs
@@ -26,6 +27,7 @@ from prodial_kernels.models.adapt.foreign_bases import (
     has_foreign_bases,
     note_dense_layers,
 )
+from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.snapshot import Snapshot
 from prodial_kernels.models.adapt.targets import Target
 from prodial_kernels.module_tree import place, replace_each
@@ -39,6 +41,8 @@ from prodial_kernels.quantization.saving import release_saving, settle_configura
 
 _MIXERS = "_prodial_peft_mixers"
 """The attribute of an adapted model that holds what gives its mixers their own paths back."""
+_MASTERS = "_prodial_peft_masters"
+"""The attribute that holds what rounds the fp32 masters of ``modules_to_save`` again."""
 
 
 class ProdialTuner(BaseTuner):
@@ -129,6 +133,19 @@ class ProdialTuner(BaseTuner):
         layer = ProdialPeftLinear(new.linear, new.original)
         layer.add_adapter(adapter_name, options)
         place(self.model, new.paths, layer)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Keep what ``modules_to_save`` trains in fp32 too; PEFT calls it after an injection."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        saved = [
+            module.modules_to_save[adapter_name]
+            for module in self.model.modules()
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        ]
+        parameters = [parameter for module in saved for parameter in module.parameters()]
+        if autocast_adapter_dtype and parameters:
+            made = make_masters(self.model, parameters)
+            setattr(self.model, _MASTERS, [*vars(self.model).get(_MASTERS, ()), *made])
 
     # --- Several adapters. ----------------------------------------------------------------------
 
@@ -223,6 +240,10 @@ class ProdialTuner(BaseTuner):
             return dense_between(self.model, layer, made) if type(made) is nn.Linear else made
 
         replace_each(self.model, ProdialPeftLinear, plain)
+        # Before PEFT hands their weights on.
+        inner: nn.Module = self.model
+        for undo in vars(inner).pop(_MASTERS, ()):
+            undo.remove()
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )

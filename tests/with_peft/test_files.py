@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, Zamba2ForSequenceClassification, pipeline
 
 from prodial_kernels.peft import ProdialPeftConfig
-from support.models import build, token_ids
+from support.models import FAMILIES, build, token_ids
 from support.peft_models import LOADS_INTO_TRANSFORMERS, adapted, config, layers, logits, move
 from support.tiny_model import write_tiny_model
 
@@ -174,3 +175,38 @@ def test_an_adapter_of_other_shapes_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"r": 2', '"r": 3'))
     with pytest.raises(RuntimeError, match="size mismatch"):
         PeftModel.from_pretrained(build("mamba2"), tmp_path)
+
+
+def test_a_head_of_16_bits_is_trained_in_32(tmp_path: Path) -> None:
+    """PEFT's own methods leave it in 16 bits, where steps of 1e-5 are rounded away."""
+    import transformers
+
+    torch.manual_seed(0)
+    family = FAMILIES["jamba"]
+    config = transformers.JambaConfig(**family.options, vocab_size=48, pad_token_id=0, num_labels=3)
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.JambaForSequenceClassification(config).bfloat16()
+
+    model = get_peft_model(base(), ProdialPeftConfig(r=2, task_type="SEQ_CLS")).train()
+    head = model.base_model.model.score.modules_to_save["default"]
+    master = head._parameters["weight"]
+    assert master.dtype == torch.float32
+    assert head.weight.dtype == torch.bfloat16
+    before = master.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids = token_ids()
+    for _ in range(3):
+        model(input_ids=ids, labels=torch.tensor([0, 2])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (master.detach() != before).all()
+    logits = model.eval()(input_ids=ids).logits
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, logits)
+    merged = model.merge_and_unload()
+    assert type(merged.score) is nn.Linear
+    assert {parameter.dtype for parameter in merged.score.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(merged(input_ids=ids).logits, logits, rtol=0.05, atol=0.02)
