@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
@@ -82,18 +82,17 @@ class RawLaunch:
         for position in (*at, *maps):
             self._arguments[position] = None
 
-    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        """Launch on a stream, by its handle, with the open arguments' addresses in order."""
+    def bind(self, stream: int, addresses: Sequence[int]) -> Callable[[], None]:
+        """Return the launch on a stream, by its handle, with the open arguments' addresses."""
         arguments = self._arguments.copy()
         for position, number in self._pointers:
             arguments[position] = addresses[number]
         for position, number, maps in self._descriptors:
             arguments[position] = maps[addresses[number]]
         if self._nested:
-            self._launch(stream, arguments)
-        else:
-            arguments[self._stream] = stream
-            self._launch(*arguments)
+            return partial(self._launch, stream, arguments)
+        arguments[self._stream] = stream
+        return partial(self._launch, *arguments)
 
 
 class _TensorMaps(dict[int, Any]):

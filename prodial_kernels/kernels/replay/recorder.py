@@ -73,7 +73,7 @@ def join(side: SideStream, device: torch.device) -> None:
 @dataclass
 class _Step:
     kind: int
-    raw: Callable[[int, list[int]], None] = lambda stream, addresses: None
+    raw: RawLaunch | None = None
     operands: list[tuple[int, int]] = field(default_factory=list)
 
 

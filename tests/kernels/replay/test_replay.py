@@ -100,8 +100,8 @@ class Direct:
     def __init__(self, compiled: Kernel, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         self.kernel = compiled
 
-    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        self.kernel.direct.append((stream, list(addresses)))
+    def bind(self, stream: int, addresses: Sequence[int]) -> Callable[[], None]:
+        return lambda: self.kernel.direct.append((stream, list(addresses)))
 
 
 class Side:
@@ -170,6 +170,26 @@ def test_from_the_third_call_on(kernel: Kernel) -> None:
     (stream, (first, between)), (_, (again, into)) = kernel.direct[-2:]
     assert (stream, first, into) == (7, other.data_ptr(), y.data_ptr() + 4)
     assert between == again not in (first, into)
+
+
+def test_what_is_kept_for_addresses_is_for_these_and_the_stream(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "BOUND", 3)
+    function = two_steps(kernel)
+    operands = [torch.empty(6, 2, dtype=torch.float16) for _ in range(5)]
+    for _ in range(2):
+        recorded_calls.replayed(function, (operands[0],), ())
+    for stream in (7, 9, 7):
+        monkeypatch.setattr(recording, "current_handle", lambda _, stream=stream: stream)
+        for x in operands * 3:
+            kernel.direct.clear()
+            y, _ = recorded_calls.replayed(function, (x,), ())
+            assert y is not None
+            (one, (first, between)), (two, (again, into)) = kernel.direct
+            assert (one, two) == (stream, stream)
+            assert (first, again, into) == (x.data_ptr(), between, y.data_ptr() + 4)
+    assert len(next(iter(recorded_calls._recordings.values()))._bound) <= 3
 
 
 def test_other_calls_are_not_taken_for_it(kernel: Kernel) -> None:
