@@ -226,6 +226,8 @@ def stream_costs(bench: Bench) -> dict[str, Any]:
     )
     alone, shares = bench.alone(walk), []
     for name, tile in PRODUCT_TILES.items():
+        if tile.fused_with_room is None:
+            continue
         product = bench.product(tile.fused_with_room, bench.sizes.sums[0], 4, rank=16)
         longer, beside = bench.together(product, walk)
         found[f"{name}_co_resident"] = (longer - bench.alone(product)) / alone

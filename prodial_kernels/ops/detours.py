@@ -4,8 +4,9 @@
 the frozen weight's place in the kernels, which are given no blocks. Backward makes it again, and
 ``dU = (dY ⊙ s) W`` for the blocks' gradient.
 
-*Ranks above 64.* The kernels run without the low-rank term, and every gradient of the adapter comes
-from one product over the tokens,
+*Ranks above 64.* The kernels run without the low-rank term. Up to 128, of weights that are large
+either way, the output side still sums what dB and ds need, and library products make T, dA = Tᵀ X
+and T A. Otherwise every gradient of the adapter comes from one product over the tokens,
 
     F = dYᵀ X [N, K]:   dB = α F Aᵀ,  dA = α Bᵀ F,  ds = rowsum(F ⊙ (W D_b)),
                         dE_g = (s ⊙ W)_gᵀ F_g,
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prodial_kernels.kernels.choices import small_weight
 from prodial_kernels.kernels.choices.tile_sizes import MAX_FUSED_RANK, padded_rank
 from prodial_kernels.kernels.projector.operands import Needs, Operands, ProjectionOptions
 from prodial_kernels.ops.diagonal import (
@@ -79,6 +81,35 @@ def is_wide(operands: Operands) -> bool:
     return lora_a is not None and operands.noise is None and lora_a.shape[0] > MAX_FUSED_RANK
 
 
+# What the output side's tile holds, and from which size on F costs more than the passes over dY, Y
+# and X that it spares: the smaller side of the weight, measured on an H200.
+MAX_THIN_RANK, LEAST_THIN = 128, 1024
+
+
+def is_thin(operands: Operands) -> bool:
+    """Whether the gradients of a wide rank come from thin products instead of F."""
+    lora_a = operands.lora_a
+    return (
+        is_wide(operands)
+        and lora_a is not None
+        and lora_a.shape[0] <= MAX_THIN_RANK
+        and min(operands.weight.shape) >= LEAST_THIN
+    )
+
+
+def is_small(x: Tensor, operands: Operands) -> bool:
+    """Whether the weight is nothing beside X [M, K], and X not channel-first.
+
+    Then every gradient of the adapter comes from F, and W' is made for each of the two products.
+    """
+    blocks, lora_a = operands.blocks, operands.lora_a
+    n, k = operands.weight.shape
+    return x.ndim == 2 and small_weight.is_small(
+        x.shape[0], n, k, r=0 if lora_a is None else lora_a.shape[0],
+        block_size=0 if blocks is None else blocks.shape[-1], dropout=operands.noise is not None,
+    )  # fmt: skip
+
+
 def tokens_of(matrix: Tensor) -> Tensor:
     """[M, F], or a copy of channel-first [b, F, l] as [M, F]."""
     return matrix if matrix.ndim == 2 else matrix.mT.reshape(-1, matrix.shape[1])
@@ -104,6 +135,23 @@ def add_low_rank_gradient(dx: Tensor, dy: Tensor, operands: Operands, alpha: flo
     lora_a, lora_b = _low_rank(operands)
     t = (dy if dy.ndim == 2 else dy.mT) @ (alpha * lora_b).to(dy.dtype)
     _add_product(dx, t.reshape(-1, lora_a.shape[0]), lora_a.to(dy.dtype))
+
+
+def thin_gradients(
+    dx: Tensor | None, dy: Tensor, x: Tensor, operands: Operands, alpha: float, needs: Needs
+) -> Tensor | None:
+    """``dX += T A`` in place with T = α dY B, where there is a dX; return dA = Tᵀ X if asked for.
+
+    Layouts as of X and Y in :func:`add_low_rank`.
+    """
+    if not (needs.x or needs.lora_a):
+        return None
+    lora_a, lora_b = _low_rank(operands)
+    t = (dy if dy.ndim == 2 else dy.mT) @ (alpha * lora_b).to(dy.dtype)
+    t = t.reshape(-1, lora_a.shape[0])
+    if dx is not None:
+        _add_product(dx, t, lora_a.to(dy.dtype))
+    return wide_product(t.T, tokens_of(x)).to(lora_a.dtype) if needs.lora_a else None
 
 
 def product_of(dy: Tensor, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from prodial_kernels.ops.autocast import autocast_off
+from prodial_kernels.ops.detours import is_small
 from prodial_kernels.ops.layout import direct_length, lay_out, token_matrix, unit_stride_rows
 from prodial_kernels.ops.projection import backward, forward, takes_output
 
@@ -82,6 +83,7 @@ class ProdialLinearFunction(torch.autograd.Function):
         kernels = options.impl == "triton"
         given, x = x.shape, token_matrix(x) if kernels else x
         y, h = forward(x, operands, options, length)
+        small = h is None and not length and is_small(x, operands)
         n = weight.shape[0]
         shape = (*given[:-2], n, length) if length else (*given[:-1], n)
         if y.ndim != len(shape) or options.impl == "plain":
@@ -90,7 +92,7 @@ class ProdialLinearFunction(torch.autograd.Function):
         keeps_x = needs.input and recomputed is None
         ctx.save_for_backward(
             x if keeps_x else None,
-            y if needs.scale and takes_output(operands, options) else None,
+            y if needs.scale and takes_output(operands, options) and not small else None,
             h if needs.lora_b or (kernels and needs.scale) else None,
             weight, blocks, scale_deviation, lora_a, lora_b,
             bias if kernels else None,  # which the gradient of s asks for

@@ -28,9 +28,12 @@ from prodial_kernels.ops.detours import (
     add_low_rank_gradient,
     dense_blocks_gradient,
     is_dense,
+    is_small,
+    is_thin,
     is_wide,
     low_rank_gradients,
     product_of,
+    thin_gradients,
     tiled,
     tokens_of,
 )
@@ -63,6 +66,10 @@ def linear_forward(
     if _dispatched(tensors):
         y, h = torch.ops.prodial_kernels.linear_forward(*tensors, *_scalars(options), length)
         return y, None if operands.lora_a is None else h
+    if not length and is_small(x, operands):
+        # Not below the dispatcher, whose operator always returns H.
+        (y,) = _replayed()(_small().recorded_forward, (x, *operands), (options,))
+        return y, None
     return _forward(x, operands, options, length)
 
 
@@ -132,6 +139,14 @@ def _projector() -> ModuleType:
 
 
 @cache
+def _small() -> ModuleType:
+    """The same of small weights."""
+    from prodial_kernels.kernels.projector import small_passes
+
+    return small_passes
+
+
+@cache
 def _replayed() -> Callable[..., Sequence[Any]]:
     """:func:`prodial_kernels.kernels.replay.recorded_calls.replayed`, imported likewise."""
     from prodial_kernels.kernels.replay.recorded_calls import replayed
@@ -163,6 +178,9 @@ def _backward(
     needs: Needs,
 ) -> Gradients:
     wide, dense = is_wide(operands), is_dense(operands.blocks)
+    if kept.y is None and kept.h is None and dy.ndim == 2 and is_small(x, operands):
+        tensors = (dy, x, *operands)
+        return Gradients(*_replayed()(_small().recorded_backward, tensors, (options, needs)))
     if not (wide or dense):
         return _backward_by_kernels(dy, x, operands, kept, options, needs)
     with autocast_off(dy.device.type):
@@ -170,7 +188,9 @@ def _backward(
         if dense and needs.blocks:
             dblocks = dense_blocks_gradient(tokens_of(dy), tokens_of(x), operands, options)
             needs = needs._replace(blocks=False)
-        backward = _backward_by_products if wide else _backward_by_kernels
+        backward = _backward_by_kernels
+        if wide:
+            backward = _backward_by_thin if is_thin(operands) else _backward_by_products
         gradients = backward(dy, x, tiled(operands, options), kept, options, needs)
         return gradients._replace(blocks=dblocks) if dense else gradients
 
@@ -185,6 +205,22 @@ def _backward_by_kernels(
 ) -> Gradients:
     tensors = (dy, x, *operands, *kept)
     return Gradients(*_replayed()(_projector().recorded_backward, tensors, (options, needs)))
+
+
+def _backward_by_thin(
+    dy: Tensor,
+    x: Tensor,
+    operands: Operands,
+    kept: Kept,
+    options: ProjectionOptions,
+    needs: Needs,
+) -> Gradients:
+    """Of wide ranks that the output side holds: the kernels without A, then what A asks for."""
+    gradients = _backward_by_kernels(
+        dy, x, operands._replace(lora_a=None), kept, options, needs._replace(lora_a=False)
+    )
+    da = thin_gradients(gradients.x, dy, x, operands, options.lora_scaling, needs)
+    return gradients._replace(lora_a=da)
 
 
 def _backward_by_products(

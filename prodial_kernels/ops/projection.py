@@ -19,7 +19,7 @@ from prodial_kernels.kernels.projector.operands import (
     ProjectionOptions,
 )
 from prodial_kernels.ops.autocast import autocast_off
-from prodial_kernels.ops.detours import is_dense, is_wide
+from prodial_kernels.ops.detours import is_dense, is_small, is_thin, is_wide
 from prodial_kernels.ops.layout import direct_length, token_matrix, transposed
 from prodial_kernels.ops.operators import linear_backward, linear_forward
 from prodial_kernels.ops.portable import torch_backward, torch_forward
@@ -27,7 +27,7 @@ from prodial_kernels.ops.portable import torch_backward, torch_forward
 
 def takes_output(operands: Operands, options: ProjectionOptions) -> bool:
     """Whether the gradients of s and B are made from Y and from the kernels' H."""
-    return options.impl == "triton" and not is_wide(operands)
+    return options.impl == "triton" and (is_thin(operands) or not is_wide(operands))
 
 
 def forward(
@@ -45,7 +45,7 @@ def forward(
         operands, options = _unpacked(operands, options)
     if options.impl == "triton":
         y, h = linear_forward(x, operands, options, length)
-        return y, None if is_wide(operands) else h
+        return y, h if takes_output(operands, options) else None
     with autocast_off(x.device.type):
         if options.impl == "torch":
             return torch_forward(x, operands, options)
@@ -192,8 +192,10 @@ def _triton_backward(
     gradient, matrix = token_matrix(dy), token_matrix(x)
     length = gradient.shape[2] if gradient.ndim == 3 else 0
     lora = operands.lora_a is not None
-    wide = is_wide(operands)  # whose gradients need neither Y nor H
-    given, h = kept.y, kept.h
+    small = not length and is_small(matrix, operands)
+    # Whose gradients need neither Y nor H.
+    wide = small or not takes_output(operands, options)
+    given, h = kept.y, None if small else kept.h
     y = None
     if needs.scale and given is not None and not wide:
         # One walk over the tokens reads dY and Y, so they share a layout.

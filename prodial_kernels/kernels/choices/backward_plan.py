@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 from prodial_kernels.kernels.choices.costs import COSTS
 from prodial_kernels.kernels.choices.partition import ceil_div, fold_programs
 from prodial_kernels.kernels.choices.tile_sizes import (
     MAX_FUSED_RANK,
+    SMALL,
     TALL,
     WIDE,
     DeviceLimits,
@@ -38,6 +40,8 @@ class BackwardPlan:
             the product, and uses what that leaves of each multiprocessor. Else it comes before.
         deferred: Whether the output side, beside the product, is joined only after the input side.
         panels: The column panels that s ⊙ W is made in: (first column, how many) of each.
+        token_parts: Where there are any, dY ⊙ s is made instead, of so many tokens at a time:
+            (first token, how many) of each.
     """
 
     gemm: GemmConfig
@@ -47,6 +51,7 @@ class BackwardPlan:
     co_resident: bool = False
     deferred: bool = False
     panels: tuple[tuple[int, int], ...] = ()
+    token_parts: tuple[tuple[int, int], ...] = ()
 
     def on(self, processors: int) -> BackwardPlan:
         """Return the plan with as many programs as its share of ``processors`` takes."""
@@ -66,7 +71,8 @@ class ProductTile:
 
     Attributes:
         fused: Tile sizes with T fused.
-        fused_with_room: With T fused, and with room left for the output side.
+        fused_with_room: With T fused, and with room left for the output side; None where it is
+            never co-resident.
         plain: Tile sizes without T.
         step: See ``Costs``, as the next two.
         low_rank: See ``Costs``.
@@ -74,7 +80,7 @@ class ProductTile:
     """
 
     fused: GemmConfig
-    fused_with_room: GemmConfig
+    fused_with_room: GemmConfig | None
     plain: GemmConfig
     step: float
     low_rank: tuple[float, float]
@@ -92,7 +98,8 @@ _TALL = ProductTile(
     replace(TALL, flatten=True), TALL, replace(TALL, flatten=True),
     COSTS.tall_step, COSTS.tall_low_rank, COSTS.tall_co_resident,
 )  # fmt: skip
-PRODUCT_TILES = {"wide": _WIDE, "tall": _TALL}
+_SMALL = ProductTile(SMALL, None, SMALL, COSTS.small_step, COSTS.small_low_rank, 0.0)
+PRODUCT_TILES = {"wide": _WIDE, "tall": _TALL, "small": _SMALL}
 # Where the widest tile takes more rounds, the tall one gains nothing: it reads L2 at its limit.
 _TALL_ROUNDS = 4
 # The widest rank at which the output side can be co-resident: the product leaves 42 KiB of shared
@@ -103,6 +110,13 @@ _CO_RESIDENT_ROUNDS, _CO_RESIDENT_TOKENS = 2, 2048
 # How many more rounds than it needs the product may take, as a share, for multiprocessors that the
 # output side gets.
 _MORE_ROUNDS = 0.5
+# dY ⊙ s is made in the place of s ⊙ W for at most so many tokens, in parts whose tiles fill their
+# rounds to this share: that took as long, at the shapes in LOG.md (2026-11-30). Beside a wide tile
+# runs the output side, which fills what is left.
+_TOKEN_SIDE, _WIDE_FILL, _TALL_FILL = 4096, 0.9, 0.96
+_WIDE_GAIN = 0.9
+# All tokens at once, where that moves but so small a share of the bytes, whatever the tiles fill.
+_LIGHT = 0.25
 
 
 @lru_cache(maxsize=1024)
@@ -143,6 +157,14 @@ def choose_backward(
     capability, processors = limits
     fusable = wants_t and through_weight and not channel_first and r_pad <= MAX_FUSED_RANK
 
+    def settled(plan: BackwardPlan) -> BackwardPlan:
+        if plan.side_processors or plan.co_resident:
+            return plan
+        alone = choose_output_side(
+            m, n, r_pad, bias=bias, capability=capability, programs=processors, alone=True
+        )
+        return replace(plan, output_side=alone)
+
     def walk(programs: int, co_resident: bool = False) -> OutputSideConfig:
         return choose_output_side(
             m, n, r_pad, bias=bias, capability=capability, programs=programs,
@@ -157,7 +179,9 @@ def choose_backward(
 
     rows, columns = (k, m) if channel_first else (m, k)
     wide_rounds = ceil_div(tiles_of(WIDE, rows, columns), processors)
-    sizes = (_WIDE, _TALL) if wide_rounds <= _TALL_ROUNDS else (_WIDE,)
+    sizes = [_WIDE, _TALL] if wide_rounds <= _TALL_ROUNDS else [_WIDE]
+    if not channel_first and tiles_of(SMALL, m, k) <= processors:
+        sizes.append(_SMALL)
     # The launch that scales the weight, and also makes T's factor: its time and its programs.
     prepare, scaling = COSTS.prepare + 4 * n * k / COSTS.memory, fold_programs(n, k, 1)
     plans: list[tuple[float, BackwardPlan]] = []
@@ -187,17 +211,84 @@ def choose_backward(
                 deferred = fused and others > prepare + own + COSTS.deferred
                 plan = BackwardPlan(config, work, fused, left, deferred=deferred)
                 plans.append((max(own, others) + COSTS.fork, plan))
-        fits = r_pad <= _CO_RESIDENT_RANK and not bias
+        fits = r_pad <= _CO_RESIDENT_RANK and not bias and tile.fused_with_room is not None
         few = wide_rounds <= _CO_RESIDENT_ROUNDS and m <= _CO_RESIDENT_TOKENS
         if fused and output_side and fits and (tile is _WIDE or few):
+            room = tile.fused_with_room or tile.fused
             work = walk(processors, co_resident=True)
             own = side(work, fused)
-            product_time = multiply(fewest, replace(tile, fused=tile.fused_with_room))
+            product_time = multiply(fewest, replace(tile, fused=room))
             time = max(product_time, COSTS.co_resident * own) + tile.co_resident * own + COSTS.fork
-            config = replace(tile.fused_with_room, programs=processors)
+            config = replace(room, programs=processors)
             plans.append((time, BackwardPlan(config, work, fused, 0, co_resident=True)))
-    plan = min(plans, key=lambda plan: plan[0])[1].on(processors)
-    return replace(plan, panels=column_panels(m, k, 2 * n, plan.gemm) if folds else ((0, k),))
+    time, plan = min(plans, key=lambda plan: plan[0])
+    plan = plan.on(processors)
+    if not folds:
+        return settled(replace(plan, panels=((0, k),)))
+    plan = replace(plan, panels=column_panels(m, k, 2 * n, plan.gemm))
+    if channel_first or not through_weight or m > min(k, _TOKEN_SIDE):
+        return settled(plan)
+    fits = output_side and r_pad <= _CO_RESIDENT_RANK and not bias
+    parts = _token_parts(m, k, fits, fits or not output_side, processors)
+    if parts is None or 2 * parts.tokens > max(width for _, width in plan.panels):
+        return settled(plan)
+    config = replace(parts.gemm, programs=processors)
+    pdl = pdl_pays(
+        config, fold_programs(parts.tokens, n, 1), block_size=1, beside_low=False,
+        processors=processors,
+    )  # fmt: skip
+    plan = BackwardPlan(
+        replace(config, pdl=pdl), walk(processors, co_resident=parts.co_resident), False, 0,
+        co_resident=parts.co_resident, panels=((0, k),),
+        token_parts=tuple((at, min(parts.tokens, m - at)) for at in range(0, m, parts.tokens)),
+    )  # fmt: skip
+    return settled(plan)
+
+
+class _TokenParts(NamedTuple):
+    """dY in parts of so many tokens, and how their products run."""
+
+    tokens: int
+    gemm: GemmConfig
+    co_resident: bool
+
+
+def _token_parts(m: int, k: int, fits: bool, fills: bool, processors: int) -> _TokenParts | None:
+    """Return the smallest parts of m tokens that cost a product towards k columns no round.
+
+    Args:
+        m: Tokens.
+        k: Columns of dX.
+        fits: Whether the output side may be co-resident with wide tiles.
+        fills: Whether several parts were measured: with the output side so, or without any.
+        processors: Of the device.
+    """
+    tiles = [(_WIDE, _WIDE_FILL), (_TALL, _TALL_FILL)]
+    if tiles_of(SMALL, m, k) <= processors:
+        tiles.append((_SMALL, 1.0))
+
+    def rounds(config: GemmConfig, tokens: int) -> int:
+        return ceil_div(tiles_of(config, tokens, k), processors)
+
+    def time(tile: ProductTile) -> float:
+        return rounds(tile.plain, m) * tile.step * (_WIDE_GAIN if tile is _WIDE else 1)
+
+    tile, share = min(tiles, key=lambda pair: time(pair[0]))
+    co_resident = fits and tile is _WIDE
+    config = tile.fused_with_room if co_resident and tile.fused_with_room else tile.plain
+    across, area = ceil_div(k, config.block_n), config.block_m * config.block_n
+    # Alone a part pays where the output side is beside it, or where it is light.
+    alone = m <= _LIGHT * k or (fills and tile is _WIDE)
+    for taken in range(1, rounds(config, m) + 1):
+        tokens = min(taken * processors // across * config.block_m, m)
+        if not tokens:
+            continue
+        whole, rest = divmod(m, tokens)
+        filled = tokens * k >= share * taken * processors * area
+        same = whole * taken + (rounds(config, rest) if rest else 0) <= rounds(config, m)
+        if (tokens < m and fills and filled and same) or (tokens == m and alone):
+            return _TokenParts(tokens, config, co_resident)
+    return None
 
 
 def _product_time(tile: ProductTile, n: int, rounds: int, rank: int) -> float:

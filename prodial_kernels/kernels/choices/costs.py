@@ -16,10 +16,13 @@ class Costs(NamedTuple):
     Attributes:
         wide_step: 1,000 elements of the sum of a 128×256 tile, on one multiprocessor.
         tall_step: The same of a 64×256 tile.
+        small_step: The same of a 64×64 tile, by which no plans of larger ones are compared; of an
+            H200, as its low-rank products are.
         tall_round: A round of tall tiles in forward, as a share of one of wide tiles.
         wide_low_rank: What a fused low-rank product adds to a step of a wide tile, as a share: for
             any rank, and for every 16 of the rank.
         tall_low_rank: The same for a tall tile.
+        small_low_rank: The same for a 64×64 tile.
         wide_co_resident: What the output side adds to a product of wide tiles that it is
             co-resident with, as a share of what it takes alone.
         tall_co_resident: The same for tall tiles.
@@ -42,9 +45,11 @@ class Costs(NamedTuple):
 
     wide_step: float = 10.5
     tall_step: float = 5.8
+    small_step: float = 2.0
     tall_round: float = 0.55
     wide_low_rank: tuple[float, float] = (0.10, 0.03)
     tall_low_rank: tuple[float, float] = (0.07, 0.03)
+    small_low_rank: tuple[float, float] = (0.0, 0.3)
     wide_co_resident: float = 0.32
     tall_co_resident: float = 0.15
     co_resident: float = 1.3

@@ -100,7 +100,9 @@ class InputSideConfig:
 
 WIDE = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, subtile=True)
 TALL = GemmConfig(64, 256, 64, num_warps=4, num_stages=4, subtile=True)
-"""Tiles of a Hopper's products. The first costs the least for its size."""
+SMALL = GemmConfig(64, 64, 128, num_warps=4, num_stages=4, flatten=True)
+"""Tiles of a Hopper's products. The first costs the least for its size; the last is for results
+that have too few of the others."""
 
 
 def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> tuple[int, int]:
@@ -200,6 +202,7 @@ def choose_output_side(
     capability: tuple[int, int],
     programs: int,
     co_resident: bool = False,
+    alone: bool = False,
 ) -> OutputSideConfig:
     """Return the tile sizes for the sums over the tokens of [m, n] gradients.
 
@@ -212,6 +215,8 @@ def choose_output_side(
         programs: Multiprocessors it may fill, one program each.
         co_resident: Whether each of them runs a program of the product too, which leaves room for
             half the tile.
+        alone: Whether nothing else runs meanwhile: then two programs a multiprocessor, of half the
+            tile and half the warps, read faster by 4 to 15% (H200).
     """
     if capability[0] != 9:
         if r_pad <= 64:
@@ -219,7 +224,10 @@ def choose_output_side(
         return OutputSideConfig(16, 64 if r_pad <= 128 else 32, num_stages=2)
     block_m = 64 if r_pad <= 128 else 16
     block_n = 64 if r_pad <= 128 else 32
-    if r_pad <= 64 and not bias and not co_resident:
+    pairs = alone and r_pad <= 64 and not bias
+    if pairs:
+        programs *= 2
+    if r_pad <= 64 and not bias and not co_resident and not pairs:
         # At rank 64 this spills a few registers, and is still a fifth faster than half the rows.
         block_n = 128
     columns, tiles = ceil_div(n, block_n), ceil_div(m, block_m)
@@ -230,8 +238,8 @@ def choose_output_side(
 
     splits = min(range(1, 33), key=duration)
     return OutputSideConfig(
-        block_m, block_n, num_warps=4 if co_resident else 8, num_stages=3, items=columns * splits,
-        programs=programs, tma=True,
+        block_m, block_n, num_warps=4 if co_resident or pairs else 8, num_stages=3,
+        items=columns * splits, programs=programs, tma=True,
     )  # fmt: skip
 
 

@@ -26,7 +26,11 @@ from prodial_kernels.kernels.projector.operands import (
 )
 from prodial_kernels.kernels.projector.output_side import OutputSums, launch_output_sums
 from prodial_kernels.kernels.projector.pdl import supports_pdl
-from prodial_kernels.kernels.projector.prepare import launch_low_rank, launch_prepare
+from prodial_kernels.kernels.projector.prepare import (
+    launch_low_rank,
+    launch_prepare,
+    launch_scaled,
+)
 from prodial_kernels.kernels.projector.reduce import launch_reduce
 from prodial_kernels.kernels.projector.tiles import block_size_of, tma_ready, token_shape
 from prodial_kernels.kernels.projector.weight_side import launch_weight_side
@@ -107,11 +111,12 @@ def backward(
             *(torch.zeros_like(part) if part is not None and need else None
               for part, need in zip(parts, needs, strict=True))
         )  # fmt: skip
-    gradients = _new_gradients(operands, needs)
-    r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
+    gradients = new_gradients(operands, needs)
+    # B may come alone: then H is given for its gradient and that of s, and A is the caller's.
+    r_pad = 16 if lora_b is None else padded_rank(lora_b.shape[1])
     limits = device_limits(dy.device)
     through_weight = needs.x or needs.blocks
-    wants_t = lora_b is not None and (needs.x or needs.lora_a)
+    wants_t = lora_a is not None and lora_b is not None and (needs.x or needs.lora_a)
     plan = choose_backward(
         m, n, k, r_pad, wants_t=wants_t, output_side=needs.lora_b or needs.scale or needs.bias,
         through_weight=through_weight, bias=bias is not None, channel_first=x.ndim == 3,
@@ -138,7 +143,19 @@ def backward(
         outputs = sum_outputs(side=side)
     if wants_t and not plan.fused_low_rank and lora_b is not None:
         t = launch_low_rank(dy, lora_b, options, r_pad, side)
-    if through_weight:
+    if plan.token_parts and scale_deviation is not None:
+        du = dy.new_empty(x.shape)
+        for first, tokens in plan.token_parts:
+            sw = None  # what is made next takes its place
+            sw = launch_scaled(
+                dy.narrow(0, first, tokens), scale_deviation, triggers_next=product.pdl
+            )
+            if co_resident and first == 0 and dy.is_cuda:
+                side = fork(dy.device)
+            launch_gemm(sw, weight, du.narrow(0, first, tokens), v_transposed=False, config=product)
+            if co_resident and first == 0:
+                outputs = sum_outputs(side=side)
+    elif through_weight:
         du = dy.new_empty(x.shape)
         source, folded = weight, scale_deviation
         if kept.scaled is not None:
@@ -201,13 +218,16 @@ def weight_sums(
         return None, None
     # The other gradients are the caller's.
     operands = operands._replace(lora_a=None, lora_b=None, bias=None)
-    gradients = _new_gradients(operands, needs)
-    scale, blocks = launch_weight_side(f, operands, options, needs)
-    launch_reduce(OutputSums(scale=scale), InputSums(blocks=blocks), gradients, operands, options)
+    gradients = new_gradients(operands, needs)
+    needs = needs._replace(lora_a=False, lora_b=False, bias=False)
+    sums = launch_weight_side(f, operands, options, needs)
+    launch_reduce(
+        OutputSums(scale=sums.scale), InputSums(blocks=sums.blocks), gradients, operands, options
+    )
     return gradients.scale, gradients.blocks
 
 
-def _new_gradients(operands: Operands, needs: Needs) -> Gradients:
+def new_gradients(operands: Operands, needs: Needs) -> Gradients:
     """Uninitialised gradients of the operands for which they are asked; not of X and W."""
     return Gradients(
         None, None,

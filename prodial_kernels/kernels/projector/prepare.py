@@ -1,4 +1,4 @@
-"""What the large products need first: V = s ⊙ (W D_b) or U = X D_bᵀ, the factors, and L = X I."""
+"""What the large products need first: V = s ⊙ (W D_b), U = X D_bᵀ or dY ⊙ s, factors, L = X I."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import block_programs, ceil_div, fold_tile
-from prodial_kernels.kernels.choices.tile_sizes import choose_low_rank
+from prodial_kernels.kernels.choices.tile_sizes import choose_low_rank, padded_rank
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.pdl import trigger_next
 from prodial_kernels.kernels.projector.tiles import (
@@ -34,6 +34,7 @@ class PrepareTile(NamedTuple):
         low_stages: Stages of its loop.
         fold_rows, window: Rows and columns of a tile of V.
         rank: R_PAD, the padded rank.
+        adds: Whether α B A is added to V.
     """
 
     low_rows: int
@@ -42,6 +43,7 @@ class PrepareTile(NamedTuple):
     fold_rows: int
     window: int
     rank: int
+    adds: bool
 
 
 # More than 24 parameters, because these are two kernels in one launch. Apart, forward with a
@@ -165,6 +167,14 @@ def _fold(
         if deviation_ptr is not None:
             shift = tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             v *= 1 + shift[:, None]
+        if TILE.adds:
+            mask_b = mask_n[:, None] & (offs_r < R)[None, :]
+            b = tl.load(b_ptr + rows[:, None] * R + offs_r[None, :], mask=mask_b, other=0.0)
+            mask_a = (offs_r < R)[:, None] & mask_k[None, :]
+            a = tl.load(a_ptr + offs_r[:, None] * K + offs_k[None, :], mask=mask_a, other=0.0)
+            # [BLOCK_N, R_PAD] @ [R_PAD, WINDOW] -> [BLOCK_N, WINDOW]
+            b = (b.to(tl.float32) * alpha).to(w.dtype)
+            v += tl.dot(b, a.to(w.dtype))
         tl.store(v_ptr + rows[:, None] * stride_v + offs_k[None, :], v.to(w.dtype), mask=mask)
 
     # Nested: what is None is known to the compiler, pid_n and pid_k only to the program.
@@ -296,6 +306,52 @@ def launch_low_rank(
     return low
 
 
+def launch_sum(operands: Operands, options: ProjectionOptions, *, triggers_next: bool) -> Tensor:
+    """Return s ⊙ (W D_b) + α B A, [N, K], of the parts that there are: W' itself, transient.
+
+    For a weight that is nothing beside the activations. ``triggers_next``: a PDL launch follows.
+    """
+    weight, blocks, scale_deviation, lora_a, lora_b, *_ = operands
+    n, k = weight.shape
+    if blocks is None and scale_deviation is None and lora_a is None:
+        return weight
+    r = 0 if lora_a is None else lora_a.shape[0]
+    v = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    diagonal = diagonal_of(blocks, options)
+    tile = fold_tile(diagonal.p)
+    columns = block_programs(k, tile[1], diagonal.p)
+    _launch(
+        {
+            **_NO_LOW_RANK, **_NO_FOLD, "inner_ptr": lora_a, "w_ptr": weight,
+            "blocks_ptr": blocks, "deviation_ptr": scale_deviation, "b_ptr": lora_b, "v_ptr": v,
+            "ROWS": n, "N": n, "K": k, "R": r, "stride_w": weight.stride(0), "stride_v": k,
+            "columns": columns, "DIAGONAL": diagonal,
+        },
+        columns * ceil_div(n, tile[0]), tile, options, padded_rank(r), adds=lora_a is not None,
+        TRIGGERS_NEXT=triggers_next, num_warps=4 if diagonal.p <= 64 else 8,
+    )  # fmt: skip
+    return v
+
+
+def launch_scaled(dy: Tensor, scale_deviation: Tensor, *, triggers_next: bool) -> Tensor:
+    """Return dY ⊙ s [M, N] of dY [M, N] and s − 1 [N]; a PDL launch may follow."""
+    m, n = dy.shape
+    scaled = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    tile = fold_tile(1)
+    columns = block_programs(n, tile[1], 1)
+    # dY in W's place, and s as free blocks of 1.
+    _launch(
+        {
+            **_NO_LOW_RANK, **_NO_FOLD, "w_ptr": dy, "blocks_ptr": scale_deviation,
+            "v_ptr": scaled, "ROWS": m, "K": n, "stride_w": dy.stride(0), "stride_v": n,
+            "columns": columns, "DIAGONAL": Diagonal(1, False),
+        },
+        columns * ceil_div(m, tile[0]), tile, ProjectionOptions("triton"), 16,
+        TRIGGERS_NEXT=triggers_next, num_warps=4,
+    )  # fmt: skip
+    return scaled
+
+
 def _low_rank_job(
     x: Tensor, inner: Tensor, seed: Tensor | None, r_pad: int, *, transposed: bool = True
 ) -> tuple[Tensor, dict[str, Any]]:
@@ -316,9 +372,14 @@ def _launch(
     fold: tuple[int, int],
     options: ProjectionOptions,
     r_pad: int,
+    *,
+    adds: bool = False,
     **launched: Any,
 ) -> None:
-    """Launch both jobs, the second by so many programs, each on a tile of the size ``fold``."""
+    """Launch both jobs, the second by so many programs, each on a tile of the size ``fold``.
+
+    ``adds``: see ``PrepareTile``.
+    """
     m, dropout = jobs["M"], jobs["seed_ptr"] is not None
     even = jobs["stride_x"] % 16 == 0 and jobs["DEPTH"] % 16 == 0
     rows, depth = choose_low_rank(m, r_pad, dropout=dropout, even=even)
@@ -328,6 +389,6 @@ def _launch(
     launch(
         _prepare_kernel, (programs_low + programs_fold,), **jobs, alpha=options.lora_scaling,
         dropout=options.lora_dropout, programs_low=programs_low,
-        TILE=PrepareTile(rows, depth, 3 if r_pad <= 64 else 2, *fold, r_pad),
+        TILE=PrepareTile(rows, depth, 3 if r_pad <= 64 else 2, *fold, r_pad, adds),
         num_stages=2, **launched,
     )  # fmt: skip

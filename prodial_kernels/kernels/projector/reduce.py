@@ -130,7 +130,7 @@ def launch_reduce(
     ``pdl`` starts it while the launch before drains, which must trigger it.
     """
     n, k = operands.weight.shape
-    r = 0 if operands.lora_a is None else operands.lora_a.shape[0]
+    r = 0 if operands.lora_b is None else operands.lora_b.shape[1]
     r_pad = padded_rank(r)
     diagonal = diagonal_of(operands.blocks, options)
     end_b = ceil_div(n * r_pad, BLOCK) if outputs.b is not None else 0

@@ -140,7 +140,10 @@ def test_a_shared_device_is_shared_without_rest(
 ) -> None:
     plan = plan_of(*shape)
     if not plan.side_processors:
-        assert plan.gemm.programs == plan.output_side.programs == PROCESSORS
+        # Alone, two of its programs share a multiprocessor.
+        pairs = not plan.co_resident and plan.output_side.num_warps == 4
+        assert plan.gemm.programs == PROCESSORS
+        assert plan.output_side.programs == PROCESSORS * (2 if pairs else 1)
         return
     assert plan.output_side.programs == plan.side_processors
     assert plan.gemm.programs == PROCESSORS - plan.side_processors

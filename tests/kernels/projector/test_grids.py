@@ -78,6 +78,7 @@ HUGE = {
     "outputs": {"n": 2**20, "m": 64},
     "sequences of x": {"m": 8 * 200_000, "sequences": 200_000, "x_channel_first": True},
     "sequences of y": {"m": 8 * 200_000, "sequences": 200_000, "y_channel_first": True},
+    "tokens of a small weight": {"m": 2**23, "k": 192},
     "wide rank": {"r": 4096, "n": 2**18, "m": 64},
     "wide rank and dropout": {"r": 512, "m": 2**18, "dropout": True},
 }
@@ -135,7 +136,7 @@ def test_every_launcher_is_checked_here() -> None:
     names = {module.__name__.rpartition(".")[2] for module in LAUNCHERS}
     assert names == {
         "recorder", "cross_entropy", "dequantize", "exact_scale", "gemm", "input_side", "layout",
-        "output_side", "prepare", "reduce", "weight_side",
+        "outer_product", "output_side", "prepare", "reduce", "weight_side",
     }  # fmt: skip
 
 

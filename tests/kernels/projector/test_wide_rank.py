@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from prodial_kernels.kernels.projector import passes
+from prodial_kernels.ops import detours
 from prodial_kernels.testing import make_case
+from support.kernels.channel_first import LAYOUTS, run
 from support.kernels.kernel_cases import assert_matches_fp64, triton_linear
 
 
@@ -33,6 +36,37 @@ def test_every_scale_and_every_part_alone(kernel_device: str) -> None:
         assert_matches_fp64(case, compute=torch.float16, trained=[name])
     for absent in ("blocks", "scale", "bias"):
         assert_matches_fp64(replace(case, **{absent: None}), compute=torch.float16)
+
+
+@pytest.mark.parametrize("r", [65, 100, 128])
+def test_thin_products_where_the_weight_is_large(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, r: int
+) -> None:
+    monkeypatch.setattr(detours, "LEAST_THIN", 1)
+    case = make_case(33, 24, 40, block_size=6, r=r, device=kernel_device)
+    assert detours.is_thin(case.operands)
+    assert not detours.is_thin(case.operands._replace(lora_a=torch.empty(129, 24)))
+    rows = torch.arange(40, device=kernel_device)
+    case = replace(case, scale=torch.where(rows % 3 == 0, 0.0, case.scale))
+    assert_matches_fp64(case, compute=torch.float16)
+    for name in case.TRAINED:
+        assert_matches_fp64(case, compute=torch.float16, trained=[name])
+    for absent in ("blocks", "scale", "bias"):
+        assert_matches_fp64(replace(case, **{absent: None}), compute=torch.float16)
+    leaves = {name: getattr(case, name).float().requires_grad_() for name in ("scale", "lora_b")}
+    y = triton_linear(replace(case.cast(torch.float16, torch.float32), **leaves))
+    kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
+    assert y.shape in kept
+    assert torch.Size([33, 128]) in kept
+
+
+def test_thin_products_of_channel_first_operands(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detours, "LEAST_THIN", 1)
+    case = make_case((2, 16), 24, 40, block_size=6, r=70, device=kernel_device)
+    for layout in LAYOUTS:
+        assert_matches_fp64(case, compute=torch.float16, function=partial(run, *layout))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

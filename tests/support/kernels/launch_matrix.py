@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prodial_kernels.kernels.choices.tile_sizes import MAX_FUSED_RANK
-from prodial_kernels.kernels.projector import passes
+from prodial_kernels.kernels.choices.tile_sizes import padded_rank
+from prodial_kernels.kernels.projector import passes, small_passes
 from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
+from prodial_kernels.ops.detours import is_small, is_thin, is_wide
 from support.kernels.launch_recorder import Launch, Recorder
 
 # Gradients: x, blocks, scale, lora_a, lora_b, bias.
@@ -76,9 +77,7 @@ class Projector:
         def narrow(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=self.dtype, device="cuda")
 
-        m, k, n, p = self.m, self.k, self.n, self.block_size
-        wide = self.r is not None and not self.dropout and self.r > MAX_FUSED_RANK
-        r = None if wide else self.r
+        m, k, n, p, r = self.m, self.k, self.n, self.block_size, self.r
         before = self.columns_before_x
         x, dy = narrow(m, k + before).narrow(1, before, k), narrow(m, n)
         if self.x_channel_first:
@@ -98,16 +97,24 @@ class Projector:
             "triton", lora_scaling=0.5, lora_dropout=0.1 if self.dropout else 0.0,
             diagonal="relu" if self.relu else "free",
         )  # fmt: skip
-        length = m // self.sequences if self.y_channel_first else 0
-        y, h = passes.forward(x, operands, options, length)
         asked = (self.needs[0], False, *self.needs[1:])
         needs = Needs(
             *(need and part is not None
               for need, part in zip(asked, (x, *operands[:6]), strict=True))
         )  # fmt: skip
+        if dy.ndim == 2 and is_small(x, operands):
+            small_passes.forward(x, operands, options)
+            small_passes.backward(dy, x, operands, options, needs)
+            return
+        length = m // self.sequences if self.y_channel_first else 0
+        wide, thin = is_wide(operands), is_thin(operands)
+        given = operands._replace(lora_a=None, lora_b=None) if wide else operands
+        y, h = passes.forward(x, given, options, length)
+        if thin and r is not None:
+            given, h = operands._replace(lora_a=None), narrow(m, padded_rank(r))
         kept = Kept(y if needs.scale else None, h)
-        passes.backward(dy, x, operands, kept, options, needs)
-        if wide:
+        passes.backward(dy, x, given, kept, options, needs)
+        if wide and not thin:
             product = narrow(n, k) if self.dtype == torch.bfloat16 else wide_tensor(n, k)
             passes.weight_sums(product, operands, options, needs)
 
@@ -156,6 +163,16 @@ def matrix(quick: bool = False) -> Iterator[Projector]:
             plain, dtype=dtype, m=m // 2 * 2 if layout else m, k=1536, n=768, r=r, bias=bias,
             x_channel_first=bool(layout),
         )  # fmt: skip
+    # dY scaled in the weight's place, and wide ranks whose sums the output side holds.
+    for m, r, bias in itertools.product((300, 2048), (None, 16, 64, 100), (False, True)):
+        for k, n in ((2560, 10240), (5120, 2560), (4096, 2688)):
+            yield replace(plain, m=m, k=k, n=n, r=r, bias=bias)
+    # Weights that are nothing beside their activations.
+    for dtype, p, r, bias, (k, n) in itertools.product(
+        both, (None, 1, 48), (None, 4, 64), (False, True),
+        ((192, 768), (384, 192)),
+    ):  # fmt: skip
+        yield replace(plain, m=8192, dtype=dtype, k=k, n=n, block_size=p, r=r, bias=bias).fits()
     # Rows that the copy engine cannot address.
     for p, r, (k, n), before in itertools.product(
         block_sizes, ranks, ((333, 257), (1340, 3355), (768, 3072)), (0, 3)

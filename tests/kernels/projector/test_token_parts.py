@@ -1,0 +1,122 @@
+"""dY ⊙ s in the place of s ⊙ W: where tokens are few, in parts that bound its memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from prodial_kernels.kernels.choices.backward_plan import BackwardPlan, choose_backward
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
+from prodial_kernels.kernels.projector import passes
+from prodial_kernels.kernels.replay import recorded_calls
+from prodial_kernels.testing import make_case
+from support.kernels.kernel_cases import assert_matches_fp64, replan, triton_linear, watch
+
+LIMITS = DeviceLimits((9, 0), 132)
+
+
+def plan_of(m: int, k: int, n: int, *, r_pad: int = 16, **changes: Any) -> BackwardPlan:
+    options: dict[str, Any] = {
+        "wants_t": True, "output_side": True, "through_weight": True, "bias": False,
+        "channel_first": False, "limits": LIMITS, "folds": True,
+    }  # fmt: skip
+    return choose_backward(m, n, k, r_pad, **options | changes)
+
+
+# (M, K, N) -> (tokens of a part, µs of forward and backward with it, µs where s ⊙ W is made) on an
+# H200, torch 2.11.0, triton 3.6.0, bf16, P = 1, r = 16. Where the first is None, no part paid.
+MEASURED: dict[tuple[int, int, int], tuple[int | None, float, float]] = {
+    # Of 1664; of 832, which fill as many rounds, the product alone was measured.
+    (2048, 2560, 10240): (832, 467.3, 472.9),
+    (2048, 5120, 2560): (768, 247.2, 248.9),
+    (2048, 4096, 16384): (1024, 937.5, 919.1),
+    (2048, 8192, 4096): (512, 501.5, 512.3),
+    (2048, 4096, 2688): (1024, 211.0, 211.8),
+    (2048, 4096, 18560): (1024, 1039.4, 1084.4),
+    (2048, 4096, 2048): (1024, 148.5, 149.1),
+    (2048, 2688, 10304): (None, 489.8, 460.3),
+    (2048, 2048, 8512): (None, 330.3, 277.1),
+    (512, 768, 3072): (None, 67.3, 36.8),
+}
+
+
+@pytest.mark.parametrize("shape", MEASURED, ids=str)
+def test_parts_as_they_were_measured(shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    plan = plan_of(*shape)
+    tokens, with_parts, with_weight = MEASURED[shape]
+    if tokens is None:
+        assert not plan.token_parts
+        assert with_parts > 1.05 * with_weight
+        return
+    assert with_parts < 1.03 * with_weight
+    assert plan.token_parts[0] == (0, tokens)
+    ends = [first + size for first, size in plan.token_parts]
+    assert [first for first, _ in plan.token_parts] == [0, *ends[:-1]]
+    assert ends[-1] == m
+    # At most 0.41 of what the layer returns, where s ⊙ W was up to 1.6 times that.
+    assert 2 * n * tokens <= 0.41 * 2 * m * (n + k)
+    assert 2 * tokens <= k
+
+
+def test_so_few_tokens_at_once_whatever_their_tiles_fill() -> None:
+    for m in (1, 64, 256, 640):
+        for r_pad in (16, 64):
+            assert plan_of(m, 2560, 10240, r_pad=r_pad).token_parts == ((0, m),)
+    assert not plan_of(768, 2560, 10240).token_parts
+
+
+def test_not_where_the_weight_is_smaller_or_nothing_was_measured() -> None:
+    assert not plan_of(8192, 2048, 8192).token_parts
+    for changes in (
+        {"channel_first": True}, {"folds": False}, {"limits": DeviceLimits((8, 0), 108)},
+        {"bias": True}, {"r_pad": 64}, {"through_weight": False},
+    ):  # fmt: skip
+        assert not plan_of(2048, 5120, 2560, **changes).token_parts
+
+
+# All at once, by an even and by an odd number of parts, and each row by itself.
+PARTS = [((0, 35),), ((0, 16), (16, 19)), ((0, 16), (16, 16), (32, 3))]
+
+
+@pytest.mark.parametrize("co_resident", [False, True])
+@pytest.mark.parametrize("parts", PARTS, ids=str)
+@pytest.mark.parametrize("block_size", [1, 6])
+def test_gradients_match_fp64(
+    kernel_device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: tuple[tuple[int, int], ...],
+    block_size: int,
+    co_resident: bool,
+) -> None:
+    replan(
+        monkeypatch, "backward", token_parts=parts, fused_low_rank=False, co_resident=co_resident,
+        side_processors=0,
+    )  # fmt: skip
+    made: list[int] = []
+    watch(monkeypatch, passes, "launch_scaled", lambda dy, *_, **__: made.append(len(dy)))
+    case = make_case(35, 24, 40, block_size=block_size, r=5, device=kernel_device)
+    for changes in ({}, {"bias": None}, {"lora_a": None, "lora_b": None}, {"blocks": None}):
+        made.clear()
+        assert_matches_fp64(replace(case, **changes), compute=torch.float16)
+        assert made == [size for _, size in parts]
+    for name in ("x", "blocks", "lora_a"):
+        assert_matches_fp64(case, compute=torch.float16, trained=[name])
+    recorded_calls.reset()
+
+
+def test_rows_with_a_stride_and_two_runs(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replan(monkeypatch, "backward", token_parts=PARTS[1], fused_low_rank=False, side_processors=0)
+    case = make_case(35, 24, 40, block_size=1, r=5, device=kernel_device)
+    wide = torch.randn(35, 96, device=kernel_device, dtype=torch.float64)
+    case = replace(case, grad_output=wide[:, 8:48])
+    assert_matches_fp64(case, compute=torch.float16)
+    case = case.cast(torch.float16, torch.float32)
+    first, second = case.run(triton_linear), case.run(triton_linear)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    recorded_calls.reset()
