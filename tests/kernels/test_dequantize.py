@@ -103,6 +103,17 @@ def test_every_code_of_eight_bits(dtype: torch.dtype) -> None:
     assert_same_bits(FP8Linear(codes.view(torch.float8_e4m3fn), scales[None], None, dtype), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(130, 257), (1, 300), (33, 128)], ids=str)
+def test_a_scale_for_every_row(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """As torchao stores int8 and e4m3."""
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scales = torch.logspace(-6, 1, shape[0])
+    assert_same_bits(Int8Linear(codes, scales, None, dtype, step=1.0), dtype)
+    e4m3 = codes.float().to(torch.float8_e4m3fn)
+    assert_same_bits(FP8Linear(e4m3, scales[:, None], None, dtype), dtype)
+
+
 def test_what_they_compile_to(tmp_path: Path) -> None:
     """For every kind of GPU, aligned and not; the script names what breaks a rule."""
     run_uninterpreted(tmp_path, "compile_dequantize.py")
