@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.training.random_weights import random_quantized  # noqa: E402
-from prodial_kernels import ProdialConfig, apply_prodial  # noqa: E402
+from prodial_kernels import ProdialConfig, apply_prodial, capture  # noqa: E402
 from prodial_kernels.linear import adapted_layers  # noqa: E402
 from prodial_kernels.models.layers.blocks import blocks_of  # noqa: E402
 from prodial_kernels.models.layers.fused_norms import fuse_norms  # noqa: E402
@@ -215,6 +215,14 @@ class _Case:
         model: Any = nn.parallel.DistributedDataParallel(self.model)
         self.mean(model, own)
         yield "two GPUs, DDP", self.compared()
+        if self.device.type == "cuda":
+            captured = capture(
+                model, batch_size=own.shape[0], seq_len=own.shape[1], norms=False
+            )  # fmt: skip
+            for _ in range(4):
+                self.mean(model, own)
+            yield "two GPUs, DDP, blocks captured", self.compared()
+            captured.release()
         del model
         if self._what[2] is not None:
             return
