@@ -33,7 +33,7 @@ from prodial_kernels.training.config import ConfigError, FinetuneConfig, Resolve
 from prodial_kernels.training.distributed.gradients import GradientSum
 from prodial_kernels.training.distributed.launch import Launch
 from prodial_kernels.training.distributed.replicas import check_replicas
-from prodial_kernels.training.distributed.world import World, joined
+from prodial_kernels.training.distributed.world import World, joined, take_gpu
 from prodial_kernels.training.memory.device import limited, measure
 from prodial_kernels.training.memory.run_plan import comparison_text, plan_run
 from prodial_kernels.training.merging import (
@@ -153,6 +153,7 @@ def finetune(
         # A launcher that starts everything again has but one command for it.
         resume = resume or (launch.restarts > 0 and folder.identity_file.is_file())
         device = resolve_device(config.device)
+        take_gpu(launch, device)
         dtype = given.dtype(resolve_dtype(config.dtype, device), config)
         check_trackers(config.report_to or ())
         watch = Watch([*map(Tracking, config.report_to or ()), *callbacks])

@@ -197,8 +197,7 @@ def joined(launch: Launch, device: torch.device) -> Iterator[World]:
         return
     if not distributed.is_available():
         raise LaunchError("this PyTorch is built without torch.distributed; run one process")
-    if device.type == "cuda":
-        _take_gpu(launch)
+    take_gpu(launch, device)
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -241,7 +240,16 @@ def joined(launch: Launch, device: torch.device) -> Iterator[World]:
         distributed.destroy_process_group()
 
 
-def _take_gpu(launch: Launch) -> None:
+def take_gpu(launch: Launch, device: torch.device) -> None:
+    """Make the GPU that ``launch`` gives this process the current one, before any is used.
+
+    Nothing to do for a process by itself, or on a CPU.
+
+    Raises:
+        LaunchError: There are more processes on this machine than GPUs.
+    """
+    if launch.size == 1 or device.type != "cuda":
+        return
     here = torch.cuda.device_count()
     if launch.local_rank >= here:
         raise LaunchError(
