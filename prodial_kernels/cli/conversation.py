@@ -55,8 +55,9 @@ def converse(
     they hold when they are given more than one token.
     """
     from prodial_kernels.training.data.examples import Message
-    from prodial_kernels.training.generating import generate
+    from prodial_kernels.training.generating import check_chat, generate
 
+    check_chat(loaded.tokenizer)
     say("an empty line, or the end of input (Ctrl-D), ends the conversation")
     messages = _system(system)
     while True:

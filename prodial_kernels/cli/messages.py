@@ -12,8 +12,8 @@ from prodial_kernels._checks import did_you_mean, option_meant
 from prodial_kernels.training.config import OPTIONS, ConfigError
 from prodial_kernels.upstream import MissingExtraError
 
-# With those that only 'prodial evaluate' has.
-_OPTIONS = (*OPTIONS, "max_tokens", "num_fewshot")
+# With those that only 'prodial evaluate' and 'prodial generate' have.
+_OPTIONS = (*OPTIONS, "max_tokens", "num_fewshot", "max_new_tokens", "top_p")
 # Arguments of functions that are no options of a configuration.
 _ARGUMENTS = {"resume": "--resume", "replace": "--force"}
 _OWN_OR_BUILTIN = ("builtins", "prodial_kernels")

@@ -130,11 +130,8 @@ def generate(
         GenerationError: The tokenizer has no chat template, or logits are not finite.
     """
     started = time.perf_counter()
-    if not isinstance(prompt, str) and not getattr(tokenizer, "chat_template", None):
-        raise GenerationError(
-            "the tokenizer of this model has no chat template to make a text of a conversation; "
-            "leave `chat` out and give the text itself, or take a model whose tokenizer has one"
-        )
+    if not isinstance(prompt, str):
+        check_chat(tokenizer)
     text = prompt if isinstance(prompt, str) else prompt_of(prompt, tokenizer)
     ids = _prompt_tokens(tokenizer, text, model)
     ends = end_tokens(model, tokenizer)
@@ -174,6 +171,15 @@ def generate(
         seconds=time.perf_counter() - started,
         notes=notes,
     )
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise GenerationError where the tokenizer has no template to make a text of turns."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise GenerationError(
+            "the tokenizer of this model has no chat template to make a text of a conversation; "
+            "give the text itself, or take a model whose tokenizer has one"
+        )
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

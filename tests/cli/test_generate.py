@@ -107,7 +107,10 @@ def test_what_has_no_effect_or_no_text_is_refused(
     assert "nothing to go on with" in refused(capsys, *model, "--chat", "--json")
     assert "--system would have no effect" in refused(capsys, *model, "--system", "a")
     assert "no chat template" in refused(capsys, *model, "--chat", "--prompt", "hi")
-    assert "no effect at temperature 0" in refused(
+    # Before anybody types a word.
+    terminal("hi\n")
+    assert "no chat template" in refused(capsys, *model, "--chat")
+    assert "--top-p 0.5 would have no effect at temperature 0" in refused(
         capsys, *model, "--prompt", "hi", "--top-p", "0.5"
     )
 
