@@ -454,6 +454,7 @@ def test_only_the_combination_that_is_the_sum() -> None:
             model.add_weighted_adapter(*arguments)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.parametrize("targets", ["mixer", ["attention", "mixer"], "auto"])
 def test_parts_of_a_model_as_targets(targets: Any, tmp_path: Path) -> None:
     """The file names layers, so that what a part means later does not matter."""

@@ -177,6 +177,7 @@ def test_an_adapter_of_other_shapes_is_refused(tmp_path: Path) -> None:
         PeftModel.from_pretrained(build("mamba2"), tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_head_of_16_bits_is_trained_in_32(tmp_path: Path) -> None:
     """PEFT's own methods leave it in 16 bits, where steps of 1e-5 are rounded away."""
     import transformers
