@@ -15,11 +15,11 @@ import pytest
 
 from prodial_kernels.training import finetuning
 from prodial_kernels.training.config import OPTIONS
-from prodial_kernels.training.run import preparation
 from prodial_kernels.training.run.directory import RunDirectory, RunError
 from prodial_kernels.training.run.loop import NonFiniteLossError
 from prodial_kernels.training.run.metrics import read_metrics
 from prodial_kernels.training.run.state import StateError
+from prodial_kernels.training.start import given
 from support.tiny_run import run
 
 _SHORT = {"steps": 3, "eval_tokens": 64, "save_every": 1, "eval_every": 0}
@@ -103,7 +103,7 @@ def test_what_needs_no_model_is_refused_before_it_is_loaded(
     def unwanted(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(preparation, "load_model", unwanted)
+    monkeypatch.setattr(given, "load_model", unwanted)
     with pytest.raises((ValueError, RuntimeError), match=message):
         run(place, tmp_path / "deep" / "run", **options)
     assert not list(tmp_path.iterdir())
@@ -118,7 +118,7 @@ def test_a_directory_that_was_there_stays(place: Path, tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "load_model", None)
+    monkeypatch.setattr(given, "load_model", None)
     with pytest.raises(NotADirectoryError):
         run(place, place / "text.txt" / "run")
 
