@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 # Before anything imports them: no hub look-ups, no thread fight between test workers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +25,12 @@ import torch
 # Read when a kernel is defined, so before any test imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+elif find_spec("mamba_ssm"):
+    # Before transformers' models, which take its functions when they are imported. While tests are
+    # collected mamba_ssm's warnings are errors, and transformers would fall back without a word.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import mamba_ssm  # noqa: F401
 
 
 def pytest_unconfigure() -> None:

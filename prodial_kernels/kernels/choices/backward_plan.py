@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from prodial_kernels.kernels.choices.costs import COSTS
 from prodial_kernels.kernels.choices.partition import ceil_div, fold_programs
@@ -132,7 +132,7 @@ def choose_backward(
     bias: bool,
     channel_first: bool,
     limits: DeviceLimits,
-    folds: bool = False,
+    scales: Literal["nothing", "weight", "either"] = "nothing",
 ) -> BackwardPlan:
     """Return the plan of backward for dY [m, n] and X [m, k].
 
@@ -152,7 +152,8 @@ def choose_backward(
         channel_first: Whether dX is, which the product then computes as [k, m]; T, of tokens by
             rows, is then not fused.
         limits: Of the device.
-        folds: Whether s ⊙ W is made for the product.
+        scales: What is scaled for the product: s ⊙ W (``"weight"``), that or dY ⊙ s, whose rows are
+            tokens then (``"either"``), or nothing.
     """
     capability, processors = limits
     fusable = wants_t and through_weight and not channel_first and r_pad <= MAX_FUSED_RANK
@@ -223,10 +224,10 @@ def choose_backward(
             plans.append((time, BackwardPlan(config, work, fused, 0, co_resident=True)))
     time, plan = min(plans, key=lambda plan: plan[0])
     plan = plan.on(processors)
-    if not folds:
+    if scales == "nothing":
         return settled(replace(plan, panels=((0, k),)))
     plan = replace(plan, panels=column_panels(m, k, 2 * n, plan.gemm))
-    if channel_first or not through_weight or m > min(k, _TOKEN_SIDE):
+    if scales == "weight" or channel_first or not through_weight or m > min(k, _TOKEN_SIDE):
         return settled(plan)
     fits = output_side and r_pad <= _CO_RESIDENT_RANK and not bias
     parts = _token_parts(m, k, fits, fits or not output_side, processors)

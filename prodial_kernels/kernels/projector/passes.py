@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -117,10 +117,13 @@ def backward(
     limits = device_limits(dy.device)
     through_weight = needs.x or needs.blocks
     wants_t = lora_a is not None and lora_b is not None and (needs.x or needs.lora_a)
+    scales: Literal["nothing", "weight", "either"] = "nothing"
+    if scale_deviation is not None and kept.scaled is None:
+        scales = "either" if dy.ndim == 2 else "weight"
     plan = choose_backward(
         m, n, k, r_pad, wants_t=wants_t, output_side=needs.lora_b or needs.scale or needs.bias,
         through_weight=through_weight, bias=bias is not None, channel_first=x.ndim == 3,
-        limits=limits, folds=scale_deviation is not None and kept.scaled is None,
+        limits=limits, scales=scales,
     )  # fmt: skip
     pdl = supports_pdl(limits.capability, dy)
     product = replace(plan.gemm, pdl=pdl and plan.gemm.pdl)

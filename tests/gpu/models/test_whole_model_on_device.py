@@ -151,9 +151,12 @@ def test_inputs_that_wait_in_the_hosts_memory(name: str) -> None:
         options["num_hidden_layers"] = 8
     model = build(name, **options).bfloat16().to(DEVICE)
     apply_prodial(model, ProdialConfig(r=8))
+    # B is 0 to begin with, and then so is A's gradient.
+    randomise_adapters(model.cpu())
+    model.to(DEVICE)
     tokens = token_ids(4, 2048).to(DEVICE)
     found, peaks = {}, {}
-    for level in (CHECKPOINT, OFFLOAD):
+    for run, level in (("again", CHECKPOINT), (CHECKPOINT, CHECKPOINT), (OFFLOAD, OFFLOAD)):
         with apply_levels(model, [level] * 8):
             for _ in range(3):
                 model.zero_grad(set_to_none=True)
@@ -162,9 +165,12 @@ def test_inputs_that_wait_in_the_hosts_memory(name: str) -> None:
                 model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
                 torch.cuda.synchronize()
                 peaks[level] = torch.cuda.max_memory_allocated() - before
-        found[level] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        found[run] = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
     for key, gradient in found[CHECKPOINT].items():
-        error = (found[OFFLOAD][key] - gradient).norm() / gradient.norm()
-        assert error < 1e-2, f"{key}: {error:.1e}"
+        # Mamba-1's scan adds up in any order.
+        noise, error = (
+            (found[run][key] - gradient).norm() / gradient.norm() for run in ("again", OFFLOAD)
+        )
+        assert error < 1e-3 + 3 * noise, f"{key}: {error:.1e}, from run to run {noise:.1e}"
     # The whole logits, which this loss makes, are the peak in either case.
     assert peaks[OFFLOAD] < peaks[CHECKPOINT]

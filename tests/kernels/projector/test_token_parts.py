@@ -21,7 +21,7 @@ LIMITS = DeviceLimits((9, 0), 132)
 def plan_of(m: int, k: int, n: int, *, r_pad: int = 16, **changes: Any) -> BackwardPlan:
     options: dict[str, Any] = {
         "wants_t": True, "output_side": True, "through_weight": True, "bias": False,
-        "channel_first": False, "limits": LIMITS, "folds": True,
+        "channel_first": False, "limits": LIMITS, "scales": "either",
     }  # fmt: skip
     return choose_backward(m, n, k, r_pad, **options | changes)
 
@@ -72,7 +72,8 @@ def test_so_few_tokens_at_once_whatever_their_tiles_fill() -> None:
 def test_not_where_the_weight_is_smaller_or_nothing_was_measured() -> None:
     assert not plan_of(8192, 2048, 8192).token_parts
     for changes in (
-        {"channel_first": True}, {"folds": False}, {"limits": DeviceLimits((8, 0), 108)},
+        {"channel_first": True}, {"scales": "weight"}, {"scales": "nothing"},
+        {"limits": DeviceLimits((8, 0), 108)},
         {"bias": True}, {"r_pad": 64}, {"through_weight": False},
     ):  # fmt: skip
         assert not plan_of(2048, 5120, 2560, **changes).token_parts

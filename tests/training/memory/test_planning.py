@@ -365,4 +365,4 @@ def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         commands.main(["finetune", "--help"])
     text = capsys.readouterr().out
     assert "--memory-budget SIZE" in text
-    assert "--activations {auto,keep,recompute,checkpoint}" in text
+    assert "--activations {auto,keep,recompute,checkpoint,offload}" in text

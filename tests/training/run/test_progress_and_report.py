@@ -132,7 +132,7 @@ def test_a_run_that_made_it_worse_says_so() -> None:
 
 def test_a_run_that_was_better_before_its_end_says_so() -> None:
     table = str(result(best={"step": 5, "bits_per_byte": 1.1}))
-    assert "held-out bits per byte was best, 1.1000 at step 5; what is saved is the last" in table
+    assert "was best, 1.1000 at step 5; what is saved is step 9" in table
 
 
 def test_rows_that_were_cut_are_in_the_table() -> None:
