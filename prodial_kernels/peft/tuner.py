@@ -28,7 +28,7 @@ from prodial_kernels.models.adapt.foreign_bases import (
     note_dense_layers,
 )
 from prodial_kernels.models.adapt.masters import make_masters
-from prodial_kernels.models.adapt.snapshot import Snapshot
+from prodial_kernels.models.adapt.snapshot import all_or_nothing
 from prodial_kernels.models.adapt.targets import Target
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.peft.available import PEFT_VERSION
@@ -83,7 +83,7 @@ class ProdialTuner(BaseTuner):
         """
         config = self._prepare_adapter_config(self.peft_config[adapter_name], {})
         resolve_targets(model, config)
-        with _own_mixers(model), _all_or_nothing(model):
+        with _own_mixers(model), all_or_nothing(model):
             if state_dict is None:
                 self._new_layers = find_layers(model, config, lambda path: _is_ours(config, path))
             else:
@@ -346,14 +346,3 @@ def _own_mixers(model: nn.Module) -> Iterator[None]:
     finally:
         if _layers(model):
             setattr(model, _MIXERS, adapt_mixers(model))
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Restore the structure of ``model`` if the block raises."""
-    before = Snapshot(model)
-    try:
-        yield
-    except BaseException:
-        before.restore()
-        raise

@@ -23,7 +23,7 @@ from prodial_kernels.models.adapt.named_layer import NamedProdialLinear, check_a
 from prodial_kernels.models.adapt.names import unwrapped
 from prodial_kernels.models.adapt.offsets import Offsets, SsmParameter, find_ssm, make_offsets
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
-from prodial_kernels.models.adapt.snapshot import Snapshot
+from prodial_kernels.models.adapt.snapshot import all_or_nothing
 from prodial_kernels.models.adapt.state import (
     STATE,
     AdaptedState,
@@ -112,11 +112,10 @@ def apply_prodial(
     check_mixers(model, targets)
     warn_of_rank(targets, config.r)
 
-    before = Snapshot(model)
     named = list(model.named_parameters(remove_duplicate=False))
     flags = {name: parameter.requires_grad for name, parameter in named}
     state = AdaptedState({adapter: config}, adapter, flags)
-    try:
+    with all_or_nothing(model):
         layers = [_adapted(target, config, adapter) for target in targets]
         model.requires_grad_(False)
         trained = [parameter for match in saved for parameter in match.parameters()]
@@ -131,9 +130,6 @@ def apply_prodial(
         watch_saving(model)
         remember_model(model, layers)
         return adapter_report(model)
-    except BaseException:
-        before.restore()
-        raise
 
 
 def merge_prodial(model: ModelT) -> ModelT:
@@ -221,14 +217,10 @@ def remove_prodial(model: ModelT) -> ModelT:
     """
     inner = unwrapped(model)
     state = state_of(model)
-    before = Snapshot(inner)
-    try:
+    with all_or_nothing(inner):
         replace_each(inner, ProdialLinear, lambda _, layer: layer.original_layer())
         _detach(inner, state)
         return model
-    except BaseException:
-        before.restore()
-        raise
 
 
 def get_prodial_config(model: nn.Module, adapter: str | None = None) -> ProdialConfig:

@@ -29,7 +29,7 @@ from prodial_kernels.models.adapt.named_layer import (
     give_name,
 )
 from prodial_kernels.models.adapt.names import plain_path, unwrapped
-from prodial_kernels.models.adapt.snapshot import Snapshot
+from prodial_kernels.models.adapt.snapshot import Snapshot, all_or_nothing
 from prodial_kernels.models.adapt.state import (
     STATE,
     AdaptedState,
@@ -101,7 +101,7 @@ def add_adapter(model: nn.Module, adapter: str, config: ProdialConfig) -> None:
         targets = find_targets(inner, config)
         check_mixers(inner, targets)
     warn_of_rank(targets, config.r)
-    with _all_or_nothing(inner):
+    with all_or_nothing(inner):
         undo_all(state.mixers)
         by_base: dict[nn.Module, ProdialLinear] = {}
         for layer in adapted_layers(inner).values():
@@ -183,7 +183,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
                 else "it is the only one: remove_prodial(model) gives the pretrained model back"
             )
         )
-    with _all_or_nothing(inner):
+    with all_or_nothing(inner):
         undo_all(state.mixers)
         paths = module_paths(inner)
         for layer in adapted_layers(inner).values():
@@ -314,14 +314,3 @@ def _refuse_merged(model: nn.Module) -> None:
             f"the adapter is merged in {merged[0]} and {len(merged) - 1} other layers, so another "
             "one would have no effect there; call unmerge() on them first"
         )
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Restore the structure of ``model`` if the block raises."""
-    before = Snapshot(model)
-    try:
-        yield
-    except BaseException:
-        before.restore()
-        raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +38,17 @@ class Snapshot:
                 parameter.data = data
             _set_flag(parameter, requires_grad)
             parameter.grad = grad
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Restore the structure of ``model`` if the block raises."""
+    before = Snapshot(model)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
 
 
 def _registries(module: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
