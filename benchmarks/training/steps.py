@@ -204,7 +204,7 @@ class Training:
         row = JobRow(
             **{**asdict(job), "memory_budget": self._config.memory_budget},
             title=job.title, command=job.command(self._config.memory_budget),
-            graphed=isinstance(self._step, GraphedStep),
+            graphed=isinstance(self._step, GraphedStep) and self._step.captures,
             how="; ".join(self._said) or "steps launched one by one",
             levels=dict(Counter(self.levels)),
             ms=statistics.median(times) * 1e3, slowest_ms=max(times) * 1e3, steps=steps,

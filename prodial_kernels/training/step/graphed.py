@@ -280,6 +280,11 @@ class GraphedStep:
         if self._whole:
             make_capturable(optimizer)
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured; not after one has turned out to wait for the device."""
+        return not self._falls_back
+
     def begin(self, parts: Sequence[Batch], lr: float) -> None:
         """See :class:`TrainingStep`.
 

@@ -240,11 +240,13 @@ def test_a_step_that_waits_goes_on_eagerly_and_says_so() -> None:
     graphs = _Graphs(waits=["moe.py:12"])
     step = _graphed(model, graphs, say=said.append)
     eager = EagerStep(ChunkedLoss(find_head(other)), _optimizer(other), clip=0.5)
+    assert step.captures
     for number in range(5):
         for which in (step, eager):
             which.begin([_batch(number)], 1e-2)
         assert tuple(step.finish()) == pytest.approx(tuple(eager.finish()), rel=1e-5)
     assert said == ["no CUDA graph: the step waits for the device in moe.py:12"]
+    assert not step.captures
     assert "capture" not in graphs.calls
 
 
