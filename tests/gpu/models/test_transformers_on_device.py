@@ -6,26 +6,28 @@ with weight W'; the same-dtype ones come from its unfused kernels, also on plain
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial
+from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.linear import OFFSET
 from prodial_kernels.models.mixers import hf
 from prodial_kernels.models.mixers.arguments import is_cache
 from prodial_kernels.models.mixers.hf import fused_function, unfused_forward
-from prodial_kernels.models.patch_point import AdaptedMixer
 from support import mamba_ssm_loaded  # noqa: F401
 from support.captured.on_device import captured
-from support.mixers.adapted_families import EffectiveWeight, forbid_reading_the_weight
+from support.mixers.adapted_families import forbid_reading_the_weight
+from support.mixers.device_oracle import (
+    assert_accurate_in_the_mean,
+    modeling_of,
+    pytorch_functions,
+    tensors,
+    with_effective_weights,
+    without_fused_functions,
+)
 from support.models import Step, build, decoded, randomise_adapters, token_ids, training_step
 
 pytestmark = pytest.mark.gpu
@@ -61,32 +63,7 @@ def ids() -> Tensor:
 
 def oracle(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     reference = plain(name, dtype).requires_grad_(False)
-    for path, layer in model.named_modules():
-        if isinstance(layer, ProdialLinear):
-            effective = EffectiveWeight(layer).to(DEVICE)
-            parametrize.register_parametrization(reference.get_submodule(path), "weight", effective)
-    return reference
-
-
-def modeling_of(model: nn.Module) -> ModuleType:
-    return sys.modules[type(model).__module__]
-
-
-@contextmanager
-def pytorch_functions(modeling: ModuleType) -> Iterator[None]:
-    """Run the functions that transformers falls back to, without TF32."""
-    originals = {n: f for n, f in vars(modeling).items() if hasattr(f, "__wrapped__")}
-    vars(modeling).update({n: f.__wrapped__ for n, f in originals.items()})
-    try:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            yield
-    finally:
-        vars(modeling).update(originals)
-
-
-def tensors(step: Step) -> dict[str, Tensor]:
-    renamed = {n.replace("parametrizations.weight.0.", ""): g for n, g in step.gradients.items()}
-    return {"logits": step.logits, **renamed}
+    return with_effective_weights(reference, model, DEVICE)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -109,20 +86,9 @@ def test_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytorch_functions(modeling):
         exact = tensors(training_step(oracle(name, model, torch.float32), ids()))
-    unfused = oracle(name, model, torch.bfloat16)
-    for module in list(unfused.modules()):
-        if fused_function(module):
-            AdaptedMixer(module, {"forward": unfused_forward})
+    unfused = without_fused_functions(oracle(name, model, torch.bfloat16))
     eager = tensors(training_step(unfused, ids()))
-
-    assert result.keys() == exact.keys() == eager.keys()
-    for key, tensor in result.items():
-        assert tensor.count_nonzero() > 0, f"{key} is dead"
-        # The accuracy rule in the mean: one element's error is the path of two whole models.
-        error = (tensor.float() - exact[key].float()).norm()
-        allowed = 2 * (eager[key].float() - exact[key].float()).norm()
-        allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
-        assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+    assert_accurate_in_the_mean(result, exact, eager)
 
 
 MORE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -158,9 +124,8 @@ def test_state_space_parameters(name: str) -> None:
             # As the model reads it, rounded.
             parameter.data = getattr(model.get_submodule(path), leaf).detach().to(dtype)
             parameter.requires_grad_()
-        for module in list(reference.modules()):
-            if fused_function(module) and not fused:
-                AdaptedMixer(module, {"forward": unfused_forward})
+        if not fused:
+            without_fused_functions(reference)
         named = {own.replace(OFFSET, ""): own for own in moved}
         return trained_offsets(training_step(reference, ids()), named)
 

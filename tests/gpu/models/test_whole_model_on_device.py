@@ -8,25 +8,26 @@ kernels. Every expert is chosen, so that no rounding can choose another one.
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
+from prodial_kernels import ProdialConfig, apply_prodial, quantize_model
 from prodial_kernels.models.layers.recompute import CHECKPOINT, OFFLOAD, apply_levels
-from prodial_kernels.models.mixers.hf import fused_function, unfused_forward
-from prodial_kernels.models.patch_point import AdaptedMixer
 from prodial_kernels.quantization.model import make_dense
 from prodial_kernels.quantization.modules.experts import QuantizedExperts
 from support import mamba_ssm_loaded  # noqa: F401
-from support.mixers.adapted_families import EffectiveWeight
-from support.models import Step, build, randomise_adapters, token_ids, training_step
+from support.mixers.device_oracle import (
+    assert_accurate_in_the_mean,
+    modeling_of,
+    pytorch_functions,
+    tensors,
+    with_effective_weights,
+    without_fused_functions,
+)
+from support.models import build, randomise_adapters, token_ids, training_step
 
 pytestmark = pytest.mark.gpu
 
@@ -63,29 +64,7 @@ def ids() -> Tensor:
 
 def oracle(dense: nn.Module, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     reference = copy.deepcopy(dense).to(dtype).requires_grad_(False)
-    for path, layer in model.named_modules():
-        if isinstance(layer, ProdialLinear):
-            effective = EffectiveWeight(layer).to(DEVICE)
-            parametrize.register_parametrization(reference.get_submodule(path), "weight", effective)
-    return reference
-
-
-@contextmanager
-def pytorch_functions(model: nn.Module) -> Iterator[None]:
-    """Run the functions that transformers falls back to, without TF32."""
-    modeling = sys.modules[type(model).__module__]
-    originals = {n: f for n, f in vars(modeling).items() if hasattr(f, "__wrapped__")}
-    vars(modeling).update({n: f.__wrapped__ for n, f in originals.items()})
-    try:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            yield
-    finally:
-        vars(modeling).update(originals)
-
-
-def tensors(step: Step) -> dict[str, Tensor]:
-    renamed = {n.replace("parametrizations.weight.0.", ""): g for n, g in step.gradients.items()}
-    return {"logits": step.logits, **renamed}
+    return with_effective_weights(reference, model, DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -102,20 +81,11 @@ def test_output_and_gradients(name: str, format: str) -> None:
     randomise_adapters(model.cpu())
     model.to(DEVICE)
     result = tensors(training_step(model, ids()))
-    with pytorch_functions(model):
+    with pytorch_functions(modeling_of(model)):
         exact = tensors(training_step(oracle(dense, model, torch.float32), ids()))
-    unfused = oracle(dense, model, torch.bfloat16)
-    for module in list(unfused.modules()):
-        if fused_function(module):
-            AdaptedMixer(module, {"forward": unfused_forward})
+    unfused = without_fused_functions(oracle(dense, model, torch.bfloat16))
     eager = tensors(training_step(unfused, ids()))
-    assert result.keys() == exact.keys() == eager.keys()
-    for key, tensor in result.items():
-        assert tensor.count_nonzero() > 0, f"{key} is dead"
-        error = (tensor.float() - exact[key].float()).norm()
-        allowed = 2 * (eager[key].float() - exact[key].float()).norm()
-        allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
-        assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+    assert_accurate_in_the_mean(result, exact, eager)
 
 
 def test_a_mixture_is_never_dense_as_a_whole() -> None:

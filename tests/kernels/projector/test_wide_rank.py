@@ -10,7 +10,7 @@ import torch
 
 from prodial_kernels.kernels.projector import passes
 from prodial_kernels.ops import detours
-from prodial_kernels.testing import make_case
+from prodial_kernels.testing import LinearCase, make_case
 from support.kernels.channel_first import LAYOUTS, run
 from support.kernels.kernel_cases import assert_matches_fp64, triton_linear
 
@@ -27,15 +27,21 @@ def test_a_wide_rank_keeps_neither_y_nor_h(kernel_device: str, r: int) -> None:
     assert (torch.Size([24, 64]) in alike) is (r == 64)
 
 
-def test_every_scale_and_every_part_alone(kernel_device: str) -> None:
-    case = make_case(33, 24, 40, block_size=6, r=70, device=kernel_device)
-    rows = torch.arange(40, device=kernel_device)
+def assert_every_part_matches(case: LinearCase) -> LinearCase:
+    """Compare all gradients, each alone, and without a part; return the case, with zeros in s."""
+    rows = torch.arange(40, device=case.x.device)
     case = replace(case, scale=torch.where(rows % 3 == 0, 0.0, case.scale))
     assert_matches_fp64(case, compute=torch.float16)
     for name in case.TRAINED:
         assert_matches_fp64(case, compute=torch.float16, trained=[name])
     for absent in ("blocks", "scale", "bias"):
         assert_matches_fp64(replace(case, **{absent: None}), compute=torch.float16)
+    return case
+
+
+def test_every_scale_and_every_part_alone(kernel_device: str) -> None:
+    case = make_case(33, 24, 40, block_size=6, r=70, device=kernel_device)
+    assert_every_part_matches(case)
 
 
 @pytest.mark.parametrize("r", [65, 100, 128])
@@ -46,13 +52,7 @@ def test_thin_products_where_the_weight_is_large(
     case = make_case(33, 24, 40, block_size=6, r=r, device=kernel_device)
     assert detours.is_thin(case.operands)
     assert not detours.is_thin(case.operands._replace(lora_a=torch.empty(129, 24)))
-    rows = torch.arange(40, device=kernel_device)
-    case = replace(case, scale=torch.where(rows % 3 == 0, 0.0, case.scale))
-    assert_matches_fp64(case, compute=torch.float16)
-    for name in case.TRAINED:
-        assert_matches_fp64(case, compute=torch.float16, trained=[name])
-    for absent in ("blocks", "scale", "bias"):
-        assert_matches_fp64(replace(case, **{absent: None}), compute=torch.float16)
+    case = assert_every_part_matches(case)
     leaves = {name: getattr(case, name).float().requires_grad_() for name in ("scale", "lora_b")}
     y = triton_linear(replace(case.cast(torch.float16, torch.float32), **leaves))
     kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
