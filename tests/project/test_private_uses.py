@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import prodial_kernels
-from prodial_kernels.models.layers import decoding
+from prodial_kernels.models.layers import attention_masks, decoding
 from prodial_kernels.models.mixers import hf, mamba2_scan, mamba_ssm
 from prodial_kernels.upstream import TESTED
 from support.private_uses import private_uses
@@ -23,6 +23,7 @@ GLOBALS = (
     mamba_ssm._MAMBA[0], mamba_ssm._MAMBA2[0], mamba2_scan._RULE, mamba2_scan._NORM,
     "mamba_inner_fn_no_out_proj", "forward_with_checkpointing", "LayerNormFn",
     "causal_conv1d_fwd_function", "causal_conv1d_bwd_function", decoding.STEP,
+    attention_masks._FIND, attention_masks._TRACING,
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.models.layers.attention_masks import masks_without_waiting
 from prodial_kernels.module_tree import has_hooks
 from prodial_kernels.quantization import QuantizedLinear
 
@@ -150,7 +151,8 @@ def run_model(model: nn.Module, input_ids: Tensor, **inputs: Any) -> Any:
     # mamba_ssm's models would hand it to their mixers.
     if named or hasattr(model, "get_output_embeddings"):
         inputs["use_cache"] = False
-    return model(input_ids=input_ids, **inputs)
+    with masks_without_waiting(inputs):
+        return model(input_ids=input_ids, **inputs)
 
 
 @contextmanager

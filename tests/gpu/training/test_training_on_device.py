@@ -25,9 +25,20 @@ from support.models import build, randomise_adapters
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
+_MIXER = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_chunk_size": 64}
 OPTIONS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 64, "state_size": 32, "chunk_size": 64},
+    "bamba": _MIXER,
+    "falcon_h1": {**_MIXER, "mamba_d_ssm": 512},
+    "zamba2": {"n_mamba_heads": 8, "mamba_headdim": 64, "mamba_d_state": 32, "chunk_size": 64},
+    "nemotron_h": {
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 32,
+        "chunk_size": 64,
+        "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+    },
 }
 LENGTH, BATCH, STEPS = 128, 2, 14
 # Small enough that a rounding does not grow over the steps.
@@ -174,6 +185,18 @@ def test_a_replay_draws_and_computes_what_launches_do() -> None:
     # The same batch every other step: what differs is the mask, and the forward has no atomics.
     losses = [result.loss for result in curves[0]]
     assert all(a != b for a, b in zip(losses[:-2], losses[2:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["bamba", "falcon_h1", "zamba2", "nemotron_h"])
+def test_hybrids_with_attention_are_captured(name: str) -> None:
+    model = adapted(name, dtype=torch.float32)
+    other = copy.deepcopy(model)
+    curves = []
+    for m, make in ((model, graphed), (other, eager)):
+        step = make(m, optimizer_of(m))
+        curves.append(train(step, lambda number: [batch(number)], 0, 8))
+        step.close()
+    assert_same_curve(*curves, rel=1e-3)
 
 
 def test_lengths_in_buckets_and_accumulation() -> None:
