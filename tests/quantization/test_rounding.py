@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.quantization import FORMATS, quantization_error, quantize_linear
+from prodial_kernels.quantization import FORMATS, int8, nf4, quantization_error, quantize_linear
+from support.live_storages import LiveStorages
 from support.stored_weights import assert_same_bytes, dense, stored
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -119,3 +120,15 @@ def test_dequantize_into_a_given_tensor(format: str) -> None:
     assert type(linear) is nn.Linear
     assert torch.equal(linear.weight, layer.weight)
     assert linear.bias is not layer.bias
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_large_weight_is_quantised_by_parts(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the dense weight are the codes, at most once more to put parts together."""
+    for module in (int8, nf4):
+        monkeypatch.setattr(module, "CHUNK", 2**12)
+    layer = nn.Linear(128, 2048, bias=False).bfloat16()
+    with LiveStorages() as made:
+        quantize_linear(layer, format)
+    beside = made.peak - layer.weight.untyped_storage().nbytes()
+    assert beside < 2.1 * layer.weight.numel()
