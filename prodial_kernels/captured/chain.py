@@ -294,7 +294,7 @@ class Chain:
             program.plain = True
             return
         try:
-            program.graphs = self.engine.capture(sections, program.kept())
+            program.graphs = self.engine.capture(sections, program.held())
         except torch.OutOfMemoryError:
             self.forget()
             raise

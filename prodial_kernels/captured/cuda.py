@@ -48,7 +48,8 @@ class CudaEngine:
 
     def allocated(self) -> int:
         """See :class:`Engine`."""
-        return torch.cuda.memory_allocated(self.device)
+        stats = torch.cuda.memory_stats(self.device)
+        return int(stats.get("allocated_bytes.large_pool.current", 0))
 
     def watched(self, function: Callable[[], Result]) -> tuple[Result, list[str]]:
         """See :class:`Engine`."""
@@ -73,7 +74,7 @@ class CudaEngine:
             if tuple(segment.get("segment_pool_id", ())) == tuple(self._pool)
         )
 
-    def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Graphed]:
+    def capture(self, sections: Sequence[Section], held: int = 0) -> list[Graphed]:
         """See :class:`Engine`."""
         torch.cuda.synchronize(self.device)
         # Memory cached by earlier steps would stay allocated beside the pool.
@@ -89,8 +90,8 @@ class CudaEngine:
                 _flattened([p.detach() for p in section.parameters], section.parameters)
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-            if fresh and kept:
-                self._reserve(kept)
+            if fresh and held:
+                self._reserve(held + self._workspace())
             capturing = _Capturing(self, sections)
             for position in range(len(sections)):
                 capturing.forward(position)
@@ -99,10 +100,23 @@ class CudaEngine:
             torch.cuda.synchronize(self.device)
         return list(capturing.graphs)
 
+    def _workspace(self) -> int:
+        """Bytes that cuBLAS takes on the capturing stream, in the pool as soon as it is needed."""
+        square = torch.zeros(16, 16, device=self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        product = square @ square
+        size = torch.cuda.memory_allocated(self.device) - before
+        del product
+        torch.cuda.synchronize(self.device)
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        return size
+
     def _reserve(self, size: int) -> None:
         """Reserve so many bytes of the pool in one segment.
 
-        In segments of their own, large tensors would each be rounded up to 2 MiB.
+        In segments of their own, large tensors would each be rounded up to 2 MiB, and smaller ones
+        lie in segments of 20 MiB.
         """
         self._reserving = torch.cuda.CUDAGraph()
         with self.recording(self._reserving):

@@ -93,10 +93,11 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Graphed]:
+    def capture(self, sections: Sequence[Section], held: int = 0) -> list[Graphed]:
         """Capture forwards in order and backwards in reverse order, as they will be replayed.
 
-        ``kept`` is about the number of bytes that forwards keep for backwards; 0 if unknown.
+        ``held`` is about the number of bytes of large tensors that the pool holds at most; 0 if
+        unknown.
 
         A replay may stop after any forward; the backwards of those replayed follow in reverse.
         """
@@ -105,7 +106,10 @@ class Engine(Protocol):
         """Run a function; return where in it the host waits for the device, which no graph can."""
 
     def allocated(self) -> int:
-        """Bytes of the device that are allocated."""
+        """Bytes of large tensors that are allocated on the device; of small ones the pool has room.
+
+        Whatever the allocator keeps apart as small.
+        """
 
     def drawn(self) -> Any:
         """The state of the random generator; comparable."""

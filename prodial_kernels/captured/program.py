@@ -17,6 +17,9 @@ from prodial_kernels.captured.deferred import Deferral
 from prodial_kernels.captured.engine import Graphed, Leaf, Section, Source
 from prodial_kernels.captured.state import BlockState
 
+RECOMPUTED_FROM = 16
+"""Number of blocks from which on the first is recomputed in backward, of which it then takes 2%."""
+
 Origin = tuple[int, int] | int
 """Where a tensor comes from: result (block, number), or the nth tensor from outside the blocks."""
 
@@ -57,7 +60,7 @@ class Record:
         result: The structure of the result.
         results: The tensors in it.
         drawn: State of the random generator before and after.
-        memory: Bytes allocated before and after.
+        memory: Bytes of large tensors that were allocated before and after.
         obstacle: Why the block cannot be captured; None if it can.
     """
 
@@ -122,6 +125,10 @@ class Program:
 
         With ``together``, consecutive blocks of which each takes only results of the one before and
         tensors without a gradient make one section.
+
+        The first of many blocks is a section that is recomputed in backward. The graphs' memory is
+        theirs alone, so what backward needs at its start, when everything is kept, cannot be what
+        the loss has needed before, as in an eager step; what the first block does not keep is that.
         """
         for index, record in self.records.items():
             if any(parameter._backward_hooks for parameter in states[index].parameters):
@@ -132,6 +139,8 @@ class Program:
         self.members = []
         for index in self.order:
             before = self.members[-1][-1] if self.members else None
+            if self._recomputes and before == self.order[0]:
+                before = None
             if together and before is not None and self._joins(blocks, before, index):
                 self.members[-1].append(index)
             else:
@@ -154,12 +163,21 @@ class Program:
         )
         return sections
 
-    def kept(self) -> int:
-        """Bytes that the forwards of all blocks keep for backward; 0 if some are not captured."""
+    @property
+    def _recomputes(self) -> bool:
+        return len(self.order) >= RECOMPUTED_FROM
+
+    def held(self) -> int:
+        """About the most bytes of large tensors that blocks hold; 0 if some are not captured.
+
+        They hold it when backward begins: what all forwards keep, and for what the first backward
+        makes as much again as one of them keeps.
+        """
         if len(self.order) < len(self.records):
             return 0
-        first, last = self.records[self.order[0]], self.records[self.order[-1]]
-        return max(last.memory[1] - first.memory[0], 0)
+        before = [self.records[index].memory[0] for index in self.order]
+        kept = self.records[self.order[-1]].memory[1] - before[int(self._recomputes)]
+        return max(kept + (before[1] - before[0] if len(before) > 1 else 0), 0)
 
     def _joins(self, blocks: Sequence[nn.Module], before: int, index: int) -> bool:
         first, second = self.records[before], self.records[index]
@@ -193,12 +211,13 @@ class Program:
         takes = [self.takes[index] for index in members]
         # Blocks may share what is trained.
         trained = {id(p): p for index in members for p in states[index].parameters}
+        recomputed = self._recomputes and members[0] == self.order[0]
         return Section(
             name_of(members[0], blocks[members[0]], members[-1]),
             functions[0] if len(members) == 1 else _together(functions, takes),
             tuple(leaf for taken in takes for leaf in taken if isinstance(leaf, Leaf)),
             tuple(trained.values()),
-            _checkpoints(blocks[members[0]]),
+            recomputed or _checkpoints(blocks[members[0]]),
             any(self.records[index].draws for index in members),
             len(members),
         )
