@@ -152,7 +152,7 @@ def test_what_is_not_whole_in_one_process_is_refused() -> None:
 
 def test_a_failed_capture_says_so_and_leaves_the_model_as_it_was() -> None:
     class Failing(StandIn):
-        def capture(self, sections: Any, kept: int = 0) -> Any:
+        def capture(self, sections: Any, held: int = 0) -> Any:
             raise RuntimeError("operation not permitted\nmore")
 
     model = adapted()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.captured import CaptureWarning
+from prodial_kernels.captured import CaptureWarning, program
 from prodial_kernels.captured.model import capture_with
+from prodial_kernels.captured.program import Program, Record
 from support.captured.models import LAYERS, adapted
 from support.captured.standin import StandIn
 from support.captured.steps import checkpointing, gradients, same, step, warmed
@@ -202,3 +203,34 @@ def test_offloaded_activations_are_left_to_transformers() -> None:
     ):
         step(model, token_ids())
     assert engine.forwards == LAYERS - 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["", "dropout"])
+def test_the_first_of_many_blocks_is_recomputed(
+    monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    monkeypatch.setattr(program, "RECOMPUTED_FROM", LAYERS)
+    model = adapted(dropout=dropout)
+    plain = copy.deepcopy(model)
+    engine = warmed(model)
+    torch.manual_seed(3)
+    found = [step(model, token_ids(seed=n)) for n in range(3)], gradients(model)
+    torch.manual_seed(3)
+    expected = [step(plain, token_ids(seed=n)) for n in range(3)], gradients(plain)
+    assert found[0] == expected[0]
+    same(found[1], expected[1])
+    assert [(one.blocks, one.checkpointed) for one in engine.captured] == [
+        (1, True), (LAYERS - 1, False)
+    ]  # fmt: skip
+    assert engine.backwards == 3 * LAYERS
+
+
+def test_what_blocks_hold_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks that each keep 100 bytes: those, and 100 for the first backward."""
+    records = {n: Record(None, memory=(1000 + 100 * n, 1100 + 100 * n)) for n in range(3)}
+    known = Program(records=records, order=[0, 1, 2])
+    assert known.held() == 400
+    monkeypatch.setattr(program, "RECOMPUTED_FROM", 3)
+    assert known.held() == 300
+    known.order = [0, 2]
+    assert known.held() == 0

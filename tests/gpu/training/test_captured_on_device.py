@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels import ProdialConfig, apply_prodial, capture
-from prodial_kernels.captured import Captured, CaptureWarning
+from prodial_kernels.captured import Captured, CaptureWarning, program
 from prodial_kernels.captured.checkpointing import checkpoints_outside
 from prodial_kernels.captured.cuda import CudaEngine
 from prodial_kernels.captured.model import capture_with
@@ -205,6 +205,23 @@ def test_dropout_draws_what_it_would_have_drawn(checkpointed: bool) -> None:
         assert all(p.sections[0].draws for p in captured._chain.programs.values())
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     close(gradients(model), gradients(plain))
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("mamba", 0.0), ("mamba2", 0.0), ("mamba2", 0.3)])
+def test_a_recomputed_first_block_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str, dropout: float
+) -> None:
+    monkeypatch.setattr(program, "RECOMPUTED_FROM", LAYERS)
+    model = model_of(name, dropout=dropout)
+    plain = copy.deepcopy(model)
+    with warmed(model) as captured:
+        for seed in (3, 4):
+            torch.manual_seed(seed)
+            loss = step(model, ids(seed))
+            torch.manual_seed(seed)
+            assert loss == pytest.approx(step(plain, ids(seed)), rel=1e-4)
+            close(gradients(model), gradients(plain))
+        assert sections_of(captured) == [1, LAYERS - 1]
 
 
 def test_a_checkpointed_block_keeps_its_input_only() -> None:

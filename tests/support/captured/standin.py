@@ -32,7 +32,7 @@ class StandIn:
         self.captured: list[Section] = []
         self._waits = waits
 
-    def capture(self, sections: Sequence[Section], kept: int = 0) -> list[Any]:
+    def capture(self, sections: Sequence[Section], held: int = 0) -> list[Any]:
         self.captures += 1
         self.captured = list(sections)
         state = torch.get_rng_state()
