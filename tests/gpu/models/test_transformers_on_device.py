@@ -106,7 +106,11 @@ MORE_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", MORE_OPTIONS)
 def test_state_space_parameters(name: str) -> None:
-    """A_log, D, the step's bias and the convolution, trained through whatever the family runs."""
+    """A_log, D, the step's bias and the convolution, trained through whatever the family runs.
+
+    Over several batches: a gradient of a handful of numbers, as A_log's is, has from batch to batch
+    a tenth to three times the error of plain PyTorch's, whose errors scatter as much.
+    """
     OPTIONS.setdefault(name, MORE_OPTIONS[name])
     config = ProdialConfig(r=8, lora_alpha=1, train_ssm="all")
     model = adapted(name, config)
@@ -114,9 +118,9 @@ def test_state_space_parameters(name: str) -> None:
     with torch.no_grad():
         for offset in moved.values():
             offset.add_(torch.randn_like(offset) * 0.1)
-    result = trained_offsets(training_step(model, ids()), {name: name for name in moved})
+    names = {own.replace(OFFSET, ""): own for own in moved}
 
-    def plain_step(dtype: torch.dtype, *, fused: bool = False) -> dict[str, Tensor]:
+    def plain_model(dtype: torch.dtype) -> nn.Module:
         reference = oracle(name, model, dtype)
         for own in moved:
             path, _, leaf = own.replace(OFFSET, "").rpartition(".")
@@ -124,25 +128,28 @@ def test_state_space_parameters(name: str) -> None:
             # As the model reads it, rounded.
             parameter.data = getattr(model.get_submodule(path), leaf).detach().to(dtype)
             parameter.requires_grad_()
-        if not fused:
-            without_fused_functions(reference)
-        named = {own.replace(OFFSET, ""): own for own in moved}
-        return trained_offsets(training_step(reference, ids()), named)
+        return reference
 
-    with pytorch_functions(modeling_of(model)):
-        exact = plain_step(torch.float32)
-    eager = plain_step(torch.bfloat16)
-    # Upstream's own fused kernels, which ours are, round a few of these sums more coarsely.
-    upstreams = plain_step(torch.bfloat16, fused=True)
-    assert result.keys() == exact.keys() == eager.keys()
-    for key, tensor in result.items():
-        assert tensor.count_nonzero() > 0, f"{key} is dead"
-        error = (tensor.float() - exact[key].float()).norm()
-        same = [(other[key].float() - exact[key].float()).norm() for other in (eager, upstreams)]
-        print(f"{key}: {error:.2e}, separate {same[0]:.2e}, upstream fused {same[1]:.2e}")
-        allowed = 2 * torch.stack(same).max()
-        allowed += torch.finfo(torch.bfloat16).eps / 2 * exact[key].norm()
-        assert error <= allowed, f"{key}: error {error:.2e}, allowed {allowed:.2e}"
+    exactly, fused = plain_model(torch.float32), plain_model(torch.bfloat16)
+    separate = without_fused_functions(plain_model(torch.bfloat16))
+    # The squares of ours, of separate kernels and of upstream's own fused ones, and of the values.
+    squares = {own: torch.zeros(4, device=DEVICE) for own in moved}
+    for seed in range(1, 9):
+        tokens = token_ids(2, 96, seed).to(DEVICE)
+        with pytorch_functions(modeling_of(model)):
+            exact = trained_offsets(training_step(exactly, tokens), names)
+        found = [trained_offsets(training_step(model, tokens), {own: own for own in moved})]
+        found += [trained_offsets(training_step(m, tokens), names) for m in (separate, fused)]
+        for own, total in squares.items():
+            assert found[0][own].count_nonzero() > 0, f"{own} is dead"
+            value = exact[own].float()
+            errors = [one[own].float() - value for one in found]
+            total += torch.stack([tensor.norm() ** 2 for tensor in (*errors, value)])
+    for own, total in squares.items():
+        error, apart, upstream, size = total.sqrt().tolist()
+        print(f"{own}: {error:.2e}, separate {apart:.2e}, upstream fused {upstream:.2e}")
+        allowed = 2 * max(apart, upstream) + torch.finfo(torch.bfloat16).eps / 2 * size
+        assert error <= allowed, f"{own}: error {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("name", MORE_OPTIONS)
