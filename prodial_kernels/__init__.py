@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from prodial_kernels.config import ProdialConfig
     from prodial_kernels.functional import prodial_linear
     from prodial_kernels.linear import ProdialLinear, adapter_disabled
+    from prodial_kernels.methods import (
+        AdditionalScan,
+        BitFit,
+        Full,
+        LinearProbe,
+        Lora,
+        ParallelAdapter,
+        PartialLora,
+        PartialTuning,
+    )
     from prodial_kernels.models.adapt.inject import (
+        apply_methods,
         apply_prodial,
         merge_prodial,
         merge_quantized,
@@ -41,6 +52,14 @@ if TYPE_CHECKING:
     from prodial_kernels.training.step.optimizers import adapter_parameter_groups
 
 __all__ = [
+    "AdditionalScan",
+    "BitFit",
+    "Full",
+    "LinearProbe",
+    "Lora",
+    "ParallelAdapter",
+    "PartialLora",
+    "PartialTuning",
     "ProdialConfig",
     "ProdialLinear",
     "QuantizedLinear",
@@ -51,6 +70,7 @@ __all__ = [
     "adapter_parameter_groups",
     "add_adapter",
     "add_weighted_adapter",
+    "apply_methods",
     "apply_prodial",
     "capture",
     "chunk_loss",
@@ -73,6 +93,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdditionalScan": "methods",
+    "BitFit": "methods",
+    "Full": "methods",
+    "LinearProbe": "methods",
+    "Lora": "methods",
+    "ParallelAdapter": "methods",
+    "PartialLora": "methods",
+    "PartialTuning": "methods",
     "ProdialConfig": "config",
     "ProdialLinear": "linear",
     "QuantizedLinear": "quantization",
@@ -82,6 +110,7 @@ _HOMES = {
     "adapter_parameter_groups": "training.step.optimizers",
     "add_adapter": "models.adapt.several",
     "add_weighted_adapter": "models.adapt.several",
+    "apply_methods": "models.adapt.inject",
     "apply_prodial": "models.adapt.inject",
     "capture": "captured",
     "chunk_loss": "training.step.model_loss",

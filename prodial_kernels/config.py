@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from re import Pattern
 from typing import Any
@@ -24,6 +24,7 @@ from prodial_kernels._checks import (
     check_integer,
     divisors,
 )
+from prodial_kernels.methods import Method, method_from_dict
 from prodial_kernels.module_patterns import compile_pattern, is_plain_name, matches_name
 
 SSM_PARTS = ("A_log", "D", "dt_bias", "conv1d")
@@ -101,10 +102,12 @@ class ProdialConfig(AdapterOptions):
             ``"A_log"``, ``"D"``, ``"dt_bias"`` (the step size's bias, whatever a family calls it)
             and ``"conv1d"``, or ``"all"`` for those that the mixers have. They are trained as
             fp32 offsets from the pretrained values, to which weight decay pulls.
+        methods: Methods of :mod:`prodial_kernels.methods` beside the adapter, or, with
+            ``target_modules=()``, in its place; see :meth:`of`.
 
     Raises:
-        ValueError: A value out of range, a choice that does not exist, or a regular expression
-            that may take for ever.
+        ValueError: A value out of range, a choice that does not exist, methods that do not go
+            together, or a regular expression that may take for ever.
         TypeError: A value of the wrong kind, as a hand-written JSON file may hold.
     """
 
@@ -114,9 +117,11 @@ class ProdialConfig(AdapterOptions):
     modules_to_save: tuple[str, ...] = ()
     allow_partial: bool = False
     train_ssm: tuple[str, ...] = ()
+    methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._freeze_methods()
         if isinstance(self.train_ssm, str):
             object.__setattr__(self, "train_ssm", (self.train_ssm,))
         check_flag("allow_partial", self.allow_partial)
@@ -130,7 +135,7 @@ class ProdialConfig(AdapterOptions):
                 object.__setattr__(self, "target_modules", (self.target_modules,))
             else:
                 _compiled(self.target_modules)
-        elif not self.target_modules:
+        elif not self.target_modules and not self.methods:
             raise ValueError("target_modules must name at least one module, got none")
         self._freeze_blocks("n_blocks")
         self._freeze_blocks("block_size")
@@ -149,6 +154,57 @@ class ProdialConfig(AdapterOptions):
         for name in value:
             refuse_commas(option, name)
         object.__setattr__(self, option, tuple(value))
+
+    def _freeze_methods(self) -> None:
+        methods = self.methods
+        if not isinstance(methods, list | tuple):
+            raise TypeError(f"methods must be a list of methods, got {methods!r}")
+        made = tuple(m if isinstance(m, Method) else method_from_dict(m) for m in methods)
+        object.__setattr__(self, "methods", made)
+        if any(method.name == "full" for method in made) and (
+            len(made) > 1 or self.target_modules or self.modules_to_save or self.train_ssm
+        ):
+            raise ValueError(
+                "the method 'full' trains every parameter, so nothing can stand beside it; take it "
+                "out of the list, or everything else"
+            )
+
+    @classmethod
+    def of(cls, methods: Iterable[ProdialConfig | Method]) -> ProdialConfig:
+        """Return one configuration of a list of methods; :meth:`listed` is the inverse.
+
+        Args:
+            methods: Any number, and at most one ``ProdialConfig``. Without one, no layer gets a
+                ProDiaL adapter.
+
+        Raises:
+            TypeError: Something else is among them.
+            ValueError: Nothing is, or two ``ProdialConfig``.
+        """
+        given = list(methods)
+        for each in given:
+            if not isinstance(each, ProdialConfig | Method):
+                raise TypeError(
+                    "methods must be a list of ProdialConfig and of prodial_kernels.methods, got "
+                    f"{type(each).__name__} among them"
+                )
+        if not given:
+            raise ValueError("methods must hold at least one, got none")
+        own = [each for each in given if isinstance(each, ProdialConfig)]
+        if len(own) > 1:
+            raise ValueError(
+                "methods must hold at most one ProdialConfig, got two; one configuration takes "
+                "options per target, and Lora(...) may stand beside it"
+            )
+        beside = tuple(each for each in given if isinstance(each, Method))
+        if not own:
+            return cls(target_modules=(), methods=beside)
+        return replace(own[0], methods=(*own[0].methods, *beside))
+
+    def listed(self) -> list[ProdialConfig | Method]:
+        """Return the list of methods that this configuration stands for."""
+        alone = not self.target_modules and not self.modules_to_save and not self.train_ssm
+        return [*([] if alone else [replace(self, methods=())]), *self.methods]
 
     def _freeze_blocks(self, option: str) -> None:
         value = getattr(self, option)
@@ -204,8 +260,14 @@ class ProdialConfig(AdapterOptions):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON-ready values."""
-        values = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        methods = values.pop("methods")
+        plain = {
+            k: list(v) if isinstance(v, tuple) else dict(v) if isinstance(v, Mapping) else v
+            for k, v in values.items()
+        }
+        # Left out where there are none, so that earlier versions read the file.
+        return plain | ({"methods": [m.to_dict() for m in methods]} if methods else {})
 
     @classmethod
     def from_json(cls, text: str) -> ProdialConfig:
@@ -236,6 +298,26 @@ class ProdialConfig(AdapterOptions):
         if unknown:
             raise ValueError(f"unknown configuration keys {unknown}; known are {known}")
         return cls(**values)
+
+
+def methods_from(values: Any) -> list[ProdialConfig | Method]:
+    """Build a list of methods from plain values, each an object with a ``name``.
+
+    ``{"name": "prodial", "r": 16}`` is a :class:`ProdialConfig`.
+
+    Raises:
+        ValueError: Not a list of such objects, an unknown name or option, a value out of range.
+        TypeError: A value of the wrong kind.
+    """
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"methods must be a list of objects, got {type(values).__name__}")
+    made: list[ProdialConfig | Method] = []
+    for each in values:
+        if isinstance(each, Mapping) and each.get("name") == "prodial":
+            made.append(ProdialConfig.from_dict({k: v for k, v in each.items() if k != "name"}))
+        else:
+            made.append(method_from_dict(each))
+    return made
 
 
 def resolve_block_size(in_features: int, n_blocks: int | None, block_size: int | None) -> int:

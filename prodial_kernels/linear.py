@@ -24,13 +24,16 @@ from prodial_kernels.quantization import (
     quantization_error,
     quantize_linear,
 )
+from prodial_kernels.quantization.names import ADDED as ADDED
 from prodial_kernels.quantization.names import OFFSET as OFFSET
 from prodial_kernels.scale_versions import KEPT_AS, NEWEST, refuse_newer, scale_to_load, unpickled
 from prodial_kernels.tuners import check_still_trained
 
 ADAPTER_PARAMETERS = ("prodial_blocks", "prodial_scale", "prodial_a", "prodial_b")
+BESIDE = (OFFSET, ADDED)
+"""Beginnings of the names of what is trained in modules beside the layers' own adapters."""
 OFFSETS_OFF = "_prodial_offsets_off"
-"""Attribute of a module whose offsets are switched off."""
+"""Attribute of a module in which what is trained beside is switched off."""
 _ADAPTER_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -232,7 +235,7 @@ class ProdialLinear(nn.Module):
             RuntimeError: PEFT has frozen the adapter, and this call is for training.
         """
         parts = self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and parts != (None,) * len(parts):
             check_still_trained(self, [part for part in parts if part is not None])
         base, packed = self.base_layer, None
         if isinstance(base, QuantizedLinear):
@@ -430,7 +433,7 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
     """Run the pretrained model: switch every adapter in ``model`` off, and back afterwards."""
     layers = [*adapted_layers(model).values()]
     before = [layer.switched_on for layer in layers]
-    moved = [m for m in model.modules() if any(name.startswith(OFFSET) for name in m._parameters)]
+    moved = [m for m in model.modules() if any(name.startswith(BESIDE) for name in m._parameters)]
     moved = [module for module in moved if not vars(module).get(OFFSETS_OFF)]
     for layer in layers:
         layer.enable_adapter(False)

@@ -49,6 +49,7 @@ from prodial_kernels.models.adapt.several import (
     list_adapters,
     reading_adapter,
 )
+from prodial_kernels.models.adapt.state import STATE
 from prodial_kernels.models.adapt.targets import find_targets
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -260,8 +261,9 @@ def load_adapter(
         origin += f" (base model {saved.base_model!r})"
     model = unwrapped(model)
     adapted = adapted_layers(model)
-    known = _adapters_of(model) if adapted else {}
-    if adapted and (adapter is None or adapter in known):
+    holds = bool(adapted) or STATE in vars(model)
+    known = _adapters_of(model) if holds else {}
+    if holds and (adapter is None or adapter in known):
         _check_same_config(_config_of(model, adapter), saved.config, origin)
         if any(layer.merged for layer in adapted.values()):
             raise AdapterError("the model's adapter is merged; call unmerge() on its layers first")
@@ -385,7 +387,7 @@ def _added(
     model: nn.Module, config: ProdialConfig, adapter: str | None, origin: str
 ) -> Iterator[None]:
     """Add an adapter to a plain or an adapted model, and remove it if the block raises."""
-    first = not adapted_layers(model)
+    first = not adapted_layers(model) and STATE not in vars(model)
     name = "default" if adapter is None else adapter
     try:
         if first:
@@ -443,9 +445,9 @@ def _check_shared(beside: Mapping[str, Tensor], saved: SavedAdapter, origin: str
 def _check_same_config(current: ProdialConfig, saved: ProdialConfig, origin: str) -> None:
     ours, theirs = current.to_dict(), replace(saved, impl=current.impl).to_dict()
     different = [
-        f"{key}={theirs[key]!r} (the model has {ours[key]!r})"
-        for key in ours
-        if ours[key] != theirs[key]
+        f"{key}={theirs.get(key)!r} (the model has {ours.get(key)!r})"
+        for key in ours | theirs
+        if ours.get(key) != theirs.get(key)
     ]
     if different:
         raise AdapterError(

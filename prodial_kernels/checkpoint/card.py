@@ -55,7 +55,9 @@ def card(config: ProdialConfig, base_model: str | None, *, in_peft: bool) -> str
         "lora_alpha": config.lora_alpha,
         "n_blocks": config.n_blocks,
         "block_size": config.block_size,
-        "trained beside": ", ".join((*config.modules_to_save, *config.train_ssm)),
+        "trained beside": ", ".join(
+            (*config.modules_to_save, *config.train_ssm, *(m.name for m in config.methods))
+        ),
     }
     table = [
         f"| {name} | {_cell(value)} |" for name, value in rows.items() if value not in ("", None)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.fingerprint import Values
 from prodial_kernels.config import ProdialConfig, resolve_block_size
-from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET, adapted_layers
+from prodial_kernels.linear import ADAPTER_PARAMETERS, BESIDE, OFFSET, adapted_layers
 from prodial_kernels.models.adapt.names import adapter_parameters, base_state, plain_path
-from prodial_kernels.models.adapt.offsets import find_ssm
 from prodial_kernels.models.adapt.targets import Target, find_saved
+from prodial_kernels.models.methods.offsets import find_ssm
+from prodial_kernels.models.methods.planning import plan_methods, planned_shapes
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.modules.experts import QuantizedStack
 
@@ -23,7 +24,7 @@ class Contents:
     """An adapted model's tensors, by the names that they have in a plain model and in the file.
 
     Attributes:
-        adapter: ``<module path>.prodial_*``, offsets of ``train_ssm`` included.
+        adapter: ``<module path>.prodial_*``, what is trained beside a module's own included.
         beside: What is trained beside the adapter: what ``modules_to_save`` names, parameters that
             the user has set ``requires_grad`` on, and running statistics, which training moves.
         base: Everything else; the weight of a quantised layer as the layer.
@@ -112,7 +113,7 @@ def base_without(state: Mapping[str, object], beside: Mapping[str, Tensor]) -> d
 def is_adapter_tensor(name: str) -> bool:
     """Whether a tensor of a file is of an adapted layer, rather than trained beside one."""
     leaf = name.rpartition(".")[2]
-    return leaf in ADAPTER_PARAMETERS or leaf.startswith(OFFSET)
+    return leaf in ADAPTER_PARAMETERS or leaf.startswith(BESIDE)
 
 
 def expected_shapes(
@@ -120,9 +121,12 @@ def expected_shapes(
 ) -> dict[str, list[int]]:
     """Return the shape of every adapter tensor that ``config`` makes in a plain ``model``.
 
-    ValueError where ``config.train_ssm`` does not fit it.
+    ValueError where ``config.train_ssm`` or one of ``config.methods`` does not fit it.
     """
-    shapes: dict[str, list[int]] = {}
+    shapes: dict[str, list[int]] = {
+        plain_path(name): shape
+        for name, shape in planned_shapes(plan_methods(model, config.methods)).items()
+    }
     for moved in find_ssm(model, config.train_ssm):
         path, _, name = plain_path(moved.path).rpartition(".")
         shapes[f"{path}.{OFFSET}{name}"] = list(moved.value.shape)

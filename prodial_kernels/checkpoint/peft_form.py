@@ -19,7 +19,7 @@ PEFT_TYPE = "PRODIAL"
 _PREFIX = "base_model.model."
 _PLAIN = {f"{theirs}.weight": ours for ours, theirs in PARTS.items()}
 # Options that PEFT's configuration has not.
-_OWN_OPTIONS = frozenset(("allow_partial", "train_ssm", "modules_to_save"))
+_OWN_OPTIONS = frozenset(("allow_partial", "train_ssm", "modules_to_save", "methods"))
 
 
 def file_name(name: str) -> str:
@@ -50,7 +50,7 @@ def peft_fields(
         base_model: The base model's name, or None.
         beside: Whether the file holds tensors beside the adapter's.
     """
-    if beside or config.train_ssm:
+    if beside or config.train_ssm or config.methods:
         return {}
     options = {k: v for k, v in config.to_dict().items() if k not in _OWN_OPTIONS}
     return {

@@ -149,13 +149,15 @@ class ProdialPeftConfig(PeftConfig):
             options: Further fields, such as ``task_type="CAUSAL_LM"``.
 
         Raises:
-            ValueError: ``config`` has ``train_ssm``, for which PEFT's adapters have no place.
+            ValueError: ``config`` has ``train_ssm`` or ``methods``, which PEFT's adapters have no
+                place for.
         """
-        if config.train_ssm:
-            raise ValueError(
-                f"train_ssm={config.train_ssm!r} has no place in PEFT's adapters; use "
-                "apply_prodial, or leave it out"
-            )
+        for option in ("train_ssm", "methods"):
+            if getattr(config, option):
+                raise ValueError(
+                    f"{option}={getattr(config, option)!r} has no place in PEFT's adapters; use "
+                    "apply_prodial, or leave it out"
+                )
         shared = {field.name for field in fields(cls)} & {field.name for field in fields(config)}
         values = {name: getattr(config, name) for name in shared}
         if not isinstance(config.target_modules, str):

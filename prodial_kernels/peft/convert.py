@@ -66,6 +66,12 @@ def to_peft(
             f"the adapter in {directory} holds tensors beside its layers ({', '.join(beside[:3])}, "
             "...), which are not converted"
         )
+    if saved.config.methods:
+        raise AdapterError(
+            f"the adapter in {directory} is of the methods "
+            f"{', '.join(method.name for method in saved.config.methods)}, which PEFT has no place "
+            "for; merge it, or train it without"
+        )
     if saved.config.train_ssm:
         raise AdapterError(
             f"the adapter in {directory} has offsets of state-space parameters (train_ssm), which "

@@ -10,6 +10,8 @@ from prodial_kernels._checks import some_of
 
 OFFSET = "prodial_offset_"
 """Begins the name of a parameter that holds how far another of its module has moved."""
+ADDED = "prodial_added_"
+"""Begins the name of a parameter that a method of fine-tuning has added to a module."""
 METHOD = "prodial"
 """What transformers calls this package's way of quantising."""
 _SHOWN = 6

@@ -23,6 +23,7 @@ from prodial_kernels.quantization.layer import QuantizedLinear
 from prodial_kernels.quantization.modules.embedding import QuantizedEmbedding
 from prodial_kernels.quantization.modules.experts import QuantizedExperts
 from prodial_kernels.quantization.names import (
+    ADDED,
     METHOD,
     OFFSET,
     is_part,
@@ -285,6 +286,11 @@ def _offsets(model: nn.Module, path: str = "") -> Iterator[tuple[str, str, str]]
 
 
 def _check_saveable(model: Any, arguments: Mapping[str, Any]) -> None:
+    if any(n.startswith(ADDED) for module in model.modules() for n in module._parameters):
+        raise ValueError(
+            "this model holds tensors of methods beside the pretrained weights, and cannot be "
+            "saved as a whole; use save_adapter(model, directory), or merge_prodial(model) first"
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "this model holds adapted layers beside layers that transformers quantised, and cannot "

@@ -22,7 +22,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Each part may import itself and the parts before it. A new part goes where it belongs.
 ORDER = (
     "_version", "_checks", "files", "_validation", "module_patterns",
-    "module_tree", "config", "upstream", "kernels", "ops", "functional", "testing",
+    "module_tree", "methods", "config", "upstream", "kernels", "ops", "functional", "testing",
     "quantization", "merged_weight", "scale_versions", "tuners", "linear", "embedded", "models",
     "checkpoint", "peft", "training", "captured", "cli", "__main__",
 )  # fmt: skip

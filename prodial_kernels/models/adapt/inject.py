@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prodial_kernels._checks import check_choice
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ProdialLinear, adapted_layers, weight_like
+from prodial_kernels.linear import OFFSET, ProdialLinear, adapted_layers, weight_like
+from prodial_kernels.methods import Method
 from prodial_kernels.models.adapt.families import adapt_mixers, check_mixers
 from prodial_kernels.models.adapt.foreign_bases import (
     dense_between,
@@ -21,7 +22,6 @@ from prodial_kernels.models.adapt.foreign_bases import (
 from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.named_layer import NamedProdialLinear, check_adapter_name
 from prodial_kernels.models.adapt.names import unwrapped
-from prodial_kernels.models.adapt.offsets import Offsets, SsmParameter, find_ssm, make_offsets
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.snapshot import all_or_nothing
 from prodial_kernels.models.adapt.state import (
@@ -33,6 +33,12 @@ from prodial_kernels.models.adapt.state import (
     undo_all,
 )
 from prodial_kernels.models.adapt.targets import Saved, Target, find_saved, find_targets
+from prodial_kernels.models.methods.base import Site, additions_of
+from prodial_kernels.models.methods.baselines import trained_as_they_are
+from prodial_kernels.models.methods.lora import stacked_on
+from prodial_kernels.models.methods.low_rank import bare_layer
+from prodial_kernels.models.methods.offsets import SsmParameter, find_ssm, make_offsets
+from prodial_kernels.models.methods.planning import KEPT, plan_methods
 from prodial_kernels.models.placements import resolve_placements
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.quantization import (
@@ -108,8 +114,11 @@ def apply_prodial(
     targets = find_targets(model, config)
     saved = find_saved(model, config, targets)
     moved = find_ssm(model, config.train_ssm)
-    _check_trained_once(saved, moved)
-    check_mixers(model, targets)
+    bare = find_bare(model, config, targets)
+    sites = plan_methods(model, config.methods)
+    _check_trained_once(saved, moved, sites)
+    in_place = {id(p): p for m in config.methods for p in trained_as_they_are(model, m)}
+    check_mixers(model, [*targets, *bare])
     warn_of_rank(targets, config.r)
 
     named = list(model.named_parameters(remove_duplicate=False))
@@ -117,19 +126,65 @@ def apply_prodial(
     state = AdaptedState({adapter: config}, adapter, flags)
     with all_or_nothing(model):
         layers = [_adapted(target, config, adapter) for target in targets]
+        layers += [bare_layer(target.linear) for target in bare]
         model.requires_grad_(False)
         trained = [parameter for match in saved for parameter in match.parameters()]
+        trained += [p for key, p in in_place.items() if key not in {*map(id, trained)}]
         for parameter in trained:
             parameter.requires_grad_(parameter.is_floating_point())
-        for target, layer in zip(targets, layers, strict=True):
+        for target, layer in zip([*targets, *bare], layers, strict=True):
             place(model, target.paths, layer)
         state.parameters += make_masters(model, trained)
         state.parameters += make_offsets(moved)
+        for site in sites:
+            state.parameters.append(site.install())
         state.mixers += adapt_mixers(model)
         setattr(model, STATE, state)
         watch_saving(model)
         remember_model(model, layers)
         return adapter_report(model)
+
+
+def apply_methods(model: nn.Module, methods: Iterable[ProdialConfig | Method]) -> AdapterReport:
+    """Let a list of methods train ``model``, in place, and freeze the rest.
+
+    ``apply_prodial(model, ProdialConfig.of(methods))``: all that is done with an adapted model is
+    done with this one.
+
+    Args:
+        model: Any module. It keeps its class and its own methods.
+        methods: Of :mod:`prodial_kernels.methods`, and at most one ``ProdialConfig``.
+
+    Returns:
+        What is trained now; prints as a table.
+
+    Raises:
+        TypeError: Something else is in the list.
+        ValueError: As for :func:`apply_prodial`, or methods that do not go together.
+    """
+    return apply_prodial(model, ProdialConfig.of(methods))
+
+
+def find_bare(model: nn.Module, config: ProdialConfig, targets: Iterable[Target]) -> list[Target]:
+    """Return the layers that become adapted layers for the terms of methods alone.
+
+    ValueError where a name matches nothing, or a match cannot be adapted.
+    """
+    wanted = stacked_on(model, config.methods)
+    if wanted is None:
+        return []
+    adapted = {target.module for target in targets}
+    try:
+        bare = [t for t in find_targets(model, wanted) if t.module not in adapted]
+    except ValueError as error:
+        raise ValueError(f"methods with low-rank terms: {error}") from error
+    for target in bare:
+        if target.original is not None:
+            raise ValueError(
+                f"{target.paths[0]} is stored by another library; give it a ProDiaL adapter "
+                "(train_scale=False, train_diagonal=False is plain LoRA) in the place of a method"
+            )
+    return bare
 
 
 def merge_prodial(model: ModelT) -> ModelT:
@@ -229,8 +284,19 @@ def get_prodial_config(model: nn.Module, adapter: str | None = None) -> ProdialC
     return state.config if adapter is None else state.adapters[known_adapter(state, adapter)]
 
 
-def _check_trained_once(saved: Iterable[Saved], moved: Iterable[SsmParameter]) -> None:
-    """Raise ValueError where ``modules_to_save`` and ``train_ssm`` name the same parameter."""
+def _check_trained_once(
+    saved: Iterable[Saved], moved: Iterable[SsmParameter], sites: Iterable[Site]
+) -> None:
+    """Raise ValueError where two options train the same parameter."""
+    moved = list(moved)
+    offsets = {f"{site.path}.{name}" for site in sites for name in site.shapes}
+    for parameter in moved:
+        path, _, name = parameter.path.rpartition(".")
+        if f"{path}.{OFFSET}{name}" in offsets:
+            raise ValueError(
+                f"{parameter.path} is in train_ssm={parameter.part!r} and in a method; take it out "
+                "of one of the two"
+            )
     owned = {id(parameter): match.path for match in saved for parameter in match.parameters()}
     for parameter in moved:
         if id(parameter.value) in owned:
@@ -241,9 +307,8 @@ def _check_trained_once(saved: Iterable[Saved], moved: Iterable[SsmParameter]) -
 
 
 def _fold_offsets(state: AdaptedState) -> None:
-    for handle in state.parameters:
-        if isinstance(handle, Offsets):
-            handle.fold()
+    for handle in additions_of(state.parameters):
+        handle.fold()
 
 
 def _adapted(target: Target, config: ProdialConfig, adapter: str) -> ProdialLinear:
@@ -276,11 +341,16 @@ def warn_of_rank(targets: Iterable[Target], r: int) -> None:
 
 def _check_mergeable(model: nn.Module, state: AdaptedState) -> None:
     """Raise ValueError where a W' is not finite or sharded, before any layer is replaced."""
-    offsets = [handle for handle in state.parameters if isinstance(handle, Offsets)]
-    for handle in () if state.unfinished else offsets:
-        for name in handle.names:
+    kept = [method.name for method in state.config.methods if type(method) in KEPT]
+    if kept:
+        raise ValueError(
+            f"{', '.join(kept)} cannot be merged: its effect is no weight's, and a plain model "
+            "cannot have it; the model is unchanged. Save it with save_adapter"
+        )
+    for handle in () if state.unfinished else additions_of(state.parameters):
+        for name in handle.views:
             value = getattr(handle.module, name)
-            if not value.is_meta and not value.isfinite().all():
+            if isinstance(value, Tensor) and not value.is_meta and not value.isfinite().all():
                 raise ValueError(
                     f"{name} of a {type(handle.module).__name__} is not finite with its offset; "
                     "the model is unchanged"

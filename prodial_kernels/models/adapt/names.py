@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET, ProdialLinear, adapted_layers
+from prodial_kernels.linear import ADAPTER_PARAMETERS, BESIDE, ProdialLinear, adapted_layers
 from prodial_kernels.models.adapt.foreign_bases import dtype_between_layers
 from prodial_kernels.models.adapt.named_layer import Factor
 from prodial_kernels.quantization import QuantizedLinear
@@ -53,7 +53,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for path, module in model.named_modules():
         base = _without_base_layer(f"{plain_path(path)}.", adapted) if path else ""
         for name, parameter in module._parameters.items():
-            if name.startswith(OFFSET) and parameter is not None:
+            if name.startswith(BESIDE) and parameter is not None:
                 parameters[base + name] = parameter
     return parameters
 
@@ -97,7 +97,7 @@ def _own_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, object
     if isinstance(module, QuantizedStack):
         return {}
     left_out: set[str] = set(module._non_persistent_buffers_set)
-    left_out |= {name for name in module._parameters if name.startswith(OFFSET)}
+    left_out |= {name for name in module._parameters if name.startswith(BESIDE)}
     if isinstance(module, ProdialLinear):
         left_out |= set(ADAPTER_PARAMETERS)
     own: dict[str, object] = {**module._parameters, **module._buffers}

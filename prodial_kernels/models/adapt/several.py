@@ -68,9 +68,10 @@ def add_adapter(model: nn.Module, adapter: str, config: ProdialConfig) -> None:
     Args:
         model: What ``apply_prodial`` or ``load_adapter`` was called on.
         adapter: A name that no adapter of the model has.
-        config: What to adapt and how. ``modules_to_save`` and ``train_ssm`` must be empty, here and
-            in the adapters that are there: what they name is trained in place, so that every
-            adapter would change what the others compute (PEFT's method keeps copies of modules).
+        config: What to adapt and how. ``modules_to_save``, ``train_ssm`` and ``methods`` must be
+            empty, here and in the adapters that are there: what they name is trained in place, so
+            that every adapter would change what the others compute (PEFT's method keeps copies of
+            modules).
 
     Raises:
         TypeError: ``config`` is not a ``ProdialConfig``.
@@ -88,13 +89,18 @@ def add_adapter(model: nn.Module, adapter: str, config: ProdialConfig) -> None:
             f"the model already has an adapter {adapter!r}; choose another name, or delete that one"
         )
     for name, other in {**state.adapters, adapter: config}.items():
-        for option in ("modules_to_save", "train_ssm"):
+        for option in ("modules_to_save", "train_ssm", "methods"):
             if getattr(other, option):
+                shared = [getattr(each, "name", each) for each in getattr(other, option)]
                 raise ValueError(
-                    f"adapter {name!r} has {option}={list(getattr(other, option))}, which are "
+                    f"adapter {name!r} has {option}={shared}, which are "
                     "trained in place, so that all adapters of the model would share them; leave "
                     "them out, or give each adapter a model of its own"
-                    + ("; PEFT's method keeps a copy for each" if option[0] == "m" else "")
+                    + (
+                        "; PEFT's method keeps a copy for each"
+                        if option == "modules_to_save"
+                        else ""
+                    )
                 )
     _refuse_merged(inner)
     with as_plain(inner):

@@ -9,6 +9,7 @@ from torch import nn
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.methods.base import additions_of
 from prodial_kernels.models.patch_point import Undo
 from prodial_kernels.tuners import tuner_layers
 
@@ -74,6 +75,23 @@ def state_of(model: nn.Module, *, taking_out: str | None = None) -> AdaptedState
             f"layers are adapted and some are not; call {state.unfinished}(model) again to finish"
         )
     return state
+
+
+def multipliers_of(model: nn.Module) -> dict[int, tuple[float, float]]:
+    """Return, by the ids of parameters that methods train, what multiplies decay and learning rate.
+
+    Of modules that are trained as they are, as a head, methods have no multipliers.
+    """
+    state = vars(unwrapped(model)).get(STATE)
+    if not isinstance(state, AdaptedState):
+        return {}
+    return {
+        id(handle.module._parameters[name]): (handle.method.decay, handle.method.lr)
+        for handle in additions_of(state.parameters)
+        if handle.method is not None
+        for name in handle.names
+        if name in handle.module._parameters
+    }
 
 
 def known_adapter(state: AdaptedState, adapter: object) -> str:

@@ -37,7 +37,12 @@ from prodial_kernels.models.mixers.arguments import mask_among, named_arguments,
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
-from prodial_kernels.models.mixers.projection import NoProjection, adapted_children, is_explicit
+from prodial_kernels.models.mixers.projection import (
+    NoProjection,
+    adapted_children,
+    is_changed,
+    is_explicit,
+)
 from prodial_kernels.models.mixers.structure import (
     forward_of,
     global_of,
@@ -86,7 +91,7 @@ def check(mixer: nn.Module, targets: frozenset[str]) -> None:
 
 
 def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
-    """Give every mixer of ``model`` that holds an adapted projector its path.
+    """Give every mixer of ``model`` in which something trains its path.
 
     FalconMamba's mixers, and those whose evaluation norms groups together, never take the fused
     function, not even without an adapter of their own: its gradient would reach the adapters of
@@ -185,9 +190,9 @@ def _policy_of(mixer: nn.Module) -> Policy | None:
         return _evaluated(mixer, forward)
     if _norms_groups_together(mixer):
         return _evaluated(mixer, forward)
-    adapted = adapted_children(mixer)
-    if not adapted:
+    if not is_changed(mixer):
         return None
+    adapted = adapted_children(mixer)
     if fused == FUSED_S6:
         problem = unknown_in(mixer, forward, parts=MAMBA_PARTS, known=("act",))
         if problem is None and global_of(forward, MASK_PADDING) is None:

@@ -29,8 +29,8 @@ from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
 from prodial_kernels.models.mixers.projection import (
     NoProjection,
-    adapted_children,
     calling_projectors,
+    is_changed,
     is_explicit,
     operands_of,
 )
@@ -71,11 +71,11 @@ def check(mixer: nn.Module, targets: frozenset[str]) -> None:
 
 
 def adapt_mixers(model: nn.Module) -> list[Undo]:
-    """Give every mamba_ssm mixer of ``model`` that holds an adapted projector its path."""
+    """Give every mamba_ssm mixer of ``model`` in which something trains its path."""
     changes: list[Undo] = []
     for mixer in model.modules():
         kind = _kind(mixer)
-        if kind is not None and adapted_children(mixer):
+        if kind is not None and is_changed(mixer):
             policies = dict(_POLICIES[kind])
             problem = _difference(mixer, kind)
             if problem is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.functional import checked_linear, prepared
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
-from prodial_kernels.linear import ProdialLinear, weight_like
+from prodial_kernels.linear import BESIDE, ProdialLinear, weight_like
 from prodial_kernels.models.patch_point import View
 from prodial_kernels.ops.autocast import autocast_dtype
 from prodial_kernels.quantization import QuantizedLinear
@@ -75,6 +75,14 @@ def adapted_children(mixer: nn.Module) -> dict[str, ProdialLinear]:
     return {
         name: child for name, child in mixer.named_children() if isinstance(child, ProdialLinear)
     }
+
+
+def is_changed(mixer: nn.Module) -> bool:
+    """Whether something in a mixer trains: an adapted projection, or what methods put beside it."""
+    return any(
+        isinstance(module, ProdialLinear) or any(n.startswith(BESIDE) for n in module._parameters)
+        for module in (mixer, *mixer.children())
+    )
 
 
 def project_without_bias(layer: ProdialLinear, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS
-from prodial_kernels.models.mixers.projection import adapted_children, calling_projectors
+from prodial_kernels.models.mixers.projection import calling_projectors, is_changed
 from prodial_kernels.models.mixers.selective_scan import BACKWARD, FORWARD, Direction
 from prodial_kernels.models.mixers.structure import forward_of, names_in, unknown_in
 from prodial_kernels.models.mixers.vim_scan import directed_scan
@@ -106,7 +106,7 @@ def adapt_mixers(model: nn.Module) -> list[AdaptedMixer]:
     return [
         AdaptedMixer(mixer, {"forward": vim_forward})
         for mixer in model.modules()
-        if recognises(mixer) and adapted_children(mixer)
+        if recognises(mixer) and is_changed(mixer)
     ]
 
 

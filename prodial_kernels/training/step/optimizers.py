@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from prodial_kernels._checks import check_choice
-from prodial_kernels.linear import OFFSET
+from prodial_kernels.linear import BESIDE
+from prodial_kernels.models.adapt.state import multipliers_of
 from prodial_kernels.training.config import OPTIMIZERS
 
 _BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 # A and the skip connection of a state-space layer, Vim's backward direction included: at zero,
 # where decay pulls, A_log makes every state forget alike and D cuts the input off.
 _DYNAMICS = ("A_log", "D", "A_b_log", "D_b")
+
+
+LR_SCALE = "lr_scale"
+"""Key of a parameter group: what multiplies its learning rate, where that is not 1."""
 
 
 class OptimizerError(RuntimeError):
@@ -38,7 +43,9 @@ def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[d
 
     Returns:
         One or two groups ``{"params": [...], "weight_decay": ...}``, for any ``torch.optim``
-        optimiser.
+        optimiser, and one more for every other pair of multipliers that a method has. Where that of
+        the learning rate is not 1, the group has it as ``"lr_scale"``, and whoever sets learning
+        rates multiplies by it, as :func:`make_optimizer` and :func:`set_learning_rate` do.
 
     Raises:
         ValueError: A negative ``weight_decay``, or nothing to train.
@@ -46,23 +53,28 @@ def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[d
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [parameter for name, parameter in trained if _is_decayed(name, parameter)]
-    kept = [parameter for name, parameter in trained if not _is_decayed(name, parameter)]
     if not trained:
         raise ValueError(
             "the model has no trainable parameter; call apply_prodial(model, config) before "
             "building the optimiser"
         )
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+    multipliers = multipliers_of(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): [], (0.0, 1.0): []}
+    for name, parameter in trained:
+        decay, lr = multipliers.get(id(parameter), (1.0, 1.0))
+        decay = decay if _is_decayed(name, parameter) else 0.0
+        groups.setdefault((decay, lr), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay * decay}
+        | ({} if lr == 1.0 else {LR_SCALE: lr})
+        for (decay, lr), parameters in groups.items()
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
     leaf = name.rpartition(".")[2]
-    if leaf.startswith(OFFSET):
+    if leaf.startswith(BESIDE):
         return True
     return (
         parameter.ndim >= 2
@@ -90,6 +102,10 @@ def make_optimizer(
         ValueError: An unknown ``kind``.
     """
     check_optimizer(kind, device)
+    groups = [
+        group if LR_SCALE not in group else {**group, "lr": lr * group[LR_SCALE]}
+        for group in groups
+    ]
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
     from bitsandbytes import optim
@@ -135,10 +151,11 @@ def make_capturable(optimizer: torch.optim.Optimizer) -> None:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group, in place where it is a tensor."""
     for group in optimizer.param_groups:
+        own = lr * group.get(LR_SCALE, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(own)
         else:
-            group["lr"] = lr
+            group["lr"] = own
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

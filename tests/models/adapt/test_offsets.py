@@ -27,7 +27,7 @@ from prodial_kernels import (
     save_adapter,
 )
 from prodial_kernels.checkpoint import AdapterError, read_adapter
-from prodial_kernels.models.adapt.offsets import ssm_parameters
+from prodial_kernels.models.methods.offsets import ssm_parameters
 from prodial_kernels.models.mixers.hf import FUSED_SSD
 from prodial_kernels.training.inspecting import inspect_adapter
 from support.mixers import cuda_stand_ins

@@ -19,7 +19,7 @@ from prodial_kernels import (
     save_adapter,
 )
 from prodial_kernels.linear import OFFSET
-from prodial_kernels.models.adapt.offsets import ssm_parameters
+from prodial_kernels.models.methods.offsets import ssm_parameters
 from support.mixers.adapted_families import EffectiveWeight, assert_alive_and_equal
 from support.mixers.other_families import OTHERS, build_other
 from support.mixers.real_lora import live_loras, said

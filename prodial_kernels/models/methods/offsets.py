@@ -9,16 +9,16 @@ model is recognised by it, and removing the adapter restores it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prodial_kernels.config import SSM_PARTS
-from prodial_kernels.linear import OFFSET, OFFSETS_OFF, never_narrower
-from prodial_kernels.models.patch_point import AdaptedMixer, Policy
+from prodial_kernels.linear import OFFSET
+from prodial_kernels.methods import Method
+from prodial_kernels.models.methods.base import Addition, added, zeros_beside
 from prodial_kernels.models.placements import is_mixer
 from prodial_kernels.module_tree import module_paths
 
@@ -103,69 +103,34 @@ def _of_mixer(mixer: nn.Module, path: str) -> Iterator[SsmParameter]:
             yield SsmParameter(prefix + dotted, owner, name, part)
 
 
-class Offsets:
+@dataclass(frozen=True)
+class Moved:
+    """View of a parameter with an offset: their sum, in the parameter's dtype."""
+
+    name: str
+
+    def __call__(self, module: nn.Module, value: Any) -> Any:
+        """``value`` with the offset added."""
+        offset = added(module, OFFSET + self.name)
+        return value if offset is None else (value + offset).to(value.dtype)
+
+
+class Offsets(Addition):
     """The offsets of one module's parameters, until :meth:`remove`."""
 
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+    def __init__(
+        self, module: nn.Module, names: Iterable[str], method: Method | None = None
+    ) -> None:
         """Give the module's own parameters called ``names`` offsets of 0."""
-        self.module = module
-        self.names = tuple(names)
-        for name in self.names:
-            value: Any = module._parameters[name]
-            offset = torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
-            module.register_parameter(OFFSET + name, nn.Parameter(offset))
-        policies: dict[str, Policy] = {"__getattr__": read_moved, "_apply": apply_keeping_offsets}
-        self._class = AdaptedMixer(module, policies)
-
-    def fold(self) -> None:
-        """Add the offsets to the pretrained values, rounded to their dtype, and drop them."""
-        own = self.module._parameters
-        folded = dict(own)
-        for name in self.names:
-            offset, value = folded.pop(OFFSET + name, None), folded[name]
-            if offset is not None and value is not None:
-                moved = (value.detach() + offset.detach()).to(value.dtype)
-                folded[name] = nn.Parameter(moved, requires_grad=value.requires_grad)
-                # Marks such as mamba_ssm's _no_weight_decay.
-                vars(folded[name]).update(vars(value))
-        # In one step: an interrupt leaves all of the offsets, or none.
-        vars(self.module)["_parameters"] = folded
-
-    def remove(self) -> None:
-        """Restore the pretrained values, or what :meth:`fold` made of them."""
-        self._class.remove()
-        for name in self.names:
-            self.module._parameters.pop(OFFSET + name, None)
-        vars(self.module).pop(OFFSETS_OFF, None)
+        moved = tuple(names)
+        values: dict[str, Any] = {name: module._parameters[name] for name in moved}
+        tensors = {OFFSET + n: zeros_beside(value, *value.shape) for n, value in values.items()}
+        super().__init__(module, method, tensors, views={name: Moved(name) for name in moved})
 
 
-def make_offsets(parameters: Iterable[SsmParameter]) -> list[Offsets]:
+def make_offsets(parameters: Iterable[SsmParameter], method: Method | None = None) -> list[Offsets]:
     """Give ``parameters`` offsets; return what undoes it, one per module."""
     names: dict[nn.Module, list[str]] = {}
     for parameter in parameters:
         names.setdefault(parameter.owner, []).append(parameter.name)
-    return [Offsets(owner, own) for owner, own in names.items()]
-
-
-def read_moved(module: nn.Module, upstream: Callable[..., Any], name: str) -> Any:
-    """``__getattr__`` of a module with offsets: a parameter with its offset added."""
-    value = upstream(module, name)
-    offset = vars(module)["_parameters"].get(OFFSET + name)
-    if offset is None or value is None or vars(module).get(OFFSETS_OFF):
-        return value
-    return (value + offset).to(value.dtype)
-
-
-def apply_keeping_offsets(
-    module: nn.Module,
-    upstream: Callable[..., nn.Module],
-    fn: Callable[[Tensor], Tensor],
-    recurse: bool = True,
-) -> nn.Module:
-    """``_apply`` of a module with offsets: a cast leaves them in fp32, or wider."""
-    kept: dict[int, Tensor] = {}
-    for name, parameter in module._parameters.items():
-        if name.startswith(OFFSET) and parameter is not None:
-            kept |= {id(t): t for t in (parameter, parameter.grad) if t is not None}
-    widened = never_narrower(fn, torch.float32)
-    return upstream(module, lambda t: widened(t) if id(t) in kept else fn(t), recurse)
+    return [Offsets(owner, own, method) for owner, own in names.items()]

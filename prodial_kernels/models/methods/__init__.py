@@ -1,0 +1,1 @@
+"""What methods of fine-tuning put into models, one file per method."""

@@ -1,0 +1,69 @@
+"""From the methods of a configuration to the places in a model, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from prodial_kernels.methods import (
+    AdditionalScan,
+    BitFit,
+    Lora,
+    Method,
+    ParallelAdapter,
+    PartialLora,
+    PartialTuning,
+)
+from prodial_kernels.models.methods.additional_scan import additional_scan_sites
+from prodial_kernels.models.methods.base import Site
+from prodial_kernels.models.methods.lora import lora_sites, partial_lora_sites
+from prodial_kernels.models.methods.parallel_adapter import parallel_adapter_sites
+from prodial_kernels.models.methods.partial_tuning import bitfit_sites, partial_tuning_sites
+
+# In the order of installation: each reads what the ones before it make of a parameter.
+_SITES: dict[type[Method], Callable[[nn.Module, Any], list[Site]]] = {
+    PartialTuning: partial_tuning_sites,
+    BitFit: bitfit_sites,
+    Lora: lora_sites,
+    PartialLora: partial_lora_sites,
+    AdditionalScan: additional_scan_sites,
+    ParallelAdapter: parallel_adapter_sites,
+}
+
+KEPT: frozenset[type[Method]] = frozenset({ParallelAdapter})
+"""Methods whose effect is no parameter's, so that a plain model cannot have it."""
+
+
+def plan_methods(model: nn.Module, methods: Iterable[Method]) -> list[Site]:
+    """Return where the methods' tensors go in ``model``, in the order to install them.
+
+    Raises:
+        ValueError: A method does not fit the model, or two train the same in the same place.
+    """
+    methods = list(methods)
+    order = list(_SITES)
+    known = [method for method in methods if type(method) in _SITES]
+    sites: list[Site] = []
+    owners: dict[tuple[str, str], Method] = {}
+    for method in sorted(known, key=lambda method: order.index(type(method))):
+        for site in _SITES[type(method)](model, method):
+            for name in site.shapes:
+                other = owners.setdefault((site.path, name), method)
+                if other is not method:
+                    raise ValueError(
+                        f"the methods {other.name!r} and {method.name!r} train the same tensor of "
+                        f"{site.path}; take it out of one of the two"
+                    )
+            sites.append(site)
+    return sites
+
+
+def planned_shapes(sites: Iterable[Site]) -> dict[str, list[int]]:
+    """Return the shape of every tensor that sites add, by its name in the plain model."""
+    return {
+        f"{site.path}.{name}" if site.path else name: list(shape)
+        for site in sites
+        for name, shape in site.shapes.items()
+    }
