@@ -61,6 +61,7 @@ class _PlainSaving:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model's own method so that it writes plain weights."""
         model = self._model
+        _check_plain_parameters(model)
         own = getattr(type(model), _SAVE)
         layers = [layer for _, layer in _stand_ins(model)]
         packed = all(isinstance(layer, QuantizedLinear) for layer in layers) and not any(
@@ -120,7 +121,7 @@ def watch_saving(model: nn.Module) -> None:
         if (
             callable(getattr(type(module), _SAVE, None))
             and _SAVE not in vars(module)
-            and next(_stand_ins(module), None) is not None
+            and (next(_stand_ins(module), None) is not None or _holds(module, OFFSET, ADDED))
         ):
             vars(module)[_SAVE] = _PlainSaving(module)
 
@@ -256,6 +257,11 @@ def _twin(layer: Any, given: Mapping[str, Any]) -> Any:
     return twin
 
 
+def _holds(model: nn.Module, *beginnings: str) -> bool:
+    """Whether a module of ``model`` has a parameter whose name begins so."""
+    return any(n.startswith(beginnings) for m in model.modules() for n in m._parameters)
+
+
 def _memory(tensor: Any) -> Any:
     """Return an identity of the tensor's memory; of the tensor itself where it has none."""
     if not isinstance(tensor, Tensor) or tensor.is_meta or not tensor.numel():
@@ -285,12 +291,15 @@ def _offsets(model: nn.Module, path: str = "") -> Iterator[tuple[str, str, str]]
             yield from _offsets(child, f"{path}{name}.")
 
 
-def _check_saveable(model: Any, arguments: Mapping[str, Any]) -> None:
-    if any(n.startswith(ADDED) for module in model.modules() for n in module._parameters):
+def _check_plain_parameters(model: nn.Module) -> None:
+    if _holds(model, ADDED):
         raise ValueError(
             "this model holds tensors of methods beside the pretrained weights, and cannot be "
             "saved as a whole; use save_adapter(model, directory), or merge_prodial(model) first"
         )
+
+
+def _check_saveable(model: Any, arguments: Mapping[str, Any]) -> None:
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "this model holds adapted layers beside layers that transformers quantised, and cannot "

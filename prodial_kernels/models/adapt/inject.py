@@ -115,7 +115,8 @@ def apply_prodial(
     saved = find_saved(model, config, targets)
     moved = find_ssm(model, config.train_ssm)
     bare = find_bare(model, config, targets)
-    sites = plan_methods(model, config.methods)
+    paths = {path for target in targets for path in target.paths}
+    sites = plan_methods(model, config.methods, paths)
     _check_trained_once(saved, moved, sites)
     in_place = {id(p): p for m in config.methods for p in trained_as_they_are(model, m)}
     check_mixers(model, [*targets, *bare])

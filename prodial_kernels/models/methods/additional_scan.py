@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.methods import AdditionalScan
 from prodial_kernels.models.methods.base import (
     ADDED,
@@ -193,7 +192,9 @@ def additional_scan_sites(model: nn.Module, method: AdditionalScan) -> list[Site
                 (_B, _C), (method.states, layer.in_features)
             )
             where = f"{path}.{scan.x_proj}" if path else scan.x_proj
-            sites.append(Site(where, new, partial(WiderProjection, layer, method, scan)))
+            sites.append(
+                Site(where, new, partial(WiderProjection, layer, method, scan), plain=True)
+            )
             total = scan.states + method.states
     if not sites:
         raise ValueError("additional-scan: this model has no mixer with a selective scan")
@@ -216,11 +217,10 @@ def _check(path: str, mixer: nn.Module, scans: list[ScanParts], method: Addition
     for scan in scans:
         layer = mixer._modules[scan.x_proj]
         weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
-        if isinstance(layer, ProdialLinear) or type(weight) is not nn.Parameter:
+        if type(weight) is not nn.Parameter:
             raise ValueError(
                 f"additional-scan: {scan.x_proj} of {kind} is a {type(layer).__name__} without a "
-                "dense weight of its own; leave it out of target_modules and dense when the model "
-                "is quantised, and use Lora(('x_proj',)) for a low-rank term on it"
+                "dense weight of its own; leave it dense when the model is quantised"
             )
         if method.states > scan.states:
             raise ValueError(

@@ -116,11 +116,14 @@ class Site:
         path: Its dotted path in the plain model.
         shapes: Of the tensors, by the names of the parameters.
         install: Makes the change.
+        plain: Whether the module must not become an adapted layer: what reads its weight reads
+            this method's.
     """
 
     path: str
     shapes: Mapping[str, tuple[int, ...]]
     install: Callable[[], Addition]
+    plain: bool = False
 
 
 def switched_off(module: nn.Module) -> bool:

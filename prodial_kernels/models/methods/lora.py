@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.methods import Lora, Method, PartialLora
 from prodial_kernels.models.methods.base import Site
 from prodial_kernels.models.methods.low_rank import (
@@ -119,11 +118,6 @@ def _read_site(
     model: nn.Module, method: Any, path: str, layer: Any, tag: str, rows: tuple[int, int] | None
 ) -> Site:
     """A term in a weight that others read."""
-    if isinstance(layer, ProdialLinear):
-        raise ValueError(
-            f"{method.name}: {path} has a ProDiaL adapter, whose own low-rank part has rank r; "
-            "take it out of target_modules, or out of this method"
-        )
     weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
     if type(weight) is not nn.Parameter:
         raise ValueError(
@@ -139,7 +133,7 @@ def _read_site(
         )
     term = _term(method, tag, layer.out_features, rows)
     return Site(path, term.shapes(method.r, layer.in_features),
-                partial(ReadTerm, layer, method, term, method.r))  # fmt: skip
+                partial(ReadTerm, layer, method, term, method.r), plain=True)  # fmt: skip
 
 
 def _stacked_site(

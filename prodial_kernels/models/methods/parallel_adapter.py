@@ -11,19 +11,9 @@ from torch import Tensor, nn
 
 from prodial_kernels.linear import weight_like
 from prodial_kernels.methods import ParallelAdapter
-from prodial_kernels.models.methods.base import (
-    ADDED,
-    Addition,
-    Site,
-    added,
-    switched_off,
-    zeros_beside,
-)
+from prodial_kernels.models.methods.base import Addition, Site, zeros_beside
 from prodial_kernels.models.methods.mixer_parts import mixers_of
-
-DOWN, UP = f"{ADDED}parallel_a", f"{ADDED}parallel_b"
-"""Names of A [r, E] and B [d, r]."""
-_METHOD = "_prodial_parallel_adapter"
+from prodial_kernels.models.mixers.branch import DOWN, OPTIONS, UP, branch_of
 
 
 class Branch(Addition):
@@ -37,12 +27,12 @@ class Branch(Addition):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         tensors = {DOWN: a, UP: zeros_beside(like, projector.out_features, method.r)}
         super().__init__(layer, method, tensors, policies={"forward": call_with_branch})
-        vars(layer)[_METHOD] = method
+        vars(layer)[OPTIONS] = method
 
     def remove(self) -> None:
         """Take it away."""
         super().remove()
-        vars(self.module).pop(_METHOD, None)
+        vars(self.module).pop(OPTIONS, None)
 
 
 def parallel_adapter_sites(model: nn.Module, method: ParallelAdapter) -> list[Site]:
@@ -61,15 +51,6 @@ def parallel_adapter_sites(model: nn.Module, method: ParallelAdapter) -> list[Si
 
 def _install(model: nn.Module, path: str, method: ParallelAdapter) -> Branch:
     return Branch(model.get_submodule(path), method)
-
-
-def branch_of(layer: nn.Module) -> tuple[Tensor, Tensor, ParallelAdapter] | None:
-    """Return A, B and the options of the network beside ``layer``; None where it has none."""
-    a, b = added(layer, DOWN), added(layer, UP)
-    if a is None or b is None or switched_off(layer):
-        return None
-    method: ParallelAdapter = vars(layer)[_METHOD]
-    return a, b, method
 
 
 def call_with_branch(layer: Any, upstream: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from torch import nn
@@ -36,8 +36,15 @@ KEPT: frozenset[type[Method]] = frozenset({ParallelAdapter})
 """Methods whose effect is no parameter's, so that a plain model cannot have it."""
 
 
-def plan_methods(model: nn.Module, methods: Iterable[Method]) -> list[Site]:
+def plan_methods(
+    model: nn.Module, methods: Iterable[Method], adapted: Container[str] = ()
+) -> list[Site]:
     """Return where the methods' tensors go in ``model``, in the order to install them.
+
+    Args:
+        model: The plain model.
+        methods: What to plan; those that train the model's own parameters have no places.
+        adapted: Paths of the layers that get an adapter of their own.
 
     Raises:
         ValueError: A method does not fit the model, or two train the same in the same place.
@@ -56,6 +63,12 @@ def plan_methods(model: nn.Module, methods: Iterable[Method]) -> list[Site]:
                         f"the methods {other.name!r} and {method.name!r} train the same tensor of "
                         f"{site.path}; take it out of one of the two"
                     )
+            if site.plain and site.path in adapted:
+                raise ValueError(
+                    f"{method.name}: {site.path} has a ProDiaL adapter, and the weight of that "
+                    "layer has to stay one that is read: take it out of target_modules, and use "
+                    "Lora(('x_proj',)) for a low-rank term on it"
+                )
             sites.append(site)
     return sites
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from prodial_kernels import upstream as libraries
 from prodial_kernels.models.mixers.arguments import mask_among, named_arguments, parameters_of
+from prodial_kernels.models.mixers.branch import branch_of
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
@@ -134,7 +135,8 @@ def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) 
     fused = _of_mamba_ssm(upstream)
     # accelerate moves the children's weights, which only a call of the module triggers.
     offloaded = any(hasattr(child, "_hf_hook") for child in mixer.children())
-    if fused is not None and is_explicit(projector.projector) and not offloaded:
+    alone = is_explicit(projector.projector) and branch_of(projector.projector) is None
+    if fused is not None and alone and not offloaded:
         replaced = partial(_scan_and_project, fused, projector.projector)
         return rebound(upstream, **{FUSED_SSD: replaced})(view, *args, **kwargs)
     output = upstream(view, *args, **kwargs)
@@ -205,7 +207,9 @@ def _policy_of(mixer: nn.Module) -> Policy | None:
         # Upstream hard-codes "gate, then norm" in the fused call; FalconH1's module obeys its
         # configuration, whose default is "norm, then gate".
         return _evaluated(mixer, forward)
-    return ssd_forward if "out_proj" in adapted else None
+    out_proj = mixer._modules.get("out_proj")
+    beside = out_proj is not None and branch_of(out_proj) is not None
+    return ssd_forward if "out_proj" in adapted or beside else None
 
 
 def _norms_groups_together(mixer: nn.Module) -> bool:

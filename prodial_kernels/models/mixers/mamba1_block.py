@@ -5,6 +5,7 @@ The order of the work is upstream's ``MambaInnerFn``: in_proj, the scan of
 
 * ``in_proj`` and ``out_proj`` run adapted. The input of ``out_proj`` is not kept: it is
   ``out ⊙ silu(z)``, recomputed in backward, as upstream does for its own weight gradient.
+* A network beside ``out_proj`` (ParallelAdapter) reads what that reads; see :mod:`.branch`.
 * Only gradients that are asked for are computed; upstream forms the dense weight gradients of
   out_proj, x_proj and dt_proj in every backward.
 
@@ -26,6 +27,13 @@ from torch.autograd.function import once_differentiable
 
 from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from prodial_kernels.linear import ProdialLinear
+from prodial_kernels.models.mixers.branch import (
+    N_BRANCH,
+    Branch,
+    add_branch,
+    branch_gradients,
+    branch_operands,
+)
 from prodial_kernels.models.mixers.projection import operands_of, placeholder
 from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
 from prodial_kernels.models.mixers.scan_function import differentiable_scan
@@ -94,7 +102,8 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
         in_options, scan_options, out_options, getattr(mixer, RECOMPUTE_XZ, False),
         norm_recomputation(hidden),
     )  # fmt: skip
-    return MambaBlock.apply(hidden, options, *scan.flat(), *in_proj, *out_proj)
+    branch = branch_operands(mixer.out_proj, hidden, in_proj.weight.dtype)
+    return MambaBlock.apply(hidden, options, *scan.flat(), *in_proj, *out_proj, *branch)
 
 
 def _traceable(mixer: Any, hidden: Tensor) -> Tensor:
@@ -115,6 +124,7 @@ def _traceable(mixer: Any, hidden: Tensor) -> Tensor:
 _SCAN = 2
 _IN_PROJ = _SCAN + N_TENSORS
 _OUT_PROJ = _IN_PROJ + N_OPERANDS
+_BRANCH = _OUT_PROJ + N_OPERANDS
 _SCALE_OF_OUT_PROJ = _OUT_PROJ + Operands._fields.index("scale_deviation")
 
 
@@ -123,22 +133,28 @@ class MambaBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, options: Options, *tensors: Tensor | None) -> Tensor:
-        """``tensors``: :meth:`ScanOperands.flat`, then the ``Operands`` of in_proj and out_proj."""
-        scan, in_proj, out_proj = _operands(tensors)
-        with autocast_off(hidden.device.type):
-            xz, in_h = project(hidden, in_proj, options.in_proj, channel_first=True)
-            gated, kept = scan_forward(xz, scan, options.scan)
-            y, out_h = project(gated.mT, out_proj, options.out_proj)
-            del gated
+        """``tensors``: :meth:`ScanOperands.flat`, both projectors' ``Operands``, ``Branch``."""
+        scan, in_proj, out_proj, branch = _operands(tensors)
         keeps_y = (
             options.recompute_hidden is not None
             and not options.recompute_xz
             and takes_output(out_proj, options.out_proj)
             and ctx.needs_input_grad[_SCALE_OF_OUT_PROJ]
         )
+        with autocast_off(hidden.device.type):
+            xz, in_h = project(hidden, in_proj, options.in_proj, channel_first=True)
+            gated, kept = scan_forward(xz, scan, options.scan)
+            y, out_h = project(gated.mT, out_proj, options.out_proj)
+            own = y
+            if branch.down is not None and keeps_y:
+                # The gradient of the scale is made from out_proj's own output.
+                own, y = y, y.clone()
+            y, beside = add_branch(y, gated, branch)
+            del gated
         ctx.save_for_backward(
             hidden if options.recompute_hidden is None else None,
-            None if options.recompute_xz else xz, y if keeps_y else None, in_h, out_h, *kept,
+            None if options.recompute_xz else xz, own if keeps_y else None, in_h, out_h, beside,
+            *kept,
             *tensors,
         )  # fmt: skip
         ctx.options = options
@@ -148,9 +164,9 @@ class MambaBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of ``forward``'s arguments; only those asked for."""
-        hidden, xz, y, in_h, out_h, *tensors = ctx.saved_tensors
+        hidden, xz, y, in_h, out_h, beside, *tensors = ctx.saved_tensors
         kept = ScanKept(*tensors[: len(ScanKept._fields)])
-        scan, in_proj, out_proj = _operands(tensors[len(ScanKept._fields) :])
+        scan, in_proj, out_proj, branch = _operands(tensors[len(ScanKept._fields) :])
         options: Options = ctx.options
         asked = _Asked.of(ctx.needs_input_grad)
         with autocast_off(dy.device.type):
@@ -166,15 +182,18 @@ class MambaBlock(torch.autograd.Function):
                 # Beside out_proj's product and the scan, which leave bandwidth unused.
                 prefetch = Prefetch(dy.device, lambda: (scaled_weight(in_proj), in_proj_input()))
             gated = None
-            if asked.out_proj.input:
+            if asked.out_proj.input or branch.down is not None:
                 gated = gated_channels(kept.out, xz.chunk(2, dim=1)[1]).mT
             dgated, *d_out_proj = project_backward(
                 dy, gated, Kept(y, out_h), out_proj, options.out_proj, asked.out_proj,
                 channel_first=True,
             )  # fmt: skip
+            d_branch: Sequence[Tensor | None] = [None] * N_BRANCH
+            if gated is not None:
+                d_branch = branch_gradients(dy, gated.mT, beside, branch, dgated)
             del gated
             if dgated is None:
-                return (*[None] * _OUT_PROJ, *d_out_proj, None)
+                return (*[None] * _OUT_PROJ, *d_out_proj, None, *d_branch)
             if prefetch is not None:
                 prefetch.start()
             given = [dgated]
@@ -188,7 +207,9 @@ class MambaBlock(torch.autograd.Function):
                     dxz.mT, hidden, Kept(xz.mT, in_h, scaled), in_proj, options.in_proj,
                     asked.in_proj,
                 )  # fmt: skip
-        gradients = (d_hidden, None, *d_scan, *d_in_proj, None, *d_out_proj, None)
+        gradients = (
+            d_hidden, None, *d_scan, *d_in_proj, None, *d_out_proj, None, *d_branch
+        )  # fmt: skip
         return tuple(
             gradient if needed else None
             for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=True)
@@ -207,7 +228,9 @@ class _Asked(NamedTuple):
         """Read ``ctx.needs_input_grad``, whose order is that of ``MambaBlock.forward``."""
         own_in = flags[_IN_PROJ : _OUT_PROJ - 1]
         scan = ScanNeeds.of(flags[0] or any(own_in), flags[_SCAN:_IN_PROJ])
-        return cls(scan, Needs(flags[0], *own_in), Needs(scan.output, *flags[_OUT_PROJ:-1]))
+        return cls(
+            scan, Needs(flags[0], *own_in), Needs(scan.output, *flags[_OUT_PROJ : _BRANCH - 1])
+        )
 
 
 def _hidden(kept: Any, options: Options) -> Any:
@@ -216,7 +239,8 @@ def _hidden(kept: Any, options: Options) -> Any:
     return again() if kept is None and again is not None else kept
 
 
-def _operands(tensors: Sequence[Any]) -> tuple[ScanOperands, Operands, Operands]:
+def _operands(tensors: Sequence[Any]) -> tuple[ScanOperands, Operands, Operands, Branch]:
     scan = ScanOperands.unflatten(tensors[:N_TENSORS])
-    middle = N_TENSORS + N_OPERANDS
-    return scan, Operands(*tensors[N_TENSORS:middle]), Operands(*tensors[middle:])
+    middle, end = N_TENSORS + N_OPERANDS, N_TENSORS + 2 * N_OPERANDS
+    in_proj, out_proj = Operands(*tensors[N_TENSORS:middle]), Operands(*tensors[middle:end])
+    return scan, in_proj, out_proj, Branch(*tensors[end:])

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prodial_kernels import upstream as libraries
 from prodial_kernels.linear import ProdialLinear, forget_decoding_graphs
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
+from prodial_kernels.models.mixers.branch import branch_of
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
@@ -132,7 +133,8 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
         return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
     in_proj = _in_proj(mixer, split_first(upstream, args, kwargs)[0])
     view = View(mixer, in_proj=in_proj, out_proj=NoProjection())
-    if torch.compiler.is_compiling() or not is_explicit(mixer.out_proj):
+    alone = is_explicit(mixer.out_proj) and branch_of(mixer.out_proj) is None
+    if torch.compiler.is_compiling() or not alone:
         # torch.compile cannot trace a function that is made while it traces.
         return mixer.out_proj(upstream(view, *args, **kwargs))
     recomputed = in_proj if isinstance(in_proj, _RecomputedInput) else None
