@@ -40,7 +40,7 @@ def bitfit_sites(model: nn.Module, method: BitFit) -> list[Site]:
         for name, parameter in module._parameters.items()
         if parameter is not None
         and parameter.is_floating_point()
-        and (name == "bias" or name.endswith("_bias"))
+        and name.endswith("bias")
     ]
     if not chosen:
         raise ValueError(f"bitfit: this {type(model).__name__} has no bias to train")
