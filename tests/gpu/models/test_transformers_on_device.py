@@ -268,7 +268,13 @@ def test_cuda_graph_replays_a_mixer(name: str) -> None:
         return [output, *torch.autograd.grad(output.float().square().mean(), trained)]
 
     replay, results = captured(step)
+    replay()
+    stale = [result.clone() for result in results]
     x.copy_(torch.randn_like(x))
     replay()
-    for got, expected in zip(results, step(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-3)
+    # Upstream's Mamba-1 scan adds up gradients atomically and rounds the sums to bf16: elements
+    # differ by a few percent from run to run, norms by much less.
+    for got, expected, again, old in zip(results, step(), step(), stale, strict=True):
+        noise, size = (again - expected).float().norm(), expected.float().norm()
+        assert (got - expected).float().norm() <= 1e-2 * size + 2 * noise
+        assert (old - expected).float().norm() > 0.1 * size > 0, "the comparison would see old ones"
