@@ -99,6 +99,8 @@ def weight_reads(cls: type[nn.Module], names: Iterable[str]) -> Iterator[tuple[s
     Reads of its device, dtype or shape do not count, nor what happens in ``__init__``.
     """
     wanted = set(names)
+    if not wanted:
+        return
     for base in cls.__mro__:
         if base is nn.Module or base.__module__.startswith("torch."):
             continue
@@ -113,11 +115,17 @@ def weight_reads(cls: type[nn.Module], names: Iterable[str]) -> Iterator[tuple[s
                         yield method, name
 
 
-def _reads(code: CodeType) -> Iterator[str]:
+# Asked for every module of a model, of which hundreds share a class.
+@cache
+def _reads(code: CodeType) -> tuple[str, ...]:
     attributes = list(attribute_reads(code))
-    for name, then, after in zip(attributes, attributes[1:], [*attributes[2:], None], strict=False):
-        if name is not None and then == "weight" and after not in _METADATA:
-            yield name
+    shifted = zip(attributes, attributes[1:], [*attributes[2:], None], strict=False)
+    found = [
+        name
+        for name, then, after in shifted
+        if name is not None and then == "weight" and after not in _METADATA
+    ]
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _reads(constant)
+            found += _reads(constant)
+    return tuple(found)
