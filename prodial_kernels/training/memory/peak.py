@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 
 from prodial_kernels._checks import check_choice
@@ -22,6 +23,8 @@ from prodial_kernels.training.memory.shapes import FrozenPart, ModelShape
 # Bytes that an optimiser keeps of a trained element on the device; pages live on the host.
 _STATES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "paged_adamw8bit": 0.0}
 _FP32 = 4
+# Of the same few kinds of layers, at the same few levels, in every plan that is tried.
+_kept, _workspace = lru_cache(4096)(kept), lru_cache(4096)(workspace)
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def _moments(
         job.batch, job.length, job.itemsize, job.quantize is not None, job.stores_everything
     )
     layers = list(zip(model.layers, levels, strict=True))
-    until = list(accumulate(kept(layer, tokens, level) for layer, level in layers))
+    until = list(accumulate(_kept(layer, tokens, level) for layer, level in layers))
     gradients = _FP32 * model.trained
     always_there = job.accumulates or job.graph
     m, width = tokens.count, model.width
@@ -166,21 +169,27 @@ def _moments(
         ],
         False,
     )
-    for index, (layer, level) in enumerate(layers):
-        done = (len(layers) - index) / len(layers)
-        yield (
-            f"in the backward of layer {index + 1} of {len(layers)}",
-            [
-                _activations(until[index], index + 1),
-                PlanLine(
-                    "largest temporaries",
-                    workspace(layer, tokens, level),
-                    "of that layer's backward, with what it computes again",
-                ),
-                PlanLine("gradients", int(gradients * (1.0 if always_there else done)), "fp32"),
-            ],
-            False,
-        )
+    # In the backward of each layer; of these only the largest, since a plan asks for hundreds.
+    there = [
+        int(gradients * (1.0 if always_there else (len(layers) - index) / len(layers)))
+        for index in range(len(layers))
+    ]
+    beside = [_workspace(layer, tokens, level) for layer, level in layers]
+    totals = [sum(sizes) for sizes in zip(until, beside, there, strict=True)]
+    index = totals.index(max(totals))
+    yield (
+        f"in the backward of layer {index + 1} of {len(layers)}",
+        [
+            _activations(until[index], index + 1),
+            PlanLine(
+                "largest temporaries",
+                beside[index],
+                "of that layer's backward, with what it computes again",
+            ),
+            PlanLine("gradients", there[index], "fp32"),
+        ],
+        False,
+    )
     yield "in the optimiser's step", [PlanLine("gradients", gradients, "fp32")], False
     yield (
         "in an evaluation",
