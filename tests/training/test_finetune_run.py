@@ -24,7 +24,7 @@ from support.tiny_run import load, run
 
 @pytest.fixture(scope="module")
 def prodial_run(place: Path) -> FinetuneResult:
-    return run(place, place / "prodial", lora_dropout=0.1)
+    return run(place, place / "prodial", lora_dropout=0.1, draws=True)
 
 
 def test_learns_and_reports(prodial_run: FinetuneResult) -> None:
@@ -152,7 +152,7 @@ def test_multiple_choice_is_evaluated_by_accuracy(place: Path, tmp_path: Path) -
     ]
     data = tmp_path / "questions.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    result = run(place, tmp_path / "choice", data=str(data), steps=3)
+    result = run(place, tmp_path / "choice", data=str(data), steps=3, draws=True)
     assert 0 <= result.after["acc"] <= 1
     assert "held-out accuracy" in str(result)
     assert (tmp_path / "choice" / "loss.png").exists()
