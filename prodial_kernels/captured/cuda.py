@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
 from prodial_kernels.captured.engine import Flat, Graphed, Leaf, Section, Source
+from prodial_kernels.captured.leaves import OwnLeaves
 from prodial_kernels.kernels.replay.streams import watched_for_waits
 
 Result = TypeVar("Result")
@@ -182,6 +183,7 @@ class _Capturing:
         self._sections = sections
         self.graphs = [CudaGraphed(section, engine._generator) for section in sections]
         self._anchor = torch.empty((), device=engine.device, requires_grad=True)
+        self._own = [OwnLeaves(section.parameters, section.held) for section in sections]
         # Results and slots that later sections read, and the last section that reads each.
         self._held: dict[Source | int, Tensor] = {}
         self._last: dict[Source | int, int] = {}
@@ -206,7 +208,7 @@ class _Capturing:
                 self._again[position] = data
                 differentiable = [result.is_floating_point() for result in results]
             else:
-                ends, results, root = self._differentiable(section, data)
+                ends, results, root = self._differentiable(position, data)
                 differentiable = [result.requires_grad for result in results]
                 if root is not None:
                     self._ends[position] = ends, root
@@ -234,7 +236,7 @@ class _Capturing:
         graph = torch.cuda.CUDAGraph()
         with self._engine.recording(graph), torch.autocast("cuda", enabled=False):
             if position in self._again:
-                ends, results, root = self._differentiable(section, self._again.pop(position))
+                ends, results, root = self._differentiable(position, self._again.pop(position))
                 graphed.result_gradients = [
                     place if result.requires_grad else None
                     for place, result in zip(graphed.results, results, strict=True)
@@ -246,10 +248,7 @@ class _Capturing:
                 None if like is None else self._result_gradient(position, number, like)
                 for number, like in enumerate(graphed.result_gradients)
             ]
-            found = torch.autograd.grad(
-                root, [self._anchor, *section.parameters], torch.empty_like(root),
-                allow_unused=True,
-            )[1:]  # fmt: skip
+            found = self._own[position].gradients(root, torch.empty_like(root), [self._anchor])
             flats = _flattened(found, section.parameters)
         graphed.backward_graph = graph
         graphed.result_gradients = [None if g is None else alias(g) for g in ends.given]
@@ -271,10 +270,10 @@ class _Capturing:
         return held
 
     def _differentiable(
-        self, section: Section, data: Sequence[Tensor]
+        self, position: int, data: Sequence[Tensor]
     ) -> tuple[_Ends, list[Tensor], Any]:
-        ends = _Ends()
-        with torch.enable_grad():
+        ends, section = _Ends(), self._sections[position]
+        with torch.enable_grad(), self._own[position].in_place():
             entered = [
                 _Enter.apply(self._anchor, ends, number, tensor) if leaf.requires_grad else tensor
                 for number, (leaf, tensor) in enumerate(zip(section.leaves, data, strict=True))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from prodial_kernels.captured.leaves import Held
+
 Result = TypeVar("Result")
 
 
@@ -46,6 +48,7 @@ class Section:
         checkpointed: Keep nothing but the leaves, and recompute in backward.
         draws: Whether it draws random numbers.
         blocks: Number of blocks.
+        held: Where its modules hold those parameters.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Section:
     checkpointed: bool = False
     draws: bool = False
     blocks: int = 1
+    held: tuple[Held, ...] = ()
 
 
 class Flat(NamedTuple):

@@ -212,6 +212,8 @@ class Program:
         # Blocks may share what is trained.
         trained = {id(p): p for index in members for p in states[index].parameters}
         recomputed = self._recomputes and members[0] == self.order[0]
+        numbers = {key: number for number, key in enumerate(trained)}
+        held = [place for index in members for place in states[index].held(numbers)]
         return Section(
             name_of(members[0], blocks[members[0]], members[-1]),
             functions[0] if len(members) == 1 else _together(functions, takes),
@@ -220,6 +222,7 @@ class Program:
             recomputed or _checkpoints(blocks[members[0]]),
             any(self.records[index].draws for index in members),
             len(members),
+            tuple(held),
         )
 
     def _leaves(self, record: Record, position: int) -> list[Leaf | Before]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import chain
 from operator import attrgetter, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
+
+from prodial_kernels.captured.leaves import Held
 
 _PLAIN = (Tensor, nn.Parameter)
 _values = methodcaller("values")
@@ -47,6 +50,15 @@ class BlockState:
         self.parameters = [*trained.values()]
         """The tensors that are trained, each once, in order."""
 
+    def held(self, numbers: Mapping[int, int]) -> list[Held]:
+        """Where the modules hold parameters; ``numbers`` has each one's, by its ``id``."""
+        return [
+            Held(place, name, numbers[id(value)])
+            for place in self._held
+            for name, value in place.items()
+            if id(value) in numbers
+        ]
+
     def change(self) -> str | None:
         """Say what has changed since; None if nothing has."""
         if [*map(type, self._modules)] != self._classes:
@@ -81,6 +93,6 @@ def sharded(model: nn.Module) -> bool:
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         return True
     return any(
-        p.is_meta or hasattr(p, "ds_id") or (type(p) not in _PLAIN and hasattr(p, "device_mesh"))
+        p.is_meta or hasattr(p, "ds_id") or (type(p) not in _PLAIN and hasattr(p, "full_tensor"))
         for p in model.parameters()
     )

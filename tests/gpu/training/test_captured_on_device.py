@@ -126,6 +126,28 @@ def test_every_family(name: str, together: bool) -> None:
     assert step(model, ids(3)) == pytest.approx(step(plain, ids(3)), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_nodes_that_others_hold_see_whole_gradients_only(name: str) -> None:
+    """As DistributedDataParallel does, from when a model is wrapped, on the stream of then."""
+    model = model_of(name)
+    plain = copy.deepcopy(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in trained]  # type: ignore[union-attr]
+    seen: list[int] = []
+    for number, node in enumerate(nodes):
+        node.register_hook(lambda *_, number=number: seen.append(number))  # type: ignore[misc]
+    with warmed(model) as captured:
+        seen.clear()
+        for seed in (3, 4):
+            loss, expected = step(model, ids(seed)), step(plain, ids(seed))
+            assert loss == pytest.approx(expected, rel=1e-4)
+            found, wanted = gradients(model), gradients(plain)
+            step(plain, ids(seed))
+            close(found, wanted, again=gradients(plain))
+        assert sorted(seen) == sorted([*range(len(trained))] * 2)
+        assert blocks_of(captured) == LAYERS
+
+
 def test_experts_are_left_out_and_said() -> None:
     """A mixture of experts waits for the device, or is captured where it does not."""
     model = build("jamba", hidden_size=256, mamba_d_state=16).bfloat16()

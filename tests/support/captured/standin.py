@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.captured.engine import Flat, Section, Source
+from prodial_kernels.captured.leaves import OwnLeaves
 
 Result = TypeVar("Result")
 
@@ -85,6 +86,7 @@ class _Rerun:
         self.position = len(before)
         self.leaf_gradients: list[Tensor | None] = [None] * len(section.leaves)
         self.parameter_gradients: list[Flat] = []
+        self._own = OwnLeaves(section.parameters, section.held)
         results = self._run()
         self.results = [result.detach().clone() for result in results]
         self.result_gradients: list[Tensor | None] = [
@@ -110,8 +112,7 @@ class _Rerun:
         self.engine.forwards += self.section.blocks
         given = torch.get_rng_state()
         leaves = self._leaves()
-        with torch.enable_grad():
-            results = self.section.function(leaves)
+        results = self._differentiable(leaves)
         for place, result in zip(self.results, results, strict=True):
             place.copy_(result.detach())
         if self.section.checkpointed:
@@ -134,19 +135,18 @@ class _Rerun:
                 leaf.requires_grad_() if one else leaf
                 for leaf, one in zip(leaves, wanted, strict=True)
             ]
-            with torch.enable_grad():
-                results = self.section.function(leaves)
+            results = self._differentiable(leaves)
             torch.set_rng_state(state)
         self._kept = None
         inputs = [leaf for leaf in leaves if leaf.requires_grad]
-        trained = self.section.parameters
         pairs = [
             (result, gradient.clone())
             for result, gradient in zip(results, self.result_gradients, strict=True)
             if gradient is not None
         ]
+        own = self._own.leaves
         found = torch.autograd.grad(
-            [result for result, _ in pairs], [*inputs, *trained], [g for _, g in pairs],
+            [result for result, _ in pairs], [*inputs, *own], [g for _, g in pairs],
             allow_unused=True, materialize_grads=True,
         )  # fmt: skip
         self._poison([g for g in self.result_gradients if g is not None])
@@ -163,11 +163,33 @@ class _Rerun:
         ]
 
     def _run(self) -> list[Tensor]:
-        with torch.enable_grad():
-            return self.section.function(self._leaves())
+        return self._differentiable(self._leaves())
+
+    def _differentiable(self, leaves: list[Tensor]) -> list[Tensor]:
+        with torch.enable_grad(), self._own.in_place():
+            results = self.section.function(leaves)
+        # No graph could be recorded where others wait for a parameter's gradient.
+        touched = {id(leaf) for leaf in leaves_of(results)}
+        assert not touched & {id(p) for p in self.section.parameters}
+        return results
 
     @staticmethod
     def _poison(tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
             if tensor.is_floating_point():
                 tensor.fill_(math.nan)
+
+
+def leaves_of(results: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that autograd would accumulate gradients in."""
+    seen: set[Any] = set()
+    left: list[Any] = [result.grad_fn for result in results if result.grad_fn is not None]
+    leaves = []
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += [following for following, _ in node.next_functions if following is not None]
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+    return leaves
