@@ -239,7 +239,7 @@ class FinetuneConfig:
         "embeddings and head too", choices=QUANTIZE_MODULES,
     )  # fmt: skip
     shard: bool = option(
-        False, "divide the frozen model among the processes of the run (FSDP2), for one that does "
+        False, "divide the frozen model's blocks among the processes of the run, for one that does "
         "not fit a GPU"
     )  # fmt: skip
     experts: str = option(

@@ -39,7 +39,7 @@ class PreparedMethod:
 def prepare_method(
     model: nn.Module,
     config: ResolvedConfig,
-    arrange: Callable[[nn.Module], None] = lambda model: None,
+    arrange: Callable[[nn.Module], object] = lambda model: None,
 ) -> PreparedMethod:
     """Freeze and adapt, or free, the parameters of a model on its device, and make the optimiser.
 

@@ -15,7 +15,7 @@ from prodial_kernels.training.callbacks.base import RunView
 from prodial_kernels.training.callbacks.events import RunEvents
 from prodial_kernels.training.run import preparation
 from prodial_kernels.training.run.loop import StepRecord
-from support.distributed import user_cases
+from support.distributed import shard_cases, user_cases
 from support.tiny_run import run
 
 DROPOUT: dict[str, Any] = {"lora_dropout": 0.2, "save_every": 3}
@@ -149,4 +149,5 @@ CASES = {
     "fails_in_a_step": fails_in_a_step,
     "different": different,
     **user_cases.CASES,
+    **shard_cases.CASES,
 }

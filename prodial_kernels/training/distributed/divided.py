@@ -1,0 +1,175 @@
+"""Frozen tensors that are divided among processes: as bytes, without regard to rows or dtypes.
+
+All frozen tensors of a block make one run of bytes, of which every process keeps an equal part.
+Gathering fills one buffer with all parts, and the block's tensors are views of it: nothing is
+packed before or unpacked after, as it must be where each tensor is divided by its rows. Nothing
+frozen has a gradient, so nothing is ever sent back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 256
+"""Bytes that a tensor begins at a multiple of, as the allocator gives them."""
+
+
+class Held(NamedTuple):
+    """A module's dictionary of parameters, a key there, and the number of the tensor there."""
+
+    place: dict[str, Any]
+    name: str
+    number: int
+
+
+class Absent(Tensor):
+    """Stands in a module for a tensor that is not whole here: shape, dtype and device, no values.
+
+    To read it is an error; :meth:`full_tensor` is an operation of all processes, as a DTensor's.
+    """
+
+    gathered: Callable[[], Tensor]
+    _is_param = True
+
+    @staticmethod
+    def of(tensor: Tensor, gathered: Callable[[], Tensor]) -> Absent:
+        """Stand in for ``tensor``, which ``gathered`` returns a copy of."""
+        absent: Absent = Tensor._make_wrapper_subclass(
+            Absent, tensor.shape, strides=tensor.stride(), dtype=tensor.dtype,
+            device=tensor.device, requires_grad=False,
+        )  # fmt: skip
+        absent.gathered = gathered
+        return absent
+
+    def full_tensor(self) -> Tensor:
+        """Return a copy with all values; every process must call it."""
+        return self.gathered()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Say what it stands for."""
+        return f"Absent({list(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse to compute; ``detach``, as ``state_dict`` calls it, gives another stand-in."""
+        if function is torch.ops.aten.detach.default:
+            return Absent.of(args[0], args[0].gathered)
+        raise RuntimeError(
+            f"{function} reads a weight that is divided among processes and gathered only while "
+            "its block runs; full_tensor(), called in every process, returns it whole"
+        )
+
+
+class Divided:
+    """The frozen tensors of one block, of which this process keeps a part.
+
+    Attributes:
+        part: Bytes that each process keeps.
+        own: This process's, uint8 [part].
+        flat: All of them, uint8 [size × part], in memory only while :attr:`whole`.
+        whole: Whether the block's modules hold their tensors, or will when ``arrived`` has come.
+        arrived: Recorded behind the transfer to ``flat``; None once it was waited for.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], held: Sequence[Held], device: torch.device, size: int
+    ) -> None:
+        """Describe what is to be divided; :meth:`divide` does it."""
+        self.tensors = list(tensors)
+        self.held = list(held)
+        self._device = device
+        self._offsets: list[int] = []
+        end = 0
+        for tensor in tensors:
+            self._offsets.append(end)
+            end += _rounded(tensor.numel() * tensor.element_size())
+        self.part = _rounded(-(-end // size))
+        self.size = size
+        self.whole = True
+        self.arrived: torch.cuda.Event | None = None
+
+    def divide(self, own: Tensor, rank: int, gathered: Callable[[int], Tensor]) -> None:
+        """Copy this process's part to ``own``, and drop the tensors' own memory.
+
+        Args:
+            own: uint8 [part], on the device.
+            rank: Which part it is.
+            gathered: Returns a copy of the tensor of a number, for what stands in for it.
+        """
+        self.own = own
+        begin, end = rank * self.part, (rank + 1) * self.part
+        for tensor, offset in zip(self.tensors, self._offsets, strict=True):
+            raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            first, last = max(begin, offset), min(end, offset + raw.numel())
+            if first < last:
+                own[first - begin : last - begin].copy_(raw[first - offset : last - offset])
+        self.flat = torch.empty(self.part * self.size, dtype=torch.uint8, device=self._device)
+        for tensor, offset in zip(self.tensors, self._offsets, strict=True):
+            n = tensor.numel() * tensor.element_size()
+            # In place: tied modules and whoever else refers to it keep it. Its version is its own,
+            # so that gathering is no change of what autograd has saved.
+            tensor.data = self.flat[offset : offset + n].view(tensor.dtype).view(tensor.shape)
+        self._absent = [
+            Absent.of(tensor, partial(gathered, number))
+            for number, tensor in enumerate(self.tensors)
+        ]
+        self.drop()
+
+    def drop(self) -> None:
+        """Free the buffer, and let the modules hold what stands in for its tensors."""
+        if not (self.whole and self.tensors):
+            return
+        self.wait()
+        for place, name, number in self.held:
+            place[name] = self._absent[number]
+        self.flat.untyped_storage().resize_(0)
+        self.whole = False
+
+    def allocate(self) -> None:
+        """Give the buffer memory, and the modules their tensors, which hold no values yet."""
+        self.flat.untyped_storage().resize_(self.flat.numel())
+        for place, name, number in self.held:
+            place[name] = self.tensors[number]
+        self.whole = True
+
+    def wait(self) -> None:
+        """Let the current stream wait until the values have arrived."""
+        if self.arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(self.arrived)
+            self.arrived = None
+
+
+def frozen_of(blocks: Sequence[nn.Module], model: nn.Module) -> list[list[nn.Parameter]]:
+    """The frozen parameters of each block that no other block holds, nor anything around them."""
+    owners: dict[int, set[int]] = {}
+    inside = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(inside.get(id(module), -1))
+    return [
+        [p for p in block.parameters() if not p.requires_grad and owners[id(p)] == {index}]
+        for index, block in enumerate(blocks)
+    ]
+
+
+def held_in(block: nn.Module, tensors: Sequence[Tensor]) -> list[Held]:
+    """Every place in a block's modules that holds one of some parameters."""
+    numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
+    return [
+        Held(module._parameters, name, numbers[id(parameter)])
+        for module in block.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in numbers
+    ]
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
