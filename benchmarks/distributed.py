@@ -5,10 +5,11 @@
 * ``gradients``: every adapter gradient of Mamba-1, Mamba-2 and a hybrid, 8 × 512 tokens, on two
   GPUs in every way there is, beside one GPU that accumulates the same two halves; and what another
   order of sums changes on one GPU. In units of 2⁻²³ of a gradient's norm, the farthest of all;
+* ``sharded``: tokens a second of Nemotron-H-8B's dimensions, 4 × 2048 tokens a GPU, with the frozen
+  weights divided as ``--shard`` does it, in other ways, and by FSDP2, beside one GPU;
 * ``runs``: ``prodial finetune`` on one GPU, twice, and by ``torchrun`` on two; a run on two whose
   second process is killed, resumed on two and on one;
-* ``scaling``: tokens a second of Mamba-1.4B and of Nemotron-H-8B's dimensions, 4 × 2048 tokens a
-  GPU, and of the latter under FSDP2 (``--shard``).
+* ``scaling``: tokens a second of Mamba-1.4B and of Nemotron-H-8B's dimensions, whole on each GPU.
 """
 
 from __future__ import annotations
@@ -38,9 +39,12 @@ from benchmarks import targets  # noqa: E402
 from benchmarks.harness.environment import ROOT, describe, device_name  # noqa: E402
 from benchmarks.harness.store import json_text, results_of, write_text  # noqa: E402
 
-PARTS = ("gradients", "runs", "scaling")
+PARTS = ("gradients", "sharded", "runs", "scaling")
 SIZE = 2
-SECONDS = 240.0
+SECONDS = {"gradients": 90.0, "sharded": 120.0, "runs": 90.0, "scaling": 150.0}
+"""That a part may take; what it has measured by then is kept."""
+# Models whose gradients are taken side by side: starting and compiling take longer than computing.
+TOGETHER = ("mamba", "mamba2", "nemotron_h")
 _TIMED = ("seconds", "tokens_per_second")
 Row = dict[str, Any]
 
@@ -87,28 +91,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measured(part: str, tiny: bool) -> list[Row]:
     """Rows of a part that the processes measure themselves."""
+    groups = TOGETHER if part == "gradients" and not tiny else ("",)
     with TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        words = ["-m", "benchmarks.training.processes", part, str(file)]
         started = [
-            subprocess.Popen(
-                [sys.executable, *words, *(["--tiny"] if tiny else [])], cwd=ROOT, env=environment
-            )
-            for environment in environments()
+            _processes(part, cases, Path(folder) / f"{cases}.jsonl", tiny) for cases in groups
         ]
-        try:
-            ended = [process.wait(timeout=SECONDS) for process in started]
-        except subprocess.TimeoutExpired:
-            ended = [-1]
-        finally:
-            for process in started:
-                process.kill()
-        lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines]
-    return [
-        *rows,
-        *([{"part": part, "error": f"processes ended with {ended}"}] if any(ended) else []),
-    ]
+        deadline = time.monotonic() + seconds(part, tiny)
+        ended = [[_ended(process, deadline) for process in group] for group in started]
+        files = [Path(folder) / f"{cases}.jsonl" for cases in groups]
+        lines = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+    rows: list[Row] = [json.loads(line) for line in lines]
+    for cases, codes in zip(groups, ended, strict=True):
+        if any(codes):
+            which = f" of {cases}" if cases else ""
+            rows.append({"part": part, "error": f"processes{which} ended with {codes}"})
+    return rows
+
+
+def seconds(part: str, tiny: bool) -> float:
+    """How long a part may take; a CPU of few cores takes all processes in turn."""
+    return SECONDS[part] * (4.0 if tiny else 1.0)
+
+
+def _processes(part: str, cases: str, file: Path, tiny: bool) -> list[subprocess.Popen[bytes]]:
+    words = [sys.executable, "-m", "benchmarks.training.processes", part, str(file)]
+    words += ["--cases", cases] if cases else []
+    words += ["--tiny"] if tiny else []
+    return [subprocess.Popen(words, cwd=ROOT, env=environment) for environment in environments()]
+
+
+def _ended(process: subprocess.Popen[bytes], deadline: float) -> int | str:
+    """How a process ended; it is killed if it has not by then."""
+    try:
+        return process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return "out of time"
 
 
 def environments(size: int = SIZE) -> list[dict[str, str]]:
@@ -138,42 +157,51 @@ def runs(model: str, tiny: bool) -> list[Row]:
 
 
 class _Runs:
+    """Starts of ``prodial finetune``, side by side: most of their time is starting."""
+
     def __init__(self, folder: Path, model: str, tiny: bool) -> None:
         self.folder = folder
-        steps, sequences, length, tokens = (6, 1, 32, 64) if tiny else (60, 4, 256, 4096)
-        self.kill_at = 4 if tiny else 35
+        self.deadline = time.monotonic() + seconds("runs", tiny)
+        self.started: list[subprocess.Popen[bytes]] = []
+        steps, sequences, length, tokens = (6, 1, 32, 64) if tiny else (24, 4, 256, 1024)
+        self.kill_at = 4 if tiny else 15
+        # Enough text, and none to look for.
+        text = "\n\n".join(file.read_text() for file in sorted(ROOT.glob("benchmarks/*.py")))
+        (folder / "text.txt").write_text(text)
         self.options = [
-            "--model", model, "--steps", str(steps), "--batch-size", str(sequences),
-            "--seq-len", str(length), "--eval-every", "0", "--eval-tokens", str(tokens),
-            "--max-bytes", "400000", "--warmup", "4", "--lr", "0.003",
-            "--save-every", "2" if tiny else "10", "--device", "cpu" if tiny else "cuda",
+            "--model", model, "--data", str(folder / "text.txt"), "--steps", str(steps),
+            "--batch-size", str(sequences), "--seq-len", str(length), "--eval-every", "0",
+            "--eval-tokens", str(tokens), "--warmup", "4", "--lr", "0.003",
+            "--save-every", "2" if tiny else "6", "--device", "cpu" if tiny else "cuda",
         ]  # fmt: skip
 
     def rows(self) -> list[Row]:
-        one, again = (self.start(name, gpu) for gpu, name in enumerate(("one", "again")))
-        for process in (one, again):
-            _end(process)
+        try:
+            return self._rows()
+        finally:
+            for process in self.started:
+                process.kill()
+
+    def _rows(self) -> list[Row]:
+        whole = [self.start(name, gpu) for gpu, name in enumerate(("one", "again"))]
         launch = ["--nproc-per-node", str(SIZE), "--master-addr", "127.0.0.1", "--master-port"]
         port = environments()[0]["MASTER_PORT"]
-        command = [
-            sys.executable, "-m", "torch.distributed.run", *launch, port, "-m", "prodial_kernels",
-            *self.command("two"),
-        ]  # fmt: skip
-        _end(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "MAMBA_DETERMINISTIC": "1"}))
+        command = ["-m", "torch.distributed.run", *launch, port, "-m", "prodial_kernels"]
+        whole.append(self._start([*command, *self.command("two")], {"MAMBA_DETERMINISTIC": "1"}))
         pair = [self.start_of_two("killed", place) for place in environments()]
         self.kill(pair[1], "killed")
-        first = pair[0].wait(timeout=SECONDS)
+        first = pair[0].wait(timeout=self._left())
         shutil.copytree(self.folder / "killed", self.folder / "on_one")
-        pair = [self.start_of_two("killed", place, "--resume") for place in environments()]
-        for process in pair:
-            _end(process)
-        _end(self.start("on_one", 0, "--resume"))
-        whole = self.losses("one")
+        again = [self.start_of_two("killed", place, "--resume") for place in environments()]
+        again.append(self.start("on_one", 0, "--resume"))
+        for process in [*whole, *again]:
+            self._end(process)
+        right = self.losses("one")
         rows: list[Row] = [
-            {"part": "runs", "what": what, **compared(self.losses(name), right)}
-            for what, name, right in (
-                ("one GPU, again", "again", whole),
-                ("torchrun, two GPUs", "two", whole),
+            {"part": "runs", "what": what, **compared(self.losses(name), beside)}
+            for what, name, beside in (
+                ("one GPU, again", "again", right),
+                ("torchrun, two GPUs", "two", right),
                 ("killed, resumed on two, beside two", "killed", self.losses("two")),
                 ("killed, resumed on one, beside two", "on_one", self.losses("two")),
             )
@@ -187,19 +215,29 @@ class _Runs:
 
     def start(self, name: str, gpu: int, *more: str) -> subprocess.Popen[bytes]:
         place = {"CUDA_VISIBLE_DEVICES": str(gpu), "MAMBA_DETERMINISTIC": "1"}
-        words = [sys.executable, "-m", "prodial_kernels", *self.command(name, *more)]
-        return subprocess.Popen(words, cwd=ROOT, env={**os.environ, **place})
+        return self._start(["-m", "prodial_kernels", *self.command(name, *more)], place)
 
     def start_of_two(
         self, name: str, environment: Mapping[str, str], *more: str
     ) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "prodial_kernels", *self.command(name, *more)]
-        return subprocess.Popen(words, cwd=ROOT, env=environment)
+        return self._start(["-m", "prodial_kernels", *self.command(name, *more)], environment)
+
+    def _start(self, words: Sequence[str], environment: Mapping[str, str]) -> Any:
+        environment = {**os.environ, **environment}
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment)
+        self.started.append(process)
+        return process
+
+    def _left(self) -> float:
+        return max(self.deadline - time.monotonic(), 0.1)
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        if process.wait(timeout=self._left()):
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
 
     def kill(self, process: subprocess.Popen[bytes], name: str) -> None:
         file = self.folder / name / "metrics.jsonl"
-        deadline = time.monotonic() + SECONDS
-        while time.monotonic() < deadline and process.poll() is None:
+        while self._left() > 0.1 and process.poll() is None:
             if file.exists() and f'"step": {self.kill_at},' in file.read_text():
                 break
             time.sleep(0.002)
@@ -218,18 +256,13 @@ def compared(found: Sequence[Row], right: Sequence[Row]) -> Row:
     return {"farthest_loss": max(far), "last_loss": far[-1], "equal": list(found) == list(right)}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.wait(timeout=SECONDS):
-        raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
-
-
 # Judging
 
 
 def failed(rows: Sequence[Row]) -> list[str]:
     """What is not as it must be, in words."""
-    said = [f"{row['part']}: {row['error']}" for row in rows if "error" in row]
-    gradients = [row for row in rows if row["part"] == "gradients" and "way" in row]
+    said = [f"{_place(row)}: {row['error']}" for row in rows if "error" in row]
+    gradients = [row for row in rows if row["part"] == "gradients" and "ulps" in row]
     for row in gradients:
         same = [r for r in gradients if all(r[k] == row[k] for k in ("model", "dtype", "base"))]
         noise = max((r["ulps"] for r in same if r["way"].startswith("one GPU")), default=0.0)
@@ -238,8 +271,9 @@ def failed(rows: Sequence[Row]) -> list[str]:
         if not row["ulps"] <= most:
             said.append(f"{row['model']} {row['dtype']} {row['way']}: {row['ulps']:.3g} ulps")
     for row in rows:
-        if row.get("over_one", targets.OVER_ONE_ON_TWO) < targets.OVER_ONE_ON_TWO:
-            said.append(f"{row['model']}: {row['over_one']:.2f} times one GPU's tokens/s")
+        judged = row.get("default", True)
+        if judged and row.get("over_one", targets.OVER_ONE_ON_TWO) < targets.OVER_ONE_ON_TWO:
+            said.append(f"{_place(row)}: {row['over_one']:.2f} times one GPU's tokens/s")
     runs_of = {row["what"]: row for row in rows if row["part"] == "runs" and "what" in row}
     if runs_of:
         noise = runs_of["one GPU, again"]["farthest_loss"]
@@ -249,11 +283,17 @@ def failed(rows: Sequence[Row]) -> list[str]:
     return said
 
 
+def _place(row: Row) -> str:
+    """Where in the table a row is, in words."""
+    names = ("part", "model", "dtype", "base", "way")
+    return " ".join(str(row[name]) for name in names if row.get(name))
+
+
 def add_ratios(rows: Sequence[Row]) -> None:
     """Say of rows of several GPUs how many times the tokens/s of one they have."""
     alone = {row["model"]: row for row in rows if row.get("processes") == 1}
     for row in rows:
-        if row.get("processes", 1) > 1 and row["model"] in alone:
+        if row.get("processes", 1) > 1 and row["model"] in alone and "error" not in row:
             one = alone[row["model"]]["tokens_per_second"]
             row["over_one"] = row["tokens_per_second"] / one
 
@@ -263,7 +303,7 @@ def table(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for row in rows:
         if "error" in row:
-            lines.append(f"{row['part']}: {row['error']}")
+            lines.append(f"{_place(row)}: {row['error'].splitlines()[0]}")
         elif row["part"] == "gradients":
             lines.append(
                 f"{row['model']:11} {row['dtype']:9} {row['base']:6} {row['way']:32} "
@@ -277,16 +317,15 @@ def table(rows: Sequence[Row]) -> str:
             )
         else:
             times = f", {row['over_one']:.2f}×" if "over_one" in row else ""
+            spans = "".join(
+                f", {name} {row[f'{kind}_ms']:.0f} ms, {row[f'{kind}_beside_others_ms']:.0f} of it "
+                "beside other kernels"
+                for kind, name in (("nccl", "NCCL"), ("copies", "copies"))
+                if row.get(f"{kind}_ms")
+            )
             lines.append(
-                f"{row['model']:14} {row['processes']} {'shard' if row['shard'] else '     '} "
-                f"{row['ms']:8.1f} ms {row['tokens_per_second']:10,.0f} tokens/s "
-                f"{row['peak_gb']:.1f} GB{times}"
-                + (
-                    f", NCCL {row['nccl_ms']:.0f} ms, {row['nccl_beside_others_ms']:.0f} of it "
-                    "beside other kernels"
-                    if "nccl_ms" in row
-                    else ""
-                )
+                f"{row['model']:14} {row['processes']} {row['way']:20} {row['ms']:8.1f} ms "
+                f"{row['tokens_per_second']:10,.0f} tokens/s {row['peak_gb']:.1f} GB{times}{spans}"
             )
     return "\n".join(lines)
 

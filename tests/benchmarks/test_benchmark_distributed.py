@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import distributed
-from benchmarks.training import processes
+from benchmarks.training import scaling, shared_gradients
+from benchmarks.training.distributed_models import TINY
 from prodial_kernels.training.distributed.world import ONE_PROCESS
 
 
@@ -19,9 +20,9 @@ def gradient(way: str, ulps: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def speed(processes: int, tokens: float) -> dict[str, Any]:
+def speed(processes: int, tokens: float, way: str = "") -> dict[str, Any]:
     return {
-        "part": "scaling", "model": "mamba-1.4b", "processes": processes, "shard": False,
+        "part": "scaling", "model": "mamba-1.4b", "processes": processes, "way": way,
         "ms": 1.0, "tokens_per_second": tokens, "peak_gb": 1.0,
     }  # fmt: skip
 
@@ -36,6 +37,8 @@ def test_what_is_as_it_must_be() -> None:
         speed(1, 100.0), speed(2, 191.0),
         a_run("one GPU, again", 0.0), a_run("torchrun, two GPUs", 5e-5),
     ]  # fmt: skip
+    # Another way to divide than the one that is taken need not reach it.
+    rows.append({**speed(2, 150.0, "FSDP2"), "default": False})
     distributed.add_ratios(rows)
     assert distributed.failed(rows) == []
     shown = distributed.table(rows)
@@ -51,6 +54,10 @@ def test_what_is_as_it_must_be() -> None:
         ([speed(1, 100.0), speed(2, 189.0)], "mamba-1.4b: 1.89 times one GPU"),
         ([a_run("one GPU, again", 0.0), a_run("torchrun", 2e-4)], "torchrun: losses 0.0002 apart"),
         ([{"part": "scaling", "error": "processes ended with [1, 0]"}], "ended with [1, 0]"),
+        (
+            [{**gradient("two GPUs, DDP", 0.0), "error": "RuntimeError: no"}],
+            "DDP: RuntimeError: no",
+        ),
     ],
 )
 def test_what_is_not(rows: list[dict[str, Any]], said: str) -> None:
@@ -70,15 +77,15 @@ def test_it_needs_two_gpus(
 
 def test_gradients_of_one_process() -> None:
     """The same again is the same; a batch at once is rounding away; a wrong one is far."""
-    case = processes._Case(
-        ONE_PROCESS, torch.device("cpu"), processes.TINY["mamba2"], torch.float32, None, 4, 16
+    case = shared_gradients._Case(
+        ONE_PROCESS, torch.device("cpu"), TINY["mamba2"], torch.float32, None, 4, 16
     )
     case.step(case.halves)
     case.reference = case.taken()
     case.step(case.halves)
     assert case.compared() == {
-        "ulps": 0.0, "median_ulps": 0.0, "worst": case.compared()["worst"], "equal": 16,
-        "parameters": 16,
+        "ulps": 0.0, "median_ulps": 0.0, "worst": case.compared()["worst"], "equal": 32,
+        "parameters": 32,
     }  # fmt: skip
     case.step(case.all)
     assert 0 < case.compared()["ulps"] < 4
@@ -86,10 +93,20 @@ def test_gradients_of_one_process() -> None:
     assert case.compared()["ulps"] > 1e5
 
 
+def test_a_way_that_fails_is_a_row_and_the_rest_goes_on() -> None:
+    """As all that need a process group, where there is none."""
+    rows = [*shared_gradients.gradients(ONE_PROCESS, torch.device("cpu"), True)]
+    assert len(rows) == 16
+    for row in rows:
+        assert row["way"].startswith("two GPUs") == ("error" in row), row
+    assert sum(row.get("ulps", 99) < 8 for row in rows) == 8
+    assert "float32 nf4 two GPUs, DDP: ValueError: Default process" in distributed.table(rows)
+
+
 def test_time_that_kernels_share() -> None:
-    sent = processes._union([(0, 10), (20, 30)])
-    computed = processes._union([(5, 8), (7, 12), (25, 40)])
-    both = processes._union([*sent, *computed])
-    assert (sent, computed) == ([(0, 10), (20, 30)], [(5, 12), (25, 40)])
-    beside = sum(map(processes._length, (sent, computed))) - processes._length(both)
-    assert beside == 10
+    computed = [(5e3, 8e3), (7e3, 12e3), (25e3, 40e3)]
+    spans = {"nccl": [(0, 10e3), (20e3, 30e3)], "copies": [], "computed": computed}
+    assert scaling.overlaps(spans) == {
+        "nccl_ms": 20.0, "nccl_beside_others_ms": 10.0, "copies_ms": 0.0,
+        "copies_beside_others_ms": 0.0,
+    }  # fmt: skip

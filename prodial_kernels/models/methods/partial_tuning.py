@@ -38,9 +38,7 @@ def bitfit_sites(model: nn.Module, method: BitFit) -> list[Site]:
         SsmParameter(f"{paths[0]}.{name}" if paths[0] else name, module, name, "bias")
         for module, paths in {model: ("",), **module_paths(model)}.items()
         for name, parameter in module._parameters.items()
-        if parameter is not None
-        and parameter.is_floating_point()
-        and name.endswith("bias")
+        if parameter is not None and parameter.is_floating_point() and name.endswith("bias")
     ]
     if not chosen:
         raise ValueError(f"bitfit: this {type(model).__name__} has no bias to train")
