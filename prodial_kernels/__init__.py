@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prodial_kernels.linear import ProdialLinear, adapter_disabled
     from prodial_kernels.methods import (
         AdditionalScan,
+        AffixTuning,
         BitFit,
         Full,
         LinearProbe,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         ParallelAdapter,
         PartialLora,
         PartialTuning,
+        PromptTuning,
     )
     from prodial_kernels.models.adapt.inject import (
         apply_methods,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdditionalScan",
+    "AffixTuning",
     "BitFit",
     "Full",
     "LinearProbe",
@@ -62,6 +65,7 @@ __all__ = [
     "PartialTuning",
     "ProdialConfig",
     "ProdialLinear",
+    "PromptTuning",
     "QuantizedLinear",
     "VisionMamba",
     "__version__",
@@ -94,6 +98,7 @@ __all__ = [
 
 _HOMES = {
     "AdditionalScan": "methods",
+    "AffixTuning": "methods",
     "BitFit": "methods",
     "Full": "methods",
     "LinearProbe": "methods",
@@ -101,6 +106,7 @@ _HOMES = {
     "ParallelAdapter": "methods",
     "PartialLora": "methods",
     "PartialTuning": "methods",
+    "PromptTuning": "methods",
     "ProdialConfig": "config",
     "ProdialLinear": "linear",
     "QuantizedLinear": "quantization",

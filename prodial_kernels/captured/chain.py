@@ -37,6 +37,7 @@ from prodial_kernels.captured.program import Given, Pass, Program, Record, Taken
 from prodial_kernels.captured.replay import Pending
 from prodial_kernels.captured.running import between, call_eagerly, defer, difference, replay
 from prodial_kernels.captured.state import BlockState
+from prodial_kernels.models.mixers.inserted.tokens import reads_from_outside
 
 WARM_UP = 2
 """Eager steps of a shape before it is captured: one compiles, in one host waits are recorded."""
@@ -242,6 +243,8 @@ class Chain:
             record.obstacle = "it runs more than once in a forward"
         if checkpoints_otherwise(self.blocks[index]):
             record.obstacle = "it checkpoints by a function of its own"
+        if reads_from_outside(self.blocks[index]):
+            record.obstacle = "it reads affix-tuning's network, which is trained outside of it"
         elsewhere = [str(leaf.device) for leaf in leaves if leaf.device != self.engine.device]
         if elsewhere:
             record.obstacle = f"it is given a tensor on {elsewhere[0]}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from prodial_kernels._checks import check_choice
 from prodial_kernels.methods.additional_scan import AdditionalScan as AdditionalScan
+from prodial_kernels.methods.affix_tuning import AffixTuning as AffixTuning
 from prodial_kernels.methods.base import Method as Method
 from prodial_kernels.methods.baselines import BitFit as BitFit
 from prodial_kernels.methods.baselines import Full as Full
@@ -18,11 +19,13 @@ from prodial_kernels.methods.lora import Lora as Lora
 from prodial_kernels.methods.parallel_adapter import ParallelAdapter as ParallelAdapter
 from prodial_kernels.methods.partial_lora import PartialLora as PartialLora
 from prodial_kernels.methods.partial_tuning import PartialTuning as PartialTuning
+from prodial_kernels.methods.prompt_tuning import PromptTuning as PromptTuning
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        Lora, PartialLora, ParallelAdapter, PartialTuning, AdditionalScan, BitFit, LinearProbe, Full
+        Lora, PartialLora, ParallelAdapter, PartialTuning, AdditionalScan, AffixTuning,
+        PromptTuning, BitFit, LinearProbe, Full
     )
 }  # fmt: skip
 """Every method but ProDiaL, by its name in files and on the command line."""

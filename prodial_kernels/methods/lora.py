@@ -14,8 +14,8 @@ class Lora(Method):
 
     Attributes:
         targets: Names of linear layers, as a configuration's ``target_modules`` takes them, and
-            ``"embed"`` for the embedding of tokens. Of a mixer that scans both ways, a name means
-            both directions' layers.
+            ``"embed"`` for the embedding of tokens or of patches. Of a mixer that scans both ways,
+            a name means both directions' layers.
         r: Rank.
         alpha: LoRA's numerator: α = alpha / r. Default: r.
         dropout: Dropout probability on the term's input in training mode, in [0, 1).

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from prodial_kernels import AffixTuning, PromptTuning, apply_methods
 from prodial_kernels.captured import CaptureWarning
 from prodial_kernels.captured.model import capture_with
 from support.captured.models import LAYERS, adapted
 from support.captured.standin import StandIn
 from support.captured.steps import gradients, same, step, warmed
-from support.models import token_ids
+from support.models import build, token_ids
 
 
 def test_another_shape_is_captured_too_until_there_are_too_many() -> None:
@@ -157,3 +158,21 @@ def test_changing_what_runs_between_blocks() -> None:
     step(plain, token_ids(seed=3))
     same(gradients(model), gradients(plain))
     assert engine.forwards == LAYERS + 2
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["tokens", "network"])
+def test_affix_tuning_trains_all_that_it_reads(mlp: bool) -> None:
+    """A network outside the blocks would get no gradient from a graph of one."""
+    model = build("mamba")
+    apply_methods(model, [AffixTuning(2, mlp=mlp), PromptTuning(2)])
+    plain = copy.deepcopy(model)
+    engine = warmed(model)
+    if mlp:
+        with pytest.warns(CaptureWarning, match="it reads affix-tuning's network"):
+            found = step(model, token_ids())
+    else:
+        found = step(model, token_ids())
+        assert engine.forwards
+    expected = step(plain, token_ids())
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(model), gradients(plain))

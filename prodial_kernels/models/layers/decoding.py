@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.models.layers.head import run_model
 from prodial_kernels.models.mixers.arguments import is_cache
+from prodial_kernels.models.mixers.inserted.upstream import with_inserted
 from prodial_kernels.models.mixers.structure import global_of, names_in
 from prodial_kernels.models.patch_point import AdaptedMixer, rebound
 from prodial_kernels.upstream import UpstreamError
@@ -200,7 +201,7 @@ def _clamped(mixer: Any, upstream: Callable[..., Any], *args: Any, **kwargs: Any
     if forward is None or mixer.training:
         return upstream(mixer, *args, **kwargs)
     step = partial(_clamped_step, global_of(forward, STEP), mixer.time_step_limit)
-    return rebound(forward, **{STEP: step})(mixer, *args, **kwargs)
+    return with_inserted(mixer, forward, mixer, args, kwargs, rebound(forward, **{STEP: step}))
 
 
 def _clamped_step(

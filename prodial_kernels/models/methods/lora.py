@@ -14,6 +14,7 @@ from prodial_kernels.models.methods.base import Site
 from prodial_kernels.models.methods.low_rank import (
     EMBEDDED,
     EmbeddedTerm,
+    PatchTerm,
     ReadTerm,
     StackedTerm,
     Term,
@@ -25,7 +26,9 @@ from prodial_kernels.module_tree import module_paths
 from prodial_kernels.quantization import QuantizedLinear
 
 EMBED = "embed"
-"""The target that means the embedding of tokens."""
+"""The target that means the embedding of tokens, or of patches."""
+PATCHES = ".patch_embed.proj"
+"""How the path of a patch embedding's convolution ends."""
 # Of a mixer: the layers whose weight the fused functions read, in both directions.
 _READ = {"x_proj": ("x_proj", "x_proj_b"), "dt_proj": ("dt_proj", "dt_proj_b")}
 
@@ -163,6 +166,16 @@ def _term(method: Any, tag: str, rows: int, covered: tuple[int, int] | None) -> 
 
 
 def _embedding_site(model: nn.Module, method: Lora) -> Site:
+    if method.dropout:
+        raise ValueError(
+            f"lora: dropout={method.dropout} on {EMBED!r}, whose input is numbers of tokens, or "
+            "whose weight is read as a whole; give it a method of its own with dropout=0"
+        )
+    for module, path in _paths(model):
+        if isinstance(module, nn.Conv2d) and f".{path}".endswith(PATCHES):
+            term = _term(method, "lora", module.out_channels, None)
+            own = term.shapes(method.r, module.weight[0].numel())
+            return Site(path, own, partial(PatchTerm, module, method, term, method.r))
     embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embedding, nn.Embedding):
         found = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -172,11 +185,6 @@ def _embedding_site(model: nn.Module, method: Lora) -> Site:
                 f"{type(model).__name__} has {len(found)}; take it out of targets"
             )
         embedding = found[0]
-    if method.dropout:
-        raise ValueError(
-            f"lora: dropout={method.dropout} on {EMBED!r}, whose input is numbers of tokens; give "
-            "it a method of its own with dropout=0"
-        )
     path = next(path for module, path in _paths(model) if module is embedding)
     a, b = EMBEDDED
     shapes: dict[str, tuple[int, ...]] = {

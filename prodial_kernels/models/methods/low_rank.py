@@ -7,7 +7,7 @@ Three places, by how a weight is used:
   kernels see one low-rank product. B's other rows are zeros there.
 * ``x_proj`` and ``dt_proj``, whose weight the fused functions read, are 1 to 3 % of ``in_proj``:
   whoever reads the weight gets W + α B A, formed anew, and gradients flow through it.
-* An embedding looks its rows up in A as well.
+* An embedding looks its rows up in A as well; a patch embedding's convolution reads W + α B A.
 """
 
 from __future__ import annotations
@@ -96,6 +96,31 @@ class Term:
         if self.whole:
             return moved
         return torch.cat((value[: self.start], moved, value[self.stop :]))
+
+
+@dataclass(frozen=True)
+class FlatTerm:
+    """View of a convolution's weight [n, c, h, w] as the matrix [n, c h w] that multiplies patches.
+
+    Attributes:
+        term: The term of that matrix.
+    """
+
+    term: Term
+
+    def __call__(self, module: nn.Module, value: Any) -> Any:
+        """W + α B A, in the shape of W."""
+        return self.term(module, value.flatten(1)).view_as(value)
+
+
+class PatchTerm(Addition):
+    """A term in the weight of a patch embedding's convolution."""
+
+    def __init__(self, convolution: nn.Conv2d, method: Method, term: Term, r: int) -> None:
+        """Add the term to ``convolution.weight``."""
+        weight: Any = convolution._parameters["weight"]
+        tensors = new_factors(term, r, weight, weight[0].numel())
+        super().__init__(convolution, method, tensors, views={"weight": FlatTerm(term)})
 
 
 def new_factors(term: Term, r: int, like: Tensor, columns: int) -> dict[str, Tensor]:

@@ -9,18 +9,22 @@ from torch import nn
 
 from prodial_kernels.methods import (
     AdditionalScan,
+    AffixTuning,
     BitFit,
     Lora,
     Method,
     ParallelAdapter,
     PartialLora,
     PartialTuning,
+    PromptTuning,
 )
 from prodial_kernels.models.methods.additional_scan import additional_scan_sites
+from prodial_kernels.models.methods.affix_tuning import affix_tuning_sites
 from prodial_kernels.models.methods.base import Site
 from prodial_kernels.models.methods.lora import lora_sites, partial_lora_sites
 from prodial_kernels.models.methods.parallel_adapter import parallel_adapter_sites
 from prodial_kernels.models.methods.partial_tuning import bitfit_sites, partial_tuning_sites
+from prodial_kernels.models.methods.prompt_tuning import prompt_tuning_sites
 
 # In the order of installation: each reads what the ones before it make of a parameter.
 _SITES: dict[type[Method], Callable[[nn.Module, Any], list[Site]]] = {
@@ -30,9 +34,11 @@ _SITES: dict[type[Method], Callable[[nn.Module, Any], list[Site]]] = {
     PartialLora: partial_lora_sites,
     AdditionalScan: additional_scan_sites,
     ParallelAdapter: parallel_adapter_sites,
+    AffixTuning: affix_tuning_sites,
+    PromptTuning: prompt_tuning_sites,
 }
 
-KEPT: frozenset[type[Method]] = frozenset({ParallelAdapter})
+KEPT: frozenset[type[Method]] = frozenset({ParallelAdapter, AffixTuning, PromptTuning})
 """Methods whose effect is no parameter's, so that a plain model cannot have it."""
 
 

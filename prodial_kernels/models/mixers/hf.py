@@ -36,6 +36,8 @@ from prodial_kernels import upstream as libraries
 from prodial_kernels.models.mixers.arguments import mask_among, named_arguments, parameters_of
 from prodial_kernels.models.mixers.branch import branch_of
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
+from prodial_kernels.models.mixers.inserted.tokens import AFFIX, inserted_tokens
+from prodial_kernels.models.mixers.inserted.upstream import with_inserted
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
 from prodial_kernels.models.mixers.projection import (
@@ -125,7 +127,7 @@ def _fused_forward(mixer: nn.Module) -> tuple[Forward, str] | None:
 
 def unfused_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) -> Any:
     """Run the path that evaluation takes: separate kernels, projectors called as modules."""
-    return upstream(View(mixer, training=False), *args, **kwargs)
+    return with_inserted(mixer, upstream, View(mixer, training=False), args, kwargs)
 
 
 def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -138,8 +140,9 @@ def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) 
     alone = is_explicit(projector.projector) and branch_of(projector.projector) is None
     if fused is not None and alone and not offloaded:
         replaced = partial(_scan_and_project, fused, projector.projector)
-        return rebound(upstream, **{FUSED_SSD: replaced})(view, *args, **kwargs)
-    output = upstream(view, *args, **kwargs)
+        run = rebound(upstream, **{FUSED_SSD: replaced})
+        return with_inserted(mixer, upstream, view, args, kwargs, run)
+    output = with_inserted(mixer, upstream, view, args, kwargs)
     if projector.called:
         return output
     features = projector.projector.in_features
@@ -161,16 +164,19 @@ def mamba_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any
         and kernels_available()
         and all(map(is_explicit, projections))
     ):
-        hidden = _masked_input(upstream, args, kwargs)
+        hidden = _masked_input(mixer, upstream, args, kwargs)
         if hidden is not None:
             return fused_mamba(mixer, hidden)
     return unfused_forward(mixer, upstream, *args, **kwargs)
 
 
 def _masked_input(
-    upstream: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    mixer: nn.Module, upstream: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """Return the input with padding set to 0; None if more than it and a mask is given."""
+    """Return the input with padding set to 0; None if more than it and a mask is given.
+
+    None too where a mixer that inserts tokens gets padding on the left.
+    """
     arguments = named_arguments(upstream, args, kwargs)
     given = {name: v for name, v in arguments.items() if v is not None and v is not False}
     hidden = given.pop(next(iter(parameters_of(upstream)), ""), None)
@@ -180,6 +186,9 @@ def _masked_input(
         return None
     if mask is None:
         return hidden
+    if inserted_tokens(mixer) is not None and not bool(mask[:, 0].all()):
+        # Padding on the left would stand between the tokens and the text.
+        return None
     return None if mask_padding is None else mask_padding(hidden, mask)
 
 
@@ -209,7 +218,9 @@ def _policy_of(mixer: nn.Module) -> Policy | None:
         return _evaluated(mixer, forward)
     out_proj = mixer._modules.get("out_proj")
     beside = out_proj is not None and branch_of(out_proj) is not None
-    return ssd_forward if "out_proj" in adapted or beside else None
+    if "out_proj" in adapted or beside or AFFIX in vars(mixer):
+        return ssd_forward
+    return None
 
 
 def _norms_groups_together(mixer: nn.Module) -> bool:

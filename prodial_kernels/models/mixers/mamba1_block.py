@@ -34,6 +34,14 @@ from prodial_kernels.models.mixers.branch import (
     branch_gradients,
     branch_operands,
 )
+from prodial_kernels.models.mixers.inserted.tokens import (
+    in_sequence,
+    inserted_tokens,
+    layout,
+    overwritten,
+    take_gradient,
+    write,
+)
 from prodial_kernels.models.mixers.projection import operands_of, placeholder
 from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
 from prodial_kernels.models.mixers.scan_function import differentiable_scan
@@ -75,6 +83,7 @@ class Options(NamedTuple):
         out_proj: Of that projection.
         recompute_xz: Whether backward recomputes xz.
         recompute_hidden: Recomputes the block's input in backward; None to keep it.
+        runs: (first, length) of what of in_proj's output the inserted tokens overwrite.
     """
 
     in_proj: ProjectionOptions
@@ -82,6 +91,7 @@ class Options(NamedTuple):
     out_proj: ProjectionOptions
     recompute_xz: bool
     recompute_hidden: Callable[[], Tensor] | None
+    runs: tuple[tuple[int, int], ...] = ()
 
 
 def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
@@ -102,8 +112,20 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
         in_options, scan_options, out_options, getattr(mixer, RECOMPUTE_XZ, False),
         norm_recomputation(hidden),
     )  # fmt: skip
+    inserted, columns, longer = inserted_tokens(mixer), None, None
+    if inserted is not None:
+        longer, columns = (
+            layout(hidden.shape[1], inserted, rounded=True),
+            in_sequence(mixer, inserted, 0),
+        )
+        hidden, again = longer.lengthened(hidden), options.recompute_hidden
+        lengthened = None if again is None else lambda: longer.lengthened(again())
+        options = options._replace(runs=longer.runs[0], recompute_hidden=lengthened)
     branch = branch_operands(mixer.out_proj, hidden, in_proj.weight.dtype)
-    return MambaBlock.apply(hidden, options, *scan.flat(), *in_proj, *out_proj, *branch)
+    y: Tensor = MambaBlock.apply(
+        hidden, options, *scan.flat(), *in_proj, *out_proj, *branch, columns
+    )
+    return y if longer is None else longer.shortened(y)
 
 
 def _traceable(mixer: Any, hidden: Tensor) -> Tensor:
@@ -111,20 +133,27 @@ def _traceable(mixer: Any, hidden: Tensor) -> Tensor:
 
     What it keeps is the compiler's choice: X, and the input of out_proj too.
     """
+    inserted, longer = inserted_tokens(mixer), None
+    if inserted is not None:
+        longer = layout(hidden.shape[1], inserted, rounded=True)
+        hidden = longer.lengthened(hidden)
     if isinstance(mixer.in_proj, ProdialLinear):
         xz = mixer.in_proj(hidden, channel_first=True)
     else:
         xz = mixer.in_proj(hidden).mT.contiguous()
+    if longer is not None:
+        xz = overwritten(xz, in_sequence(mixer, inserted, 0), longer.runs[0])
     operands, options = scan_operands(mixer, hidden)
     xz = xz.to(operands.x_proj.weight.dtype)
     y: Tensor = mixer.out_proj(differentiable_scan(xz, operands, options).mT)
-    return y
+    return y if longer is None else longer.shortened(y)
 
 
 _SCAN = 2
 _IN_PROJ = _SCAN + N_TENSORS
 _OUT_PROJ = _IN_PROJ + N_OPERANDS
 _BRANCH = _OUT_PROJ + N_OPERANDS
+_TOKENS = _BRANCH + N_BRANCH
 _SCALE_OF_OUT_PROJ = _OUT_PROJ + Operands._fields.index("scale_deviation")
 
 
@@ -133,7 +162,10 @@ class MambaBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, options: Options, *tensors: Tensor | None) -> Tensor:
-        """``tensors``: :meth:`ScanOperands.flat`, both projectors' ``Operands``, ``Branch``."""
+        """``tensors``: :meth:`ScanOperands.flat`, both projectors' ``Operands``, ``Branch``.
+
+        And last the tokens, [2E, k], that overwrite columns of xz; None for none.
+        """
         scan, in_proj, out_proj, branch = _operands(tensors)
         keeps_y = (
             options.recompute_hidden is not None
@@ -143,6 +175,8 @@ class MambaBlock(torch.autograd.Function):
         )
         with autocast_off(hidden.device.type):
             xz, in_h = project(hidden, in_proj, options.in_proj, channel_first=True)
+            if tensors[-1] is not None:
+                write(xz, tensors[-1], options.runs)
             gated, kept = scan_forward(xz, scan, options.scan)
             y, out_h = project(gated.mT, out_proj, options.out_proj)
             own = y
@@ -173,12 +207,14 @@ class MambaBlock(torch.autograd.Function):
             if xz is None:
                 hidden = _hidden(hidden, options)
                 xz, in_h = project(hidden, in_proj, options.in_proj, channel_first=True)
+                if tensors[-1] is not None:
+                    write(xz, tensors[-1], options.runs)
 
             def in_proj_input() -> Tensor | None:
                 return _hidden(hidden, options) if asked.in_proj.input else hidden
 
             prefetch = None
-            if asked.scan.x_proj.x and can_prefetch(in_proj, options.in_proj):
+            if any(asked.in_proj) and can_prefetch(in_proj, options.in_proj):
                 # Beside out_proj's product and the scan, which leave bandwidth unused.
                 prefetch = Prefetch(dy.device, lambda: (scaled_weight(in_proj), in_proj_input()))
             gated = None
@@ -193,22 +229,24 @@ class MambaBlock(torch.autograd.Function):
                 d_branch = branch_gradients(dy, gated.mT, beside, branch, dgated)
             del gated
             if dgated is None:
-                return (*[None] * _OUT_PROJ, *d_out_proj, None, *d_branch)
+                return (*[None] * _OUT_PROJ, *d_out_proj, None, *d_branch, None)
             if prefetch is not None:
                 prefetch.start()
             given = [dgated]
             del dgated
             dxz, d_scan = scan_gradients(given, xz, kept, scan, options.scan, asked.scan)
-            d_hidden = None
+            d_hidden = d_tokens = None
             d_in_proj: list[Tensor | None] = [None] * (N_OPERANDS - 1)
-            if asked.scan.x_proj.x:
+            if tensors[-1] is not None and asked.scan.x_proj.x:
+                d_tokens = take_gradient(dxz, options.runs).to(tensors[-1].dtype)
+            if any(asked.in_proj):
                 scaled, hidden = (None, in_proj_input()) if prefetch is None else prefetch.take()
                 d_hidden, *d_in_proj = project_backward(
                     dxz.mT, hidden, Kept(xz.mT, in_h, scaled), in_proj, options.in_proj,
                     asked.in_proj,
                 )  # fmt: skip
         gradients = (
-            d_hidden, None, *d_scan, *d_in_proj, None, *d_out_proj, None, *d_branch
+            d_hidden, None, *d_scan, *d_in_proj, None, *d_out_proj, None, *d_branch, d_tokens
         )  # fmt: skip
         return tuple(
             gradient if needed else None
@@ -227,7 +265,8 @@ class _Asked(NamedTuple):
     def of(cls, flags: tuple[bool, ...]) -> _Asked:
         """Read ``ctx.needs_input_grad``, whose order is that of ``MambaBlock.forward``."""
         own_in = flags[_IN_PROJ : _OUT_PROJ - 1]
-        scan = ScanNeeds.of(flags[0] or any(own_in), flags[_SCAN:_IN_PROJ])
+        xz = flags[0] or any(own_in) or flags[_TOKENS]
+        scan = ScanNeeds.of(xz, flags[_SCAN:_IN_PROJ])
         return cls(
             scan, Needs(flags[0], *own_in), Needs(scan.output, *flags[_OUT_PROJ : _BRANCH - 1])
         )
@@ -243,4 +282,4 @@ def _operands(tensors: Sequence[Any]) -> tuple[ScanOperands, Operands, Operands,
     scan = ScanOperands.unflatten(tensors[:N_TENSORS])
     middle, end = N_TENSORS + N_OPERANDS, N_TENSORS + 2 * N_OPERANDS
     in_proj, out_proj = Operands(*tensors[N_TENSORS:middle]), Operands(*tensors[middle:end])
-    return scan, in_proj, out_proj, Branch(*tensors[end:])
+    return scan, in_proj, out_proj, Branch(*tensors[end : end + N_BRANCH])

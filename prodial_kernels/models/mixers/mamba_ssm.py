@@ -26,6 +26,8 @@ from prodial_kernels.linear import ProdialLinear, forget_decoding_graphs
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
 from prodial_kernels.models.mixers.branch import branch_of
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
+from prodial_kernels.models.mixers.inserted.tokens import inserted_tokens
+from prodial_kernels.models.mixers.inserted.upstream import with_inserted
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
 from prodial_kernels.models.mixers.projection import (
@@ -55,6 +57,11 @@ _MAMBA2 = ("mamba_split_conv1d_scan_combined", ("in_proj", "out_proj", "use_mem_
 def recognises(mixer: nn.Module) -> bool:
     """Whether ``mixer`` is one of mamba_ssm's, by class name and by what its forward does."""
     return _kind(mixer) is not None
+
+
+def inserts(mixer: nn.Module) -> bool:
+    """Whether tokens can be inserted into ``mixer`` (:mod:`.inserted.tokens`): if not Mamba-3's."""
+    return _kind(mixer) not in (None, "Mamba3")
 
 
 def check(mixer: nn.Module, targets: frozenset[str]) -> None:
@@ -118,32 +125,35 @@ def mamba_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Te
 
 def unfused(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
     """Upstream's ``forward`` on separate kernels: its fused function would take W'."""
-    return upstream(
-        calling_projectors(mixer, use_fast_path=False, use_mem_eff_path=False), *args, **kwargs
-    )
+    view = calling_projectors(mixer, use_fast_path=False, use_mem_eff_path=False)
+    return with_inserted(mixer, upstream, view, args, kwargs)
 
 
 def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Tensor:
     """``Mamba2.forward`` and ``Mamba2Simple.forward``, fused where upstream is."""
     cached = cache_among(named_arguments(upstream, args, kwargs)) is not None
     if not mixer.use_mem_eff_path or cached:
-        return upstream(calling_projectors(mixer), *args, **kwargs)
+        return with_inserted(mixer, upstream, calling_projectors(mixer), args, kwargs)
     if getattr(mixer, "d_ssm", mixer.d_inner) < mixer.d_inner:
         # The fused function without out_proj fails in its backward here (UnboundLocalError).
-        return upstream(View(mixer, use_mem_eff_path=False), *args, **kwargs)
-    in_proj = _in_proj(mixer, split_first(upstream, args, kwargs)[0])
+        view = View(mixer, use_mem_eff_path=False)
+        return with_inserted(mixer, upstream, view, args, kwargs)
+    in_proj = mixer.in_proj
+    if inserted_tokens(mixer) is None:
+        in_proj = _in_proj(mixer, split_first(upstream, args, kwargs)[0])
     view = View(mixer, in_proj=in_proj, out_proj=NoProjection())
     alone = is_explicit(mixer.out_proj) and branch_of(mixer.out_proj) is None
     if torch.compiler.is_compiling() or not alone:
         # torch.compile cannot trace a function that is made while it traces.
-        return mixer.out_proj(upstream(view, *args, **kwargs))
+        return mixer.out_proj(with_inserted(mixer, upstream, view, args, kwargs))
     recomputed = in_proj if isinstance(in_proj, _RecomputedInput) else None
     keeping = Keeping(
         output=recomputed is not None and not getattr(mixer, RECOMPUTE_XZ, False),
         prefetch=None if recomputed is None else recomputed.prefetch,
     )
     fused = partial(scan_and_project, global_of(upstream, _MAMBA2[0]), mixer.out_proj, keeping)
-    return rebound(upstream, **{_MAMBA2[0]: fused})(view, *args, **kwargs)
+    run = rebound(upstream, **{_MAMBA2[0]: fused})
+    return with_inserted(mixer, upstream, view, args, kwargs, run)
 
 
 def viewed(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
+from prodial_kernels.models.mixers.inserted.tokens import inserted_tokens, layout, with_tokens
 from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS
 from prodial_kernels.models.mixers.projection import calling_projectors, is_changed
 from prodial_kernels.models.mixers.selective_scan import BACKWARD, FORWARD, Direction
@@ -55,16 +56,24 @@ def bidirectional_mamba(
     Returns:
         [b, l, d].
     """
+    tokens, longer = inserted_tokens(mixer), None
+    if tokens is not None:
+        longer = layout(hidden_states.shape[1], tokens, directions=len(directions))
+        hidden_states = longer.lengthened(hidden_states)
     if isinstance(mixer.in_proj, ProdialLinear):
         xz = mixer.in_proj(hidden_states, channel_first=True)
     else:
         xz = mixer.in_proj(hidden_states).mT.contiguous()
-    y = directed_scan(mixer, xz, directions[0], scan)
-    for direction in directions[1:]:
-        y = y + directed_scan(mixer, xz, direction, scan)
+    given = [xz] * len(directions)
+    if longer is not None:
+        given = with_tokens(mixer, tokens, xz, longer)
+    y = directed_scan(mixer, given[0], directions[0], scan)
+    for direction, own in zip(directions[1:], given[1:], strict=True):
+        y = y + directed_scan(mixer, own, direction, scan)
     if average:
         y = y / len(directions)
-    return mixer.out_proj(y.mT)
+    mixed = mixer.out_proj(y.mT)
+    return mixed if longer is None else longer.shortened(mixed)
 
 
 def recognises(mixer: nn.Module) -> bool:

@@ -118,11 +118,15 @@ class VisionMamba(nn.Module):
         middle = patches.shape[1] // 2
         token = self.cls_token.expand(patches.shape[0], -1, -1)
         x = torch.cat([patches[:, :middle], token, patches[:, middle:]], dim=1)
-        x, residual = x + self.pos_embed, None
+        return self.encode(x + self.pos_embed)[:, middle]
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Run the layers and the last norm: [b, l, width] -> [b, l, width], of any length l."""
+        x, residual = tokens, None
         for layer in self.layers:
             x, residual = layer(x, residual)
         x, _ = self.norm_f(self.drop_path(x), residual)
-        return x[:, middle]
+        return x
 
     def load_pretrained(self, checkpoint: Mapping[str, Any]) -> None:
         """Load a published checkpoint.

@@ -21,24 +21,11 @@ from prodial_kernels import (
 from prodial_kernels.config import get_preset
 from prodial_kernels.models.vision_mamba.norm import AddRMSNorm
 from prodial_kernels.training.step.optimizers import adapter_parameter_groups
+from support.mixers.vision import images
+from support.mixers.vision import tiny_vision_mamba as tiny
 from support.models import randomise_adapters
 
 CONFIG = ProdialConfig(r=3, block_size=2, modules_to_save=("head",))
-
-
-def tiny(**options: Any) -> VisionMamba:
-    """A 3-layer model on 2 × 2 patches, its parameters moved away from special values."""
-    torch.manual_seed(0)
-    sizes = {"width": 8, "depth": 3, "num_classes": 5, "image_size": 8, "patch_size": 4}
-    model = VisionMamba(**{**sizes, "d_state": 4, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def images(batch: int = 2, side: int = 8) -> Tensor:
-    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def on_meta(size: str, **options: Any) -> VisionMamba:

@@ -1,0 +1,1 @@
+"""Learned tokens between a mixer's projection and its scan: affix-tuning."""
