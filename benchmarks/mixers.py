@@ -9,7 +9,8 @@ at each shape; results are on disk after each.
 
 Variants: ``prodial``; ``lora-slow`` is LoRA as people run it today, in plain PyTorch with the fast
 path off; ``authors`` forms W' densely, in seconds a step, so only the first shape has it. Not
-unless asked for: ``recompute`` keeps less; ``lora`` is LoRA in this package's block.
+unless asked for: ``recompute`` keeps less; ``lora`` is LoRA in this package's block; MambaPEFT's
+methods, each in the block and (``-slow``) with the fast path off (``models/methods.py``).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from benchmarks.models.backbones import (  # noqa: E402
     build,
     make_step,
 )
+from benchmarks.models.methods import METHOD_VARIANTS  # noqa: E402
 from benchmarks.models.rows import ModelRow, shapes_of, write_rows  # noqa: E402
 from benchmarks.models.upstream import notes  # noqa: E402
 from benchmarks.models.variants import VARIANTS, adapted  # noqa: E402
@@ -103,7 +105,13 @@ def build_parser() -> argparse.ArgumentParser:
     option("--output", type=Path, help="JSON (default benchmarks/results/<device>/mixers.json)")
     option("--models", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     option("--shapes", nargs="+", metavar="BxL", help="for example 4x512")
-    option("--variants", nargs="+", choices=VARIANTS[1:], help="beside frozen")
+    option(
+        "--variants",
+        nargs="+",
+        choices=(*VARIANTS[1:], *METHOD_VARIANTS),
+        metavar="NAME",
+        help="beside frozen: of " + ", ".join((*VARIANTS[1:], *METHOD_VARIANTS)),
+    )
     option(
         "--configurations", type=int, default=0, metavar="N",
         help="let upstream's Mamba-2 kernels, of the floor and of all, choose among N of theirs",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from benchmarks.models.methods import METHOD_VARIANTS, with_methods
 from prodial_kernels import ProdialConfig, apply_prodial, remove_prodial
 
 VARIANTS = ("frozen", "prodial", "recompute", "lora", "lora-slow", "authors")
@@ -44,6 +45,8 @@ def adapted(model: nn.Module, variant: str) -> Iterator[None]:
     """Turn the frozen ``model`` into a variant, and back afterwards."""
     mixers: list[Any] = [module for module in model.modules() if hasattr(module, "out_proj")]
     change = {"frozen": _frozen, "authors": _authors}.get(variant, _prodial)
+    if variant in METHOD_VARIANTS:
+        change = with_methods
     with change(model, mixers, variant):
         yield
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from prodial_kernels._checks import check_choice, check_dropout, check_finite, check_integer
@@ -11,16 +11,15 @@ from prodial_kernels._checks import check_choice, check_dropout, check_finite, c
 MethodT = TypeVar("MethodT", bound="Method")
 
 
-def option(default: Any, help: str, *, kw_only: bool = False, **more: Any) -> Any:
+def option(default: Any, help: str, **more: Any) -> Any:
     """A field of a method: its default, and what the command line says of it.
 
     Args:
         default: Its default.
         help: One sentence, in the words of the command line.
-        kw_only: Whether it is given by name only.
         more: Further metadata, such as ``choices``.
     """
-    return field(default=default, kw_only=kw_only, metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,9 @@ class Method:
     name: ClassVar[str]
     """What files and the command line call it."""
 
-    decay: float = option(1.0, "multiplies the weight decay of what it trains", kw_only=True)
-    lr: float = option(1.0, "multiplies the learning rate of what it trains", kw_only=True)
+    _: KW_ONLY
+    decay: float = option(1.0, "multiplies the weight decay of what it trains")
+    lr: float = option(1.0, "multiplies the learning rate of what it trains")
 
     def __post_init__(self) -> None:
         for multiplier in ("decay", "lr"):

@@ -13,6 +13,7 @@ import torch
 from benchmarks import mixers
 from benchmarks.harness.task import line_of, message_of
 from benchmarks.models import backbones, upstream, variants
+from benchmarks.models.methods import METHOD_VARIANTS
 from benchmarks.models.rows import ModelRow, shapes_of, write_rows
 from prodial_kernels.linear import ProdialLinear
 from support.mixers import mamba_ssm_stand_ins as stand_ins
@@ -72,6 +73,20 @@ def test_a_variant_is_undone(mixer: type, variant: str, monkeypatch: pytest.Monk
         vars(m).get("use_fast_path", vars(m).get("use_mem_eff_path")) for m in model.modules()
     ]
     assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("variant", METHOD_VARIANTS)
+def test_a_list_of_methods_is_undone(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stand_ins.Model(stand_ins.Mamba, d_state=4).requires_grad_(False)
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(KeyError), variants.adapted(model, variant):  # noqa: PT012
+        assert any(p.requires_grad for p in model.parameters())
+        slow = variant.endswith("-slow")
+        assert all(layer.mixer.use_fast_path is not slow for layer in model.layers)
+        raise KeyError
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert not any("prodial" in name for name, _ in model.named_parameters())
+    assert all(layer.mixer.use_fast_path for layer in model.layers)
 
 
 @pytest.mark.parametrize(

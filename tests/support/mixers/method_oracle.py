@@ -60,7 +60,7 @@ class Oracle:
         blocks, scale = (self.leaf(path, f"prodial_{n}") for n in ("blocks", "scale"))
         if blocks is not None:
             d_a = torch.block_diag(*blocks)
-            eye = torch.eye(len(d_a), dtype=d_a.dtype)
+            eye = torch.eye(len(d_a), dtype=d_a.dtype, device=d_a.device)
             value = value @ ((eye - torch.relu(eye * d_a)) + (1 - eye) * d_a)
         if scale is not None:
             value = (1 + scale)[:, None] * value
@@ -104,7 +104,9 @@ class Oracle:
         if leaf == "A_log" and (offset := self.leaf(path, "prodial_added_scan_A_log")) is not None:
             method, k, n = self.method(AdditionalScan), offset.shape[1], own.shape[1]
             if method.init == "s4d":
-                begin = torch.log(torch.arange(n + 1, n + k + 1, dtype=own.dtype))[None]
+                begin = torch.log(
+                    torch.arange(n + 1, n + k + 1, dtype=own.dtype, device=own.device)
+                )[None]
             else:
                 begin = own[:, :k] if method.position == "prefix" else own[:, n - k :]
             return self.joined(value, begin + offset, 1)
@@ -168,10 +170,10 @@ class _Called(nn.Module):
 
 
 @torch.no_grad()
-def move(model: nn.Module, seed: int = 3) -> None:
+def move(model: nn.Module, seed: int = 3, spread: float = 0.2) -> None:
     """Move all that trains away from its initial values."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((noise * 0.2).to(parameter.dtype))
+            parameter.add_((noise * spread).to(parameter.dtype))
