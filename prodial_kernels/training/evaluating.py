@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prodial_kernels.files.json_values import JsonReport, finite_or_none
-from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import merge_prodial
+from prodial_kernels.models.adapt.state import is_adapted
 from prodial_kernels.models.layers.decoding import biased_projections
 from prodial_kernels.models.loading.load import LoadedModel
 from prodial_kernels.training.config import STDLIB_EVAL_TOKENS, STDLIB_MAX_BYTES
@@ -174,7 +174,7 @@ def assess_with_harness(
             "texts went through the model one at a time: lm-evaluation-harness pads on the left "
             "for tasks that generate, which a model with a bias in in_proj reads otherwise"
         )
-    if adapted_layers(loaded.model):
+    if is_adapted(loaded.model):
         merge_prodial(loaded.model)
     if limit is not None and limit >= 1:
         limit = int(limit)

@@ -21,7 +21,7 @@ from prodial_kernels.models.adapt.foreign_bases import (
 )
 from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.named_layer import NamedProdialLinear, check_adapter_name
-from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.adapt.names import adapter_parameters, unwrapped
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
 from prodial_kernels.models.adapt.snapshot import all_or_nothing
 from prodial_kernels.models.adapt.state import (
@@ -188,7 +188,7 @@ def find_bare(model: nn.Module, config: ProdialConfig, targets: Iterable[Target]
     return bare
 
 
-def merge_prodial(model: ModelT) -> ModelT:
+def merge_prodial(model: ModelT, *, keep: bool = False) -> ModelT:
     """Turn an adapted model into a plain one with the adapted weights, in place.
 
     Each adapted layer becomes an ``nn.Linear`` with weight W', dense on a quantised base too;
@@ -198,15 +198,23 @@ def merge_prodial(model: ModelT) -> ModelT:
     ``apply_prodial``. A weight that was tied to another one is no longer tied, and
     ``model.config`` says so; nor does it let transformers rescale weights when they are loaded.
 
+    Args:
+        model: An adapted model.
+        keep: Merge what can be, and keep methods whose effect is no weight's (ParallelAdapter), so
+            that the model stays an adapted one, of these methods alone, on the merged weights.
+
     Returns:
         ``model``.
 
     Raises:
-        ValueError: ``apply_prodial`` was not called on this model, a W' is not finite, which is
-            found before the first layer is replaced, or the model is sharded.
+        ValueError: ``apply_prodial`` was not called on this model, it has methods that cannot be
+            merged and ``keep`` is False, a W' is not finite, which is found before the first layer
+            is replaced, or the model is sharded.
     """
     inner = unwrapped(model)
     state = state_of(model, taking_out="merge_prodial")
+    if keep and state.unfinished is None:
+        state.kept = _take_kept(inner, state)
     _check_mergeable(inner, state)
     state.unfinished = "merge_prodial"
     _fold_offsets(state)
@@ -219,6 +227,8 @@ def merge_prodial(model: ModelT) -> ModelT:
         note_dense_layers(inner)
     settle_configuration(inner)
     _detach(inner, state)
+    if state.kept is not None:
+        _put_kept(inner, state)
     return model
 
 
@@ -343,10 +353,11 @@ def warn_of_rank(targets: Iterable[Target], r: int) -> None:
 def _check_mergeable(model: nn.Module, state: AdaptedState) -> None:
     """Raise ValueError where a W' is not finite or sharded, before any layer is replaced."""
     kept = [method.name for method in state.config.methods if type(method) in KEPT]
-    if kept:
+    if kept and state.kept is None:
         raise ValueError(
             f"{', '.join(kept)} cannot be merged: its effect is no weight's, and a plain model "
-            "cannot have it; the model is unchanged. Save it with save_adapter"
+            "cannot have it; the model is unchanged. Save it with save_adapter, or merge the rest "
+            "with merge_prodial(model, keep=True)"
         )
     for handle in () if state.unfinished else additions_of(state.parameters):
         for name in handle.views:
@@ -372,6 +383,32 @@ def _check_mergeable(model: nn.Module, state: AdaptedState) -> None:
                 f"{weight_like(layer.base_layer).dtype}: the adapter or the base weight is not, "
                 "or they overflow; the model is unchanged"
             )
+
+
+def _take_kept(model: nn.Module, state: AdaptedState) -> dict[str, Tensor] | None:
+    """Take methods that cannot be merged out of ``model``; return their tensors by plain names."""
+    handles = [h for h in additions_of(state.parameters) if type(h.method) in KEPT]
+    if not handles:
+        return None
+    own = {id(h.module._parameters[name]) for h in handles for name in h.names}
+    tensors = {
+        name: parameter.detach()
+        for name, parameter in adapter_parameters(model).items()
+        if id(parameter) in own
+    }
+    undo_all([*handles, *state.mixers])
+    state.mixers = []
+    state.parameters = [handle for handle in state.parameters if handle not in handles]
+    return tensors
+
+
+def _put_kept(model: nn.Module, state: AdaptedState) -> None:
+    """Put the methods of :func:`_take_kept` into the merged model."""
+    methods = [method for method in state.config.methods if type(method) in KEPT]
+    apply_methods(model, methods)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(model).items():
+            parameter.copy_((state.kept or {})[name])
 
 
 def _detach(model: nn.Module, state: AdaptedState) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.linear import adapted_layers
@@ -29,6 +29,7 @@ class AdaptedState:
         mixers: What gives the mixers their own paths back; made again when layers come or go.
         unfinished: The function that was stopped while it merged layer after layer, of which it
             keeps no copy; None if none was.
+        kept: While the rest is merged, the tensors of methods that cannot be, by their plain names.
     """
 
     adapters: dict[str, ProdialConfig]
@@ -37,11 +38,18 @@ class AdaptedState:
     parameters: list[Undo] = field(default_factory=list)
     mixers: list[Undo] = field(default_factory=list)
     unfinished: str | None = None
+    kept: dict[str, Tensor] | None = None
 
     @property
     def config(self) -> ProdialConfig:
         """The active adapter's configuration."""
         return self.adapters[self.active]
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether ``apply_prodial`` or PEFT has put an adapter or methods into ``model``."""
+    inner = unwrapped(model)
+    return STATE in vars(inner) or bool(adapted_layers(inner))
 
 
 def state_of(model: nn.Module, *, taking_out: str | None = None) -> AdaptedState:

@@ -47,6 +47,12 @@ def branch_of(layer: nn.Module) -> tuple[Tensor, Tensor, ParallelAdapter] | None
     return a, b, own[OPTIONS]
 
 
+def branch_rank(layer: nn.Module) -> int:
+    """Return the width of the network beside ``layer``; 0 where it has none."""
+    found = branch_of(layer)
+    return 0 if found is None else found[0].shape[0]
+
+
 def branch_operands(layer: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Branch:
     """Return the tensors of the network beside ``layer``, and draw its dropout.
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from prodial_kernels.config import ProdialConfig
-from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import apply_prodial
 from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.adapt.state import is_adapted
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.head import head_obstacle
@@ -209,7 +209,7 @@ def _as_trained(
     if isinstance(model, nn.Module):
         inner = _inner(model)
         empty = on_meta(inner)
-        if adapted_layers(inner):
+        if is_adapted(inner):
             if adapter is not None:
                 raise ValueError("`adapter` is for plain models, and this one has an adapter")
             return empty

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prodial_kernels.linear import OFFSET, adapted_layers
+from prodial_kernels.linear import ADDED, BESIDE, OFFSET, adapted_layers
+from prodial_kernels.models.adapt.state import is_adapted
 from prodial_kernels.models.layers.blocks import blocks_of, has_separate_norm, mixer_of
 from prodial_kernels.models.layers.fused_norms import is_fused
+from prodial_kernels.models.methods.low_rank import total_rank
 from prodial_kernels.models.mixers import hf
+from prodial_kernels.models.mixers.branch import branch_rank
 from prodial_kernels.quantization.modules.selection import kind_of, select_everything
 from prodial_kernels.training.memory.block_parts import BlockParts, parts_of
 
@@ -164,7 +167,7 @@ def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
         other_bytes=other_bytes,
         trained=trained,
         trained_bytes=trained_bytes,
-        adapted=bool(adapted_layers(model)),
+        adapted=is_adapted(model),
         stores_ends=ends <= stored,
     )
 
@@ -177,8 +180,8 @@ def _parts(model: nn.Module, ends: set[int]) -> tuple[tuple[FrozenPart, ...], se
     tied = [layers for _, layers in chosen.tied]
     for paths in (*chosen.linears, *chosen.embeddings, *tied, *chosen.experts):
         kind = kind_of(paths[0], model)
-        for weight in model.get_submodule(paths[0])._parameters.values():
-            if weight is None or weight.ndim < 2:
+        for name, weight in model.get_submodule(paths[0])._parameters.items():
+            if weight is None or weight.ndim < 2 or name.startswith(BESIDE):
                 continue
             stored.add(id(weight))
             if id(weight) not in ends:
@@ -199,7 +202,9 @@ def _describe_layer(block: nn.Module, kernels: bool, width: int) -> LayerShape:
     mixer: Any = mixer_of(block)
     separate = has_separate_norm(block)
     linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    adapters = [layer.r for layer in adapted_layers(block).values()]
+    adapters = [total_rank(layer) for layer in adapted_layers(block).values()]
+    # What ParallelAdapter keeps is what a term of its width would.
+    adapters += [rank for module in block.modules() if (rank := branch_rank(module))]
     shapes = tuple((linear.out_features, linear.in_features) for linear in linears)
     kind, inner, state, dt_rank, groups, projected = OTHER, 0, 0, 0, 0, 0
     fused = False
@@ -247,7 +252,7 @@ def _describe_layer(block: nn.Module, kernels: bool, width: int) -> LayerShape:
 
 def _trains(module: nn.Module, name: str) -> bool:
     """Whether a parameter, or its offset, requires a gradient."""
-    held = (module._parameters.get(n) for n in (name, OFFSET + name))
+    held = (module._parameters.get(n) for n in (name, OFFSET + name, f"{ADDED}scan_{name}"))
     return any(parameter is not None and parameter.requires_grad for parameter in held)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prodial_kernels import embedded
-from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.inject import remove_prodial
+from prodial_kernels.models.adapt.state import is_adapted
 from prodial_kernels.models.loading.load import EMBEDDED, LoadedModel, load_model
 from prodial_kernels.training.config import ConfigError, FinetuneConfig, ResolvedConfig
 from prodial_kernels.training.data.sources.objects import GIVEN
@@ -72,7 +72,7 @@ class Given:
                 f"`model` must be a causal language model of transformers, got a "
                 f"{type(model).__name__}; of a wrapper give the model in it"
             )
-        if adapted_layers(model) or hasattr(model, "peft_config"):
+        if is_adapted(model) or hasattr(model, "peft_config"):
             raise ConfigError(
                 "`model` carries an adapter; merge or remove it first, or give the plain model and "
                 "`init_adapter`"
@@ -128,5 +128,5 @@ class Given:
 
     def give_back(self) -> None:
         """Take the adapter off the caller's model again, after a run that did not end well."""
-        if self.model is not None and adapted_layers(self.model):
+        if self.model is not None and is_adapted(self.model):
             remove_prodial(self.model)

@@ -25,8 +25,10 @@ from prodial_kernels import (
     adapter_parameter_groups,
     add_adapter,
     apply_methods,
+    apply_prodial,
     load_adapter,
     merge_prodial,
+    plan,
     remove_prodial,
     save_adapter,
 )
@@ -356,3 +358,40 @@ def test_mamba_2_of_mamba_ssm() -> None:
     for layer in model.layers:
         layer.mixer.use_mem_eff_path = False
     torch.testing.assert_close(weighted(model), loss)
+
+
+def test_the_memory_plan_counts_what_methods_train() -> None:
+    from prodial_kernels.training.memory.shapes import describe_model
+
+    config = ProdialConfig.of(LISTS["together"])
+    plain, model = build("mamba", time_step_rank=3), build("mamba", time_step_rank=3)
+    apply_prodial(model, config)
+    made = plan(plain.config, adapter=config, batch_size=2, seq_len=16, dtype=torch.float32)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lines = {line.what: line.bytes for line in made.plan.peak.rows}
+    assert lines["adapter"] == sum(p.nbytes for p in trained)
+    assert lines["optimiser"] == 2 * lines["adapter"]
+    again = plan(model, batch_size=2, seq_len=16)
+    assert {line.what: line.bytes for line in again.plan.peak.rows} == lines
+    shape = describe_model(model, kernels=True).layers[0]
+    # Two LoRA terms and the adapter's own on in_proj; more states in the scan.
+    assert (shape.rank, shape.state, shape.dt_rank, shape.trains_a) == (2 + 3 + 2, 6, 3, True)
+    assert describe_model(plain, kernels=True).layers[0].state == 4
+
+
+def test_merging_keeps_what_is_no_weight(tmp_path: Path) -> None:
+    model = transformers_model(LISTS["together"]).eval()
+    move(model)
+    moved = loss_of(model)
+    merge_prodial(model, keep=True)
+    torch.testing.assert_close(loss_of(model), moved)
+    assert get_prodial_config(model).listed() == [ParallelAdapter(r=2)]
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "prodial_added_parallel_a", "prodial_added_parallel_b"
+    }  # fmt: skip
+    save_adapter(model, tmp_path)
+    merged = copy.deepcopy(model)
+    remove_prodial(merged)
+    load_adapter(merged, tmp_path)
+    assert torch.equal(loss_of(merged), loss_of(model))
+    assert merged.config.state_size == 6
