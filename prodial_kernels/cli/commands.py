@@ -36,6 +36,7 @@ _EXAMPLES = """\
 examples:
   prodial finetune                      a small pretrained Mamba-2 on Python's own source code
   prodial finetune --model DIR --data notes.txt --steps 500 --output my-run
+  prodial search --model DIR --data notes.txt --output my-search
   prodial evaluate --model DIR --adapter my-run/adapter --data notes.txt
   prodial generate --model DIR --adapter my-run/adapter --prompt "Once upon"
   prodial merge --model DIR --adapter my-run/adapter --output merged-model
@@ -56,6 +57,18 @@ examples:
   prodial finetune --config options.yaml --lr 0.001
   prodial finetune --init-adapter my-run --data more.txt --keep best
   prodial finetune --resume --output my-run               continue after Ctrl-C or a crash"""
+
+_SEARCH_EXAMPLES = """\
+Step one tries every part by itself, then combinations of them; step two varies the sizes, scales,
+learning rate and weight decay of the best. Each trial is a short run, evaluated on held-out data.
+The directory then holds report.md, search.png, and best.json for 'prodial finetune --config'.
+It needs optuna: pip install "prodial-kernels[search]".
+
+examples:
+  prodial search --model DIR --data notes.txt --trials 40 --max-trainable 200k --output my-search
+  prodial search --among scale lora --trials 10 --workers 2
+  prodial search --resume --output my-search              continue after Ctrl-C or a crash
+  prodial finetune --config my-search/best.json --steps 500 --output my-run"""
 
 _EVALUATE_EXAMPLES = """\
 Texts give loss, perplexity and bits per byte; multiple choice gives accuracy by likelihood, raw and
@@ -192,6 +205,35 @@ def _finetune(args: argparse.Namespace) -> int:
         if launch.main and RunDirectory(output).identity_file.exists():
             command = shlex.join(["prodial", "finetune", "--resume", "--output", output])
             _say(f"what was saved is kept; continue with: {command}")
+        raise
+    return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from prodial_kernels.search import SearchConfig, search
+    from prodial_kernels.search.config import OPTIONS as SEARCH_OPTIONS
+    from prodial_kernels.search.config import SEARCH_OUTPUT
+    from prodial_kernels.search.directory import SearchDirectory
+    from prodial_kernels.training.config_file import read_config_file
+
+    values = options.config_values(args)
+    values |= {name: value for name, value in vars(args).items() if name in SEARCH_OPTIONS}
+    if "config" in args:
+        values = {**read_config_file(args.config), **values}
+    output = values.setdefault("output", SEARCH_OUTPUT)
+    if "resume" in args:
+        saved = SearchDirectory(output).read().to_dict()
+        values = {**saved.pop("run"), **saved, **values}
+    config = SearchConfig.from_dict(values)
+    if "resume" not in args:
+        SearchDirectory(output).check_startable()
+    _quiet_transformers()
+    try:
+        print(search(config, resume="resume" in args))
+    except KeyboardInterrupt:
+        if SearchDirectory(output).identity_file.exists():
+            command = shlex.join(["prodial", "search", "--resume", "--output", output])
+            _say(f"what was done is kept; continue with: {command}")
         raise
     return 0
 
@@ -341,6 +383,11 @@ COMMANDS = {
         "[options]",
         "fine-tune a model; evaluate, save and merge it",
         _FINETUNE_EXAMPLES, options.add_finetune_options, _finetune,
+    ),
+    "search": _Command(
+        "[options]",
+        "search for the combination of methods, and their sizes, that trains best",
+        _SEARCH_EXAMPLES, options.add_search_options, _search,
     ),
     "evaluate": _Command(
         "[options]",

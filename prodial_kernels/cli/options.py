@@ -10,6 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from prodial_kernels.search.config import (
+    DEFAULT_STEPS,
+    SEARCH_OUTPUT,
+    SHARED_OPTIONS,
+)
+from prodial_kernels.search.config import OPTIONS as SEARCH_OPTIONS
 from prodial_kernels.training.config import (
     ADAPTER_OPTIONS,
     DEFAULTS,
@@ -46,6 +52,30 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE", help="options in a JSON, TOML or YAML file, such as "
         "batch_size: 4; flags win over it",
     )  # fmt: skip
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``prodial search``: its own, and those that all of its runs share."""
+    group = parser.add_argument_group("search")
+    for option in SEARCH_OPTIONS.values():
+        _add(group, option)
+    group.add_argument(
+        "--resume", action="store_true",
+        help="continue the search in --output, or work on it beside the process that does; options "
+        "that are not given are the search's own",
+    )  # fmt: skip
+    group.add_argument(
+        "--config", metavar="FILE", help="options of the runs in a JSON, TOML or YAML file; flags "
+        "win over it",
+    )  # fmt: skip
+    group = parser.add_argument_group("the runs of a search")
+    for name in SHARED_OPTIONS:
+        changes: Any = {
+            "output": {"help": "where the search is kept ({default}); must be empty or new",
+                       "default": SEARCH_OUTPUT},
+            "steps": {"default": DEFAULT_STEPS},
+        }.get(name, {})  # fmt: skip
+        add_option(group, name, **changes)
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -171,8 +201,11 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
 
 def add_option(group: Any, name: str, **changes: Any) -> None:
     """Add the flags of an option to a parser or group; ``changes`` are to its :class:`Option`."""
-    option = replace(OPTIONS[name], **changes)
-    details: dict[str, Any] = {"dest": name, "help": option.help_text}
+    _add(group, replace(OPTIONS[name], **changes))
+
+
+def _add(group: Any, option: Option) -> None:
+    details: dict[str, Any] = {"dest": option.name, "help": option.help_text}
     if option.type.startswith("bool"):
         details |= {"action": "store_const", "const": not option.flags[0].startswith("--no-")}
     else:

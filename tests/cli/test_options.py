@@ -21,6 +21,12 @@ FROZEN = {
     "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
     "--impl --quantize --quantize-modules --experts --shard --device --dtype --eval-every "
     "--save-every --log-every --config --init-adapter --keep --report-to",
+    "search": "--trials --among --max-trainable --refine --evaluations --workers --resume --config "
+    "--model --data --held-out --held-out-fraction --max-bytes --eval-tokens --output "
+    "--target-modules --allow-partial --lr --learning-rate --steps --batch-size --seq-len "
+    "--packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
+    "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
+    "--impl --quantize --quantize-modules --experts --device --dtype",
     "evaluate": "--model --adapter --data --split --max-tokens --seq-len --batch-size --lm-eval "
     "--num-fewshot --limit --json --impl --quantize --quantize-modules --device --dtype",
     "generate": "--model --adapter --prompt --chat --system --max-new-tokens --temperature --top-p "

@@ -24,7 +24,7 @@ ORDER = (
     "_version", "_checks", "files", "_validation", "module_patterns",
     "module_tree", "methods", "config", "upstream", "kernels", "ops", "functional", "testing",
     "quantization", "merged_weight", "scale_versions", "tuners", "linear", "embedded", "models",
-    "checkpoint", "peft", "training", "captured", "cli", "__main__",
+    "checkpoint", "peft", "training", "captured", "search", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -46,6 +46,9 @@ def own_read_weights(model: nn.Module, dtype: torch.dtype | None) -> list[ReadWe
     changes = []
     for path, owner in list(model.named_modules()):
         names = [name for name, child in owner.named_children() if is_foreign(child)]
+        if not names:
+            # Reading the bytecode of a whole class takes tens of milliseconds.
+            continue
         for name in {name for _, name in weight_reads(type(owner), names)}:
             try:
                 layer = from_foreign(owner.get_submodule(name), dtype)

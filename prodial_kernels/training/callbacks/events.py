@@ -143,7 +143,7 @@ class RunEvents:
 
     def metrics(self) -> dict[str, Any]:
         """Return what an evaluation of the model as it is now gives."""
-        return _evaluate(self._run)
+        return held_out_metrics(self._run)
 
     def _stop(self, step: int, ask: Callable[[], Sequence[str]]) -> None:
         by: Sequence[str] = []
@@ -173,7 +173,8 @@ class RunEvents:
             )
 
 
-def _evaluate(run: Run) -> dict[str, Any]:
+def held_out_metrics(run: Run) -> dict[str, Any]:
+    """Evaluate a run's model as it is now on its held-out examples."""
     autocast = run.autocast_dtype
     with (
         run.display.evaluating() as advance,

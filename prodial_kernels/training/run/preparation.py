@@ -34,6 +34,14 @@ from prodial_kernels.training.step.optimizers import check_optimizer
 
 
 @dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is evaluated on."""
+
+    split: DataSplit
+    batches: TrainingBatches
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything a run needs in memory."""
 
@@ -107,37 +115,24 @@ def prepare(
     plan: RunPlan | None,
     given: Given | None = None,
     world: World = ONE_PROCESS,
+    data: RunData | None = None,
 ) -> Run:
     """Load model and data, check whose run this is, and apply the method; nothing is written.
 
     ``saved`` is the run that is in ``folder`` already, None for a new one; ``given`` what takes the
-    place of names; the errors are those of :func:`~prodial_kernels.training.finetuning.finetune`.
+    place of names; ``data`` what another run with the same data
+    and batches has read; the errors are those of
+    :func:`~prodial_kernels.training.finetuning.finetune`.
     """
     given = Given() if given is None else given
     full = config.method == "full"
-    split = load_documents(
-        config.data if given.data is None else given.data,
-        held_out_fraction=config.held_out_fraction,
-        held_out_source=config.held_out if given.held_out is None else given.held_out,
-        max_bytes=config.max_bytes,
-    )
-    display.say(str(split))
+    split = read_split(config, given, display) if data is None else data.split
     # No device holds a model that is divided among them.
     home = torch.device("cpu") if config.shard else device
     loaded = given.load(config, device=home, dtype=torch.float32 if full else dtype)
     if loaded.quantization is not None:
         display.say(str(loaded.quantization))
-    separate = config.packing == "documents" and kind_of(split.train) == "text"
-    apart = arguments_apart(loaded.model) if separate else frozenset()
-    if separate and not apart:
-        display.say("documents are padded one by one: this model cannot reset its state in between")
-    batches = make_batches(
-        split.train, loaded.tokenizer,
-        seq_len=config.seq_len, batch_size=config.batch_size,
-        seed=config.seed, packing=config.packing, apart=apart,
-    )  # fmt: skip
-    for note in batches.notes:
-        display.say(note)
+    batches = batches_of(config, split, loaded, display) if data is None else data.batches
     begun_with = config.init_adapter
     identity = RunIdentity(
         config=config.to_dict(),
@@ -174,6 +169,36 @@ def prepare(
         config, folder, display, loaded, split, batches, method, options, device, dtype, choice,
         plan, levels, identity, implementation, world,
     )  # fmt: skip
+
+
+def read_split(config: ResolvedConfig, given: Given, display: Progress) -> DataSplit:
+    """Read and divide a run's data; DataError where it cannot be used."""
+    split = load_documents(
+        config.data if given.data is None else given.data,
+        held_out_fraction=config.held_out_fraction,
+        held_out_source=config.held_out if given.held_out is None else given.held_out,
+        max_bytes=config.max_bytes,
+    )
+    display.say(str(split))
+    return split
+
+
+def batches_of(
+    config: ResolvedConfig, split: DataSplit, loaded: LoadedModel, display: Progress
+) -> TrainingBatches:
+    """Make a run's batches for a model; DataError where it cannot read the data."""
+    separate = config.packing == "documents" and kind_of(split.train) == "text"
+    apart = arguments_apart(loaded.model) if separate else frozenset()
+    if separate and not apart:
+        display.say("documents are padded one by one: this model cannot reset its state in between")
+    batches = make_batches(
+        split.train, loaded.tokenizer,
+        seq_len=config.seq_len, batch_size=config.batch_size,
+        seed=config.seed, packing=config.packing, apart=apart,
+    )  # fmt: skip
+    for note in batches.notes:
+        display.say(note)
+    return batches
 
 
 def _loop_options(config: ResolvedConfig, batches: TrainingBatches) -> LoopOptions:
