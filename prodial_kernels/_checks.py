@@ -12,6 +12,7 @@ from pathlib import Path
 
 IMPLS = ("auto", "triton", "torch", "reference")
 DIAGONALS = ("relu", "free")
+COMPUTES = ("same", "fp8")
 # The largest finite number in fp32.
 FP32_MAX = (2 - 2**-23) * 2.0**127
 

@@ -124,6 +124,55 @@ def triton_obstacle(x: Tensor) -> str | None:
     return None
 
 
+# The largest side of a diagonal block that is applied before rounding to fp8.
+MAX_FP8_BLOCK = 128
+
+
+def check_fp8(x: Tensor, blocks: Tensor | None, *, stored: bool, asked: str, chosen: str) -> None:
+    """Check that ``compute="fp8"`` can run on ``x``.
+
+    Args:
+        x: The input.
+        blocks: D_a, [n_blocks, P, P].
+        stored: Whether the weight is stored in fp8.
+        asked: The ``impl`` that was asked for.
+        chosen: What it stands for on ``x``.
+
+    Raises:
+        RuntimeError: A GPU older than Ada, which has no fp8 tensor cores.
+        TypeError: ``impl="auto"`` on a GPU with another dtype than the kernels take.
+        ValueError: A dense weight, or diagonal blocks that are too large.
+    """
+    if not stored:
+        raise ValueError(
+            "compute='fp8' multiplies a weight that is stored in fp8, got a dense one; store it by "
+            "quantize_model(model, 'fp8') before it is adapted (--quantize fp8), or use "
+            "compute='same'"
+        )
+    if chosen == "triton" and blocks is not None and blocks.shape[-1] > MAX_FP8_BLOCK:
+        raise ValueError(
+            f"compute='fp8' takes diagonal blocks of at most {MAX_FP8_BLOCK}×{MAX_FP8_BLOCK} with "
+            f"impl='triton', got {blocks.shape[-1]}; choose a smaller block_size, compute='same' "
+            "or impl='torch'"
+        )
+    if not x.is_cuda:
+        return
+    if asked == "auto" and chosen == "torch":
+        raise TypeError(
+            f"compute='fp8' with impl='auto' cannot run on {x.dtype} here: fp8 tensor cores are "
+            "used by the kernels alone, which take float16 and bfloat16; cast x, run under "
+            "torch.autocast, or ask for impl='torch', which rounds as they do and saves no time"
+        )
+    if chosen != "triton":
+        return
+    if device_capability(x.device) < (8, 9):
+        raise RuntimeError(
+            f"compute='fp8' cannot run: {torch.cuda.get_device_name(x.device)} is older than Ada "
+            "(sm_89) and has no fp8 tensor cores; use compute='same', or impl='torch', which "
+            "rounds as they do and saves no time"
+        )
+
+
 def device_capability(device: torch.device) -> tuple[int, int]:
     """The compute capability, which PyTorch takes some microseconds to look up each time."""
     if torch.compiler.is_compiling():

@@ -15,6 +15,7 @@ from re import Pattern
 from typing import Any
 
 from prodial_kernels._checks import (
+    COMPUTES,
     DIAGONALS,
     IMPLS,
     check_choice,
@@ -47,6 +48,9 @@ class AdapterOptions:
         train_scale: Whether to have the output scale s.
         train_diagonal: Whether to have the block-diagonal factor.
         impl: As in :func:`prodial_kernels.prodial_linear`.
+        compute: ``"fp8"`` multiplies by the frozen weight on fp8 tensor cores, in forward and
+            backward; the weight has to be stored in fp8 by 128×128 tiles. ``"same"``: in the
+            input's dtype.
 
     Raises:
         ValueError: A value out of range or not finite, or a choice that does not exist.
@@ -60,6 +64,7 @@ class AdapterOptions:
     train_scale: bool = True
     train_diagonal: bool = True
     impl: str = "auto"
+    compute: str = "same"
 
     def __post_init__(self) -> None:
         check_integer("r", self.r, least=0, hint=" (0 switches the LoRA part off)")
@@ -71,6 +76,7 @@ class AdapterOptions:
         check_dropout(self.lora_dropout)
         check_choice("diagonal", self.diagonal, DIAGONALS)
         check_choice("impl", self.impl, IMPLS)
+        check_choice("compute", self.compute, COMPUTES)
         check_flag("train_scale", self.train_scale)
         check_flag("train_diagonal", self.train_diagonal)
         if self.r == 0 and not self.train_scale and not self.train_diagonal:
@@ -85,7 +91,7 @@ class ProdialConfig(AdapterOptions):
 
     Attributes:
         r: As in :class:`AdapterOptions`, like ``lora_alpha``, ``lora_dropout``, ``diagonal``,
-            ``train_scale``, ``train_diagonal`` and ``impl``.
+            ``train_scale``, ``train_diagonal``, ``impl`` and ``compute``.
         target_modules: As in PEFT: a list of names, each matching a module whose dotted path ends
             with it, or one regular expression that must match whole dotted paths. A string that
             is one plain name, such as ``"in_proj"``, is that name. ``"mixer"``, ``"attention"``

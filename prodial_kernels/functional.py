@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels._checks import DIAGONALS, check_choice, check_dropout, check_finite
-from prodial_kernels._validation import check_frozen, check_operands, check_triton
+from prodial_kernels._validation import check_fp8, check_frozen, check_operands, check_triton
 from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
 from prodial_kernels.ops.autocast import autocast_dtype, autocast_off
 from prodial_kernels.ops.function import differentiable_projection
@@ -146,7 +146,7 @@ def _prepared(
     cast_to: torch.dtype | None,
 ) -> tuple[Operands, ProjectionOptions]:
     """:func:`prepared` of an ``x`` that autocast has cast to this dtype."""
-    impl, lora_scaling, lora_dropout, diagonal, packed = options
+    impl, lora_scaling, lora_dropout, diagonal, packed, compute = options
     if impl != "plain":
         check_choice("diagonal", diagonal, DIAGONALS)
         check_dropout(lora_dropout)
@@ -158,6 +158,8 @@ def _prepared(
     if impl == "triton":
         check_triton(x)
     weight, blocks, scale_deviation, lora_a, lora_b, bias, _ = operands
+    if compute == "fp8":
+        check_fp8(x, blocks, stored=packed is not None, asked=impl, chosen=chosen)
     if bias is not None and (cast_to is not None or packed is not None):
         bias = bias.to(dtype)
     if packed is None:
@@ -183,7 +185,9 @@ def _prepared(
         noise = torch.rand(x.shape, device=x.device) >= lora_dropout
     return (
         Operands(weight, blocks, scale_deviation, lora_a, lora_b, bias, noise),
-        ProjectionOptions(chosen, float(lora_scaling), float(lora_dropout), diagonal, packed),
+        ProjectionOptions(
+            chosen, float(lora_scaling), float(lora_dropout), diagonal, packed, compute
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from prodial_kernels.config import AdapterOptions, ProdialConfig, resolve_block_size
 from prodial_kernels.functional import checked_linear
-from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
+from prodial_kernels.kernels.projector.operands import Compute, Impl, Operands, ProjectionOptions
 from prodial_kernels.merged_weight import Marks, marks_of, merge_again
 from prodial_kernels.ops.implementation import described_impl
 from prodial_kernels.ops.layout import lay_out
@@ -24,6 +24,7 @@ from prodial_kernels.quantization import (
     quantization_error,
     quantize_linear,
 )
+from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.names import ADDED as ADDED
 from prodial_kernels.quantization.names import OFFSET as OFFSET
 from prodial_kernels.scale_versions import KEPT_AS, NEWEST, refuse_newer, scale_to_load, unpickled
@@ -58,6 +59,7 @@ class ProdialLinear(nn.Module):
     prodial_b: nn.Parameter | None
     _merged_weight: Tensor | None
     _merged_of: Marks = ()
+    compute: str = AdapterOptions.compute  # which pickled layers of older releases do not have
 
     def __init__(
         self,
@@ -73,6 +75,8 @@ class ProdialLinear(nn.Module):
         _check_base_layer(base_layer)
         _check_adapter_dtype(adapter_dtype)
         adapter = AdapterOptions(**options)
+        if adapter.compute == "fp8":
+            _check_stored_in_fp8(base_layer)
         self.in_features = base_layer.in_features
         self.out_features = base_layer.out_features
         self.block_size = resolve_block_size(self.in_features, n_blocks, block_size)
@@ -82,6 +86,7 @@ class ProdialLinear(nn.Module):
         self.diagonal = adapter.diagonal
         self.adapter_dtype = adapter_dtype
         self.impl = adapter.impl
+        self.compute = adapter.compute
         self.adapter_enabled = True
         self.base_layer = base_layer.requires_grad_(False)
 
@@ -117,6 +122,7 @@ class ProdialLinear(nn.Module):
         train_diagonal: bool = AdapterOptions.train_diagonal,
         adapter_dtype: torch.dtype = torch.float32,
         impl: str = AdapterOptions.impl,
+        compute: str = AdapterOptions.compute,
     ) -> ProdialLinear:
         """Wrap a linear layer. The layer itself is kept, frozen, as ``base_layer``.
 
@@ -132,17 +138,20 @@ class ProdialLinear(nn.Module):
             train_diagonal: See ``r``.
             adapter_dtype: Dtype of the trained tensors, and the narrowest they are ever cast to.
             impl: See ``r``.
+            compute: See ``r``.
 
         Raises:
             TypeError: ``linear`` is neither an ``nn.Linear`` with a weight nor a
                 ``QuantizedLinear``, or an option is of the wrong kind.
-            ValueError: An option out of range or not finite, a layer without features, or a block
-                count that does not divide ``in_features`` (the message lists the divisors).
+            ValueError: An option out of range or not finite, a layer without features, a block
+                count that does not divide ``in_features`` (the message lists the divisors), or
+                ``compute="fp8"`` of a layer that is not stored in fp8 by tiles.
         """
         return cls(
             linear, r=r, n_blocks=n_blocks, block_size=block_size, lora_alpha=lora_alpha,
             lora_dropout=lora_dropout, diagonal=diagonal, train_scale=train_scale,
             train_diagonal=train_diagonal, adapter_dtype=adapter_dtype, impl=impl,
+            compute=compute,
         )  # fmt: skip
 
     @classmethod
@@ -243,8 +252,9 @@ class ProdialLinear(nn.Module):
         else:
             weight = base.weight
         options = ProjectionOptions(
-            cast(Impl, self.impl), self.lora_scaling, self.lora_dropout, self.diagonal, packed
-        )
+            cast(Impl, self.impl), self.lora_scaling, self.lora_dropout, self.diagonal, packed,
+            cast(Compute, self.compute),
+        )  # fmt: skip
         return Operands(weight, *parts, base.bias if bias else None), options
 
     @torch.no_grad()
@@ -363,6 +373,8 @@ class ProdialLinear(nn.Module):
             parts.append(f"diagonal={self.diagonal!r}")
         parts.append(f"scale={self.prodial_scale is not None}")
         parts.append(described_impl(self.impl, weight_like(self.base_layer)))
+        if self.compute != "same":
+            parts.append(f"compute={self.compute!r}")
         if self.merged:
             parts.append("merged")
         if not self.adapter_enabled:
@@ -450,6 +462,20 @@ def adapter_disabled(model: nn.Module) -> Iterator[None]:
         forget_decoding_graphs(model)
 
 
+@contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """Let the adapters in ``model`` compute in the dtype of their inputs, and as before after."""
+    layers = [layer for layer in adapted_layers(model).values() if layer.compute != "same"]
+    before = [layer.compute for layer in layers]
+    for layer in layers:
+        layer.compute = "same"
+    try:
+        yield
+    finally:
+        for layer, compute in zip(layers, before, strict=True):
+            layer.compute = compute
+
+
 def forget_decoding_graphs(model: nn.Module) -> None:
     """Drop the CUDA graphs of mamba_ssm's ``generate(cg=True)``, which hold the weights of then."""
     for module in model.modules():
@@ -473,6 +499,23 @@ def _check_base_layer(layer: object) -> None:
         raise ValueError(
             "base_layer must have at least one feature in and out, got in_features="
             f"{layer.in_features}, out_features={layer.out_features}"
+        )
+
+
+def _check_stored_in_fp8(layer: nn.Linear | QuantizedLinear) -> None:
+    """Raise ValueError unless the layer is stored in fp8 by 128×128 tiles."""
+    if not isinstance(layer, FP8Linear):
+        stored = f"stored in {layer.FORMAT}" if isinstance(layer, QuantizedLinear) else "dense"
+        raise ValueError(
+            f"compute='fp8' multiplies a weight that is stored in fp8, and this one is {stored}; "
+            "store it by quantize_model(model, 'fp8') before it is adapted (--quantize fp8), or "
+            "use compute='same'"
+        )
+    if layer.by_rows:
+        raise ValueError(
+            "compute='fp8' takes fp8 weights with a scale per 128×128 tile, and this one has a "
+            "scale per row; dequantise it and store it by quantize_model(model, 'fp8'), or use "
+            "compute='same'"
         )
 
 

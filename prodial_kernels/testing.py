@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prodial_kernels.kernels.projector.operands import Impl, Operands, ProjectionOptions
+from prodial_kernels.kernels.projector.operands import (
+    Compute,
+    Impl,
+    Operands,
+    ProjectionOptions,
+)
 from prodial_kernels.ops.reference import reference_linear, scale_deviation_of
 
 
@@ -67,6 +72,7 @@ class LinearCase:
     lora_scaling: float = 0.5
     lora_dropout: float = 0.0
     diagonal: str = "relu"
+    compute: Compute = "same"
 
     TRAINED = ("x", "blocks", "scale", "lora_a", "lora_b", "bias")
 
@@ -110,7 +116,9 @@ class LinearCase:
 
     def options(self, impl: Impl) -> ProjectionOptions:
         """What is not a tensor, for an implementation."""
-        return ProjectionOptions(impl, self.lora_scaling, self.lora_dropout, self.diagonal)
+        return ProjectionOptions(
+            impl, self.lora_scaling, self.lora_dropout, self.diagonal, compute=self.compute
+        )
 
     @property
     def scale_deviation(self) -> Tensor | None:

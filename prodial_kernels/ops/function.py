@@ -12,7 +12,12 @@ from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, Pr
 from prodial_kernels.ops.autocast import autocast_off
 from prodial_kernels.ops.detours import is_small
 from prodial_kernels.ops.layout import direct_length, lay_out, token_matrix, unit_stride_rows
-from prodial_kernels.ops.projection import backward, forward, takes_output
+from prodial_kernels.ops.projection import (
+    backward,
+    forward,
+    takes_channel_first,
+    takes_output,
+)
 
 
 class Recomputed(Protocol):
@@ -40,7 +45,7 @@ def differentiable_projection(
         recomputed: Recomputes ``x`` in backward, so that it is not kept.
     """
     length = 0
-    if channel_first and options.impl == "triton" and direct_length(x.shape[-2]):
+    if channel_first and takes_channel_first(options) and direct_length(x.shape[-2]):
         length = x.shape[-2]
     if x.dtype != operands.weight.dtype:
         with autocast_off(x.device.type):
@@ -81,9 +86,10 @@ class ProdialLinearFunction(torch.autograd.Function):
         operands = Operands(weight, blocks, scale_deviation, lora_a, lora_b, bias, noise)
         needs = Needs(*ctx.needs_input_grad[:7])
         kernels = options.impl == "triton"
-        given, x = x.shape, token_matrix(x) if kernels else x
+        direct = takes_channel_first(options)
+        given, x = x.shape, token_matrix(x, direct=direct) if kernels else x
         y, h = forward(x, operands, options, length)
-        small = h is None and not length and is_small(x, operands)
+        small = direct and h is None and not length and is_small(x, operands)
         n = weight.shape[0]
         shape = (*given[:-2], n, length) if length else (*given[:-1], n)
         if y.ndim != len(shape) or options.impl == "plain":
@@ -119,7 +125,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if needs.input and ctx.recomputed is not None:
         with autocast_off(grad_output.device.type):
             x, scaled = ctx.recomputed.take()
-        x = token_matrix(x) if kernels else x
+        x = token_matrix(x, direct=takes_channel_first(options)) if kernels else x
     if x is None:  # its layout is enough, and without the kernels its shape
         blank = grad_output.new_empty
         x = blank(ctx.shape) if kernels else blank(()).expand(ctx.shape)

@@ -24,16 +24,16 @@ def lay_out(y: Tensor, channel_first: bool) -> Tensor:
     return y.transpose(-1, -2).contiguous() if channel_first else y
 
 
-def token_matrix(x: Tensor) -> Tensor:
+def token_matrix(x: Tensor, *, direct: bool = True) -> Tensor:
     """[..., l, F] of any strides -> the matrix of tokens that the kernels take.
 
-    That is a view of ``x`` where there is one: [M, F] with unit inner stride, or channel-first
-    [b, F, l] where the tokens lie side by side. Else it is a copy [M, F], by PyTorch's
-    operators where autograd records them.
+    That is a view of ``x`` where there is one: [M, F] with unit inner stride, or, where
+    ``direct``, channel-first [b, F, l] where the tokens lie side by side. Else it is a copy [M, F],
+    by PyTorch's operators where autograd records them.
     """
     if x.ndim == 3 and x.shape[2] > 1 and x.stride(2) != 1 and x.stride(1) == 1:
         addressable = x.stride(2) % 8 == 0 and x.stride(0) % 8 == 0
-        if direct_length(x.shape[1]) and addressable and _rows_apart(x.mT):
+        if direct and direct_length(x.shape[1]) and addressable and _rows_apart(x.mT):
             return x.mT
         if not (torch.is_grad_enabled() and x.requires_grad):
             x = transposed(x.mT)

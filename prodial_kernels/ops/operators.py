@@ -38,18 +38,18 @@ from prodial_kernels.ops.detours import (
     tokens_of,
 )
 
-_OPERANDS = (
+OPERANDS = (
     "Tensor x, Tensor weight, Tensor? blocks, Tensor? scale_deviation, Tensor? lora_a, "
     "Tensor? lora_b, Tensor? bias, Tensor? seed"
 )
-_OPTIONS = "float lora_scaling, float lora_dropout, bool relu"
-_NEEDS = "bool need_x, bool need_blocks, bool need_scale, bool need_a, bool need_b, bool need_bias"
+OPTIONS = "float lora_scaling, float lora_dropout, bool relu"
+NEEDS = "bool need_x, bool need_blocks, bool need_scale, bool need_a, bool need_b, bool need_bias"
 
 _library = torch.library.Library("prodial_kernels", "DEF")
-_library.define(f"linear_forward({_OPERANDS}, {_OPTIONS}, SymInt length) -> (Tensor y, Tensor h)")
+_library.define(f"linear_forward({OPERANDS}, {OPTIONS}, SymInt length) -> (Tensor y, Tensor h)")
 _library.define(
-    f"linear_backward(Tensor dy, {_OPERANDS}, Tensor? y, Tensor? h, Tensor? scaled, {_OPTIONS}, "
-    f"{_NEEDS}) -> (Tensor dx, Tensor dblocks, Tensor dscale, Tensor da, Tensor db, Tensor dbias)"
+    f"linear_backward(Tensor dy, {OPERANDS}, Tensor? y, Tensor? h, Tensor? scaled, {OPTIONS}, "
+    f"{NEEDS}) -> (Tensor dx, Tensor dblocks, Tensor dscale, Tensor da, Tensor db, Tensor dbias)"
 )
 
 
@@ -63,12 +63,12 @@ def linear_forward(
     [M / length, N, length].
     """
     tensors = (x, *operands)
-    if _dispatched(tensors):
+    if dispatched(tensors):
         y, h = torch.ops.prodial_kernels.linear_forward(*tensors, *_scalars(options), length)
         return y, None if operands.lora_a is None else h
     if not length and is_small(x, operands):
         # Not below the dispatcher, whose operator always returns H.
-        (y,) = _replayed()(_small().recorded_forward, (x, *operands), (options,))
+        (y,) = replayed()(_small().recorded_forward, (x, *operands), (options,))
         return y, None
     return _forward(x, operands, options, length)
 
@@ -86,7 +86,7 @@ def linear_backward(
     dY and Y have one layout, X and dX one: [M, features] or channel-first [b, features, l].
     """
     tensors = (dy, x, *operands, *kept)
-    if not _dispatched(tensors):
+    if not dispatched(tensors):
         return _backward(dy, x, operands, kept, options, needs)
     asked = (needs.x, *needs[2:])
     dx, *adapter = (
@@ -107,7 +107,7 @@ def scaled_weight(operands: Operands) -> Tensor:
     if operands.scale_deviation is None:
         raise ValueError("operands: without a scale the weight itself is what is multiplied by")
     tensors = operands.weight, operands.scale_deviation
-    (scaled,) = _replayed()(_projector().scaled_weight, tensors, ())
+    (scaled,) = replayed()(_projector().scaled_weight, tensors, ())
     made: Tensor = scaled
     return made
 
@@ -116,7 +116,7 @@ def scaled_weight(operands: Operands) -> Tensor:
 _DISPATCH_MODES: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
-def _dispatched(tensors: tuple[Tensor | None, ...]) -> bool:
+def dispatched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether a compiler, a dispatch mode or a tensor subclass has to see the operator.
 
     Selective checkpointing, FLOP counters, FakeTensorMode and torch.compile are such. Otherwise
@@ -147,7 +147,7 @@ def _small() -> ModuleType:
 
 
 @cache
-def _replayed() -> Callable[..., Sequence[Any]]:
+def replayed() -> Callable[..., Sequence[Any]]:
     """:func:`prodial_kernels.kernels.replay.recorded_calls.replayed`, imported likewise."""
     from prodial_kernels.kernels.replay.recorded_calls import replayed
 
@@ -157,7 +157,7 @@ def _replayed() -> Callable[..., Sequence[Any]]:
 def _forward(
     x: Tensor, operands: Operands, options: ProjectionOptions, length: int
 ) -> tuple[Tensor, Tensor | None]:
-    run, function = _replayed(), _projector().recorded_forward
+    run, function = replayed(), _projector().recorded_forward
     if not (is_wide(operands) or is_dense(operands.blocks)):
         y, h = run(function, (x, *operands), (options, length))
         return y, h
@@ -180,7 +180,7 @@ def _backward(
     wide, dense = is_wide(operands), is_dense(operands.blocks)
     if kept.y is None and kept.h is None and dy.ndim == 2 and is_small(x, operands):
         tensors = (dy, x, *operands)
-        return Gradients(*_replayed()(_small().recorded_backward, tensors, (options, needs)))
+        return Gradients(*replayed()(_small().recorded_backward, tensors, (options, needs)))
     if not (wide or dense):
         return _backward_by_kernels(dy, x, operands, kept, options, needs)
     with autocast_off(dy.device.type):
@@ -204,7 +204,7 @@ def _backward_by_kernels(
     needs: Needs,
 ) -> Gradients:
     tensors = (dy, x, *operands, *kept)
-    return Gradients(*_replayed()(_projector().recorded_backward, tensors, (options, needs)))
+    return Gradients(*replayed()(_projector().recorded_backward, tensors, (options, needs)))
 
 
 def _backward_by_thin(
@@ -236,7 +236,7 @@ def _backward_by_products(
     if any(needs[2:-1]):
         product = product_of(dy, x)
         da, db = low_rank_gradients(product, operands, options.lora_scaling, needs)
-        dscale, dblocks = _replayed()(
+        dscale, dblocks = replayed()(
             _projector().recorded_weight_sums, (product, *operands[:3]), (options, needs)
         )
     dx, *_, dbias = _backward_by_kernels(

@@ -26,15 +26,23 @@ class PackedWeight:
         """Return a new W [N, K].
 
         Raises:
-            RuntimeError: A stored tensor was changed in place since this object was made, which
-                autograd refuses of the tensors that it keeps itself.
+            RuntimeError: As :meth:`stored`.
+        """
+        return self.unpack(self.stored(), dtype)
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """Return the stored tensors.
+
+        Raises:
+            RuntimeError: One was changed in place since this object was made, which autograd
+                refuses of the tensors that it keeps itself.
         """
         if _versions(self.tensors) != self.versions:
             raise RuntimeError(
                 "a quantised weight was modified in place between forward and backward; replace "
                 "its tensors (load_state_dict does) or run forward again"
             )
-        return self.unpack(self.tensors, dtype)
+        return self.tensors
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> list[int]:

@@ -17,6 +17,7 @@ from prodial_kernels.ops.diagonal import (
     deviation_backward,
     rotate,
 )
+from prodial_kernels.ops.fp8.rounding import rounded
 from prodial_kernels.ops.products import wide_product
 from prodial_kernels.ops.reference import scale_of
 
@@ -28,7 +29,7 @@ def torch_forward(
     weight, blocks, scale_deviation, lora_a, lora_b, bias, mask = operands
     rows = _matrix(x)
     u = rows if blocks is None else rotate(rows, deviation(blocks, options.diagonal))
-    y = u @ weight.T
+    y = (rounded(u) if options.compute == "fp8" else u) @ weight.T
     if scale_deviation is not None:
         y.mul_(scale_of(scale_deviation))
     h = None
@@ -57,19 +58,20 @@ def torch_backward(
     """
     weight, blocks, scale_deviation, lora_a, lora_b, bias, mask = operands
     alpha, dropout, diagonal = options.lora_scaling, options.lora_dropout, options.diagonal
-    shape = x.shape
+    shape, fp8 = x.shape, options.compute == "fp8"
     dy, rows = _matrix(dy), _matrix(x)
     e = None if blocks is None else deviation(blocks, diagonal)
     dx = dblocks = dscale = da = db = dbias = None
     if needs.scale and scale_deviation is not None:
         u = rows if e is None else rotate(rows, e)
+        u = rounded(u) if fp8 else u
         wide = torch.promote_types(scale_deviation.dtype, torch.float32)
         dscale = ((u @ weight.T) * dy.to(wide)).sum(0).to(scale_deviation.dtype)
     if needs.x or needs.blocks:
         g = dy
         if scale_deviation is not None:
             g = (dy * scale_of(scale_deviation)).to(dy.dtype)
-        du = g @ weight
+        du = (rounded(g) if fp8 else g) @ weight
         if needs.blocks and blocks is not None:
             de = block_outer_product(du, rows, blocks.shape[-1]).to(blocks.dtype)
             dblocks = deviation_backward(de, blocks, diagonal)

@@ -23,11 +23,24 @@ from prodial_kernels.ops.detours import is_dense, is_small, is_thin, is_wide
 from prodial_kernels.ops.layout import direct_length, token_matrix, transposed
 from prodial_kernels.ops.operators import linear_backward, linear_forward
 from prodial_kernels.ops.portable import torch_backward, torch_forward
+from prodial_kernels.ops.stored.operators import fp8_backward, fp8_forward
 
 
 def takes_output(operands: Operands, options: ProjectionOptions) -> bool:
     """Whether the gradients of s and B are made from Y and from the kernels' H."""
-    return options.impl == "triton" and (is_thin(operands) or not is_wide(operands))
+    return options.impl == "triton" and (
+        options.compute == "fp8" or is_thin(operands) or not is_wide(operands)
+    )
+
+
+def takes_channel_first(options: ProjectionOptions) -> bool:
+    """Whether matrices may be channel-first: for the kernels, but for those in fp8."""
+    return options.impl == "triton" and options.compute != "fp8"
+
+
+def _in_fp8(options: ProjectionOptions) -> bool:
+    """Whether the weight's stored codes are multiplied as they are."""
+    return options.impl == "triton" and options.compute == "fp8"
 
 
 def forward(
@@ -41,6 +54,8 @@ def forward(
         options: The same in forward and backward.
         length: With ``"triton"``, return Y as [M / length, N, length] instead of [M, N].
     """
+    if _in_fp8(options):
+        return fp8_forward(x, operands, options)
     if options.packed is not None:
         operands, options = _unpacked(operands, options)
     if options.impl == "triton":
@@ -65,6 +80,8 @@ def backward(
     dY is [..., N], X [..., K]. With ``"triton"``, dY and Y have one layout, X and dX one: matrices
     of tokens, or channel-first. The dX of ``"torch"`` is like X, that of ``"plain"`` [b, l, K].
     """
+    if _in_fp8(options):
+        return fp8_backward(dy, x, operands, kept, options, needs)
     if options.packed is not None and (needs.x or options.impl != "plain"):
         operands, options = _unpacked(operands, options)
     if options.impl == "triton":
@@ -90,8 +107,9 @@ def project(
     if options.impl == "plain":
         return _plain(x, _unpacked(operands, options)[0], channel_first), None
     if options.impl == "triton":
-        length = x.shape[1] if channel_first and direct_length(x.shape[1]) else 0
-        y, h = forward(token_matrix(x), operands, options, length)
+        direct = takes_channel_first(options)
+        length = x.shape[1] if direct and channel_first and direct_length(x.shape[1]) else 0
+        y, h = forward(token_matrix(x, direct=direct), operands, options, length)
         if length:
             return y, h
     else:
@@ -144,7 +162,8 @@ def project_backward(
         if needs.x:
             operands, _ = _unpacked(operands, options)
         return _plain_backward(dy, x, operands, needs, channel_first, into)
-    operands, options = _unpacked(operands, options)
+    if not _in_fp8(options):
+        operands, options = _unpacked(operands, options)
     if x is None:
         b, l, k = *dy.shape[:-1], operands.weight.shape[1]
         x = dy.new_empty(b, k, l).mT if channel_first else dy.new_empty(b, l, k)
@@ -189,26 +208,27 @@ def _triton_backward(
     needs: Needs,
 ) -> Gradients:
     """The operator's gradients; dX is [b, l, K], stored as the matrix of tokens that X is."""
-    gradient, matrix = token_matrix(dy), token_matrix(x)
+    direct = takes_channel_first(options)
+    gradient, matrix = token_matrix(dy, direct=direct), token_matrix(x, direct=direct)
     length = gradient.shape[2] if gradient.ndim == 3 else 0
     lora = operands.lora_a is not None
-    small = not length and is_small(matrix, operands)
+    small = direct and not length and is_small(matrix, operands)
     # Whose gradients need neither Y nor H.
     wide = small or not takes_output(operands, options)
     given, h = kept.y, None if small else kept.h
     y = None
     if needs.scale and given is not None and not wide:
         # One walk over the tokens reads dY and Y, so they share a layout.
-        y = token_matrix(given)
+        y = token_matrix(given, direct=direct)
         if y.ndim != gradient.ndim:
             y = given.mT.contiguous() if length else given.reshape(-1, given.shape[-1])
     missing = (needs.scale and given is None) or (
         lora and (needs.scale or needs.lora_b) and h is None
     )
     if missing and not wide:
-        fresh, h = linear_forward(matrix, operands, options, length)
+        fresh, h = forward(matrix, operands, options, length)
         y = fresh if needs.scale and given is None else y
-    gradients = linear_backward(
+    gradients = backward(
         gradient, matrix, operands, Kept(y, h if lora else None, kept.scaled), options, needs
     )
     dx = gradients.x

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.ops.diagonal import deviation, rotate, rotate_weight
+from prodial_kernels.ops.fp8.rounding import fp8_product
 
 
 def reference_linear(x: Tensor, operands: Operands, options: ProjectionOptions) -> Tensor:
@@ -14,7 +15,8 @@ def reference_linear(x: Tensor, operands: Operands, options: ProjectionOptions) 
 
     Products of matrices run in the dtype of ``x``; the scale and a pure diagonal are applied in
     the wider of their own dtype and that of ``x``, so that fp32 masters keep their resolution, and
-    the scale, which is one more than what is stored, in fp32 at least.
+    the scale, which is one more than what is stored, in fp32 at least. With ``compute="fp8"`` U and
+    dY ⊙ s are rounded by :func:`~prodial_kernels.ops.fp8.rounding.rounded` before W's products.
 
     Args:
         x: [..., K].
@@ -26,7 +28,7 @@ def reference_linear(x: Tensor, operands: Operands, options: ProjectionOptions) 
     """
     weight, blocks, scale_deviation, lora_a, lora_b, bias, mask = operands
     u = x if blocks is None else rotate(x, deviation(blocks, options.diagonal))
-    y = u @ weight.T
+    y = fp8_product(u, weight) if options.compute == "fp8" else u @ weight.T
     if scale_deviation is not None:
         y = (y * scale_of(scale_deviation)).to(x.dtype)
     if lora_a is not None and lora_b is not None:

@@ -52,7 +52,7 @@ class ProdialPeftConfig(PeftConfig):
             and ``out_proj``.
         exclude_modules: Names or a regular expression of targets to leave out.
         r: As in :class:`~prodial_kernels.config.AdapterOptions`, like ``lora_dropout``,
-            ``diagonal``, ``train_scale``, ``train_diagonal`` and ``impl``.
+            ``diagonal``, ``train_scale``, ``train_diagonal``, ``impl`` and ``compute``.
         lora_alpha: α = lora_alpha / r. Default: the rank of each layer, so that α = 1.
         n_blocks: Number of diagonal blocks, one for all or a mapping from names of targets to
             numbers; must divide ``in_features``. Default: a pure diagonal (1×1 blocks). Names are
@@ -89,6 +89,7 @@ class ProdialPeftConfig(PeftConfig):
     alpha_pattern: dict[str, float] | None = None
     lora: LoraConfig | dict[str, Any] | None = None
     impl: str = AdapterOptions.impl
+    compute: str = AdapterOptions.compute
 
     def __post_init__(self) -> None:
         super().__post_init__()

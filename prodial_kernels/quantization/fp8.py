@@ -80,6 +80,12 @@ class FP8Linear(QuantizedLinear):
             raise ValueError("weight is not finite; fetch the checkpoint again")
         return cls(codes, scale_inv, bias, torch.bfloat16 if dtype is None else dtype)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether a scale belongs to a row, else to a tile."""
+        tiles = [-(-size // TILE) for size in self.codes.shape]
+        return [*self.weight_scale_inv.shape] != tiles
+
     def entries(self) -> dict[str, Tensor]:
         """The entries of DeepSeek's checkpoints but for the bias."""
         return {"weight": self.codes, "weight_scale_inv": self.weight_scale_inv}

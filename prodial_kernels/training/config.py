@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from prodial_kernels._checks import DIAGONALS, IMPLS, check_choice, option_meant
+from prodial_kernels._checks import COMPUTES, DIAGONALS, IMPLS, check_choice, option_meant
 from prodial_kernels.config import PRESETS, SSM_PARTS, Preset, ProdialConfig
 from prodial_kernels.training.options import ConfigError as ConfigError
 from prodial_kernels.training.options import checked_value, option, options_of
@@ -29,6 +29,8 @@ LOSSES = ("auto", "chunked", "liger", "full")
 CUDA_GRAPHS = ("auto", "on", "off")
 PACKINGS = ("stream", "documents")
 KEEP = ("last", "best")
+# Of an adapter; runs of the first release have none of them.
+LATER_OPTIONS = ("modules_to_save", "allow_partial", "train_ssm", "compute")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 QUANTIZE = ("nf4", "int8", "fp8")
 QUANTIZE_MODULES = ("projectors", "all")
@@ -145,6 +147,10 @@ class FinetuneConfig:
     diagonal: str | None = option(
         None, "relu (the paper's Eq. 7) or free (two-sided)", metavar="KIND", choices=DIAGONALS
     )
+    compute: str | None = option(
+        None, "what projectors multiply their frozen weights in: {default} (default), the compute "
+        "dtype; fp8, on GPUs from Ada on, of weights in fp8 (--quantize fp8)", choices=COMPUTES,
+    )  # fmt: skip
     target_modules: str | tuple[str, ...] | None = option(
         None, "layers to adapt ({default}), one regular expression for whole paths, or a part: "
         "mixer attention mlp all, auto: what the model's makers adapt",
@@ -375,7 +381,7 @@ class FinetuneConfig:
         resolved = self.resolved()
         values = {name: getattr(resolved, name) for name in ADAPTER_OPTIONS}
         # Not given, they are the adapter's own defaults: no preset and no method decides them.
-        for name in ("modules_to_save", "allow_partial", "train_ssm"):
+        for name in LATER_OPTIONS:
             if values[name] is None:
                 del values[name]
         if values["r"] is None:
@@ -400,7 +406,8 @@ class FinetuneConfig:
         base = ProdialConfig() if self._preset is None else self._preset.adapter
         values = {name: getattr(base, name) for name in ADAPTER_OPTIONS}
         # A run of a version that did not know them had neither.
-        del values["modules_to_save"], values["allow_partial"], values["train_ssm"]
+        for name in LATER_OPTIONS:
+            del values[name]
         if self.n_blocks is not None or self.block_size is not None:
             values["n_blocks"] = values["block_size"] = None
         if self.target_modules is not None and self.target_modules != base.target_modules:
@@ -479,6 +486,11 @@ class FinetuneConfig:
     def _check_adapter(self) -> None:
         for part in self.train_ssm or ():
             check_choice("`train_ssm`", part, (*SSM_PARTS, "all"), error=ConfigError)
+        if self.compute == "fp8" and self.quantize not in (None, "fp8"):
+            raise ConfigError(
+                "`compute` 'fp8' multiplies weights that are stored in fp8, and `quantize` is "
+                f"{self.quantize!r}; make it 'fp8'"
+            )
         lora = self.method == "lora"
         without = lora or (self.train_scale is False and self.train_diagonal is False)
         if self.r == 0 and without:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.files.atomic import atomic_directory, safetensors_errors
 from prodial_kernels.files.written import clear_leftovers, mark_written, own_files
+from prodial_kernels.linear import unrounded
 from prodial_kernels.models.layers.head import eval_mode
 from prodial_kernels.models.layers.offload import blocks_on_demand
 from prodial_kernels.models.loading.load import LoadedModel, load_model
@@ -119,9 +120,12 @@ def has_room_dense(model: nn.Module, device: torch.device) -> bool:
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the logits ``[batch, length, vocabulary]`` in float32 on the CPU, without dropout."""
+    """Return the logits ``[batch, length, vocabulary]`` in float32 on the CPU, without dropout.
+
+    Nothing is rounded to fp8 on the way: a merged model computes without that.
+    """
     device = next(model.parameters()).device
-    with eval_mode(model):
+    with eval_mode(model), unrounded(model):
         logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
     return logits.float().cpu()
 

@@ -11,7 +11,7 @@ from prodial_kernels.config import ProdialConfig
 from prodial_kernels.training.config import ADAPTER_OPTIONS, OPTIONS, FinetuneConfig
 
 ADAPTER = (
-    "--preset --r --rank --lora-alpha --lora-dropout --n-blocks --block-size --diagonal "
+    "--preset --r --rank --lora-alpha --lora-dropout --n-blocks --block-size --diagonal --compute "
     "--target-modules --allow-partial --modules-to-save --train-ssm --no-scale --no-diagonal"
 )
 FROZEN = {

@@ -18,8 +18,15 @@ resolved before anything is computed. ``"plain"`` is a linear layer without an a
 name it."""
 
 
+Compute = Literal["same", "fp8"]
+"""What W is multiplied in: the dtype of the input (``"same"``), or fp8 with sums in fp32."""
+
+
 class Packed(Protocol):
     """A frozen weight in a storage format; see :class:`prodial_kernels.ops.packed.PackedWeight`."""
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """Return the tensors that W is stored in."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return a new W [N, K]."""
@@ -58,6 +65,8 @@ class ProjectionOptions(NamedTuple):
         lora_dropout: Probability behind ``Operands.noise``; without noise there is no dropout.
         diagonal: ``"relu"`` (Eq. 7) or ``"free"`` (D_b = I + D_a).
         packed: Where the weight's values are if ``Operands.weight`` is on the meta device.
+        compute: ``"fp8"`` of a weight that is stored in fp8 by 128×128 tiles: X D_bᵀ and dY ⊙ s are
+            rounded to fp8 before they are multiplied by it.
     """
 
     impl: Impl
@@ -65,6 +74,7 @@ class ProjectionOptions(NamedTuple):
     lora_dropout: float = 0.0
     diagonal: str = "relu"
     packed: Packed | None = None
+    compute: Compute = "same"
 
 
 class Needs(NamedTuple):

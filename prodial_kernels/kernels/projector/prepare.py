@@ -296,9 +296,15 @@ def launch_low_rank(
     options: ProjectionOptions,
     r_pad: int,
     side: SideStream | None = None,
+    *,
+    transposed: bool = False,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``side``."""
-    low, job = _low_rank_job(dy, lora_b, None, r_pad, transposed=False)
+    """Return T = α dY B, [M, R_PAD], for dY [M, N] or [b, N, l] and B [N, R], on ``side``.
+
+    With ``transposed``, H = dropout(X) Aᵀ of X and A [R, K] in their places.
+    """
+    low, job = _low_rank_job(dy, lora_b, seed, r_pad, transposed=transposed)
     _launch(
         {**job, **_NO_FOLD}, 0, fold_tile(1), options, r_pad,
         TRIGGERS_NEXT=False, num_warps=4, side=side,

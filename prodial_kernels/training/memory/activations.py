@@ -214,7 +214,8 @@ def _backward_of_separate_kernels(layer: LayerShape, tokens: Tokens) -> int:
     freed = c * m * (inner + width)
     # That gradient, copied where the projector does not give it with the tokens side by side, and
     # those of u, delta and z; dB and dC in fp32.
-    copies = 0 if layer.rank and direct_length(tokens.length) else 1
+    direct = layer.rank and direct_length(tokens.length) and not tokens.in_fp8
+    copies = 0 if direct else 1
     scan = c * m * (4 + copies) * inner + 2 * _FP32 * m * layer.state - freed
     # u, delta, z and the ungated output are gone too. The gradient of in_proj's output is put
     # together and transposed; then X's is made, and X again where it is not kept.
@@ -233,8 +234,13 @@ def _prefetched(layer: LayerShape, tokens: Tokens) -> int:
 
 
 def _weight_workspace(layer: LayerShape, tokens: Tokens, n: int, k: int) -> int:
-    """A folded weight [n, k], the dequantised one, and partial sums of its adapter's gradients."""
+    """A folded weight [n, k], the dequantised one, and partial sums of its adapter's gradients.
+
+    In fp8 the transposed codes, and X or dY as it was rounded, with a scale for 128 elements.
+    """
     partial = _SPLITS * _FP32 * padded_rank(layer.rank) * (n + k) if layer.rank else 0
+    if layer.rank and tokens.in_fp8:
+        return n * k + tokens.count * max(n, k) * 33 // 32 + partial
     folded = tokens.itemsize * n * k if layer.rank else 0
     unpacked = tokens.itemsize * n * k if tokens.dense_weight else 0
     return folded + unpacked + partial

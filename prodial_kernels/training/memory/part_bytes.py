@@ -33,6 +33,7 @@ class Tokens:
         itemsize: Bytes of an activation in the compute dtype.
         dense_weight: Whether a projector's weight is dequantised for every product.
         everything: Whether every other linear layer's is too, and that of experts.
+        in_fp8: Whether projectors multiply in fp8, by their weights as they are stored.
     """
 
     batch: int
@@ -40,6 +41,7 @@ class Tokens:
     itemsize: int
     dense_weight: bool = False
     everything: bool = False
+    in_fp8: bool = False
 
     @property
     def count(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
-from prodial_kernels._checks import check_choice
+from prodial_kernels._checks import COMPUTES, check_choice
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.counting import host_bytes, stored_bytes
 from prodial_kernels.quantization.modules.routing import GROUP_BYTES
@@ -45,6 +45,7 @@ class Job:
         accumulates: Whether several micro-batches make a step, so that gradients always exist.
         full: Whether every weight trains, in fp32, with 16-bit copies under autocast.
         whole_evaluation: Whether an evaluation holds whole logits, whatever the loss.
+        compute: What frozen weights are multiplied in: ``"same"`` or ``"fp8"``.
     """
 
     batch: int
@@ -60,6 +61,7 @@ class Job:
     accumulates: bool = False
     full: bool = False
     whole_evaluation: bool = False
+    compute: str = "same"
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -68,6 +70,7 @@ class Job:
             ("experts", self.experts, ("auto", "device", "host")),
             ("optimizer", self.optimizer, tuple(_STATES)),
             ("loss", self.loss, ("full", "chunked", "liger")),
+            ("compute", self.compute, COMPUTES),
         ):
             check_choice(name, value, known)
         for name in ("batch", "length", "itemsize", "loss_rows"):
@@ -149,8 +152,9 @@ def _moments(
     model: ModelShape, job: Job, levels: tuple[str, ...], evaluation_batch: int
 ) -> Iterator[tuple[str, list[PlanLine], bool]]:
     tokens = Tokens(
-        job.batch, job.length, job.itemsize, job.quantize is not None, job.stores_everything
-    )
+        job.batch, job.length, job.itemsize, job.quantize is not None, job.stores_everything,
+        job.compute == "fp8",
+    )  # fmt: skip
     layers = list(zip(model.layers, levels, strict=True))
     until = list(accumulate(_kept(layer, tokens, level) for layer, level in layers))
     gradients = _FP32 * model.trained

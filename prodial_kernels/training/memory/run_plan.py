@@ -218,6 +218,7 @@ def job_of(
         graph=choice.graphed,
         accumulates=config.grad_accumulation > 1,
         full=config.method == "full",
+        compute=config.compute or "same",
     )
 
 

@@ -1,0 +1,192 @@
+"""X ⊙ D, rounded to fp8 by token and 128 columns, and L = X I in the same pass."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prodial_kernels.kernels.choices.partition import ceil_div
+from prodial_kernels.kernels.projector.tiles import Diagonal, dropout_keep, load_deviation
+from prodial_kernels.kernels.replay.recorder import launch
+
+# Columns that share a scale, and a side of the weight's tiles.
+GROUP = 128
+
+
+class Rounded(NamedTuple):
+    """A matrix [M, K] in fp8: the value of an element is its code times its group's scale.
+
+    Attributes:
+        codes: [M, K] float8_e4m3fn, contiguous.
+        scales: [⌈K / 128⌉, M rounded up to 4] fp32, powers of two; what lies beyond M is undefined.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+
+class QuantizeTile(NamedTuple):
+    """Compile-time sizes of ``_quantize_kernel``: rows of a program, R_PAD, stages of its loop."""
+
+    rows: int
+    rank: int
+    stages: int
+
+
+@triton.jit
+def round_group(tile, CONVERTS: tl.constexpr):
+    """[ROWS, 128] in fp32 -> (codes in e4m3, scales [ROWS] in fp32); see ``ops/fp8.py``.
+
+    What is not finite becomes NaN. By integer arithmetic on the bits of the largest magnitude, so
+    that every device and PyTorch agree to the bit. CONVERTS: the device's instruction makes the
+    codes, as the interpreter's does not.
+    """
+    bits = tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(bits, 1)
+    finite = bits < 0x7F800000
+    spoiled = tl.max(largest, 0) >= 0x7F800000
+    if spoiled:
+        largest = tl.max(tl.where(finite, bits, 0), 1)
+    # One exponent more where the mantissa is above that of 448.
+    exponent = tl.maximum((largest + 0x1FFFFF) >> 23, 9)
+    scale = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
+    inverse = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = tile * inverse[:, None]
+    if spoiled:
+        scaled = tl.where(finite, scaled, float("nan"))
+    if CONVERTS:
+        codes = scaled.to(tl.float8e4nv)
+    else:
+        codes = _encoded(scaled).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return codes, scale
+
+
+@triton.jit
+def _encoded(value):
+    """Magnitudes up to 448 in fp32, or NaN -> e4m3's bits, to the nearest, ties to even.
+
+    Triton's interpreter loses the carry of a mantissa that is rounded up to the next power of two
+    (triton 3.9.0: 31.7 becomes 16).
+    """
+    bits = tl.abs(value).to(tl.int32, bitcast=True)
+    # Three bits of mantissa remain, of an exponent that is biased by 7 instead of 127.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 multiples of 2^-9: in the sum they are the last bits.
+    multiples = (tl.abs(value) * 512 + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+    sign = (value.to(tl.int32, bitcast=True) >> 24) & 0x80
+    codes = tl.where(bits < (121 << 23), multiples, normal) | sign
+    return tl.where(value == value, codes, 0x7F)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr, factor_ptr, inner_ptr, seed_ptr, codes_ptr, scale_ptr, low_ptr,
+    M, K, R, alpha, stride_x, stride_scale, dropout,
+    TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, GROUP: tl.constexpr, CONVERTS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of X ⊙ D, and L = dropout(X) I, where that is asked for.
+
+    X, codes [M, K], scales [⌈K / GROUP⌉, stride_scale], L [M, R_PAD]; D, [K], is read as DIAGONAL
+    says and 1 where None; I = Aᵀ with A [R, K] where TRANSPOSED, else α B with B [K, R].
+    A program owns TILE.rows rows; several share them, by groups of columns, where there is no L.
+    """
+    BLOCK_M: tl.constexpr = TILE.rows
+    R_PAD: tl.constexpr = TILE.rank
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, R_PAD)
+    rows = offs_m.to(tl.int64)[:, None]
+    mask_m = offs_m < M
+    acc = tl.zeros((BLOCK_M, R_PAD), dtype=tl.float32)
+    groups = tl.cdiv(K, GROUP)
+    for group in tl.range(tl.program_id(1), groups, tl.num_programs(1), num_stages=TILE.stages):
+        offs_k = group * GROUP + tl.arange(0, GROUP)
+        mask_k = offs_k < K
+        mask = mask_m[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + rows * stride_x + offs_k[None, :], mask=mask, other=0.0)
+        wide = x.to(tl.float32)
+        if factor_ptr is not None:
+            wide *= 1 + load_deviation(factor_ptr, offs_k, offs_k, K, DIAGONAL)[None, :]
+            # As the product in 16 bits takes it.
+            wide = wide.to(x.dtype).to(tl.float32)
+        codes, scale = round_group(wide, CONVERTS)
+        tl.store(codes_ptr + rows * K + offs_k[None, :], codes, mask=mask)
+        tl.store(scale_ptr + group * stride_scale + offs_m, scale, mask=mask_m)
+        if low_ptr is not None:
+            if seed_ptr is not None:
+                keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
+                x = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
+            # [BLOCK_M, GROUP] @ [GROUP, R_PAD] -> [BLOCK_M, R_PAD]
+            if TRANSPOSED:
+                inner = tl.load(
+                    inner_ptr + offs_r[:, None] * K + offs_k[None, :],
+                    mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0,
+                )  # fmt: skip
+                acc = tl.dot(x, inner.to(x.dtype).T, acc)
+            else:
+                inner = tl.load(
+                    inner_ptr + offs_k[:, None] * R + offs_r[None, :],
+                    mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0,
+                )  # fmt: skip
+                acc = tl.dot(x, (inner.to(tl.float32) * alpha).to(x.dtype), acc)
+    if low_ptr is not None:
+        tl.store(
+            low_ptr + rows * R_PAD + offs_r[None, :], acc.to(low_ptr.dtype.element_ty),
+            mask=mask_m[:, None],
+        )  # fmt: skip
+
+
+def launch_quantize(
+    x: Tensor,
+    *,
+    factor: Tensor | None = None,
+    relu: bool = False,
+    inner: Tensor | None = None,
+    transposed: bool = True,
+    r_pad: int = 16,
+    alpha: float = 1.0,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+    programs: int = 132,
+) -> tuple[Rounded, Tensor | None]:
+    """Return X ⊙ D in fp8, and L = dropout(X) I [M, r_pad] where ``inner`` is given.
+
+    Args:
+        x: [M, K] of 16 bits with unit inner stride.
+        factor: What D is made of: D_a of 1×1 blocks, or s − 1, K elements; None for D = 1.
+        relu: Whether it passes through Eq. 7's relu.
+        inner: A [R, K] where ``transposed``, else B [K, R].
+        transposed: I = Aᵀ, else I = α B.
+        r_pad: Padded rank of L.
+        alpha: α.
+        seed: What dropout is drawn from; None for none.
+        dropout: Its probability.
+        programs: Multiprocessors of the device.
+    """
+    m, k = x.shape
+    groups = ceil_div(k, GROUP)
+    codes = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=x.device)
+    stride = ceil_div(m, 4) * 4
+    scales = torch.empty((groups, stride), dtype=torch.float32, device=x.device)
+    low = None
+    if inner is not None:
+        low = torch.empty((m, r_pad), dtype=x.dtype, device=x.device)
+    # Of few tokens, or with a mask to draw, a program has few, so that every multiprocessor has
+    # programs. More share what they convert of the factor.
+    rows, warps = (64, 8) if m >= 8192 and seed is None else (16, 4)
+    if m == 0:
+        return Rounded(codes, scales), low
+    programs_m = ceil_div(m, rows)
+    share = 1 if low is not None else max(1, min(groups, ceil_div(8 * programs, programs_m)))
+    launch(
+        _quantize_kernel, (programs_m, share),
+        x_ptr=x, factor_ptr=factor, inner_ptr=inner, seed_ptr=seed, codes_ptr=codes,
+        scale_ptr=scales, low_ptr=low,
+        M=m, K=k, R=0 if inner is None else inner.shape[0 if transposed else 1], alpha=alpha,
+        stride_x=x.stride(0), stride_scale=stride, dropout=dropout,
+        TRANSPOSED=transposed, DIAGONAL=Diagonal(1, relu), GROUP=GROUP,
+        CONVERTS=x.is_cuda, TILE=QuantizeTile(rows, r_pad, 3), num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return Rounded(codes, scales), low

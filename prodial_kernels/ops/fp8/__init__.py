@@ -1,0 +1,1 @@
+"""Rounding to fp8, as ``compute="fp8"`` defines it."""

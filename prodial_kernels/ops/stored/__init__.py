@@ -1,0 +1,1 @@
+"""Operators that multiply by a weight as it is stored."""
