@@ -308,6 +308,15 @@ def _check_trained_once(
                 f"{parameter.path} is in train_ssm={parameter.part!r} and in a method; take it out "
                 "of one of the two"
             )
+    saved = list(saved)
+    for match in saved:
+        for name, _ in () if match.parameter else match.module.named_parameters():
+            path, _, leaf = f"{match.path}.{name}".rpartition(".")
+            if f"{path}.{OFFSET}{leaf}" in offsets:
+                raise ValueError(
+                    f"{path}.{leaf} is in modules_to_save ({match.path}) and in a method; name the "
+                    "module in LinearProbe(head=(...,)) in the place of modules_to_save"
+                )
     owned = {id(parameter): match.path for match in saved for parameter in match.parameters()}
     for parameter in moved:
         if id(parameter.value) in owned:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import partial
 
 from torch import nn
@@ -32,13 +32,21 @@ def partial_tuning_sites(model: nn.Module, method: PartialTuning) -> list[Site]:
     return _sites(chosen, method)
 
 
-def bitfit_sites(model: nn.Module, method: BitFit) -> list[Site]:
-    """Plan an offset for every bias; ValueError where the model has none."""
+def bitfit_sites(
+    model: nn.Module, method: BitFit, in_place: Container[int] = frozenset()
+) -> list[Site]:
+    """Plan an offset for every bias; ValueError where the model has none.
+
+    A bias whose id is in ``in_place`` is trained as it is, by another method, and gets none.
+    """
     chosen = [
         SsmParameter(f"{paths[0]}.{name}" if paths[0] else name, module, name, "bias")
         for module, paths in {model: ("",), **module_paths(model)}.items()
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and name.endswith("bias")
+        if parameter is not None
+        and parameter.is_floating_point()
+        and name.endswith("bias")
+        and id(parameter) not in in_place
     ]
     if not chosen:
         raise ValueError(f"bitfit: this {type(model).__name__} has no bias to train")

@@ -21,6 +21,7 @@ from prodial_kernels.methods import (
 from prodial_kernels.models.methods.additional_scan import additional_scan_sites
 from prodial_kernels.models.methods.affix_tuning import affix_tuning_sites
 from prodial_kernels.models.methods.base import Site
+from prodial_kernels.models.methods.baselines import trained_as_they_are
 from prodial_kernels.models.methods.lora import lora_sites, partial_lora_sites
 from prodial_kernels.models.methods.parallel_adapter import parallel_adapter_sites
 from prodial_kernels.models.methods.partial_tuning import bitfit_sites, partial_tuning_sites
@@ -58,10 +59,14 @@ def plan_methods(
     methods = list(methods)
     order = list(_SITES)
     known = [method for method in methods if type(method) in _SITES]
+    in_place = {id(p) for method in methods for p in trained_as_they_are(model, method)}
     sites: list[Site] = []
     owners: dict[tuple[str, str], Method] = {}
     for method in sorted(known, key=lambda method: order.index(type(method))):
-        for site in _SITES[type(method)](model, method):
+        found = _SITES[type(method)](model, method)
+        if isinstance(method, BitFit):
+            found = bitfit_sites(model, method, in_place)
+        for site in found:
             for name in site.shapes:
                 other = owners.setdefault((site.path, name), method)
                 if other is not method:

@@ -191,3 +191,14 @@ def formed_parameters(plain: nn.Module, own: dict[str, nn.Parameter]) -> dict[st
             value = torch.cat([dt, own_b[:2] + b, own_b, c, own_c])
         formed[name] = value
     return formed
+
+
+def test_a_bias_trains_once() -> None:
+    """In place, with the head that it belongs to; as an offset anywhere else."""
+    model = tiny()
+    apply_methods(model, [BitFit(), LinearProbe(("head",))])
+    names = set(trained(model))
+    assert {"head.weight", "head.bias", "patch_embed.proj.prodial_offset_bias"} <= names
+    assert "head.prodial_offset_bias" not in names
+    with pytest.raises(ValueError, match=r"head.bias is in modules_to_save .* in a method"):
+        apply_methods(tiny(), [ProdialConfig(modules_to_save=("head",)), BitFit()])
