@@ -15,12 +15,14 @@ from torch import nn
 
 from prodial_kernels import (
     AdditionalScan,
+    AffixTuning,
     BitFit,
     Lora,
     ParallelAdapter,
     PartialLora,
     PartialTuning,
     ProdialConfig,
+    PromptTuning,
     apply_methods,
     remove_prodial,
 )
@@ -38,6 +40,8 @@ METHODS: Mapping[str, Sequence[Any]] = {
     "partial-tuning": [PartialTuning(("A_log", "D", "dt_bias", "conv1d"))],
     "partial-tuning-conv": [PartialTuning(("conv1d",))],
     "additional-scan": [AdditionalScan(4)],
+    "affix": [AffixTuning(3)],
+    "prompt": [PromptTuning(8)],
     "bitfit": [BitFit()],
     "hybrid": [
         ProdialConfig(), AdditionalScan(4), PartialTuning(("A_log", "conv1d")), PartialLora(("X",))

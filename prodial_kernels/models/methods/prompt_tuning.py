@@ -33,7 +33,9 @@ from prodial_kernels.models.mixers.inserted.tokens import (
     behind_padding,
     lengthened_mask,
 )
+from prodial_kernels.models.mixers.structure import forward_of, names_in
 from prodial_kernels.models.patch_point import Policy, View
+from prodial_kernels.models.placements import is_mixer
 from prodial_kernels.models.vision_mamba import VisionMamba
 from prodial_kernels.module_tree import module_paths
 
@@ -124,7 +126,7 @@ def _place_in(module: Any, path: str) -> _Place | None:
         weight = module.cls_token
         return _Place(path, module, weight, weight.shape[-1], {"encode": _encode}, True)
     embedding = getattr(module, "embedding", None)
-    if type(module).__name__ == "MixerModel" and isinstance(embedding, nn.Embedding):
+    if isinstance(embedding, nn.Embedding) and _mixes_only(module):
         policies: dict[str, Policy] = {"forward": _mixer_model}
         return _Place(path, module, embedding.weight, embedding.embedding_dim, policies, False)
     config: Any = getattr(module, "config", None)
@@ -135,6 +137,18 @@ def _place_in(module: Any, path: str) -> _Place | None:
         like = weight_like(embedding)
         return _Place(path, module, like, config.hidden_size, {"forward": _transformers}, False)
     return None
+
+
+def _mixes_only(module: Any) -> bool:
+    """Whether a module embeds tokens and runs layers, each with a mixer of Mamba's, as mamba_ssm's.
+
+    With attention in some, positions in its cache would count from the prompt on.
+    """
+    layers = getattr(module, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return False
+    reads = {"embedding", "layers"} <= names_in(forward_of(module)[1])
+    return reads and all(any(map(is_mixer, layer.modules())) for layer in layers)
 
 
 def _prompt(model: Any) -> tuple[Tensor, int]:

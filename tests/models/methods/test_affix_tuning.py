@@ -27,7 +27,7 @@ from prodial_kernels.models.methods.affix_tuning import Affix
 from prodial_kernels.models.mixers.inserted.tokens import PaddedLayout, layout
 from prodial_kernels.models.vision_mamba.mixer import BidirectionalMamba
 from support.mixers import cuda_stand_ins
-from support.mixers.affix_oracle import affix_by_definition
+from support.mixers.affix_oracle import affix_by_definition, own_tokens
 from support.mixers.mamba_ssm_stand_ins import Mamba, Mamba2, Mamba2Simple, Model, inference_params
 from support.mixers.vim_stand_in import Mamba as VimMamba
 from support.models import FAMILIES, build
@@ -49,17 +49,6 @@ def adapted(mixer: nn.Module, method: AffixTuning, dtype: torch.dtype) -> nn.Seq
             parameter.add_(0.2 * torch.randn_like(parameter))
     apply_methods(module.to(dtype), [method])
     return module
-
-
-def own_tokens(module: nn.Module, mlp: bool) -> Tensor:
-    """[sets, k, features], by the definition."""
-    own = dict(module.named_parameters())
-    if not mlp:
-        return own["0.prodial_added_affix_tokens"]
-    names = ("embedding", "w1", "b1")
-    e, w1, b1 = (own[f"prodial_added_affix_{name}"] for name in names)
-    w2, b2 = (own[f"0.prodial_added_affix_{name}"] for name in ("w2", "b2"))
-    return torch.tanh(e @ w1.T + b1) @ w2.mT + b2[:, None]
 
 
 def compare(module: nn.Sequential, method: AffixTuning, directions: int, tolerance: float) -> None:

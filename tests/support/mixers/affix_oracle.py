@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def affix_by_definition(
@@ -35,6 +35,17 @@ def affix_by_definition(
         y = y[:, kept]
         total = total + (y.flip(1) if direction else y)
     return mixer.out_proj(total / directions)
+
+
+def own_tokens(module: nn.Module, mlp: bool) -> Tensor:
+    """[sets, k, features], of a model whose only layer is the mixer ``0``."""
+    own = dict(module.named_parameters())
+    if not mlp:
+        return own["0.prodial_added_affix_tokens"]
+    names = ("embedding", "w1", "b1")
+    e, w1, b1 = (own[f"prodial_added_affix_{name}"] for name in names)
+    w2, b2 = (own[f"0.prodial_added_affix_{name}"] for name in ("w2", "b2"))
+    return torch.tanh(e @ w1.T + b1) @ w2.mT + b2[:, None]
 
 
 def _with_tokens(
