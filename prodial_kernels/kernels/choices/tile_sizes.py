@@ -98,6 +98,17 @@ class InputSideConfig:
     programs: int = 264
 
 
+@dataclass(frozen=True)
+class LowRankConfig:
+    """Tile sizes of ``_low_rank_parts_kernel``: a program owns ``rows`` tokens by so many steps."""
+
+    rows: int = 32
+    depth: int = 512
+    steps: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+
+
 WIDE = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, subtile=True)
 TALL = GemmConfig(64, 256, 64, num_warps=4, num_stages=4, subtile=True)
 SMALL = GemmConfig(64, 64, 128, num_warps=4, num_stages=4, flatten=True)
@@ -123,6 +134,18 @@ def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> 
         # 32 columns take half the depth; a sum as wide as 128 leaves room for little.
         depth = min(depth, 4096 // r_pad) if r_pad <= 64 else 32
     return rows, depth
+
+
+def choose_low_rank_spans(
+    m: int, depth: int, r_pad: int, *, block_size: int
+) -> LowRankConfig | None:
+    """Return the tile sizes of L = X I by parts of its sums, for X [m, depth]; None for a walk.
+
+    ``block_size``: P of the blocks that are applied to X in the same read, 1 also for none.
+    """
+    if block_size > 1 or r_pad > 64 or m > 4096 or depth < 1024:
+        return None
+    return LowRankConfig()
 
 
 # The most programs of the launch before behind which PDL pays for tall tiles, for each

@@ -11,12 +11,19 @@ from prodial_kernels.kernels.choices.backward_plan import choose_backward
 from prodial_kernels.kernels.choices.forward_plan import NARROW, choose_forward
 from prodial_kernels.kernels.choices.tile_sizes import (
     DeviceLimits,
+    LowRankConfig,
     choose_exact_scale,
     choose_input_side,
+    choose_low_rank_spans,
     padded_rank,
 )
 from prodial_kernels.kernels.projector.gemm import launch_gemm
 from prodial_kernels.kernels.projector.input_side import InputSums, launch_input_sums
+from prodial_kernels.kernels.projector.low_rank import (
+    launch_low_rank_parts,
+    launch_low_rank_sum,
+    low_rank_parts,
+)
 from prodial_kernels.kernels.projector.operands import (
     Gradients,
     Kept,
@@ -27,12 +34,18 @@ from prodial_kernels.kernels.projector.operands import (
 from prodial_kernels.kernels.projector.output_side import OutputSums, launch_output_sums
 from prodial_kernels.kernels.projector.pdl import supports_pdl
 from prodial_kernels.kernels.projector.prepare import (
+    Prepared,
     launch_low_rank,
     launch_prepare,
     launch_scaled,
 )
 from prodial_kernels.kernels.projector.reduce import launch_reduce
-from prodial_kernels.kernels.projector.tiles import block_size_of, tma_ready, token_shape
+from prodial_kernels.kernels.projector.tiles import (
+    block_size_of,
+    diagonal_of,
+    tma_ready,
+    token_shape,
+)
 from prodial_kernels.kernels.projector.weight_side import launch_weight_side
 from prodial_kernels.kernels.replay.recorder import fork, join
 
@@ -57,6 +70,9 @@ def forward(
     )  # fmt: skip
     pdl = plan.gemm.pdl and supports_pdl(limits.capability, x)
     config = replace(plan.gemm, pdl=pdl)
+    spans = None
+    if plan.on_activations and not plan.fused_low_rank and x.ndim == 2 and seed is None:
+        spans = choose_low_rank_spans(m, k, r_pad, block_size=block_size_of(blocks))
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
     fused, tail = plan.fused_low_rank, plan.tail_columns
     h = None
@@ -66,7 +82,9 @@ def forward(
             weight.narrow(0, first, columns), blocks, _part(scale_deviation, first, columns),
             lora_a if fused or separate else None, _part(lora_b, first, columns), None, seed,
         )  # fmt: skip
-        v, a, b, low = launch_prepare(
+        v, a, b, low = _prepare_activations(
+            x, panel, options, spans, r_pad=r_pad, triggers_next=pdl
+        ) if spans is not None and lora_a is not None else launch_prepare(
             panel, options, r_pad=r_pad, low_rank_of=x if separate else None,
             activations=x if plan.on_activations else None, triggers_next=pdl,
         )  # fmt: skip
@@ -128,6 +146,9 @@ def backward(
     pdl = supports_pdl(limits.capability, dy)
     product = replace(plan.gemm, pdl=pdl and plan.gemm.pdl)
     co_resident = plan.co_resident and through_weight
+    spans = parts = None
+    if wants_t and not plan.fused_low_rank and dy.ndim == 2:
+        spans = choose_low_rank_spans(m, n, r_pad, block_size=1)
 
     # Beside the product, or in turn.
     sum_outputs = partial(
@@ -144,20 +165,40 @@ def backward(
     sw: Tensor | None = None
     if not co_resident:
         outputs = sum_outputs(side=side)
-    if wants_t and not plan.fused_low_rank and lora_b is not None:
+    if spans is not None and lora_b is not None:
+        parts = low_rank_parts(dy, r_pad, spans)
+        if not plan.token_parts:
+            launch_low_rank_parts(
+                dy, lora_b, parts, options, config=spans, transposed=False, side=side
+            )
+            t = launch_low_rank_sum(parts, dy.dtype, options, side=side).low
+    elif wants_t and not plan.fused_low_rank and lora_b is not None:
         t = launch_low_rank(dy, lora_b, options, r_pad, side)
     if plan.token_parts and scale_deviation is not None:
         du = dy.new_empty(x.shape)
         for first, tokens in plan.token_parts:
             sw = None  # what is made next takes its place
-            sw = launch_scaled(
-                dy.narrow(0, first, tokens), scale_deviation, triggers_next=product.pdl
-            )
+            rows = dy.narrow(0, first, tokens)
+            if spans is not None and parts is not None and lora_b is not None:
+                sw = launch_low_rank_parts(
+                    rows,
+                    lora_b,
+                    parts.narrow(1, first, tokens),
+                    options,
+                    config=spans,
+                    transposed=False,
+                    deviation=scale_deviation,
+                    triggers_next=product.pdl,
+                )
+            else:
+                sw = launch_scaled(rows, scale_deviation, triggers_next=product.pdl)
             if co_resident and first == 0 and dy.is_cuda:
                 side = fork(dy.device)
             launch_gemm(sw, weight, du.narrow(0, first, tokens), v_transposed=False, config=product)
             if co_resident and first == 0:
                 outputs = sum_outputs(side=side)
+        if parts is not None:
+            t = launch_low_rank_sum(parts, dy.dtype, options).low
     elif through_weight:
         du = dy.new_empty(x.shape)
         source, folded = weight, scale_deviation
@@ -201,6 +242,35 @@ def backward(
         pdl=pdl and inputs.launched and not deferred,
     )  # fmt: skip
     return gradients._replace(x=du if needs.x else None)
+
+
+def _prepare_activations(
+    x: Tensor,
+    operands: Operands,
+    options: ProjectionOptions,
+    config: LowRankConfig,
+    *,
+    r_pad: int,
+    triggers_next: bool,
+) -> Prepared:
+    """U = X D_bᵀ with D_b of 1×1 blocks, H and α B, for X [M, K], as :func:`launch_prepare` does."""
+    if operands.lora_a is None:
+        raise ValueError("operands: H is asked for, and there is no A")
+    parts = low_rank_parts(x, r_pad, config)
+    u = launch_low_rank_parts(
+        x,
+        operands.lora_a,
+        parts,
+        options,
+        config=config,
+        transposed=True,
+        deviation=operands.blocks,
+        diagonal=diagonal_of(operands.blocks, options),
+    )
+    low, b = launch_low_rank_sum(
+        parts, x.dtype, options, lora_b=operands.lora_b, triggers_next=triggers_next
+    )
+    return Prepared(x if u is None else u, None, b, low)
 
 
 def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> tuple[Tensor]:

@@ -64,31 +64,31 @@ def _reduce_kernel(
         if partial_b_ptr is not None:
             offs = pid * BLOCK + lane
             n, r = offs // R_PAD, offs % R_PAD
-            db = _sum_parts(partial_b_ptr, offs, splits_n, N * R_PAD, BLOCK, PARTS) * alpha
+            db = sum_parts(partial_b_ptr, offs, splits_n, N * R_PAD, BLOCK, PARTS) * alpha
             inside = (n < N) & (r < R)
             tl.store(db_ptr + n * R + r, db.to(db_ptr.dtype.element_ty), mask=inside)
     elif pid < end_n:
         offs_n = (pid - end_b) * BLOCK + lane
         if partial_scale_ptr is not None:
-            ds = _sum_parts(partial_scale_ptr, offs_n, splits_n, N, BLOCK, PARTS)
+            ds = sum_parts(partial_scale_ptr, offs_n, splits_n, N, BLOCK, PARTS)
             if exact_ptr is not None:
                 asked = ds != ds
                 if tl.max(tl.where(asked, 1, 0), 0) > 0:
-                    exact = _sum_parts(exact_ptr, offs_n, spans, N, BLOCK, PARTS)
+                    exact = sum_parts(exact_ptr, offs_n, spans, N, BLOCK, PARTS)
                     ds = tl.where(asked, exact, ds)
             tl.store(dscale_ptr + offs_n, ds.to(dscale_ptr.dtype.element_ty), mask=offs_n < N)
         if partial_bias_ptr is not None:
-            dbias = _sum_parts(partial_bias_ptr, offs_n, splits_n, N, BLOCK, PARTS)
+            dbias = sum_parts(partial_bias_ptr, offs_n, splits_n, N, BLOCK, PARTS)
             tl.store(dbias_ptr + offs_n, dbias.to(dbias_ptr.dtype.element_ty), mask=offs_n < N)
     elif pid < end_a:
         if partial_a_ptr is not None:
             offs_a = (pid - end_n) * BLOCK + lane
-            da = _sum_parts(partial_a_ptr, offs_a, splits_k, K * R_PAD, BLOCK, PARTS)
+            da = sum_parts(partial_a_ptr, offs_a, splits_k, K * R_PAD, BLOCK, PARTS)
             tl.store(da_ptr + offs_a, da.to(da_ptr.dtype.element_ty), mask=offs_a < R * K)
     else:
         if partial_e_ptr is not None:
             offs_e = (pid - end_a) * BLOCK + lane
-            de = _sum_parts(partial_e_ptr, offs_e, splits_k, K * P, BLOCK, PARTS)
+            de = sum_parts(partial_e_ptr, offs_e, splits_k, K * P, BLOCK, PARTS)
             if DIAGONAL.relu:
                 a = tl.load(blocks_ptr + offs_e, mask=offs_e < K * P, other=0.0).to(tl.float32)
                 # The subgradient at 0 is 1, so that a diagonal that starts at 0 trains.
@@ -98,7 +98,7 @@ def _reduce_kernel(
 
 
 @triton.jit
-def _sum_parts(
+def sum_parts(
     part_ptr, offs, splits, length, BLOCK: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
     """Σ over the rows of a [splits, length] matrix, for the columns ``offs``, in a fixed order."""
