@@ -16,7 +16,9 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     WIDE,
     DeviceLimits,
     GemmConfig,
+    LowRankConfig,
     OutputSideConfig,
+    choose_low_rank_parts,
     choose_output_side,
     column_panels,
     pdl_pays,
@@ -42,6 +44,7 @@ class BackwardPlan:
         panels: The column panels that s ⊙ W is made in: (first column, how many) of each.
         token_parts: Where there are any, dY ⊙ s is made instead, of so many tokens at a time:
             (first token, how many) of each.
+        low_rank: Where T is separate, the tile sizes of its sums by parts; None for a walk over dY.
     """
 
     gemm: GemmConfig
@@ -52,6 +55,7 @@ class BackwardPlan:
     deferred: bool = False
     panels: tuple[tuple[int, int], ...] = ()
     token_parts: tuple[tuple[int, int], ...] = ()
+    low_rank: LowRankConfig | None = None
 
     def on(self, processors: int) -> BackwardPlan:
         """Return the plan with as many programs as its share of ``processors`` takes."""
@@ -159,6 +163,9 @@ def choose_backward(
     fusable = wants_t and through_weight and not channel_first and r_pad <= MAX_FUSED_RANK
 
     def settled(plan: BackwardPlan) -> BackwardPlan:
+        if wants_t and not plan.fused_low_rank:
+            by_parts = choose_low_rank_parts(m, n, r_pad, capability=capability)
+            plan = replace(plan, low_rank=by_parts)
         if plan.side_processors or plan.co_resident:
             return plan
         alone = choose_output_side(

@@ -13,7 +13,9 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     WIDE,
     DeviceLimits,
     GemmConfig,
+    LowRankConfig,
     choose_low_rank,
+    choose_low_rank_parts,
     column_panels,
     pdl_pays,
     pointer_gemm,
@@ -38,6 +40,7 @@ class ForwardPlan:
         on_activations: Whether U = X D_bᵀ is made and the product applies s, else V = s ⊙ (W D_b).
         panels: The column panels that V is made in: (first column, how many) of each.
         tail_columns: How many of the last columns narrow tiles compute on a second stream.
+        low_rank: Where H is separate, the tile sizes of its sums by parts; None for a walk over X.
     """
 
     gemm: GemmConfig
@@ -45,6 +48,7 @@ class ForwardPlan:
     on_activations: bool
     panels: tuple[tuple[int, int], ...]
     tail_columns: int
+    low_rank: LowRankConfig | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -93,19 +97,25 @@ def choose_forward(
     tail = 0
     if len(panels) == 1 and not y_channel_first and not fused:
         tail = tail_columns(m, n, config, limits.processors)
+    low_rank = None
+    if r_pad is not None and not fused and not dropout and not x_channel_first:
+        low_rank = choose_low_rank_parts(m, k, r_pad, capability=limits.capability)
     # PDL is safe only directly behind a launch of ours, and not while a side stream is forked.
     pdl = False
     if (folds or blocks or lora) and not tail:
-        separate = r_pad is not None and not fused
+        separate = r_pad is not None and not fused and low_rank is None
         rows = m if on_activations else panels[0][1]
         before = fold_programs(rows, k, block_size or 1, beside_low=separate)
+        if low_rank is not None and on_activations and (block_size or 1) == 1:
+            # The sum of the parts, few and short.
+            before = 0
         if separate:
             before += ceil_div(m, choose_low_rank(m, r_pad or 0, dropout=dropout)[0])
         pdl = pdl_pays(
             config, before, block_size=block_size or 1, beside_low=separate,
             processors=limits.processors,
         )  # fmt: skip
-    return ForwardPlan(replace(config, pdl=pdl), fused, on_activations, panels, tail)
+    return ForwardPlan(replace(config, pdl=pdl), fused, on_activations, panels, tail, low_rank)
 
 
 def choose_gemm(m: int, n: int, limits: DeviceLimits, *, whole: bool = False) -> GemmConfig:

@@ -103,7 +103,7 @@ class LowRankConfig:
     """Tile sizes of ``_low_rank_parts_kernel``: a program owns ``rows`` tokens by so many steps."""
 
     rows: int = 32
-    depth: int = 512
+    depth: int = 256
     steps: int = 1
     num_warps: int = 4
     num_stages: int = 1
@@ -136,16 +136,16 @@ def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> 
     return rows, depth
 
 
-def choose_low_rank_spans(
-    m: int, depth: int, r_pad: int, *, block_size: int
+def choose_low_rank_parts(
+    m: int, depth: int, r_pad: int, *, capability: tuple[int, int]
 ) -> LowRankConfig | None:
-    """Return the tile sizes of L = X I by parts of its sums, for X [m, depth]; None for a walk.
-
-    ``block_size``: P of the blocks that are applied to X in the same read, 1 also for none.
-    """
-    if block_size > 1 or r_pad > 64 or m > 4096 or depth < 1024:
+    """Return the tile sizes of L = X I by parts of its sums, for X [m, depth]; None for a walk."""
+    if capability[0] != 9 or r_pad > MAX_FUSED_RANK or m > 4096 or depth < 1024:
         return None
-    return LowRankConfig()
+    # As much as leaves several programs a multiprocessor, which is what hides the memory's latency.
+    if r_pad == 64:
+        return LowRankConfig(depth=128, num_warps=8)
+    return LowRankConfig(depth=256 if r_pad == 16 else 128)
 
 
 # The most programs of the launch before behind which PDL pays for tall tiles, for each

@@ -133,12 +133,13 @@ def launch_low_rank_parts(
     *,
     config: LowRankConfig,
     transposed: bool,
+    scaled: Tensor | None = None,
     deviation: Tensor | None = None,
     diagonal: Diagonal | None = None,
     triggers_next: bool = False,
     side: SideStream | None = None,
-) -> Tensor | None:
-    """Write L_part of X; return X ⊙ (1 + e), [M, D], where a deviation is given.
+) -> None:
+    """Write L_part of X, and X ⊙ (1 + e) where it is asked for.
 
     Args:
         x: X, 16-bit [M, D] with unit inner stride.
@@ -147,16 +148,14 @@ def launch_low_rank_parts(
         options: α.
         config: Tile sizes, those that the parts were made for.
         transposed: Whether I = Aᵀ, else I = α B.
-        deviation: e, D elements, or None.
+        scaled: X ⊙ (1 + e), which is written, [M, D] of X's dtype and contiguous; or None.
+        deviation: e, D elements, for that.
         diagonal: How e is read from it; as it is if None.
         triggers_next: Whether a PDL launch follows.
         side: Where to launch; the current stream if None.
     """
     m, depth = x.shape
     spans, r_pad = parts.shape[0], parts.shape[2]
-    scaled = None
-    if deviation is not None:
-        scaled = torch.empty((m, depth), dtype=x.dtype, device=x.device)
     programs = ceil_div(m, config.rows) * spans
     if programs:
         launch(
@@ -168,7 +167,6 @@ def launch_low_rank_parts(
             TILE=LowRankTile(config.rows, config.depth, config.steps, config.num_stages, r_pad),
             TRIGGERS_NEXT=triggers_next, num_warps=config.num_warps, side=side,
         )  # fmt: skip
-    return scaled
 
 
 class LowRank(NamedTuple):

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.backward_plan import choose_backward
-from prodial_kernels.kernels.choices.forward_plan import NARROW, choose_forward
+from prodial_kernels.kernels.choices.forward_plan import NARROW, ForwardPlan, choose_forward
 from prodial_kernels.kernels.choices.tile_sizes import (
     DeviceLimits,
-    LowRankConfig,
     choose_exact_scale,
     choose_input_side,
-    choose_low_rank_spans,
     padded_rank,
 )
 from prodial_kernels.kernels.projector.gemm import launch_gemm
@@ -70,9 +68,6 @@ def forward(
     )  # fmt: skip
     pdl = plan.gemm.pdl and supports_pdl(limits.capability, x)
     config = replace(plan.gemm, pdl=pdl)
-    spans = None
-    if plan.on_activations and not plan.fused_low_rank and x.ndim == 2 and seed is None:
-        spans = choose_low_rank_spans(m, k, r_pad, block_size=block_size_of(blocks))
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
     fused, tail = plan.fused_low_rank, plan.tail_columns
     h = None
@@ -82,12 +77,15 @@ def forward(
             weight.narrow(0, first, columns), blocks, _part(scale_deviation, first, columns),
             lora_a if fused or separate else None, _part(lora_b, first, columns), None, seed,
         )  # fmt: skip
-        v, a, b, low = _prepare_activations(
-            x, panel, options, spans, r_pad=r_pad, triggers_next=pdl
-        ) if spans is not None and lora_a is not None else launch_prepare(
-            panel, options, r_pad=r_pad, low_rank_of=x if separate else None,
-            activations=x if plan.on_activations else None, triggers_next=pdl,
-        )  # fmt: skip
+        if plan.low_rank is not None and separate and lora_a is not None:
+            v, a, b, low = _prepare_by_parts(
+                x, lora_a, panel, options, plan, r_pad, triggers_next=pdl
+            )
+        else:
+            v, a, b, low = launch_prepare(
+                panel, options, r_pad=r_pad, low_rank_of=x if separate else None,
+                activations=x if plan.on_activations else None, triggers_next=pdl,
+            )  # fmt: skip
         h = low if separate else h
         u, v = (v, weight) if plan.on_activations else (x, v)
         side = fork(x.device) if tail and x.is_cuda else None
@@ -146,9 +144,6 @@ def backward(
     pdl = supports_pdl(limits.capability, dy)
     product = replace(plan.gemm, pdl=pdl and plan.gemm.pdl)
     co_resident = plan.co_resident and through_weight
-    spans = parts = None
-    if wants_t and not plan.fused_low_rank and dy.ndim == 2:
-        spans = choose_low_rank_spans(m, n, r_pad, block_size=1)
 
     # Beside the product, or in turn.
     sum_outputs = partial(
@@ -165,13 +160,14 @@ def backward(
     sw: Tensor | None = None
     if not co_resident:
         outputs = sum_outputs(side=side)
-    if spans is not None and lora_b is not None:
-        parts = low_rank_parts(dy, r_pad, spans)
+    t_parts: Tensor | None = None
+    if plan.low_rank is not None and lora_b is not None and dy.ndim == 2:
+        t_parts = low_rank_parts(dy, r_pad, plan.low_rank)
         if not plan.token_parts:
             launch_low_rank_parts(
-                dy, lora_b, parts, options, config=spans, transposed=False, side=side
+                dy, lora_b, t_parts, options, config=plan.low_rank, transposed=False, side=side
             )
-            t = launch_low_rank_sum(parts, dy.dtype, options, side=side).low
+            t = launch_low_rank_sum(t_parts, dy.dtype, options, side=side).low
     elif wants_t and not plan.fused_low_rank and lora_b is not None:
         t = launch_low_rank(dy, lora_b, options, r_pad, side)
     if plan.token_parts and scale_deviation is not None:
@@ -179,17 +175,13 @@ def backward(
         for first, tokens in plan.token_parts:
             sw = None  # what is made next takes its place
             rows = dy.narrow(0, first, tokens)
-            if spans is not None and parts is not None and lora_b is not None:
-                sw = launch_low_rank_parts(
-                    rows,
-                    lora_b,
-                    parts.narrow(1, first, tokens),
-                    options,
-                    config=spans,
-                    transposed=False,
-                    deviation=scale_deviation,
+            if t_parts is not None and plan.low_rank is not None and lora_b is not None:
+                sw = rows.new_empty(rows.shape)
+                launch_low_rank_parts(
+                    rows, lora_b, t_parts.narrow(1, first, tokens), options, config=plan.low_rank,
+                    transposed=False, scaled=sw, deviation=scale_deviation,
                     triggers_next=product.pdl,
-                )
+                )  # fmt: skip
             else:
                 sw = launch_scaled(rows, scale_deviation, triggers_next=product.pdl)
             if co_resident and first == 0 and dy.is_cuda:
@@ -197,8 +189,8 @@ def backward(
             launch_gemm(sw, weight, du.narrow(0, first, tokens), v_transposed=False, config=product)
             if co_resident and first == 0:
                 outputs = sum_outputs(side=side)
-        if parts is not None:
-            t = launch_low_rank_sum(parts, dy.dtype, options).low
+        if t_parts is not None:
+            t = launch_low_rank_sum(t_parts, dy.dtype, options).low
     elif through_weight:
         du = dy.new_empty(x.shape)
         source, folded = weight, scale_deviation
@@ -244,33 +236,45 @@ def backward(
     return gradients._replace(x=du if needs.x else None)
 
 
-def _prepare_activations(
+def _prepare_by_parts(
     x: Tensor,
+    lora_a: Tensor,
     operands: Operands,
     options: ProjectionOptions,
-    config: LowRankConfig,
-    *,
+    plan: ForwardPlan,
     r_pad: int,
+    *,
     triggers_next: bool,
 ) -> Prepared:
-    """U = X D_bᵀ with D_b of 1×1 blocks, H and α B, for X [M, K], as :func:`launch_prepare` does."""
-    if operands.lora_a is None:
-        raise ValueError("operands: H is asked for, and there is no A")
-    parts = low_rank_parts(x, r_pad, config)
-    u = launch_low_rank_parts(
-        x,
-        operands.lora_a,
-        parts,
-        options,
-        config=config,
-        transposed=True,
-        deviation=operands.blocks,
-        diagonal=diagonal_of(operands.blocks, options),
+    """As :func:`launch_prepare`, with H from parts of its sums, for X [M, K].
+
+    U of blocks of 1 is made in the read of X that makes the parts.
+    """
+    if plan.low_rank is None:
+        raise ValueError("plan: expected tile sizes for the parts of H, got None")
+    blocks, lora_b = operands.blocks, operands.lora_b
+    parts = low_rank_parts(x, r_pad, plan.low_rank)
+    job = partial(
+        launch_low_rank_parts, x, lora_a, parts, options, config=plan.low_rank, transposed=True
     )
-    low, b = launch_low_rank_sum(
-        parts, x.dtype, options, lora_b=operands.lora_b, triggers_next=triggers_next
-    )
-    return Prepared(x if u is None else u, None, b, low)
+    if plan.on_activations and block_size_of(blocks) == 1:
+        u = x
+        if blocks is None:
+            job()
+        else:
+            u = x.new_empty(x.shape)
+            job(scaled=u, deviation=blocks, diagonal=diagonal_of(blocks, options))
+        h, b = launch_low_rank_sum(
+            parts, x.dtype, options, lora_b=lora_b, triggers_next=triggers_next
+        )
+        return Prepared(u, None, b, h)
+    job()
+    h = launch_low_rank_sum(parts, x.dtype, options).low
+    v, _, b, _ = launch_prepare(
+        operands._replace(lora_a=None), options, r_pad=r_pad,
+        activations=x if plan.on_activations else None, triggers_next=triggers_next,
+    )  # fmt: skip
+    return Prepared(v, None, b, h)
 
 
 def scaled_weight(weight: Tensor, scale_deviation: Tensor) -> tuple[Tensor]:

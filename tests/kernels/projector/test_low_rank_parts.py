@@ -26,13 +26,12 @@ def _forget() -> object:
     recorded_calls.reset()
 
 
-def by_parts(monkeypatch: pytest.MonkeyPatch, config: LowRankConfig) -> list[tuple[int, bool]]:
-    """Let every separate L be made so; returns what is launched: (tokens, whether scaled)."""
-    monkeypatch.setattr(passes, "choose_low_rank_spans", lambda *_, **__: config)
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """What is launched by parts: (tokens, whether scaled)."""
     made: list[tuple[int, bool]] = []
     watch(
         monkeypatch, passes, "launch_low_rank_parts",
-        lambda x, *_, **options: made.append((len(x), options.get("deviation") is not None)),
+        lambda x, *_, **options: made.append((len(x), options.get("scaled") is not None)),
     )  # fmt: skip
     return made
 
@@ -42,13 +41,14 @@ def by_parts(monkeypatch: pytest.MonkeyPatch, config: LowRankConfig) -> list[tup
 def test_in_both_directions(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, config: LowRankConfig, diagonal: str
 ) -> None:
-    made = by_parts(monkeypatch, config)
+    made = watched(monkeypatch)
     replan(
         monkeypatch, "forward", on_activations=True, fused_low_rank=False, panels=((0, 40),),
-        tail_columns=0,
+        tail_columns=0, low_rank=config,
     )  # fmt: skip
     replan(
         monkeypatch, "backward", token_parts=PARTS, fused_low_rank=False, side_processors=0,
+        low_rank=config,
     )  # fmt: skip
     case = make_case(
         35, 24, 40, block_size=1, r=5, device=kernel_device, diagonal=diagonal
@@ -58,6 +58,10 @@ def test_in_both_directions(
     made.clear()
     assert_matches_fp64(replace(case, blocks=None, bias=None), compute=torch.float16)
     assert made == [(35, False), (16, True), (19, True)]
+    made.clear()
+    larger = make_case(35, 24, 40, block_size=6, r=17, device=kernel_device, diagonal=diagonal)
+    assert_matches_fp64(larger, compute=torch.float16)
+    assert made == [(35, False), (16, True), (19, True)]
     assert_matches_fp64(case, compute=torch.float16, trained=["lora_a"])
     assert_matches_fp64(case, compute=torch.float16, trained=["x"])
 
@@ -66,10 +70,10 @@ def test_in_both_directions(
 def test_without_scaling(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, side_processors: int
 ) -> None:
-    made = by_parts(monkeypatch, CONFIGS[1])
+    made = watched(monkeypatch)
     replan(
         monkeypatch, "backward", token_parts=(), fused_low_rank=False,
-        side_processors=side_processors, co_resident=False,
+        side_processors=side_processors, co_resident=False, low_rank=CONFIGS[1],
     )  # fmt: skip
     case = make_case(35, 24, 40, block_size=6, r=17, device=kernel_device)
     assert_matches_fp64(case, compute=torch.float16)
@@ -77,8 +81,10 @@ def test_without_scaling(
 
 
 def test_two_runs_are_equal(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    by_parts(monkeypatch, CONFIGS[1])
-    replan(monkeypatch, "backward", token_parts=PARTS, fused_low_rank=False, side_processors=0)
+    replan(
+        monkeypatch, "backward", token_parts=PARTS, fused_low_rank=False, side_processors=0,
+        low_rank=CONFIGS[1],
+    )  # fmt: skip
     case = make_case(35, 24, 40, block_size=1, r=5, device=kernel_device)
     wide = torch.randn(35, 96, device=kernel_device, dtype=torch.float64)
     case = replace(case, grad_output=wide[:, 8:48])
