@@ -115,23 +115,23 @@ def tokens_of(matrix: Tensor) -> Tensor:
     return matrix if matrix.ndim == 2 else matrix.mT.reshape(-1, matrix.shape[1])
 
 
-def add_low_rank(y: Tensor, x: Tensor, operands: Operands, alpha: float) -> Tensor:
-    """``Y += α X Aᵀ Bᵀ`` in place; return H = X Aᵀ [M, padded R].
-
-    Y is [M, N] or channel-first [b, N, l], X [M, K] or channel-first [b, K, l].
-    """
+def low_rank_factors(x: Tensor, operands: Operands, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return H = X Aᵀ, [M, padded R], and α B, [N, padded R], for X [M, K] or channel-first."""
     lora_a, lora_b = _low_rank(operands)
     spare = padded_rank(lora_a.shape[0]) - lora_a.shape[0]
     a = F.pad(lora_a, (0, 0, 0, spare)).to(x.dtype)
     b = F.pad(alpha * lora_b, (0, spare)).to(x.dtype)
     h = (x if x.ndim == 2 else x.mT) @ a.T
-    h = h.reshape(-1, a.shape[0])
+    return h.reshape(-1, a.shape[0]), b
+
+
+def add_low_rank(y: Tensor, h: Tensor, b: Tensor) -> None:
+    """``Y += H (α B)ᵀ`` in place, for Y [M, N] or channel-first [b, N, l]."""
     _add_product(y, h, b.T)
-    return h
 
 
 def add_low_rank_gradient(dx: Tensor, dy: Tensor, operands: Operands, alpha: float) -> None:
-    """``dX += α dY B A`` in place; layouts as of X and Y in :func:`add_low_rank`."""
+    """``dX += α dY B A`` in place; dX [M, K] or channel-first [b, K, l], dY likewise."""
     lora_a, lora_b = _low_rank(operands)
     t = (dy if dy.ndim == 2 else dy.mT) @ (alpha * lora_b).to(dy.dtype)
     _add_product(dx, t.reshape(-1, lora_a.shape[0]), lora_a.to(dy.dtype))
@@ -142,7 +142,7 @@ def thin_gradients(
 ) -> Tensor | None:
     """``dX += T A`` in place with T = α dY B, where there is a dX; return dA = Tᵀ X if asked for.
 
-    Layouts as of X and Y in :func:`add_low_rank`.
+    dX and X [M, K] or channel-first [b, K, l], dY likewise.
     """
     if not (needs.x or needs.lora_a):
         return None

@@ -31,6 +31,7 @@ from prodial_kernels.ops.detours import (
     is_small,
     is_thin,
     is_wide,
+    low_rank_factors,
     low_rank_gradients,
     product_of,
     thin_gradients,
@@ -163,10 +164,17 @@ def _forward(
         return y, h
     with autocast_off(x.device.type):
         operands = tiled(operands, options)
-        wide = is_wide(operands)
-        given = operands._replace(lora_a=None, lora_b=None) if wide else operands
-        y, h = run(function, (x, *given), (options, length))
-        return y, add_low_rank(y, x, operands, options.lora_scaling) if wide else h
+        if not is_wide(operands):
+            y, h = run(function, (x, *operands), (options, length))
+            return y, h
+        h, b = low_rank_factors(x, operands, options.lora_scaling)
+        given = operands._replace(lora_a=None, lora_b=None)
+        if _projector().adds_wide(x, given.weight, h.shape[1]):
+            (y,) = run(_projector().recorded_wide_forward, (x, *given, h, b), (options, length))
+        else:
+            y, _ = run(function, (x, *given), (options, length))
+            add_low_rank(y, h, b)
+        return y, h
 
 
 def _backward(

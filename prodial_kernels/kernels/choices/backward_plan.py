@@ -115,8 +115,8 @@ _CO_RESIDENT_ROUNDS, _CO_RESIDENT_TOKENS = 2, 2048
 # output side gets.
 _MORE_ROUNDS = 0.5
 # dY ⊙ s is made in the place of s ⊙ W for at most so many tokens, in parts whose tiles fill their
-# rounds to this share: that took as long, at the shapes in LOG.md (2026-11-30). Beside a wide tile
-# runs the output side, which fills what is left.
+# rounds to this share: that took as long, at the shapes in LOG.md (2026-11-30). Beside them, where
+# it fits, runs the output side, which fills what is left.
 _TOKEN_SIDE, _WIDE_FILL, _TALL_FILL = 4096, 0.9, 0.96
 _WIDE_GAIN = 0.9
 # All tokens at once, where that moves but so small a share of the bytes, whatever the tiles fill.
@@ -164,7 +164,9 @@ def choose_backward(
 
     def settled(plan: BackwardPlan) -> BackwardPlan:
         if wants_t and not plan.fused_low_rank:
-            by_parts = choose_low_rank_parts(m, n, r_pad, capability=capability)
+            by_parts = choose_low_rank_parts(
+                m, n, r_pad, scales=bool(plan.token_parts), capability=capability
+            )
             plan = replace(plan, low_rank=by_parts)
         if plan.side_processors or plan.co_resident:
             return plan
@@ -267,7 +269,7 @@ def _token_parts(m: int, k: int, fits: bool, fills: bool, processors: int) -> _T
     Args:
         m: Tokens.
         k: Columns of dX.
-        fits: Whether the output side may be co-resident with wide tiles.
+        fits: Whether the output side may be co-resident.
         fills: Whether several parts were measured: with the output side so, or without any.
         processors: Of the device.
     """
@@ -282,7 +284,7 @@ def _token_parts(m: int, k: int, fits: bool, fills: bool, processors: int) -> _T
         return rounds(tile.plain, m) * tile.step * (_WIDE_GAIN if tile is _WIDE else 1)
 
     tile, share = min(tiles, key=lambda pair: time(pair[0]))
-    co_resident = fits and tile is _WIDE
+    co_resident = fits and (tile is _WIDE or (tile is _TALL and m > _LIGHT * k))
     config = tile.fused_with_room if co_resident and tile.fused_with_room else tile.plain
     across, area = ceil_div(k, config.block_n), config.block_m * config.block_n
     # Alone a part pays where the output side is beside it, or where it is light.

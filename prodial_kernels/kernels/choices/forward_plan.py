@@ -25,9 +25,11 @@ from prodial_kernels.kernels.choices.tile_sizes import (
 NARROW = GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
 """A tile that finds room on a multiprocessor beside one of ``WIDE``."""
 
-# The widest result whose product also computes H, by the widest padded rank: it costs 7 to 12% of
-# that, as much as the pass over X that it saves at these widths (H100).
+# The widest result whose product also computes H, by the widest padded rank: it costs 8 to 17% of
+# that, as much as the pass over X that it saves at these widths. With many tokens that pass reads at
+# the memory's rate, and saves less (H200, LOG.md of 2026-11-30).
 _FUSED_COLUMNS = {32: 3072, MAX_FUSED_RANK: 2048}
+_MANY_TOKENS, _FUSED_COLUMNS_OF_MANY = 8192, {32: 1024, MAX_FUSED_RANK: 2048}
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def choose_forward(
     # The product reads X as it is, and its H is of tokens by rows.
     fusable = (
         r_pad is not None and not dropout and not y_channel_first and aligned
-        and fuses_low_rank(n, r_pad, limits.capability)
+        and fuses_low_rank(m, n, r_pad, limits.capability)
     )  # fmt: skip
     on_activations = applies_to_activations(
         m, n, blocks=blocks, scale=scale, channel_first=x_channel_first, fused_low_rank=fusable
@@ -99,7 +101,10 @@ def choose_forward(
         tail = tail_columns(m, n, config, limits.processors)
     low_rank = None
     if r_pad is not None and not fused and not dropout and not x_channel_first:
-        low_rank = choose_low_rank_parts(m, k, r_pad, capability=limits.capability)
+        low_rank = choose_low_rank_parts(
+            m, k, r_pad, scales=on_activations and block_size == 1 and k < 4096,
+            capability=limits.capability,
+        )  # fmt: skip
     # PDL is safe only directly behind a launch of ours, and not while a side stream is forked.
     pdl = False
     if (folds or blocks or lora) and not tail:
@@ -134,9 +139,10 @@ def choose_gemm(m: int, n: int, limits: DeviceLimits, *, whole: bool = False) ->
     return replace(WIDE if wide <= tall else TALL, programs=limits.processors, flatten=True)
 
 
-def fuses_low_rank(n: int, r_pad: int, capability: tuple[int, int]) -> bool:
-    """Whether H = X Aᵀ of rank r_pad is computed within a Hopper's product with n columns."""
-    widest = next((n for rank, n in _FUSED_COLUMNS.items() if r_pad <= rank), 0)
+def fuses_low_rank(m: int, n: int, r_pad: int, capability: tuple[int, int]) -> bool:
+    """Whether H = X Aᵀ of rank r_pad is computed within a Hopper's product [m, n]."""
+    widths = _FUSED_COLUMNS if m < _MANY_TOKENS else _FUSED_COLUMNS_OF_MANY
+    widest = next((n for rank, n in widths.items() if r_pad <= rank), 0)
     return capability[0] == 9 and n <= widest
 
 

@@ -23,6 +23,9 @@ from prodial_kernels.kernels.replay.streams import SideStream
 # What the epilogue adds of L at a time without the copy engine: slices of 32 came out wrong or
 # reached outside of memory (triton 3.6.0, H100), slices of 16 are right.
 POINTER_SLICE = 16
+# The widest rank that the epilogue adds, in slices of MAX_FUSED_RANK that the copy engine loads; a
+# library product adds others.
+MAX_ADDED_RANK = 256
 
 
 class GemmTile(NamedTuple):
@@ -326,17 +329,20 @@ def launch_gemm(
         narrow = bias is not None or (inner is not None and r_pad > 32)
         config = pointer_gemm(64 if narrow else 128, config.programs)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
-    r_slice = r_pad if tma or inner is not None else POINTER_SLICE
-    wide = outer is not None and r_pad > MAX_FUSED_RANK
+    r_slice = POINTER_SLICE
+    if tma or inner is not None:
+        r_slice = min(r_pad, MAX_FUSED_RANK)
+    wide = outer is not None and r_pad > (MAX_ADDED_RANK if tma else MAX_FUSED_RANK)
     if wide:
         added, factor, r_pad, r_slice = None, None, 16, 16
     elif outer is None:
         factor = None
 
     # Flattening lets the copy engine prefetch; with pointers it gains nothing. It takes shared
-    # memory of its own, which wide I and O do not leave.
+    # memory of its own, which wide I and O, or several slices of O, do not leave.
     both_wide = inner is not None and outer is not None and r_pad > 32
-    flatten = config.flatten and tma and not both_wide
+    slices = r_pad // r_slice
+    flatten = config.flatten and tma and not both_wide and slices == 1
 
     tiles = batches * triton.cdiv(rows, bm) * triton.cdiv(columns, bn)
     launch(

@@ -15,7 +15,7 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     choose_input_side,
     padded_rank,
 )
-from prodial_kernels.kernels.projector.gemm import launch_gemm
+from prodial_kernels.kernels.projector.gemm import MAX_ADDED_RANK, launch_gemm
 from prodial_kernels.kernels.projector.input_side import InputSums, launch_input_sums
 from prodial_kernels.kernels.projector.low_rank import (
     launch_low_rank_parts,
@@ -49,11 +49,16 @@ from prodial_kernels.kernels.replay.recorder import fork, join
 
 
 def forward(
-    x: Tensor, operands: Operands, options: ProjectionOptions, length: int = 0
+    x: Tensor,
+    operands: Operands,
+    options: ProjectionOptions,
+    length: int = 0,
+    made: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return Y and H [M, R_PAD] (None without LoRA) for X, [M, K] or channel-first [b, K, l].
 
-    Y is channel-first [M / length, N, length] where a ``length`` is given, else [M, N].
+    Y is channel-first [M / length, N, length] where a ``length`` is given, else [M, N]. ``made``: H
+    and α B, [N, R_PAD], of a rank that only the product holds; then there is neither A nor B.
     """
     weight, blocks, scale_deviation, lora_a, lora_b, bias, seed = operands
     m, (n, k) = token_shape(x)[0], weight.shape
@@ -70,7 +75,7 @@ def forward(
     config = replace(plan.gemm, pdl=pdl)
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
     fused, tail = plan.fused_low_rank, plan.tail_columns
-    h = None
+    h, factor = (None, None) if made is None else made
     for first, columns in plan.panels:
         separate = lora_a is not None and not fused and h is None
         panel = Operands(
@@ -87,6 +92,7 @@ def forward(
                 activations=x if plan.on_activations else None, triggers_next=pdl,
             )  # fmt: skip
         h = low if separate else h
+        b = b if factor is None else _part(factor, first, columns)
         u, v = (v, weight) if plan.on_activations else (x, v)
         side = fork(x.device) if tail and x.is_cuda else None
         for at, size, tiles, stream in (
@@ -327,6 +333,12 @@ def _aligned(x: Tensor, weight: Tensor) -> bool:
     return all(size % 8 == 0 for size in weight.shape) and tma_ready(x) and tma_ready(weight)
 
 
+def adds_wide(x: Tensor, weight: Tensor, r_pad: int) -> bool:
+    """Whether forward adds a ready H of this rank to Y within the product; see ``made`` there."""
+    hopper = device_limits(x.device).capability[0] == 9
+    return hopper and r_pad <= MAX_ADDED_RANK and _aligned(x, weight)
+
+
 # The same of flat operands, as the recording of launches takes them.
 
 
@@ -334,6 +346,12 @@ def recorded_forward(x: Tensor, *operands_options_length: Any) -> tuple[Tensor, 
     """:func:`forward` of X, the fields of ``Operands``, the options and the length."""
     *operands, options, length = operands_options_length
     return forward(x, Operands(*operands), options, length)
+
+
+def recorded_wide_forward(x: Tensor, *operands_made_options_length: Any) -> tuple[Tensor]:
+    """:func:`forward` of X, the fields of ``Operands``, H and α B as ``made``, and so on: Y."""
+    *operands, h, b, options, length = operands_made_options_length
+    return (forward(x, Operands(*operands), options, length, (h, b))[0],)
 
 
 def recorded_backward(dy: Tensor, x: Tensor, *operands_kept_options_needs: Any) -> Gradients:

@@ -19,19 +19,21 @@ HOPPER = (9, 0)
 
 
 @pytest.mark.parametrize(
-    ("n", "r_pad", "expected"),
+    ("m", "n", "r_pad", "expected"),
     [
-        (768, 16, True), (3072, 32, True), (4096, 16, False), (8192, 16, False),
-        (2048, 64, True), (3072, 64, False), (768, 2 * MAX_FUSED_RANK, False),
+        (2048, 768, 16, True), (2048, 3072, 32, True), (2048, 4096, 16, False),
+        (2048, 2048, 64, True), (2048, 3072, 64, False), (2048, 768, 2 * MAX_FUSED_RANK, False),
+        (16384, 768, 16, True), (16384, 2048, 16, False), (8192, 3072, 32, False),
+        (8192, 2048, 64, True),
     ],
 )  # fmt: skip
-def test_for_few_columns_and_ranks_that_fit(n: int, r_pad: int, expected: bool) -> None:
-    assert fuses_low_rank(n, r_pad, HOPPER) is expected
+def test_for_few_columns_and_ranks_that_fit(m: int, n: int, r_pad: int, expected: bool) -> None:
+    assert fuses_low_rank(m, n, r_pad, HOPPER) is expected
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)], ids=str)
 def test_on_no_device_where_it_was_not_measured(capability: tuple[int, int]) -> None:
-    assert not fuses_low_rank(768, 16, capability)
+    assert not fuses_low_rank(2048, 768, 16, capability)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from prodial_kernels.kernels.projector import passes
 from prodial_kernels.ops import detours
 from prodial_kernels.testing import LinearCase, make_case
 from support.kernels.channel_first import LAYOUTS, run
-from support.kernels.kernel_cases import assert_matches_fp64, triton_linear
+from support.kernels.kernel_cases import assert_matches_fp64, triton_linear, watch
 
 
 @pytest.mark.parametrize("r", [64, 65])
@@ -58,6 +58,24 @@ def test_thin_products_where_the_weight_is_large(
     kept = [t.shape for t in y.grad_fn.saved_tensors if t is not None]
     assert y.shape in kept
     assert torch.Size([33, 128]) in kept
+
+
+@pytest.mark.parametrize(
+    ("r", "k", "inside"), [(65, 24, True), (200, 24, True), (300, 24, False), (70, 20, False)]
+)
+def test_the_product_adds_h_where_it_holds_it(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, r: int, k: int, inside: bool
+) -> None:
+    made: list[bool] = []
+    watch(
+        monkeypatch, passes, "launch_gemm",
+        lambda *_, **options: made.append(options.get("outer") is not None),
+    )  # fmt: skip
+    case = make_case(33, k, 40, block_size=4, r=r, device=kernel_device)
+    for changes in ({}, {"bias": None}, {"blocks": None}, {"blocks": None, "scale": None}):
+        made.clear()
+        assert_matches_fp64(replace(case, **changes), compute=torch.float16)
+        assert made[0] is inside
 
 
 def test_thin_products_of_channel_first_operands(

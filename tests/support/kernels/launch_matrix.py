@@ -109,7 +109,10 @@ class Projector:
         length = m // self.sequences if self.y_channel_first else 0
         wide, thin = is_wide(operands), is_thin(operands)
         given = operands._replace(lora_a=None, lora_b=None) if wide else operands
-        y, h = passes.forward(x, given, options, length)
+        made = None
+        if wide and r is not None and passes.adds_wide(x, operands.weight, padded_rank(r)):
+            made = (narrow(m, padded_rank(r)), narrow(n, padded_rank(r)))
+        y, h = passes.forward(x, given, options, length, made)
         if thin and r is not None:
             given, h = operands._replace(lora_a=None), narrow(m, padded_rank(r))
         kept = Kept(y if needs.scale else None, h)
