@@ -69,7 +69,7 @@ _HYBRIDS = {
     "granite-4.0-h-micro": ((2048, 8512), (4096, 2048)),
 }
 # What people train beside the table's shapes, by what is particular about it.
-GROUPS: Mapping[str, tuple[Case, ...]] = {
+_BESIDE: Mapping[str, tuple[Case, ...]] = {
     "hybrids": tuple(
         Case(m, *shape, model=f"{model} {which}")
         for m in (2048, 8192)
@@ -91,6 +91,10 @@ GROUPS: Mapping[str, tuple[Case, ...]] = {
         Case(8192, 2048, 8192, r=r, model="mamba-1.4b in_proj") for r in (64, 128, 256)
     ),
 }
+GROUPS: Mapping[str, tuple[Case, ...]] = {
+    **_BESIDE, "all": (*TABLE_SHAPES, *(case for cases in _BESIDE.values() for case in cases)),
+}  # fmt: skip
+"""By what is particular about them; ``"all"`` are those of the table too."""
 
 
 def block_size(wanted: int, k: int) -> int:

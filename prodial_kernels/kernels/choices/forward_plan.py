@@ -26,8 +26,8 @@ NARROW = GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
 """A tile that finds room on a multiprocessor beside one of ``WIDE``."""
 
 # The widest result whose product also computes H, by the widest padded rank: it costs 8 to 17% of
-# that, as much as the pass over X that it saves at these widths. With many tokens that pass reads at
-# the memory's rate, and saves less (H200, LOG.md of 2026-11-30).
+# that, as much as the pass over X that it saves at these widths. With many tokens that pass reads
+# as fast as the memory can, and less is saved (H200, LOG.md of 2026-11-30).
 _FUSED_COLUMNS = {32: 3072, MAX_FUSED_RANK: 2048}
 _MANY_TOKENS, _FUSED_COLUMNS_OF_MANY = 8192, {32: 1024, MAX_FUSED_RANK: 2048}
 

@@ -153,8 +153,10 @@ def choose_low_rank_parts(
     32.5 µs at 2048 × 10240, 9.3 against 10.9 at 2048 × 2560, but 25.2 against 21.8 for U of 8,192
     (H200).
     """
-    if capability[0] != 9 or r_pad > MAX_FUSED_RANK or m > _PARTS_TOKENS or depth < _LONG_SUM:
+    if r_pad > MAX_FUSED_RANK or m > _PARTS_TOKENS or depth < _LONG_SUM:
         return None
+    if capability[0] != 9:
+        return LowRankConfig(32, 128 if r_pad == 16 else 64, steps=1, num_stages=1)
     if scales and r_pad == 16:
         return LowRankConfig(depth=256, steps=1, num_stages=1)
     return LowRankConfig()

@@ -192,7 +192,8 @@ def backward(
                 sw = launch_scaled(rows, scale_deviation, triggers_next=product.pdl)
             if co_resident and first == 0 and dy.is_cuda:
                 side = fork(dy.device)
-            launch_gemm(sw, weight, du.narrow(0, first, tokens), v_transposed=False, config=product)
+            tiles = product if plan.rest is None or first + tokens < m else plan.rest
+            launch_gemm(sw, weight, du.narrow(0, first, tokens), v_transposed=False, config=tiles)
             if co_resident and first == 0:
                 outputs = sum_outputs(side=side)
         if t_parts is not None:

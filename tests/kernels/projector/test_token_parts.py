@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prodial_kernels.kernels.choices.backward_plan import BackwardPlan, choose_backward
-from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits, GemmConfig
 from prodial_kernels.kernels.projector import passes
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import make_case
@@ -60,6 +60,11 @@ def test_parts_as_they_were_measured(shape: tuple[int, int, int]) -> None:
     # At most 0.41 of what the layer returns, where s ⊙ W was up to 1.6 times that.
     assert 2 * n * tokens <= 0.41 * 2 * m * (n + k)
     assert 2 * tokens <= k
+    # The output side runs beside them all; smaller tiles are for what is less than a part.
+    assert plan.co_resident
+    assert (plan.rest is not None) is (shape == (2048, 2560, 10240))
+    if plan.rest is not None:
+        assert plan.rest.block_n < plan.gemm.block_n
 
 
 def test_so_few_tokens_at_once_whatever_their_tiles_fill() -> None:
@@ -106,6 +111,24 @@ def test_gradients_match_fp64(
         assert made == [size for _, size in parts]
     for name in ("x", "blocks", "lora_a"):
         assert_matches_fp64(case, compute=torch.float16, trained=[name])
+    recorded_calls.reset()
+
+
+def test_other_tiles_for_the_last_part(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = GemmConfig(64, 128, 64, num_warps=4, num_stages=6, flatten=True, programs=2)
+    replan(
+        monkeypatch, "backward", token_parts=PARTS[2], rest=rest, fused_low_rank=False,
+        co_resident=False, side_processors=0,
+    )  # fmt: skip
+    used: list[bool] = []
+    watch(
+        monkeypatch, passes, "launch_gemm",
+        lambda *_, v_transposed, config, **__: v_transposed or used.append(config == rest),
+    )  # fmt: skip
+    assert_matches_fp64(
+        make_case(35, 24, 40, block_size=6, r=5, device=kernel_device), compute=torch.float16
+    )
+    assert used == [False, False, True]
     recorded_calls.reset()
 
 

@@ -164,7 +164,7 @@ def covering(launches: Iterable[Launch], cover: str) -> list[Launch]:
 # Operands whose absence makes a kernel another one.
 OPTIONAL = {
     "inner", "outer", "low_ptr", "deviation_ptr", "bias_ptr", "blocks_ptr", "seed_ptr", "t_ptr",
-    "v_ptr", "a_out_ptr", "b_out_ptr", "exact_ptr", "partial_a_ptr", "partial_b_ptr",
+    "v_ptr", "scaled_ptr", "a_out_ptr", "b_out_ptr", "exact_ptr", "partial_a_ptr", "partial_b_ptr",
     "partial_bias_ptr", "partial_e_ptr", "partial_scale_ptr",
 }  # fmt: skip
 
