@@ -10,6 +10,7 @@ from prodial_kernels.files.atomic import atomic_text
 
 CARD_FILE = "README.md"
 _MARK = "<!-- save_adapter wrote this card, and replaces it as long as this line is in it. -->"
+_PRODIAL = "ProDiaL: W' = s ⊙ (W D_b) + α B A"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -44,20 +45,21 @@ def card(config: ProdialConfig, base_model: str | None, *, in_peft: bool) -> str
         head = [f"base_model: {base_model}", *head, f"- base_model:adapter:{base_model}"]
     lora = not config.train_scale and not config.train_diagonal
     rows = {
-        "method": "LoRA" if lora else "ProDiaL: W' = s ⊙ (W D_b) + α B A",
+        "method": ", ".join(
+            ([] if not config.target_modules else ["LoRA" if lora else _PRODIAL])
+            + [str(method) for method in config.methods]
+        ),
         "base model": base_model or "unknown",
         "layers": ", ".join(
             [config.target_modules]
             if isinstance(config.target_modules, str)
             else config.target_modules
         ),
-        "rank": config.r,
-        "lora_alpha": config.lora_alpha,
+        "rank": config.r if config.target_modules else None,
+        "lora_alpha": config.lora_alpha if config.target_modules else None,
         "n_blocks": config.n_blocks,
         "block_size": config.block_size,
-        "trained beside": ", ".join(
-            (*config.modules_to_save, *config.train_ssm, *(m.name for m in config.methods))
-        ),
+        "trained beside": ", ".join((*config.modules_to_save, *config.train_ssm)),
     }
     table = [
         f"| {name} | {_cell(value)} |" for name, value in rows.items() if value not in ("", None)

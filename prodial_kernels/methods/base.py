@@ -57,6 +57,15 @@ class Method:
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {"name": self.name, **plain}
 
+    def __str__(self) -> str:
+        """Its name, and the options that are not their defaults."""
+        given = [
+            f"{each.name}={' '.join(v) if isinstance(v, tuple) else v}"
+            for each in fields(self)
+            if (v := getattr(self, each.name)) != each.default
+        ]
+        return f"{self.name} ({', '.join(given)})" if given else self.name
+
     @classmethod
     def from_dict(cls: type[MethodT], values: Mapping[str, Any]) -> MethodT:
         """Build it from :meth:`to_dict`'s values; ``name`` may be left out.

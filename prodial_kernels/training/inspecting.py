@@ -17,7 +17,7 @@ from prodial_kernels.checkpoint import AdapterError, SavedAdapter, read_adapter
 from prodial_kernels.checkpoint.files import CONFIG_FILE
 from prodial_kernels.config import PLACEMENTS, ProdialConfig
 from prodial_kernels.files.json_values import JsonReport
-from prodial_kernels.linear import ADAPTER_PARAMETERS, OFFSET
+from prodial_kernels.linear import ADAPTER_PARAMETERS, ADDED, BESIDE, OFFSET
 from prodial_kernels.models.adapt.inject import apply_prodial, get_prodial_config
 from prodial_kernels.models.adapt.report import AdapterReport, table_lines
 from prodial_kernels.models.diagnosis.doctor import Diagnosis, diagnose
@@ -70,8 +70,8 @@ class AdapterInspection(JsonReport):
         config: Its configuration.
         layers: One entry for each adapted layer.
         trainable: Parameters in all, with modules trained as a whole.
-        offsets: For each state-space parameter trained beside, by its dotted path, the mean and the
-            largest size of its offset from the pretrained value.
+        offsets: For each tensor that is trained beside the layers' adapters, by its dotted path,
+            the mean and the largest size; of a parameter's offset, by the parameter's path.
     """
 
     path: str
@@ -83,13 +83,17 @@ class AdapterInspection(JsonReport):
     offsets: Mapping[str, tuple[float, float]]
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+        config = ProdialConfig.from_dict(self.config)
+        settings = ", ".join(
+            f"{name}={value!r}" for name, value in self.config.items() if name != "methods"
+        )
         writer = f"written by prodial-kernels {self.package_version}"
         head = two_columns(
             [
                 ("adapter", printable(f"{self.path} ({writer})")),
                 ("base model", printable(str(self.base_model or "not named"))),
-                ("configuration", settings),
+                *([("configuration", settings)] if config.target_modules else []),
+                *[("method", str(method)) for method in config.methods],
                 ("parameters", f"{self.trainable:,}"),
             ]
         )
@@ -97,13 +101,15 @@ class AdapterInspection(JsonReport):
             "module", "parameters", "blocks", "|D_b-I| mean", "max",
             "|s-1| mean", "max", "r", "norm of aBA",
         )  # fmt: skip
-        lines = [head, "", *table_lines([columns, *map(_cells, self.layers)])]
+        lines = [head]
+        if self.layers or not config.methods:
+            lines += ["", *table_lines([columns, *map(_cells, self.layers)])]
         if self.offsets:
             rows = [
                 (printable(path), f"{mean:.2e}", f"{most:.2e}")
                 for path, (mean, most) in self.offsets.items()
             ]
-            lines += ["", *table_lines([("parameter", "|offset| mean", "max"), *rows])]
+            lines += ["", *table_lines([("trained beside", "mean size", "max"), *rows])]
         return "\n".join(lines)
 
 
@@ -187,9 +193,12 @@ def inspect_adapter(path: str | Path) -> AdapterInspection:
         layers=[_statistics(saved, name, layers[name]) for name in sorted(layers, key=_in_order)],
         trainable=sum(tensor.numel() for tensor in saved.tensors.values()),
         offsets={
-            name.replace(OFFSET, ""): (float(tensor.abs().mean()), float(tensor.abs().max()))
+            name.replace(OFFSET, "").replace(ADDED, ""): (
+                float(tensor.abs().mean()),
+                float(tensor.abs().max()),
+            )
             for name, tensor in sorted(saved.tensors.items(), key=lambda item: _in_order(item[0]))
-            if name.rpartition(".")[2].startswith(OFFSET)
+            if name.rpartition(".")[2].startswith(BESIDE)
         },
     )
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from prodial_kernels.linear import ProdialLinear, adapted_layers
 from prodial_kernels.models.adapt.targets import path_pattern
+from prodial_kernels.models.methods.low_rank import total_rank
 from prodial_kernels.module_tree import module_paths
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.modules.counting import stored_elements
@@ -24,7 +25,7 @@ class ReportRow:
         shape: (in_features, out_features); None for a module that is not a linear layer.
         n_blocks: Number of diagonal blocks; None without a block-diagonal factor.
         block_size: Side P of a diagonal block; None without a block-diagonal factor.
-        r: Rank of the LoRA part; None for a module trained as a whole.
+        r: Rank of the LoRA part, with that of methods' terms; None for a module trained as a whole.
         trainable: Trained parameters of the whole group.
         total: Parameters of the whole group, trained and frozen.
     """
@@ -134,10 +135,10 @@ def _kind(
         return (module.in_features, module.out_features), None, None, None
     if not isinstance(module, ProdialLinear):
         return None, None, None, None
-    shape = (module.in_features, module.out_features)
+    shape, rank = (module.in_features, module.out_features), total_rank(module)
     if module.prodial_blocks is None:
-        return shape, None, None, module.r
-    return shape, module.prodial_blocks.shape[0], module.block_size, module.r
+        return shape, None, None, rank
+    return shape, module.prodial_blocks.shape[0], module.block_size, rank
 
 
 def _row(members: list[tuple[str, nn.Module]]) -> ReportRow:

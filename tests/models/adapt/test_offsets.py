@@ -364,4 +364,4 @@ def test_inspection_lists_offsets(tmp_path: Path) -> None:
     assert [*inspection.offsets] == [f"backbone.layers.{i}.mixer.D" for i in range(2)]
     largest = model.backbone.layers[1].mixer._parameters[f"{OFFSET}D"].detach().abs().max()
     assert inspection.offsets["backbone.layers.1.mixer.D"][1] == pytest.approx(float(largest))
-    assert "|offset| mean" in str(inspection)
+    assert "trained beside" in str(inspection)

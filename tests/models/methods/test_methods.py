@@ -395,3 +395,17 @@ def test_merging_keeps_what_is_no_weight(tmp_path: Path) -> None:
     load_adapter(merged, tmp_path)
     assert torch.equal(loss_of(merged), loss_of(model))
     assert merged.config.state_size == 6
+
+
+def test_what_people_read_names_the_methods(tmp_path: Path) -> None:
+    from prodial_kernels.training.inspecting import inspect_adapter
+
+    model = transformers_model([Lora(("in_proj", "x_proj"), r=2), AdditionalScan(2, decay=3.0)])
+    save_adapter(model, tmp_path)
+    page = str(inspect_adapter(tmp_path))
+    assert "lora (targets=in_proj x_proj, r=2, alpha=2.0)" in page
+    assert "additional-scan (decay=3.0, states=2)" in page
+    assert "backbone.layers.1.mixer.x_proj.scan_C" in page
+    card = (tmp_path / "README.md").read_text()
+    assert "additional-scan (decay=3.0, states=2)" in card
+    assert "lora_alpha" not in card
