@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prodial_kernels.captured.leaves import Held
+from prodial_kernels.linear import BESIDE, OFFSETS_OFF
 
 _PLAIN = (Tensor, nn.Parameter)
 _values = methodcaller("values")
@@ -80,6 +81,9 @@ class BlockState:
 def _options(module: nn.Module) -> dict[str, Any]:
     found = vars(module)
     options = {name: found[name] for name in _OPTIONS if name in found}
+    if any(name.startswith(BESIDE) for name in module._parameters):
+        # There only while what is trained beside is switched off.
+        options[OFFSETS_OFF] = found.get(OFFSETS_OFF)
     # Copies, since lists are changed in place.
     return {
         name: type(value)(value) if isinstance(value, list | dict) else value
