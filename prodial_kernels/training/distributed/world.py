@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, distributed
 
 from prodial_kernels.training.distributed.launch import Launch, LaunchError
+from prodial_kernels.training.distributed.life import Life, is_alive, own_life
 
 _FAILED = "failed"
 _SECONDS_BETWEEN_CHECKS = 0.5
@@ -47,6 +48,7 @@ class World:
         self.rank, self.size = launch.rank, launch.size
         self._store = store
         self._group = group
+        self._neighbours: dict[int, Life] = {}
 
     @property
     def main(self) -> bool:
@@ -116,9 +118,29 @@ class World:
                 time.sleep(0.001)
             if now - looked > _SECONDS_BETWEEN_CHECKS:
                 looked = now
-                failure = self._failure()
+                failure = self._failure() or self._missing()
                 if failure is not None:
                     raise failure
+
+    def meet(self) -> None:
+        """Learn which others run on this machine; raises as :meth:`gather`.
+
+        A GPU that waits for a process that is gone waits on: nothing tells it.
+        """
+        found = self.gather(own_life())
+        lives = {rank: Life(*one) for rank, one in enumerate(found) if one is not None}
+        self._neighbours = {
+            rank: life for rank, life in lives.items() if rank != self.rank and is_alive(life)
+        }
+        # None has ended before all have looked: what is not seen now is elsewhere.
+        self.wait()
+
+    def _missing(self) -> PeerError | None:
+        """A process of this machine that has ended; what it has left to say goes first."""
+        for rank, life in self._neighbours.items():
+            if not is_alive(life):
+                return self._lost(ProcessLookupError(f"process {rank} of {self.size} is gone"))
+        return None
 
     def report(self, error: BaseException) -> PeerError | None:
         """Leave an error for the others; return another one that a process has left before it."""
@@ -221,6 +243,7 @@ def joined(launch: Launch, device: torch.device) -> Iterator[World]:
     group = distributed.new_group(backend="gloo", timeout=_WHILE_THE_FIRST_IS_BUSY)
     world = World(launch, PrefixStore("told", store), group)
     try:
+        world.meet()
         yield world
         world.wait()
     except BaseException as error:

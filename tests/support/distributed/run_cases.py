@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers.models.mamba2.modeling_mamba2  # noqa: F401  # before the processes fork
 
 from prodial_kernels.training import Callback
 from prodial_kernels.training.callbacks.base import RunView
 from prodial_kernels.training.callbacks.events import RunEvents
+from prodial_kernels.training.distributed.launch import Launch
+from prodial_kernels.training.distributed.world import joined
 from prodial_kernels.training.run import preparation
 from prodial_kernels.training.run.loop import StepRecord
 from support.distributed import shard_cases, user_cases
@@ -125,6 +128,14 @@ def fails_in_a_step(place: Path) -> None:
     run(place, place / "failing")
 
 
+def waits_as_a_device_does(place: Path) -> None:
+    """Another process is killed, and no connection tells of it."""
+    with joined(Launch.from_environment(), torch.device("cpu")) as world:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        world.poll(lambda: False)
+
+
 def sharded(place: Path) -> int:
     return run(place, place / "sharded", shard=True).steps
 
@@ -136,6 +147,7 @@ def different(place: Path) -> None:
 CASES = {
     "plain": plain,
     "sharded": sharded,
+    "waits_as_a_device_does": waits_as_a_device_does,
     "accumulated": accumulated,
     "undisturbed": undisturbed,
     "stopped": stopped,

@@ -73,6 +73,14 @@ def test_a_stop_and_kills_change_nothing(outcomes, place: Path) -> None:
     assert written(place / "disturbed") == written(place / "undisturbed")
 
 
+def test_a_kill_is_seen_where_no_connection_tells_of_it(outcomes) -> None:
+    """As by a process that waits for its GPU, which waits for the other one's."""
+    first, second = outcomes["waits_as_a_device_does"]
+    assert second == {"ended": -9}
+    assert first["raised"] == "PeerError"
+    assert "without a word (process 1 of 2 is gone)" in first["message"]
+
+
 def test_a_stop_during_an_evaluation(outcomes, place: Path) -> None:
     assert [process["raised"] for process in outcomes["stopped_in_evaluation"]] == [
         "Interrupted"
