@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -67,6 +68,10 @@ def sharded(world: World, device: torch.device, tiny: bool) -> Iterator[dict[str
     for row in _in_ways(case, world, device):
         yield {**title, "processes": world.size, **row}
     del case
+    # Hooks and what they belong to refer to each other.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     whole = _Steps(device, prefix, options, tiny)
     _by_rows(whole.model, device)
     found = _tried(world, lambda: whole.timed(world, FEWER_WARM_UPS, FEWER_STEPS))

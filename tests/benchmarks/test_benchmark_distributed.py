@@ -67,6 +67,17 @@ def test_what_is_not(rows: list[dict[str, Any]], said: str) -> None:
     assert distributed.table(rows)
 
 
+def test_what_measures_no_time_goes_side_by_side() -> None:
+    assert distributed.batches(distributed.PARTS) == [
+        ["gradients", "runs"],
+        ["sharded"],
+        ["scaling"],
+    ]
+    assert distributed.batches(["runs", "sharded", "gradients"]) == [
+        ["runs"], ["sharded"], ["gradients"]
+    ]  # fmt: skip
+
+
 def test_it_needs_two_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,8 @@ def test_steps_are_those_of_ddp_alone(tmp_path: Path) -> None:
         for process in processes:
             found = process.get("returned")
             assert found, (case, process)
-            assert found["losses"] < 2e-3, (case, found)
-            assert found["updates"] < 5e-2, (case, found)
+            # Upstream's kernels sum in no fixed order: the same steps again differ too.
+            assert found["losses"] < 2e-3 + 2 * found["losses again"], (case, found)
+            assert found["updates"] < 5e-2 + 2 * found["updates again"], (case, found)
             assert found["alike"], case
             assert "4 of 4" in found["said"], (case, found)

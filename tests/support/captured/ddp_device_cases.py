@@ -42,25 +42,33 @@ def compared(family: str, accumulation: int = 1, **options: Any) -> dict[str, An
         for n in range(STEPS)
     ]
     start = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
-    plain = copy.deepcopy(model)
-    beside = DistributedDataParallel(plain, **options)
-    ALIVE.append(beside)
-    expected = trained(plain, beside, batches)
+    runs = []
+    for plain in (copy.deepcopy(model), copy.deepcopy(model)):
+        beside = DistributedDataParallel(plain, **options)
+        ALIVE.append(beside)
+        runs.append(trained(plain, beside, batches))
+    expected, again = runs
     wrapped = DistributedDataParallel(model, **options)
     with capture(wrapped, norms=False) as captured:
         found = trained(model, wrapped, batches)
         said = str(captured)
-    mine, wanted = (torch.cat([p.flatten() for p in one[1]]) for one in (found, expected))
+    mine, wanted, repeated = (torch.cat([p.flatten() for p in one[1]]) for one in (found, *runs))
     others = [torch.empty_like(mine) for _ in range(2)]
     distributed.all_gather(others, mine)
     ALIVE.append(wrapped)
-    losses = zip(found[0], expected[0], strict=True)
+    size = (wanted - start).norm()
     return {
-        "losses": max(abs(one / other - 1) for one, other in losses),
-        "updates": float((mine - wanted).norm() / (wanted - start).norm()),
+        "losses": _apart(found[0], expected[0]),
+        "losses again": _apart(again[0], expected[0]),
+        "updates": float((mine - wanted).norm() / size),
+        "updates again": float((repeated - wanted).norm() / size),
         "alike": torch.equal(*others),
         "said": said,
     }
+
+
+def _apart(found: list[float], right: list[float]) -> float:
+    return max(abs(one / other - 1) for one, other in zip(found, right, strict=True))
 
 
 CASES: dict[str, Callable[[Path], Any]] = {
