@@ -1,0 +1,1 @@
+"""Does it learn? Adapters compared on bases pretrained here, and on tasks made from packages."""

@@ -1,0 +1,1 @@
+"""The paper's analyses of what training does to a projector."""

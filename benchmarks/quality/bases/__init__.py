@@ -1,0 +1,1 @@
+"""The study's base models: their shapes, the text and images they see, and their pretraining."""

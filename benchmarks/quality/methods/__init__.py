@@ -1,0 +1,1 @@
+"""What is compared: methods by name, at equal numbers of trainable parameters."""

@@ -1,0 +1,1 @@
+"""From rows to a leaderboard: means, paired tests, ranks, pictures."""

@@ -1,0 +1,107 @@
+"""Language tasks for a model: batches of prompts with answers, and accuracy by likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.quality.tasks.task import TextExample, TextTask
+
+__all__ = ["LanguageData"]
+
+_MULTIPLE = 16  # lengths are padded to it, so that kernels see few shapes
+
+
+@dataclass
+class LanguageData:
+    """A task in tokens.
+
+    Attributes:
+        task: Whose examples.
+        tokenizer: Of the base.
+        max_length: Tokens of a prompt with a choice; longer prompts lose their beginning.
+        device: Where batches are made.
+    """
+
+    task: TextTask
+    tokenizer: Any
+    max_length: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        """Tokenise the training split: its sequences are padded to one length."""
+        self._train = [self._encode(e, e.choices[e.answer]) for e in self.task.splits["train"]]
+        longest = max(len(ids) for ids, _ in self._train)
+        self.length = -(-longest // _MULTIPLE) * _MULTIPLE
+
+    def __len__(self) -> int:
+        return len(self._train)
+
+    def _encode(self, example: TextExample, choice: str) -> tuple[list[int], int]:
+        """Ids of a prompt with a choice, and how many of them are the choice's."""
+        prompt = self.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+        answer = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+        answer = answer[: self.max_length // 2]
+        end = self.tokenizer.eos_token_id
+        prompt = [end, *prompt[-(self.max_length - 1 - len(answer)) :]]
+        return prompt + answer, len(answer)
+
+    def batch(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Ids [b, length] and, at the place of each answer's token, its id (elsewhere -100)."""
+        return self._padded([self._train[i] for i in index], self.length)
+
+    def _padded(self, rows: Sequence[tuple[list[int], int]], length: int) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        labels = torch.full((len(rows), length), -100)
+        for i, (tokens, answer) in enumerate(rows):
+            ids[i, : len(tokens)] = torch.tensor(tokens)
+            labels[i, len(tokens) - answer : len(tokens)] = torch.tensor(tokens[-answer:])
+        return ids.to(self.device), labels.to(self.device)
+
+    def loss(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean nats a token of the answers."""
+        ids, labels = batch
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
+
+    @torch.no_grad()
+    def accuracy(self, model: Any, split: str, tokens_a_batch: int = 32768) -> float:
+        """Share of a split's examples whose right choice is the likeliest."""
+        examples = self.task.splits[split]
+        flat = [
+            (i, j, *self._encode(example, choice))
+            for i, example in enumerate(examples)
+            for j, choice in enumerate(example.choices)
+        ]
+        # Sequences of like lengths together.
+        flat.sort(key=lambda row: len(row[2]))
+        scores: dict[tuple[int, int], float] = {}
+        start = 0
+        while start < len(flat):
+            count = 1
+            while start + count < len(flat):
+                length = -(-len(flat[start + count][2]) // _MULTIPLE) * _MULTIPLE
+                if length * (count + 1) > tokens_a_batch:
+                    break
+                count += 1
+            rows = flat[start : start + count]
+            length = -(-len(rows[-1][2]) // _MULTIPLE) * _MULTIPLE
+            ids, labels = self._padded([(tokens, answer) for _, _, tokens, answer in rows], length)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            nats = F.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+            ).view(len(rows), -1)
+            for (i, j, _, _), total in zip(rows, nats.sum(1).tolist(), strict=True):
+                size = len(examples[i].choices[j].encode()) if self.task.per_byte else 1
+                scores[i, j] = -total / size
+            start += count
+        right = 0
+        for i, example in enumerate(examples):
+            values = [scores[i, j] for j in range(len(example.choices))]
+            right += max(range(len(values)), key=values.__getitem__) == example.answer
+        return right / max(1, len(examples))

@@ -1,0 +1,134 @@
+"""A row: one training of one method, and how rows are stored and found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Recipe", "Row", "Spec", "append", "read_rows"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every method is trained: AdamW, warm-up, cosine to zero.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Examples a step.
+        max_length: Tokens of a prompt with its answer; longer prompts lose their beginning.
+        weight_decay: Of everything that trains.
+        warmup: Share of the steps.
+        clip: Largest gradient norm.
+    """
+
+    steps: int = 250
+    batch_size: int = 32
+    max_length: int = 128
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What decides a row's numbers.
+
+    Attributes:
+        base: Name of the base.
+        task: Name of the task.
+        method: Name of the method.
+        budget: ``"small"``, ``"medium"``, ``"large"`` or ``"own"``.
+        learning_rate: Peak rate.
+        seed: Of the adapter's and classifier's start, and of the batches' order.
+        recipe: The rest of the training.
+    """
+
+    base: str
+    task: str
+    method: str
+    budget: str
+    learning_rate: float
+    seed: int
+    recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that name the row."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def cell(self) -> tuple[str, str, str, str]:
+        """What a sweep of learning rates is for."""
+        return self.base, self.task, self.method, self.budget
+
+
+@dataclass
+class Row:
+    """A spec and what came out.
+
+    Attributes:
+        spec: See :class:`Spec`.
+        phase: ``"sweep"`` (validation alone) or ``"final"``.
+        status: ``"ok"``, ``"unfit"`` (the method does not exist for the base), ``"diverged"`` or
+            ``"failed"``.
+        figures: ``validation`` and ``test`` accuracy, ``loss`` (mean of the last tenth of the
+            steps), ``parameters``, ``head``, ``target``, ``total``, ``seconds``,
+            ``tokens_per_second`` (padding counted; images for vision), ``peak_bytes``.
+        where: Device and versions.
+        note: The error's message.
+    """
+
+    spec: Spec
+    phase: str
+    status: str = "ok"
+    figures: dict[str, Any] = field(default_factory=dict)
+    where: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({"id": self.spec.id, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Row:
+        """Read a line. Fields that others have added to it are left out."""
+        values = json.loads(line)
+        spec = values["spec"]
+        known = {f.name for f in fields(Recipe)}
+        recipe = Recipe(**{k: v for k, v in spec.pop("recipe").items() if k in known})
+        own = {f.name for f in fields(cls)} - {"spec"}
+        return cls(Spec(**spec, recipe=recipe), **{k: v for k, v in values.items() if k in own})
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a row in one write, behind a whole line; on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        # A kill may have left half a line.
+        whole = size == 0 or os.pread(file, 1, size - 1) == b"\n"
+        os.write(file, (("" if whole else "\n") + row.to_json() + "\n").encode())
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read_rows(folder: Path) -> Iterator[Row]:
+    """Yield the rows of every ``rows*.jsonl`` in a folder, each once; half lines are left out."""
+    seen = set()
+    for path in sorted(folder.glob("rows*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = Row.from_json(line)
+            except json.JSONDecodeError:
+                continue
+            if (key := (row.spec.id, row.phase)) not in seen:
+                seen.add(key)
+                yield row

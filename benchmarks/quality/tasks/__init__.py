@@ -1,0 +1,1 @@
+"""The study's tasks: how each is made from packages, stored, split and read."""
