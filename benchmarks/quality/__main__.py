@@ -61,7 +61,9 @@ def _tasks(args: argparse.Namespace) -> int:
     return 0
 
 
-def _data(name: str, folder: Path, length: int, device: torch.device) -> tuple[Any, int]:
+def _data(
+    name: str, folder: Path, length: int, sample: int, device: torch.device
+) -> tuple[Any, int]:
     """Return what a base is pretrained on, and its outputs."""
     from benchmarks.quality.bases.pretrain import Images, Text
 
@@ -82,7 +84,7 @@ def _data(name: str, folder: Path, length: int, device: torch.device) -> tuple[A
     for split in SPLITS:
         ids, lengths = read_split(folder, split)
         streams[split] = ids.to(device)
-    return Text(streams.pop("train"), streams, lengths, length), len(lengths)
+    return Text(streams.pop("train"), streams, lengths, length, sample), len(lengths)
 
 
 def _prepare_kernels(device: torch.device, configurations: int) -> None:
@@ -103,7 +105,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     device = torch.device(args.device)
     _prepare_kernels(device, args.configurations)
-    data, outputs = _data(args.base, args.data, args.length, device)
+    data, outputs = _data(args.base, args.data, args.length, args.sample, device)
     model = build(args.base, outputs, args.seed).to(device)
     torch.set_float32_matmul_precision("high")
     about = {
@@ -160,7 +162,12 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    return Recipe(steps=args.steps, batch_size=args.batch_size, max_length=args.max_length)
+    return Recipe(
+        steps=args.steps,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        limit=args.limit,
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -273,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--steps", type=int, default=Recipe.steps)
         made.add_argument("--batch-size", type=int, default=Recipe.batch_size)
         made.add_argument("--max-length", type=int, default=Recipe.max_length)
+        made.add_argument("--limit", type=int, default=0, help="score so many examples (0: all)")
 
     made = command("corpus", _corpus, "download English and code; write tokens")
     made.add_argument("--work", type=Path, required=True, help="archives and text")
@@ -293,6 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-steps", type=int, default=10**9)
     made.add_argument("--batch-size", type=int, default=128)
     made.add_argument("--length", type=int, default=512, help="tokens a window")
+    made.add_argument("--sample", type=int, default=200_000, help="held-out tokens to measure on")
     made.add_argument("--learning-rate", type=float)
     made.add_argument("--warmup-steps", type=int, default=200)
     made.add_argument("--final", action="store_true", help="lower the rate to zero at the end")

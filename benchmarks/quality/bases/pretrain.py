@@ -131,7 +131,8 @@ class Text:
             held_out: Streams to measure on, by name, there too.
             byte_lengths: Bytes of each token.
             length: Tokens a window.
-            sample: Tokens of a held-out stream that a measurement between uses.
+            sample: Tokens of a held-out stream that a measurement between uses; the last one takes
+                five times as many.
 
         Raises:
             ValueError: The stream is shorter than two windows.
@@ -165,7 +166,7 @@ class Text:
 
         return {
             name: bits_per_byte(
-                model, stream if whole else stream[: self.sample], self.byte_lengths, self.length
+                model, stream[: self.sample * (5 if whole else 1)], self.byte_lengths, self.length
             )
             for name, stream in self.held_out.items()
             if stream.numel() > 1
@@ -397,12 +398,12 @@ def pretrain(
             say(
                 json.dumps({"step": progress.step, "loss": final_loss, "at": round(now - start, 1)})
             )
-        if now - measured > options.evaluate_seconds:
-            look(whole=False)
-            measured = time.monotonic()
         if now - saved > options.save_seconds:
             keep()
             saved = time.monotonic()
+        if now - measured > options.evaluate_seconds:
+            look(whole=False)
+            measured = time.monotonic()
     final_loss = step.loss.item()
     progress.seconds = before + time.monotonic() - start
     # First the checkpoint: the last measurement may be cut off.

@@ -24,6 +24,7 @@ class Recipe:
         weight_decay: Of everything that trains.
         warmup: Share of the steps.
         clip: Largest gradient norm.
+        limit: Most examples of validation and test that are scored; 0 for all.
     """
 
     steps: int = 250
@@ -32,6 +33,7 @@ class Recipe:
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
+    limit: int = 0
 
 
 @dataclass(frozen=True)

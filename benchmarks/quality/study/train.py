@@ -131,9 +131,9 @@ def run_row(
             return row
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-        row.figures["validation"] = data.accuracy(model, "validation")
+        row.figures["validation"] = data.accuracy(model, "validation", recipe.limit)
         if phase == "final":
-            row.figures["test"] = data.accuracy(model, "test")
+            row.figures["test"] = data.accuracy(model, "test", recipe.limit)
     keep(model)
     return row
 

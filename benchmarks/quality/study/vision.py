@@ -48,9 +48,10 @@ class VisionData:
         return F.cross_entropy(model(images).float(), labels)
 
     @torch.no_grad()
-    def accuracy(self, model: Any, split: str, images_a_batch: int = 256) -> float:
-        """Share of a split's images that are given their class."""
-        images, labels = self._splits[split]
+    def accuracy(self, model: Any, split: str, limit: int = 0) -> float:
+        """Share of a split's (first ``limit``) images that are given their class."""
+        images, labels = (part[: limit or None] for part in self._splits[split])
+        images_a_batch = 256 if self.device.type == "cuda" else 32
         right = 0
         for i in range(0, len(labels), images_a_batch):
             guess = model(as_input(images[i : i + images_a_batch])).argmax(-1)
