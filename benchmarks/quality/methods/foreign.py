@@ -40,7 +40,11 @@ def _peft(config: str, options: Options) -> Callable[[nn.Module, int], None]:
         model.requires_grad_(False)
         made = getattr(peft, config)(target_modules=BOTH, **chosen)
         # The list of layers carries no model type, by which PEFT would refuse.
-        peft.inject_adapter_in_model(made, blocks)
+        if made.peft_type == peft.PeftType.VERA:
+            # Its matrices are shared by all layers, which injecting refuses.
+            peft.get_peft_model(blocks, made)  # type: ignore[arg-type]
+        else:
+            peft.inject_adapter_in_model(made, blocks)
         for block in blocks:
             mixer = getattr(block, "mixer", None) or getattr(block, "mamba", None)
             # Transformers' fused training path would read out_proj's weight; Vision Mamba calls it.
@@ -67,7 +71,7 @@ def _oft(shapes: list[tuple[int, int]], target: int) -> Mapping[str, Any]:
 
 def _vera(shapes: list[tuple[int, int]], target: int) -> Mapping[str, Any]:
     del shapes, target
-    return {"r": 256, "d_initial": 0.1, "projection_prng_key": 0, "save_projection": False}
+    return {"r": 256, "d_initial": 0.1, "projection_prng_key": 0}
 
 
 def _ia3(shapes: list[tuple[int, int]], target: int) -> Mapping[str, Any]:
@@ -76,13 +80,12 @@ def _ia3(shapes: list[tuple[int, int]], target: int) -> Mapping[str, Any]:
 
 
 def _of_package(
-    make: Callable[[Any, int], list[Any]], measure: bool = True
+    make: Callable[[Any, int, nn.Module], list[Any]], measure: bool = True
 ) -> Callable[[nn.Module, int], None]:
     """A list of the package's methods, its knob raised until the count is nearest the budget.
 
     ``make`` takes ``prodial_kernels.methods`` and the knob's value. The count is linear in the
-    knob, so two trial values on a copy's meta tensors say the rest; without ``measure`` it has one
-    size.
+    knob, so two trials on copies say the rest; without ``measure`` it has one size.
     """
 
     def apply(model: nn.Module, target: int) -> None:
@@ -96,11 +99,11 @@ def _of_package(
             raise Unfit("this version of the package lacks apply_methods")
         knob = 1
         if measure:
-            counts = [_count(model, listed, make(methods, value)) for value in (1, 2)]
+            counts = [_count(model, listed, make(methods, value, model)) for value in (1, 2)]
             slope = counts[1] - counts[0]
             knob = max(1, 1 + round((target - counts[0]) / slope)) if slope else 1
         try:
-            listed(model, make(methods, knob))
+            listed(model, make(methods, knob, model))
         except ValueError as error:
             raise Unfit(str(error)) from None
 
@@ -118,15 +121,13 @@ def _count(model: nn.Module, listed: Any, methods: list[Any]) -> int:
     return sum(p.numel() for p in trial.parameters() if p.requires_grad)
 
 
-def _strong(m: Any, r: int) -> list[Any]:
-    """Halloran et al.'s: LoRA on x_proj, both projectors and the embeddings."""
-    return [m.Lora(targets=("x_proj", "in_proj", "out_proj", "embed"), r=r)]
+def _strong(m: Any, r: int, model: nn.Module) -> list[Any]:
+    """Halloran et al.'s: LoRA on x_proj (Mamba-2 has none), both projectors and embeddings."""
+    x_proj = ("x_proj",) if projectors(model, ["x_proj"]) else ()
+    return [m.Lora(targets=(*x_proj, "in_proj", "out_proj", "embed"), r=r)]
 
 
-def _strong2(m: Any, r: int) -> list[Any]:
-    """Where there is no x_proj (Mamba-2)."""
-    return [m.Lora(targets=("in_proj", "out_proj", "embed"), r=r)]
-
+_PARTS = ("A_log", "D", "conv1d")
 
 METHODS = (
     Method("dora", "DoRA (PEFT)", _peft("LoraConfig", _dora)),
@@ -134,18 +135,17 @@ METHODS = (
     Method("vera", "VeRA (PEFT)", _peft("VeraConfig", _vera), VECTOR_RATES, own_size=True),
     Method("ia3", "(IA)³ (PEFT)", _peft("IA3Config", _ia3), VECTOR_RATES, own_size=True),
     Method("strong", "Strong", _of_package(_strong), ADAPTER_RATES),
-    Method("strong-2", "Strong, of Mamba-2", _of_package(_strong2), ADAPTER_RATES),
     Method(
-        "partial-lora", "LoRA, X", _of_package(lambda m, r: [m.PartialLora(rows=("X",), r=r)])
+        "partial-lora", "LoRA, X", _of_package(lambda m, r, _: [m.PartialLora(rows=("X",), r=r)])
     ),
-    Method("parallel", "ParallelAdapter", _of_package(lambda m, r: [m.ParallelAdapter(r=r)])),
+    Method("parallel", "ParallelAdapter", _of_package(lambda m, r, _: [m.ParallelAdapter(r=r)])),
     Method(
         "additional-scan", "additional scan",
-        _of_package(lambda m, r: [m.AdditionalScan(states=4)], measure=False), own_size=True,
+        _of_package(lambda m, r, _: [m.AdditionalScan(states=4)], measure=False), own_size=True,
     ),
     Method(
         "partial-tuning", "A_log, D, conv1d",
-        _of_package(lambda m, r: [m.PartialTuning(parts=("A_log", "D", "conv1d"))], measure=False),
+        _of_package(lambda m, r, _: [m.PartialTuning(parts=_PARTS)], measure=False),
         own_size=True,
     ),
 )  # fmt: skip

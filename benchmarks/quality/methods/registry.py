@@ -28,7 +28,7 @@ SETS: dict[str, tuple[str, ...]] = {
     },
     "hybrid": ("lora-attention", "lora-all", "prodial-attention", "prodial-all"),
     "mambapeft": (
-        "strong", "strong-2", "partial-lora", "parallel", "additional-scan", "partial-tuning",
+        "strong", "partial-lora", "parallel", "additional-scan", "partial-tuning",
     ),
 }  # fmt: skip
 """Names that ``--methods`` takes for several."""
