@@ -42,7 +42,7 @@ def _peft(config: str, options: Options) -> Callable[[nn.Module, int], None]:
         # The list of layers carries no model type, by which PEFT would refuse.
         if made.peft_type == peft.PeftType.VERA:
             # Its matrices are shared by all layers, which injecting refuses.
-            peft.get_peft_model(blocks, made)  # type: ignore[arg-type]
+            peft.get_peft_model(blocks, made)
         else:
             peft.inject_adapter_in_model(made, blocks)
         for block in blocks:
