@@ -46,6 +46,11 @@ class AffixTuning(Method):
         check_flag("shared", self.shared)
         check_hidden(self.mlp, self.hidden)
 
+    @property
+    def inserted(self) -> int:
+        """Its tokens, and what a sequence is filled up by to a multiple of 8."""
+        return self.tokens + 7
+
 
 def check_hidden(mlp: bool, hidden: int | None) -> None:
     """Raise for a width that is none, or that nothing would read."""

@@ -51,6 +51,11 @@ class Method:
             # Not a number of NumPy's, which JSON cannot hold.
             object.__setattr__(self, multiplier, float(value))
 
+    @property
+    def inserted(self) -> int:
+        """Tokens that a mixer reads beside a text's own, at most."""
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         """Return its name and its options as plain JSON-ready values."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}

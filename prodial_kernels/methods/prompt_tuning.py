@@ -43,3 +43,8 @@ class PromptTuning(Method):
         check_choice("position", self.position, POSITIONS)
         check_flag("mlp", self.mlp)
         check_hidden(self.mlp, self.hidden)
+
+    @property
+    def inserted(self) -> int:
+        """Its tokens."""
+        return self.tokens

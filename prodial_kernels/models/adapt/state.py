@@ -52,6 +52,12 @@ def is_adapted(model: nn.Module) -> bool:
     return STATE in vars(inner) or bool(adapted_layers(inner))
 
 
+def inserted_into(model: nn.Module) -> int:
+    """Return how many tokens methods put beside a text's own, at most."""
+    state = vars(unwrapped(model)).get(STATE)
+    return sum(m.inserted for m in state.config.methods) if isinstance(state, AdaptedState) else 0
+
+
 def state_of(model: nn.Module, *, taking_out: str | None = None) -> AdaptedState:
     """Return what ``apply_prodial`` left on the model.
 

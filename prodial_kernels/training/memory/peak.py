@@ -152,8 +152,8 @@ def _moments(
     model: ModelShape, job: Job, levels: tuple[str, ...], evaluation_batch: int
 ) -> Iterator[tuple[str, list[PlanLine], bool]]:
     tokens = Tokens(
-        job.batch, job.length, job.itemsize, job.quantize is not None, job.stores_everything,
-        job.compute == "fp8",
+        job.batch, job.length + model.inserted, job.itemsize, job.quantize is not None,
+        job.stores_everything, job.compute == "fp8",
     )  # fmt: skip
     layers = list(zip(model.layers, levels, strict=True))
     until = list(accumulate(_kept(layer, tokens, level) for layer, level in layers))

@@ -286,7 +286,7 @@ def _streamed(model: ModelShape, job: Job) -> int:
 
 
 def _sent(model: ModelShape, job: Job, levels: tuple[str, ...]) -> int:
-    tokens = Tokens(job.batch, job.length, job.itemsize)
+    tokens = Tokens(job.batch, job.length + model.inserted, job.itemsize)
     return sum(
         sent(layer, tokens, level) for layer, level in zip(model.layers, levels, strict=True)
     )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prodial_kernels.linear import ADDED, BESIDE, OFFSET, adapted_layers
-from prodial_kernels.models.adapt.state import is_adapted
+from prodial_kernels.models.adapt.state import inserted_into, is_adapted
 from prodial_kernels.models.layers.blocks import blocks_of, has_separate_norm, mixer_of
 from prodial_kernels.models.layers.fused_norms import is_fused
 from prodial_kernels.models.methods.low_rank import total_rank
@@ -106,6 +106,7 @@ class ModelShape:
         parts: What else is frozen and can be stored in 4 or 8 bits, by kind.
         other_bytes: Of everything else that is frozen.
         stores_ends: Whether embedding and head can be stored so; one that is trained cannot.
+        inserted: Tokens that blocks read beside a text's own, of affix- and prompt-tuning.
         trained: Trained elements.
         trained_bytes: What these take.
         adapted: Whether an adapter is trained, and not every weight.
@@ -123,6 +124,7 @@ class ModelShape:
     trained_bytes: int
     adapted: bool
     stores_ends: bool = True
+    inserted: int = 0
 
     @property
     def projector_bytes(self) -> int:
@@ -169,6 +171,7 @@ def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
         trained_bytes=trained_bytes,
         adapted=is_adapted(model),
         stores_ends=ends <= stored,
+        inserted=inserted_into(model),
     )
 
 

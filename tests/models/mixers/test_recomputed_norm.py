@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prodial_kernels import ProdialConfig, apply_prodial
+from prodial_kernels import (
+    AffixTuning,
+    ProdialConfig,
+    apply_methods,
+    apply_prodial,
+    remove_prodial,
+)
 from prodial_kernels.models.mixers import mamba1_block, mamba_ssm
 from prodial_kernels.models.mixers.recomputed_norm import norm_recomputation
 from prodial_kernels.ops import projection
@@ -158,6 +164,32 @@ def test_the_same_gradients_without_keeping_the_input(
         monkeypatch.setattr(module, "norm_recomputation", lambda hidden: None)
     for tensor, expected in zip(recomputed, step(model, x), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=0, atol=0 if dtype.itemsize > 2 else 4e-3)
+
+
+@pytest.mark.parametrize("recompute_xz", [False, True])
+def test_the_same_gradients_with_tokens_inserted(
+    recompute_xz: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is made again gets the places of affix-tuning's tokens, as the input did."""
+    model = Blocks(Mamba, "torch", torch.float32)
+    remove_prodial(model)
+    apply_methods(model, [ProdialConfig(r=2, block_size=2, impl="torch"), AffixTuning(3)])
+    randomise_adapters(model)
+    for layer in model.layers:
+        layer.mixer.prodial_recompute_xz = recompute_xz
+    made: list[Tensor] = []
+
+    def counted(hidden: Tensor) -> Any:
+        again = norm_recomputation(hidden)
+        assert again is not None
+        return lambda: made.append(again()) or made[-1]
+
+    monkeypatch.setattr(mamba1_block, "norm_recomputation", counted)
+    recomputed = step(model, x := torch.randn(2, 13, 8))
+    assert len(made) == 2
+    monkeypatch.setattr(mamba1_block, "norm_recomputation", lambda hidden: None)
+    for tensor, expected in zip(recomputed, step(model, x), strict=True):
+        assert torch.equal(tensor, expected)
 
 
 @pytest.mark.parametrize("mixer", [Mamba, Mamba2])

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 import prodial_kernels
-from prodial_kernels import ProdialConfig, ProdialLinear, apply_prodial, quantize_model
+from prodial_kernels import (
+    AffixTuning,
+    ProdialConfig,
+    ProdialLinear,
+    PromptTuning,
+    apply_prodial,
+    quantize_model,
+)
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP
 from prodial_kernels.training import FinetuneConfig
 from prodial_kernels.training.memory import for_model, run_plan
@@ -81,6 +88,19 @@ def test_names_configurations_and_models_give_one_plan(place: Path) -> None:
         sum(row["bytes"] for row in rows if "frozen" in row["what"]) for rows in (packed, dense)
     ]
     assert sizes[0] < sizes[1]
+
+
+def test_tokens_of_methods_take_what_a_longer_text_takes() -> None:
+    model, k = tiny_mamba2().bfloat16(), 64
+    alone = plan(model, adapter=ProdialConfig.of([PromptTuning(1)]))
+    longer = plan(model, adapter=ProdialConfig.of([PromptTuning(1 + k)]))
+    text = plan(model, adapter=ProdialConfig.of([PromptTuning(1)]), seq_len=SIZES["seq_len"] + k)
+    more = longer.total - alone.total
+    # But for what trains.
+    assert more == pytest.approx(text.total - alone.total, rel=0.01)
+    assert more > 64 * k * 1000
+    affix = plan(model, adapter=ProdialConfig.of([AffixTuning(1 + k)]))
+    assert affix.total > plan(model, adapter=ProdialConfig.of([AffixTuning(1)])).total
 
 
 def test_a_smaller_budget_gives_smaller_levels_and_evaluations(place: Path) -> None:
