@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -25,12 +26,42 @@ import torch
 # Read when a kernel is defined, so before any test imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from support import quick_interpreter
+
+    quick_interpreter.install()
 elif find_spec("mamba_ssm"):
     # Before transformers' models, which take its functions when they are imported. While tests are
     # collected mamba_ssm's warnings are errors, and transformers would fall back without a word.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import mamba_ssm  # noqa: F401
+
+
+# What takes long for few tests. Files go to workers in order, most tests first; these would be the
+# last, and each would keep one worker busy when the other has nothing left.
+BEGIN_WITH = (
+    "test_compile_only.py", "distributed/test_runs.py", "test_capture_ddp.py",
+    "test_resume_kill.py", "test_pdl.py", "test_replay.py", "test_planning.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist take files in the order below."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort files by how long they take, roughly."""
+    tests_of = Counter(item.path for item in items)
+
+    def position(item: pytest.Item) -> tuple[int, int]:
+        path = item.path.as_posix()
+        first = [at for at, name in enumerate(BEGIN_WITH) if path.endswith(name)]
+        return (first or [len(BEGIN_WITH)])[0], -tests_of[item.path]
+
+    items.sort(key=position)
 
 
 def pytest_unconfigure() -> None:
@@ -69,7 +100,11 @@ def _the_collector_sees_what_the_module_makes() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:
+        # What that comes to without devices, which it takes a millisecond to look for.
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
