@@ -3,16 +3,21 @@
 What a launch holds on the chip is known only once it is compiled: too much shared memory is an
 error at run time, registers that do not fit spill to memory and cost the speed they were meant to
 give, and triton 3.6.0's assembler can miscompile a Hopper product (wgmma) whose operand A is in
-registers. Here a choice that covers every constant of every kernel is compiled;
-``compile_launches.py --cover all`` compiles all, in ten minutes an architecture.
+registers. Here a choice that covers every constant of every kernel is compiled, and with a device
+every pair of constants; ``compile_launches.py --cover all`` compiles all, in ten minutes an
+architecture.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from prodial_kernels.kernels.choices.tile_sizes import COMPILED_FOR
 from support.kernels.compile_kernels import ARCHITECTURES
@@ -88,6 +93,25 @@ def test_launches_fit_the_device(tmp_path: Path) -> None:
         assert len(of_each[arch]) >= (len(kernels) if cover == "kernels" else 15)
     # Else the pattern that finds them has gone stale with a new compiler.
     assert any(cost["wgmma"] for cost in of_each[90])
+    assert_all_fit(costs)
+
+
+@pytest.mark.gpu
+def test_pairs_of_constants_fit_this_device(tmp_path: Path) -> None:
+    """Most rules are about what products of matrices hold on the chip, by two sizes together."""
+    major, minor = torch.cuda.get_device_capability()
+    arch, figures = 10 * major + minor, tmp_path / "figures.json"
+    run_uninterpreted(
+        tmp_path, "compile_launches.py", "--arch", str(arch), "--cover", "products", "--quick",
+        "--jobs", str(min(8, os.cpu_count() or 1)), "--json", str(figures),
+    )  # fmt: skip
+    costs = json.loads(figures.read_text())
+    assert len(costs) > 60
+    assert {cost["arch"] for cost in costs} == {arch}
+    assert_all_fit(costs)
+
+
+def assert_all_fit(costs: list[dict[str, Any]]) -> None:
     wrong = [(cost, what) for cost in costs for what in broken(cost)]
     listed = "\n".join(f"{cost['title']} [{cost['origin']}]: {what}" for cost, what in wrong)
     assert not wrong, f"{len(wrong)} of {len(costs)} launches:\n{listed}"
