@@ -53,6 +53,7 @@ then holds the adapter, the merged model (checked against the trained one), metr
 examples:
   prodial finetune --method lora --output lora-run        compare with LoRA of the same size
   prodial finetune --model DIR --data code/ --preset hellaswag --steps 1000
+  prodial finetune --method prodial r=8 partial-tuning parts=conv1d,D decay=10
   prodial finetune --n-blocks in_proj=64 out_proj=32 --r 8 --lora-dropout 0.1
   prodial finetune --config options.yaml --lr 0.001
   prodial finetune --init-adapter my-run --data more.txt --keep best
@@ -382,7 +383,8 @@ COMMANDS = {
     "finetune": _Command(
         "[options]",
         "fine-tune a model; evaluate, save and merge it",
-        _FINETUNE_EXAMPLES, options.add_finetune_options, _finetune,
+        f"{options.methods_help()}\n\n{_FINETUNE_EXAMPLES}",
+        options.add_finetune_options, _finetune,
     ),
     "search": _Command(
         "[options]",

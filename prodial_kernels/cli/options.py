@@ -7,9 +7,12 @@ import math
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
+from prodial_kernels._checks import check_choice
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.methods import METHODS as LISTED
 from prodial_kernels.search.config import (
     DEFAULT_STEPS,
     SEARCH_OUTPUT,
@@ -40,6 +43,8 @@ def add_finetune_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every option of ``FinetuneConfig``."""
     group: Any = parser
     for name in OPTIONS:
+        if name == "methods":
+            continue
         if name in _GROUPS:
             group = parser.add_argument_group(_GROUPS[name])
         add_option(group, name)
@@ -212,6 +217,8 @@ def _add(group: Any, option: Option) -> None:
         details |= {"metavar": option.metavar, "type": _parser_of(option)}
         if "tuple" in option.type or "Mapping" in option.type:
             details["nargs"] = "+"
+        if option.name == "method":
+            details["nargs"] = "+"
         # Where the help names values by one word, the configuration checks the choices.
         if option.metavar is None:
             details["choices"] = option.choices
@@ -230,6 +237,8 @@ def _parser_of(option: Option) -> Callable[[str], Any]:
 def config_values(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of a namespace that belong to ``FinetuneConfig``, in its terms."""
     values = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    if "method" in values:
+        values |= chosen_methods(values.pop("method"))
     for name in ("n_blocks", "block_size"):
         if name in values:
             values[name] = merged_blocks(name, values[name])
@@ -237,6 +246,69 @@ def config_values(args: argparse.Namespace) -> dict[str, Any]:
     if targets is not None and len(targets) == 1 and re.search(r"[\\^$*+?()|\[\]{}]", targets[0]):
         values["target_modules"] = targets[0]
     return values
+
+
+def chosen_methods(words: list[str]) -> dict[str, Any]:
+    """Return ``method`` or ``methods`` of words such as ``prodial additional-scan states=6``.
+
+    ConfigError for an option before any method, or a method or an option that does not exist.
+    """
+    methods: list[dict[str, Any]] = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            methods.append({"name": word})
+        elif not methods:
+            raise ConfigError(f"`method`: {word!r} is an option of no method: name one before it")
+        else:
+            of = methods[-1]["name"]
+            check_choice("`method`", of, ("prodial", *LISTED), error=ConfigError)
+            method = LISTED.get(of, ProdialConfig)
+            types = {each.name: str(each.type) for each in fields(method)}
+            types = {k: t for k, t in types.items() if k not in ("impl", "methods")}
+            check_choice(f"an option of `method` {of}", name, tuple(types), error=ConfigError)
+            methods[-1][name] = _value_of(word, value, types[name])
+    if len(methods) == 1 and len(methods[0]) == 1:
+        return {"method": methods[0]["name"]}
+    return {"methods": methods}
+
+
+def _value_of(word: str, text: str, type: str) -> Any:
+    """Parse the value of an option of a method by the type that its dataclass gives it."""
+    try:
+        if "tuple" in type:
+            return text.split(",")
+        if type.startswith("bool"):
+            return {"true": True, "false": False}[text.lower()]
+        if type.startswith("int"):
+            return integer(text)
+        return number(text) if type.startswith("float") else text
+    except KeyError:
+        raise ConfigError(f"`method`: {word}: expected true or false, got {text!r:.60}") from None
+    except ArgumentTypeError as error:
+        raise ConfigError(f"`method`: {word}: {error}") from None
+
+
+def methods_help() -> str:
+    """Return the methods that ``--method`` takes, with their options and defaults."""
+    lines = [
+        "methods of --method, beside prodial (whose options r, block_size, … it takes so too):"
+    ]
+    for name, method in LISTED.items():
+        if name == "full":
+            continue
+        words = [name]
+        for each in fields(method):
+            if each.name in ("lr", "decay"):
+                continue
+            default = each.default
+            shown = ",".join(default) if isinstance(default, tuple) else default
+            shown = str(shown).lower() if isinstance(shown, bool) else shown
+            words.append(f"{each.name}={'' if shown is None else shown}")
+        lines.append(f"  {' '.join(words)}")
+        lines.append(f"      {(method.__doc__ or '').strip().splitlines()[0]}")
+    lines.append("each also has lr= and decay=, factors of the learning rate and the weight decay")
+    return "\n".join(lines)
 
 
 def _add_device_options(group: Any) -> None:

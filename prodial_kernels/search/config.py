@@ -13,7 +13,8 @@ from prodial_kernels.training.options import checked_value, option, options_of
 DEFAULT_STEPS = 30
 SEARCH_OUTPUT = "prodial-search"
 CHOSEN_BY_SEARCH = frozenset(
-    {*ADAPTER_OPTIONS, "method", "preset", "init_adapter"} - {"target_modules", "allow_partial"}
+    {*ADAPTER_OPTIONS, "method", "methods", "preset", "init_adapter"}
+    - {"target_modules", "allow_partial", "compute"}
 )
 """Options of a run that a search chooses itself."""
 WITHOUT_MEANING = frozenset(

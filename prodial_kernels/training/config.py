@@ -10,17 +10,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from prodial_kernels._checks import COMPUTES, DIAGONALS, IMPLS, check_choice, option_meant
-from prodial_kernels.config import PRESETS, SSM_PARTS, Preset, ProdialConfig
+from prodial_kernels.config import PRESETS, SSM_PARTS, Preset, ProdialConfig, methods_from
+from prodial_kernels.methods import METHODS as LISTED
+from prodial_kernels.training.options import (
+    COMBINED,
+    WHOLE_RUN,
+    checked_value,
+    option,
+    options_of,
+    settled_methods,
+)
 from prodial_kernels.training.options import ConfigError as ConfigError
-from prodial_kernels.training.options import checked_value, option, options_of
 from prodial_kernels.training.sizes import parse_budget
 
-METHODS = ("prodial", "lora", "full")
+METHODS = (*WHOLE_RUN, *(name for name in LISTED if name not in WHOLE_RUN), COMBINED)
 SCHEDULES = ("constant", "cosine", "linear")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -68,7 +76,11 @@ class FinetuneConfig:
     Attributes:
         data: As :func:`~prodial_kernels.training.data.splits.load_documents` takes it.
         eval_tokens: Multiple choice and completions are always evaluated whole.
-        method: ``"lora"`` has no scale and no diagonal.
+        method: ``"lora"`` has no scale and no diagonal. One of :mod:`prodial_kernels.methods` by
+            its name alone has its default options.
+        methods: What to train, as ``prodial_kernels.apply_methods`` takes it, or as plain values
+            with names. It takes the place of ``method``, which then is the name of the only one,
+            or ``"combined"``; the options from ``r`` to ``train_diagonal`` stand in the list.
         preset: Fills in options that are None.
         lr: The default is the method's (:data:`DEFAULT_LR`).
         epochs: May be a fraction.
@@ -123,7 +135,13 @@ class FinetuneConfig:
     # The method.
     method: str = option(
         "prodial", "{default} (default); lora: without --r the rank whose parameter count comes "
-        "closest to ProDiaL's; full: every parameter", choices=METHODS,
+        "closest to ProDiaL's; full: every parameter; or one or several of those below, each with "
+        "its options, such as: additional-scan states=6 partial-tuning parts=conv1d,D",
+        metavar="METHOD", choices=METHODS,
+    )  # fmt: skip
+    methods: tuple[Mapping[str, Any], ...] | None = option(
+        None, "several at once, in a file or in Python: a list of such as {{name: lora, r: 8}}",
+        metavar="METHOD", flags=("--method",),
     )  # fmt: skip
     preset: str | None = option(
         None, "a setting of the paper ({default}); other flags win over it", metavar="NAME",
@@ -281,6 +299,7 @@ class FinetuneConfig:
             value, required = getattr(self, field.name), "None" not in str(field.type)
             checked = checked_value(OPTIONS[field.name], value, required=required)
             object.__setattr__(self, field.name, checked)
+        self._settle_methods()
         if self.preset is not None:
             if self.preset not in PRESETS:
                 check_choice("`preset`", self.preset, LANGUAGE_PRESETS, error=ConfigError)
@@ -331,7 +350,8 @@ class FinetuneConfig:
             ConfigError: The batches of a step cannot be divided among the processes.
         """
         preset = self._preset
-        values: dict[str, Any] = {"lr": DEFAULT_LR[self.method], **DEFAULTS}
+        lr = DEFAULT_LR.get(self.method, DEFAULT_LR["prodial"])
+        values: dict[str, Any] = {"lr": lr, **DEFAULTS}
         values["grad_accumulation"] = processes
         if preset is not None:
             values |= {
@@ -345,7 +365,7 @@ class FinetuneConfig:
             del values["steps"]
         if self.data == "stdlib":
             values |= {"max_bytes": STDLIB_MAX_BYTES, "eval_tokens": STDLIB_EVAL_TOKENS}
-        if self.method != "full":
+        if self.method != "full" and self.methods is None:
             values |= self._adapter_defaults()
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         filled = {k: v for k, v in values.items() if given[k] is None}
@@ -378,6 +398,8 @@ class FinetuneConfig:
         """
         if self.method == "full":
             raise ConfigError("`method` 'full' has no adapter")
+        if self.methods is not None:
+            return replace(ProdialConfig.of(methods_from(self.methods)), impl=self.impl)
         resolved = self.resolved()
         values = {name: getattr(resolved, name) for name in ADAPTER_OPTIONS}
         # Not given, they are the adapter's own defaults: no preset and no method decides them.
@@ -419,6 +441,20 @@ class FinetuneConfig:
         if self.method == "lora":
             values |= {"train_scale": False, "train_diagonal": False, "r": None}
         return values
+
+    def _settle_methods(self) -> None:
+        """Let ``method`` and ``methods`` say the same."""
+        label, methods = settled_methods(self.method, self.methods)
+        if methods is None:
+            return
+        object.__setattr__(self, "method", label)
+        object.__setattr__(self, "methods", methods)
+        given = [f"`{n}`" for n in (*ADAPTER_OPTIONS, "preset") if getattr(self, n) is not None]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} would have no effect beside `methods`; it is an option "
+                "of one of them, such as r=8 or {'name': 'prodial', 'r': 8}"
+            )
 
     def _check_together(self) -> None:
         """Raise ConfigError where options contradict each other, as far as no model tells."""
@@ -466,7 +502,7 @@ class FinetuneConfig:
         self._check_step()
         if self.method == "full":
             self._check_without_adapter()
-        else:
+        elif self.methods is None:
             self._check_adapter()
 
     def _check_without_adapter(self) -> None:
@@ -548,11 +584,13 @@ class ResolvedConfig(FinetuneConfig):
         return math.ceil(micro_batches / self.grad_accumulation)
 
 
-_OF_AN_ADAPTER = {field.name: field.default for field in fields(ProdialConfig)}
+_OF_AN_ADAPTER = {each.name: each.default for each in fields(ProdialConfig)}
+# What stands beside the adapter is the run's list, with the adapter in it.
+del _OF_AN_ADAPTER["methods"]
 OPTIONS = options_of(FinetuneConfig, {**_OF_AN_ADAPTER, **DEFAULTS})
 """Every option by name."""
 ADAPTER_OPTIONS = tuple(name for name in OPTIONS if name in _OF_AN_ADAPTER and name != "impl")
-"""Names of the options that an adapter has."""
+"""Names of the options that a run's own adapter has."""
 
 _LINES = "".join(f"        {o.name} ({o.flags[0]}): {o.help_text}\n" for o in OPTIONS.values())
 FinetuneConfig.__doc__ = f"{FinetuneConfig.__doc__}\n    Options, by field and flag:\n{_LINES}"

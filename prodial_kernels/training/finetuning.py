@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 from prodial_kernels.checkpoint import load_adapter, save_adapter
 from prodial_kernels.files.atomic import atomic_file, atomic_text
 from prodial_kernels.files.written import own_files
-from prodial_kernels.models.adapt.inject import merge_prodial
+from prodial_kernels.models.adapt.inject import merge_prodial, remove_prodial
 from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
+from prodial_kernels.models.methods.planning import kept_methods
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.callbacks.base import Callback
 from prodial_kernels.training.callbacks.events import RunEvents
@@ -38,6 +40,7 @@ from prodial_kernels.training.memory.device import limited, measure
 from prodial_kernels.training.memory.run_plan import comparison_text, plan_run
 from prodial_kernels.training.merging import (
     Agreement,
+    check_adapter,
     check_written_model,
     has_room_dense,
     logits_of,
@@ -432,14 +435,22 @@ def _finish(
         unnamed = run.config.model == type(run.loaded.model).__name__
         base = None if unnamed else run.config.model
         save_adapter(run.loaded.model, folder.adapter, base_model=base)
-    model_dir = folder.full_model if full else folder.merged
-    say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
-    agreement = _write_and_check(run) if gathered is None else _merge_anew(run, gathered)
+    unmerged = kept_methods([] if full else run.config.adapter(r=1).methods)
+    model_dir: Path | None = None
+    if unmerged:
+        say(f"{', '.join(unmerged)} cannot be merged into a plain model: only the adapter is kept")
+        agreement = _check_adapter(run)
+    else:
+        model_dir = folder.full_model if full else folder.merged
+        say(f"writing the {'trained' if full else 'merged'} model to {model_dir}")
+        agreement = _write_and_check(run) if gathered is None else _merge_anew(run, gathered)
     with atomic_file(folder.plot_file) as picture:
         plot_loss(records, picture, title=run.title)
     result = FinetuneResult(
         method=run.config.method,
-        rank=None if run.method.adapter is None else run.method.adapter.r,
+        rank=None
+        if run.method.adapter is None or run.config.methods is not None
+        else run.method.adapter.r,
         before=next((e for e in evaluations if e["step"] == 0), {}),
         after=after,
         trainable=run.method.report.trainable,
@@ -462,6 +473,7 @@ def _finish(
         versions=versions(),
         implementation=run.implementation,
         processes=run.world.size,
+        methods=run.config.methods,
     )
     atomic_text(folder.results_file, json.dumps(result.to_dict(), indent=2) + "\n")
     return result
@@ -484,6 +496,15 @@ def _merge_anew(run: Run, expected: Tensor) -> Agreement:
             path, tokens, expected, device=run.device, dtype=run.dtype,
             by_blocks=run.device.type == "cuda", rounded=rounded,
         )  # fmt: skip
+
+
+def _check_adapter(run: Run) -> Agreement:
+    """Put the written adapter into the model in the place of the trained one, and compare."""
+    model, tokens = run.loaded.model, _few_tokens(run)
+    expected = logits_of(model, tokens)
+    remove_prodial(model)
+    load_adapter(model, run.folder.adapter)
+    return check_adapter(logits_of(model, tokens), expected, dtype=run.dtype)
 
 
 def _write_and_check(run: Run) -> Agreement:

@@ -221,6 +221,16 @@ def _within(name: str) -> str:
     return name.partition(".")[2]
 
 
+def check_adapter(found: Tensor, expected: Tensor, *, dtype: torch.dtype) -> Agreement:
+    """Compare logits of a written adapter with those of the trained one, as they were.
+
+    MergeError where they differ by more than rounding.
+    """
+    agreement = compare_logits(found, expected, dtype=dtype)
+    _check(agreement, "the written adapter does not compute what was trained")
+    return agreement
+
+
 def _check(agreement: Agreement, problem: str) -> None:
     # "not <=" rather than ">": a NaN must fail.
     if not agreement.relative <= agreement.relative_tolerance:

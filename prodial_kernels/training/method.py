@@ -115,7 +115,7 @@ def adapter_for(model: nn.Module, config: ResolvedConfig) -> ProdialConfig:
     Raises:
         ValueError: The adapter does not fit the model, or its rank is more than any layer can use.
     """
-    if config.r is None:
+    if config.r is None and config.methods is None:
         return config.adapter(r=matched_lora_rank(model, config.reference_adapter()))
     adapter = config.adapter()
     check_rank(model, adapter)

@@ -14,6 +14,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from prodial_kernels._checks import check_choice
+from prodial_kernels.config import ProdialConfig, methods_from
+from prodial_kernels.methods import Method
+
+WHOLE_RUN = ("prodial", "lora", "full")
+"""Methods whose options are a run's."""
+COMBINED = "combined"
+"""The method of a run with a list of several."""
 
 
 class ConfigError(ValueError):
@@ -109,6 +116,8 @@ def checked_value(option: Option, value: Any, *, required: bool = False) -> Any:
     name, expected = option.name, option.type.split(" | ")[0]
     if value is None and not required and "None" in option.type:
         return None
+    if name == "methods":
+        return checked_methods(value)
     if name == "memory_budget" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if "tuple" in option.type:
@@ -138,6 +147,72 @@ def checked_value(option: Option, value: Any, *, required: bool = False) -> Any:
     if expected in ("int", "float"):
         _check_range(option, value)
     return float(value) if expected == "float" else value
+
+
+def checked_methods(value: Any) -> tuple[dict[str, Any], ...]:
+    """Return a list of methods as plain values, every option of each filled in.
+
+    Args:
+        value: A list of objects with a ``name``, such as ``{"name": "prodial", "r": 16}``, or of
+            :class:`~prodial_kernels.ProdialConfig` and :mod:`prodial_kernels.methods`.
+
+    Raises:
+        ConfigError: Something else, an unknown name or option (the message names the one that may
+            be meant), a value out of range, or methods that cannot stand beside each other.
+    """
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"`methods` must be a list of methods, got {value!r:.60}")
+    made: list[ProdialConfig | Method] = []
+    for each in value:
+        if isinstance(each, ProdialConfig | Method):
+            made.append(each)
+            continue
+        try:
+            made += methods_from([each])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"`methods`: {error}") from error
+    try:
+        ProdialConfig.of(made)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"`methods`: {error}") from error
+    if any(each.impl != "auto" for each in made if isinstance(each, ProdialConfig)):
+        raise ConfigError("`impl` is of the whole run: give it there, and not in `methods`")
+    return tuple(
+        each.to_dict() if isinstance(each, Method) else {"name": "prodial", **_own(each)}
+        for each in made
+    )
+
+
+def settled_methods(
+    method: str, methods: tuple[Mapping[str, Any], ...] | None
+) -> tuple[str, tuple[Mapping[str, Any], ...] | None]:
+    """Return a run's ``method`` and ``methods``, each saying what the other does.
+
+    ConfigError where they contradict each other.
+    """
+    if methods is None and method in WHOLE_RUN:
+        return method, None
+    if methods is None and method == COMBINED:
+        raise ConfigError(
+            "`method` 'combined' stands for a list: give it as `methods`, such as "
+            "[{'name': 'prodial'}, {'name': 'additional-scan', 'states': 6}]"
+        )
+    methods = checked_methods([{"name": method}]) if methods is None else methods
+    names = [each["name"] for each in methods]
+    if "full" in names:
+        raise ConfigError("`methods`: 'full' stands alone, as `method` 'full'")
+    label = names[0] if len(names) == 1 and names[0] not in WHOLE_RUN else COMBINED
+    if method not in (label, "prodial"):
+        raise ConfigError(
+            f"`method` is {method!r}, and `methods` names {', '.join(names)}; give one of the two"
+        )
+    return label, methods
+
+
+def _own(adapter: ProdialConfig) -> dict[str, Any]:
+    values = adapter.to_dict()
+    del values["impl"]
+    return values
 
 
 def _fits(value: Any, expected: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from prodial_kernels.config import ProdialConfig
+from prodial_kernels.methods import METHODS
 from prodial_kernels.training.merging import Agreement
 
 # What each metric is called, for people, and how it is written; the first is the headline.
@@ -22,7 +24,25 @@ _SHOWN = {
 }
 
 
-METHOD_NAMES = {"prodial": "ProDiaL", "lora": "LoRA", "full": "full fine-tuning"}
+_METHOD_NAMES = {"prodial": "ProDiaL", "lora": "LoRA", "full": "full fine-tuning"}
+
+
+def method_text(
+    method: str, methods: Sequence[Mapping[str, Any]] | None, rank: int | None = None
+) -> str:
+    """Return what a run trains, for people: with a list of methods, what is said of each."""
+    if methods is None:
+        return _METHOD_NAMES[method] + (f" of rank {rank}" if rank else "")
+    plain = {"prodial": ProdialConfig().to_dict()}
+    plain |= {name: kind().to_dict() for name, kind in METHODS.items()}
+    texts = []
+    for each in methods:
+        name = each["name"]
+        given = {k: v for k, v in each.items() if plain[name].get(k) != v and k != "name"}
+        given.pop("lora_alpha" if each.get("lora_alpha") == each.get("r") else "alpha", None)
+        values = (f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items())
+        texts.append(" ".join([_METHOD_NAMES.get(name, name), *values]))
+    return "; ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -30,8 +50,8 @@ class FinetuneResult:
     """What a fine-tuning run came to.
 
     Attributes:
-        method: ``"prodial"``, ``"lora"`` or ``"full"``.
-        rank: Rank of the adapter; None for full fine-tuning.
+        method: ``"prodial"``, ``"lora"``, ``"full"``, the name of a method, or ``"combined"``.
+        rank: Rank of the adapter; None for full fine-tuning and with a list of methods.
         before: Held-out metrics of the pretrained model, as the metrics' dataclass names them.
         after: The same of what is written, after training.
         trainable: Trained parameters.
@@ -45,17 +65,20 @@ class FinetuneResult:
         device: ``"cpu"`` or ``"cuda"``.
         implementation: What the adapted projectors ran by, and why; None for full fine-tuning.
         processes: How many trained together; ``peak_bytes`` and ``memory`` are of the first.
-        agreement: How well the written model agrees with the trained one.
+        agreement: How well the written model agrees with the trained one; where there is none, the
+            written adapter.
         best: The best held-out metrics of the run, with their step.
         data: What was trained on: its name, how many examples, how many were cut, and what reading
             changed, left out or guessed.
         versions: Of the packages that decide what a run computes.
         output: Directory of the run.
         adapter_dir: The adapter; None for full fine-tuning.
-        model_dir: The merged (or fully fine-tuned) model in transformers' format.
+        model_dir: The merged (or fully fine-tuned) model in transformers' format; None where a
+            method cannot be merged into one.
         kept_step: The step after which parameters are as written: the last, or, with
             ``keep="best"``, that of the best evaluation. None where an earlier version wrote it.
         planned_steps: Steps that were asked for: more than ``steps`` where a callback ended it.
+        methods: The list of methods, where the configuration has one.
     """
 
     method: str
@@ -74,7 +97,7 @@ class FinetuneResult:
     agreement: Agreement
     output: Path
     adapter_dir: Path | None
-    model_dir: Path
+    model_dir: Path | None
     best: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +105,7 @@ class FinetuneResult:
     kept_step: int | None = None
     planned_steps: int | None = None
     processes: int = 1
+    methods: Sequence[Mapping[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -89,12 +113,11 @@ class FinetuneResult:
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def __str__(self) -> str:
-        method = METHOD_NAMES[self.method]
         rank = "" if self.rank is None else f", rank {self.rank}"
         lines = comparison_rows(self.before, self.after)
         percent = 100 * self.trainable / self.total
         lines += [
-            ("method", method + rank),
+            ("method", method_text(self.method, self.methods) + rank),
             ("trainable parameters", f"{self.trainable:,} of {self.total:,} ({percent:.2f}%)"),
             ("training", f"{self._steps_text} steps, {self.tokens:,} tokens, "
                          f"{self.tokens / max(self.train_seconds, 1e-9):,.0f} tokens/s"
@@ -109,10 +132,14 @@ class FinetuneResult:
             predicted = self.memory["plan"]["allocated"] / 2**20
             ratio = f"measured / predicted: {self.memory['ratio']:.2f}"
             lines.append(("predicted memory", f"{predicted:,.0f} MiB ({ratio})"))
-        lines.append(("merged = trained", str(self.agreement)))
+        written = "adapter" if self.model_dir is None else "merged"
+        lines.append((f"{written} = trained", str(self.agreement)))
         if self.adapter_dir is not None:
             lines.append(("adapter", str(self.adapter_dir)))
-        lines.append(("model", str(self.model_dir)))
+        if self.model_dir is None:
+            lines.append(("merged", "none: not every method can be, see above"))
+        else:
+            lines.append(("model", str(self.model_dir)))
         if self.kept_step not in (None, self.steps):
             lines.append(("written", f"step {self.kept_step:,}, the best evaluation"))
         lines += _doubts(self.before, self.best, self.after)

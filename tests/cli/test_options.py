@@ -17,14 +17,14 @@ ADAPTER = (
 FROZEN = {
     "finetune": "--model --data --held-out --held-out-fraction --max-bytes --eval-tokens --output "
     f"--resume --method {ADAPTER} --lr --learning-rate --steps --epochs --batch-size --seq-len "
-    "--packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
+    "--seq-len --packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
     "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
     "--impl --quantize --quantize-modules --experts --shard --device --dtype --eval-every "
     "--save-every --log-every --config --init-adapter --keep --report-to",
     "search": "--trials --among --max-trainable --refine --evaluations --workers --resume --config "
     "--model --data --held-out --held-out-fraction --max-bytes --eval-tokens --output "
-    "--target-modules --allow-partial --lr --learning-rate --steps --batch-size --seq-len "
-    "--packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
+    "--target-modules --allow-partial --compute --lr --learning-rate --steps --batch-size "
+    "--seq-len --packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
     "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
     "--impl --quantize --quantize-modules --experts --device --dtype",
     "evaluate": "--model --adapter --data --split --max-tokens --seq-len --batch-size --lm-eval "
@@ -59,4 +59,4 @@ def test_every_default_is_one_that_its_option_may_have() -> None:
 
 
 def test_an_adapters_options_are_those_of_its_configuration() -> None:
-    assert {*ADAPTER_OPTIONS, "impl"} == set(ProdialConfig.__dataclass_fields__)
+    assert {*ADAPTER_OPTIONS, "impl", "methods"} == set(ProdialConfig.__dataclass_fields__)

@@ -38,7 +38,7 @@ from prodial_kernels.models.methods.baselines import trained_as_they_are
 from prodial_kernels.models.methods.lora import stacked_on
 from prodial_kernels.models.methods.low_rank import bare_layer
 from prodial_kernels.models.methods.offsets import SsmParameter, find_ssm, make_offsets
-from prodial_kernels.models.methods.planning import KEPT, plan_methods
+from prodial_kernels.models.methods.planning import KEPT, kept_methods, plan_methods
 from prodial_kernels.models.placements import resolve_placements
 from prodial_kernels.module_tree import place, replace_each
 from prodial_kernels.quantization import (
@@ -361,7 +361,7 @@ def warn_of_rank(targets: Iterable[Target], r: int) -> None:
 
 def _check_mergeable(model: nn.Module, state: AdaptedState) -> None:
     """Raise ValueError where a W' is not finite or sharded, before any layer is replaced."""
-    kept = [method.name for method in state.config.methods if type(method) in KEPT]
+    kept = kept_methods(state.config.methods)
     if kept and state.kept is None:
         raise ValueError(
             f"{', '.join(kept)} cannot be merged: its effect is no weight's, and a plain model "

@@ -43,6 +43,11 @@ KEPT: frozenset[type[Method]] = frozenset({ParallelAdapter, AffixTuning, PromptT
 """Methods whose effect is no parameter's, so that a plain model cannot have it."""
 
 
+def kept_methods(methods: Iterable[Method]) -> list[str]:
+    """Return the names of those that cannot be merged into a plain model."""
+    return [method.name for method in methods if type(method) in KEPT]
+
+
 def plan_methods(
     model: nn.Module, methods: Iterable[Method], adapted: Container[str] = ()
 ) -> list[Site]:

@@ -22,7 +22,7 @@ from prodial_kernels.training.distributed.sharding import shard_frozen
 from prodial_kernels.training.distributed.world import ONE_PROCESS, World
 from prodial_kernels.training.memory.run_plan import RunPlan, block_levels
 from prodial_kernels.training.method import PreparedMethod, prepare_method
-from prodial_kernels.training.results import METHOD_NAMES
+from prodial_kernels.training.results import method_text
 from prodial_kernels.training.run.directory import RunDirectory, RunIdentity, check_same_identity
 from prodial_kernels.training.run.implementation import check_implementation, implementation_of
 from prodial_kernels.training.run.loop import LoopOptions, cut_warm_up
@@ -71,10 +71,11 @@ class Run:
     def title(self) -> str:
         """What is trained how on what, in one line."""
         adapter = self.method.adapter
-        rank = "" if adapter is None or not adapter.r else f" of rank {adapter.r}"
+        rank = None if adapter is None else adapter.r
         path = Path(self.config.model)
         model = path.name if path.is_dir() else self.config.model
-        return f"{METHOD_NAMES[self.config.method]}{rank}: {model} on {self.split.name}"
+        method = method_text(self.config.method, self.config.methods, rank)
+        return f"{method}: {model} on {self.split.name}"
 
     @property
     def data_record(self) -> dict[str, Any]:

@@ -51,6 +51,8 @@ def result_of(values: dict[str, Any], folder: RunDirectory) -> FinetuneResult:
         "agreement": Agreement(**values["agreement"]),
         "output": folder.path,
         "adapter_dir": None if full else folder.adapter,
-        "model_dir": folder.full_model if full else folder.merged,
+        "model_dir": None
+        if values["model_dir"] is None
+        else (folder.full_model if full else folder.merged),
     }
     return FinetuneResult(**{k: v for k, v in values.items() if k in known})

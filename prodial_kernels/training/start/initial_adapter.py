@@ -13,7 +13,12 @@ from prodial_kernels.files.sha256 import sha256_of_values
 from prodial_kernels.models.loading.load import EMBEDDED, is_stored_quantized
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.selection import stores_everything
-from prodial_kernels.training.config import ADAPTER_OPTIONS, ConfigError, FinetuneConfig
+from prodial_kernels.training.config import (
+    ADAPTER_OPTIONS,
+    ConfigError,
+    FinetuneConfig,
+)
+from prodial_kernels.training.options import COMBINED, checked_methods
 
 _DESCRIPTION = "adapter_config.json"
 
@@ -43,14 +48,44 @@ def with_settings_of_adapter(config: FinetuneConfig, *, named: bool = True) -> F
             f"`method` 'lora' contradicts `init_adapter`: the adapter in {place} has an output "
             "scale or a diagonal factor; leave `method` out"
         )
+    if saved.config.methods:
+        return _with_methods(config, saved, place, named=named)
     settled = _options(saved)
     _check_options(config, settled, place)
     changes = dict(settled)
     # Of what an adapter has by default a configuration says nothing.
     for name in ("modules_to_save", "allow_partial"):
         changes[name] = changes[name] or None
-    changes["init_adapter"] = str(place.resolve())
     changes["method"] = "lora" if pure_lora else "prodial"
+    return _of_base(config, changes, saved, place, named=named)
+
+
+def _with_methods(
+    config: FinetuneConfig, saved: SavedAdapter, place: Path, *, named: bool
+) -> FinetuneConfig:
+    """Fill in what an adapter with a list of methods settles."""
+    methods = checked_methods(replace(saved.config, impl="auto").listed())
+    given = [f"`{n}`" for n in (*ADAPTER_OPTIONS, "preset") if getattr(config, n) is not None]
+    if config.methods not in (None, methods):
+        given.append("`methods`")
+    if given or config.method not in ("prodial", COMBINED, *(each["name"] for each in methods)):
+        raise ConfigError(
+            f"the adapter in {place} has methods of its own, and {', '.join(given) or '`method`'} "
+            "would contradict them; leave it out, or begin without `init_adapter`"
+        )
+    changes: dict[str, Any] = {"method": "prodial", "methods": methods}
+    return _of_base(config, changes, saved, place, named=named)
+
+
+def _of_base(
+    config: FinetuneConfig,
+    changes: dict[str, Any],
+    saved: SavedAdapter,
+    place: Path,
+    *,
+    named: bool,
+) -> FinetuneConfig:
+    changes["init_adapter"] = str(place.resolve())
     if named:
         if config.model == EMBEDDED and saved.base_model is not None:
             changes["model"] = saved.base_model
