@@ -17,7 +17,7 @@ ADAPTER = (
 FROZEN = {
     "finetune": "--model --data --held-out --held-out-fraction --max-bytes --eval-tokens --output "
     f"--resume --method {ADAPTER} --lr --learning-rate --steps --epochs --batch-size --seq-len "
-    "--seq-len --packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
+    "--packing --grad-accumulation --weight-decay --schedule --warmup --clip --seed "
     "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
     "--impl --quantize --quantize-modules --experts --shard --device --dtype --eval-every "
     "--save-every --log-every --config --init-adapter --keep --report-to",
