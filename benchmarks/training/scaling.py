@@ -26,7 +26,6 @@ from prodial_kernels.models.layers.recompute import prepare_blocks
 from prodial_kernels.training.data.batches import Batch
 from prodial_kernels.training.distributed.gathering import Collective, Gather
 from prodial_kernels.training.distributed.gradients import GradientSum
-from prodial_kernels.training.distributed.launch import LaunchError
 from prodial_kernels.training.distributed.sharding import KEPT, DividedModel, shard_frozen
 from prodial_kernels.training.distributed.world import World
 from prodial_kernels.training.step.eager import EagerStep, TrainingStep
@@ -108,8 +107,9 @@ def _divided(model: nn.Module, device: torch.device) -> tuple[DividedModel, str 
     if device.type == "cuda":
         try:
             return shard_frozen(model, device, gather="copies"), None
-        except LaunchError as error:
-            refused = str(error)
+        except Exception as error:
+            # Nothing is divided yet; of a release that lacks the memory this is another error.
+            refused = f"{type(error).__name__}: {error}"
     return shard_frozen(model, device), refused
 
 

@@ -86,6 +86,5 @@ def compared(family: str, gather: str) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[Path], Any]] = {
     "copies, mamba2": lambda _: compared("mamba2", "copies"),
-    "copies, mamba": lambda _: compared("mamba", "copies"),
     "collective, mamba2": lambda _: compared("mamba2", "collective"),
 }
