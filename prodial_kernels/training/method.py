@@ -59,7 +59,7 @@ def prepare_method(
     if config.init_adapter is not None:
         load_adapter(model, config.init_adapter)
     arrange(model)
-    groups = adapter_parameter_groups(model, weight_decay=config.weight_decay)
+    groups = adapter_parameter_groups(model, weight_decay=config.weight_decay, lr=config.lr)
     device = next(model.parameters()).device
     optimizer = make_optimizer(config.optimizer, groups, lr=config.lr, device=device)
     return PreparedMethod(adapter, optimizer, adapter_report(model))

@@ -27,7 +27,9 @@ class OptimizerError(RuntimeError):
     """An optimiser needs what this machine does not have."""
 
 
-def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+def adapter_parameter_groups(
+    model: nn.Module, *, weight_decay: float, lr: float | None = None
+) -> list[dict[str, Any]]:
     """Return optimiser groups in which weight decay pulls towards the pretrained model.
 
     D_a, A, B and the offsets of ``train_ssm`` are zero in the pretrained model, so they are
@@ -40,15 +42,18 @@ def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[d
     Args:
         model: A model after ``apply_prodial``; one without adapters works too.
         weight_decay: Decay of the decayed group, as ``torch.optim.AdamW`` takes it.
+        lr: Learning rate, which methods with a multiplier of their own need.
 
     Returns:
         One or two groups ``{"params": [...], "weight_decay": ...}``, for any ``torch.optim``
         optimiser, and one more for every other pair of multipliers that a method has. Where that of
-        the learning rate is not 1, the group has it as ``"lr_scale"``, and whoever sets learning
-        rates multiplies by it, as :func:`make_optimizer` and :func:`set_learning_rate` do.
+        the learning rate is not 1, the group has its own ``"lr"``, and the multiplier as
+        ``"lr_scale"`` for whoever sets learning rates later, as :func:`set_learning_rate` does;
+        PyTorch's schedulers multiply what each group has.
 
     Raises:
-        ValueError: A negative ``weight_decay``, or nothing to train.
+        ValueError: A negative ``weight_decay``, nothing to train, or a method that multiplies the
+            learning rate without ``lr``.
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
@@ -61,13 +66,19 @@ def adapter_parameter_groups(model: nn.Module, *, weight_decay: float) -> list[d
     multipliers = multipliers_of(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {(1.0, 1.0): [], (0.0, 1.0): []}
     for name, parameter in trained:
-        decay, lr = multipliers.get(id(parameter), (1.0, 1.0))
+        decay, scale = multipliers.get(id(parameter), (1.0, 1.0))
         decay = decay if _is_decayed(name, parameter) else 0.0
-        groups.setdefault((decay, lr), []).append(parameter)
+        groups.setdefault((decay, scale), []).append(parameter)
+    scaled = sorted({scale for _, scale in groups if scale != 1.0})
+    if scaled and lr is None:
+        raise ValueError(
+            f"a method multiplies the learning rate by {scaled[0]:g}: give lr, that of the "
+            "optimiser, so that its group gets its own"
+        )
     return [
         {"params": parameters, "weight_decay": weight_decay * decay}
-        | ({} if lr == 1.0 else {LR_SCALE: lr})
-        for (decay, lr), parameters in groups.items()
+        | ({} if lr is None or scale == 1.0 else {"lr": lr * scale, LR_SCALE: scale})
+        for (decay, scale), parameters in groups.items()
         if parameters
     ]
 
@@ -102,10 +113,6 @@ def make_optimizer(
         ValueError: An unknown ``kind``.
     """
     check_optimizer(kind, device)
-    groups = [
-        group if LR_SCALE not in group else {**group, "lr": lr * group[LR_SCALE]}
-        for group in groups
-    ]
     if kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=device.type == "cuda")
     from bitsandbytes import optim

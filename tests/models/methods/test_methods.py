@@ -34,6 +34,7 @@ from prodial_kernels import (
 )
 from prodial_kernels.checkpoint import AdapterError
 from prodial_kernels.models.adapt.inject import get_prodial_config
+from prodial_kernels.training.step.optimizers import make_optimizer, set_learning_rate
 from support.mixers import cuda_stand_ins
 from support.mixers.mamba_ssm_stand_ins import Mamba, Mamba2, Model, inference_params
 from support.mixers.method_oracle import Oracle, move
@@ -226,7 +227,9 @@ def test_pretrained_states_never_see_the_new_ones() -> None:
 
 def test_groups_have_their_multipliers() -> None:
     model = transformers_model(LISTS["together"])
-    groups = adapter_parameter_groups(model, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r"multiplies the learning rate by 2: give lr"):
+        adapter_parameter_groups(model, weight_decay=0.1)
+    groups = adapter_parameter_groups(model, weight_decay=0.1, lr=0.01)
     names = {id(p): n for n, p in model.named_parameters()}
     by_kind = {
         (round(group["weight_decay"], 6), group.get("lr_scale", 1.0)): {
@@ -240,6 +243,11 @@ def test_groups_have_their_multipliers() -> None:
     assert sum(len(group["params"]) for group in groups) == len(
         [p for p in model.parameters() if p.requires_grad]
     )
+    assert [group.get("lr") for group in groups if "lr_scale" in group] == [0.02]
+    optimizer = make_optimizer("adamw", groups, lr=0.01, device=torch.device("cpu"))
+    set_learning_rate(optimizer, 0.5)
+    rates = {round(group["weight_decay"], 6): group["lr"] for group in optimizer.param_groups}
+    assert rates == {0.1: 0.5, 0.0: 0.5, 0.3: 0.5, 1.0: 1.0}
 
 
 def test_narrow_models_train_in_fp32() -> None:
