@@ -10,7 +10,7 @@ A text that goes on after another, by a cache, has them in its state already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.linear import weight_like
 from prodial_kernels.methods import PromptTuning
+from prodial_kernels.models.layers.packed_rows import SEQ_IDX
 from prodial_kernels.models.methods.base import Addition, Site, added, switched_off
 from prodial_kernels.models.methods.learned_tokens import (
     drawn_embedding,
@@ -187,6 +188,7 @@ def _mixer_model(model: Any, upstream: Callable[..., Any], *args: Any, **kwargs:
     cache = cache_among(given)
     if switched_off(model) or (cache is not None and given[cache].seqlen_offset > 0):
         return upstream(model, *args, **kwargs)
+    _refuse_packed_rows(given)
     used: list[Layout] = []
 
     def embedding(ids: Tensor) -> Tensor:
@@ -204,6 +206,7 @@ def _transformers(model: Any, upstream: Callable[..., Any], *args: Any, **kwargs
     cache = cache_among(given)
     if switched_off(model) or (cache is not None and given[cache].has_previous_state()):
         return upstream(model, *args, **kwargs)
+    _refuse_packed_rows(given)
     ids, embedded = given.pop("input_ids", None), given.pop("inputs_embeds", None)
     if embedded is None:
         embedded = model.get_input_embeddings()(ids)
@@ -223,3 +226,13 @@ def _transformers(model: Any, upstream: Callable[..., Any], *args: Any, **kwargs
     if output.hidden_states is not None:
         output.hidden_states = tuple(map(layout.shortened, output.hidden_states))
     return output
+
+
+def _refuse_packed_rows(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for rows of several texts, of which only the first would get the prompt."""
+    for name, value in given.items():
+        if value is not None and (name == SEQ_IDX or name.startswith("cu_seq")):
+            raise ValueError(
+                f"{name} says where texts begin in a row, and prompt-tuning puts its tokens before "
+                "one text a row; give each text a row of its own"
+            )

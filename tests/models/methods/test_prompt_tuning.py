@@ -163,6 +163,18 @@ def test_saved_loaded_and_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "method"), [("mamba2", PromptTuning(K)), ("bamba", AffixTuning(K))]
+)
+def test_rows_of_several_texts_are_refused(family: str, method: Any) -> None:
+    """Only the first text of a row would get the tokens."""
+    model = build(family)
+    apply_methods(model, [method])
+    rows = torch.zeros_like(ids(), dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"seq_idx says where texts begin .* a row of its own"):
+        model.base_model(input_ids=ids(), seq_idx=rows)
+
+
+@pytest.mark.parametrize(
     ("family", "method", "message"),
     [
         ("mamba", PromptTuning(position="both"), "tokens behind the sequence would have no effect"),
