@@ -133,6 +133,17 @@ def test_all_together(tmp_path: Path) -> None:
     assert train(other, 1) == pytest.approx(train(model, 1))
 
 
+def test_what_cannot_be_merged_may_stay() -> None:
+    model = tiny()
+    apply_methods(model, TOGETHER)
+    train(model, 3)
+    result = model(images())
+    merge_prodial(model, keep=True)
+    torch.testing.assert_close(model(images()), result, rtol=1e-4, atol=1e-5)
+    kept = {name.rpartition("prodial_added_")[2].partition("_")[0] for name in trained(model)}
+    assert kept == {"parallel", "affix", "prompt"}
+
+
 def test_what_merges_becomes_a_plain_model() -> None:
     model = tiny()
     apply_methods(model, [m for m in TOGETHER if getattr(m, "name", None) not in KEPT])
