@@ -148,12 +148,12 @@ class Divided:
 
 def frozen_of(blocks: Sequence[nn.Module], model: nn.Module) -> list[list[nn.Parameter]]:
     """The frozen parameters of each block that no other block holds, nor anything around them."""
-    owners: dict[int, set[int]] = {}
-    inside = {id(module): index for index, block in enumerate(blocks) for module in block.modules()}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), set()).add(inside.get(id(module), -1))
+    inside = {id(module) for block in blocks for module in block.modules()}
+    around = [p for m in model.modules() if id(m) not in inside for p in m._parameters.values()]
+    owners: dict[int, set[int]] = {id(p): {-1} for p in around if p is not None}
+    for index, block in enumerate(blocks):
+        for parameter in block.parameters():
+            owners.setdefault(id(parameter), set()).add(index)
     return [
         [p for p in block.parameters() if not p.requires_grad and owners[id(p)] == {index}]
         for index, block in enumerate(blocks)

@@ -142,6 +142,48 @@ def shared_blocks(place: Path) -> dict[str, Any]:
         return {"equal": equal, "once": len(held) == len(set(held)), "divided": len(held)}
 
 
+class Loop(nn.Module):
+    """Blocks of which two call one module, and one that reads the weight of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"own": nn.Linear(8, 8), "shared": shared}) for _ in range(4)
+        )
+        self.layers[3]["shared"] = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 8, bias=False)
+        self.layers[3]["shared"].weight = self.head.weight
+        for block in self.layers:
+            block.forward = lambda x, b=block: x + b["shared"](torch.tanh(b["own"](x)))
+        self.requires_grad_(False)
+        self.first = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x * self.first)
+        return self.head(x).pow(2).mean()
+
+
+def shared_modules(place: Path) -> dict[str, Any]:
+    torch.manual_seed(0)
+    x = torch.randn(3, 8)
+    plain = Loop()
+    plain(x).backward()
+    torch.manual_seed(0)
+    torch.randn(3, 8)
+    model = Loop()
+    with process_group():
+        divided = shard_frozen(model, CPU)
+        model(x).backward()
+    assert plain.first.grad is not None
+    assert model.first.grad is not None
+    return {
+        "equal": torch.equal(model.first.grad, plain.first.grad),
+        "divided": [len(block.tensors) for block in divided.blocks],
+    }
+
+
 def refused(place: Path) -> str:
     with process_group():
         return message(lambda: shard_frozen(build("mamba2"), CPU, gather="pigeons"))
@@ -151,5 +193,6 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "divided steps": steps,
     "divided, checkpointed": checkpointed,
     "divided, shared blocks": shared_blocks,
+    "divided, shared modules": shared_modules,
     "divided, refused": refused,
 }

@@ -39,6 +39,12 @@ def test_what_blocks_share_stays_whole(outcomes) -> None:
         assert found["divided"] > 0
 
 
+def test_a_module_that_two_blocks_call_and_a_weight_that_the_head_reads(outcomes) -> None:
+    """Weight and bias of three blocks; of the last its own two, and the bias beside the head's."""
+    for process in outcomes["divided, shared modules"]:
+        assert process.get("returned") == {"equal": True, "divided": [2, 2, 2, 3]}, process
+
+
 def test_an_unknown_way_to_gather(outcomes) -> None:
     for process in outcomes["divided, refused"]:
         assert "expected one of ('collective', 'copies'), got 'pigeons'" in process["returned"]
