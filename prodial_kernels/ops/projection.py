@@ -23,6 +23,7 @@ from prodial_kernels.ops.detours import is_dense, is_small, is_thin, is_wide
 from prodial_kernels.ops.layout import direct_length, token_matrix, transposed
 from prodial_kernels.ops.operators import linear_backward, linear_forward
 from prodial_kernels.ops.portable import torch_backward, torch_forward
+from prodial_kernels.ops.products import wide_product
 from prodial_kernels.ops.stored.operators import fp8_backward, fp8_forward
 
 
@@ -249,6 +250,16 @@ def _plain(x: Tensor, operands: Operands, channel_first: bool) -> Tensor:
     return y
 
 
+def _plain_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``Σ dYᵀ X`` over [b, l, N] and [b, l, K]; channel-first tensors are not copied for it."""
+    (_, l, n), k = dy.shape, x.shape[2]
+    flat = dy.is_contiguous() and x.is_contiguous()
+    # Sums of sequences in fp32, unless they would take more than the copies.
+    if flat or 4 * n * k > dy.element_size() * l * (n + k):
+        return torch.einsum("bln,blk->nk", dy, x)
+    return wide_product(dy.mT, x).sum(0).to(dy.dtype)
+
+
 def _plain_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -268,6 +279,6 @@ def _plain_backward(
         else:
             dx = torch.bmm(first, second)
     if needs.weight and x is not None:
-        dweight = torch.einsum("bln,blk->nk", dy, x)
+        dweight = _plain_weight_gradient(dy, x)
     dbias = dy.sum((0, 1)) if needs.bias else None
     return Gradients(x=dx, weight=dweight, bias=dbias)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.linear import ADDED, OFFSETS_OFF
 from prodial_kernels.methods import ParallelAdapter
+from prodial_kernels.ops.products import wide_product
 
 DOWN, UP = f"{ADDED}parallel_a", f"{ADDED}parallel_b"
 """Names of A [r, E] and B [d, r] in ``out_proj``."""
@@ -104,7 +105,7 @@ def branch_gradients(
     if kept is not None:
         d_hidden.mul_(kept)
     d_hidden.masked_fill_(hidden <= 0, 0)
-    d_down = torch.bmm(d_hidden, gated.mT).sum(0)
+    d_down = wide_product(d_hidden, gated.mT).sum(0).to(down.dtype)
     if dgated is not None:
         dgated.baddbmm_(down.T.expand(len(dy), -1, -1), d_hidden)
     return d_down, d_up, None
