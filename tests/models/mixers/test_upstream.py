@@ -345,7 +345,19 @@ def test_reads_are_found_below_decorators() -> None:
             return x @ self.in_proj.weight
 
     assert list(weight_reads(Decorated, ["in_proj"])) == [("forward", "in_proj")]
+    assert list(weight_reads(Decorated, [])) == []
     assert "in_proj" in names_in(Decorated.forward)
+
+
+def test_reads_are_found_in_functions_within() -> None:
+    class Nested(Known):
+        def forward(self, x: Tensor) -> Tensor:
+            def project() -> Tensor:
+                return x @ self.in_proj.weight
+
+            return project()
+
+    assert list(weight_reads(Nested, ["in_proj"])) == [("forward", "in_proj")]
 
 
 def test_a_mixer_of_a_known_library_is_refused_with_its_release() -> None:
@@ -453,9 +465,9 @@ def test_vim_with_more_than_its_input() -> None:
 
 
 def test_without_the_count_of_dispatch_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not operators._dispatched((torch.ones(1), None))
+    assert not operators.dispatched((torch.ones(1), None))
     monkeypatch.setattr(operators, "_DISPATCH_MODES", None)
-    assert operators._dispatched((torch.ones(1), None))
+    assert operators.dispatched((torch.ones(1), None))
 
 
 def test_without_the_stack_of_hooks_a_mixer_keeps_its_input(
