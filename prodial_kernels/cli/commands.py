@@ -389,7 +389,7 @@ COMMANDS = {
     "search": _Command(
         "[options]",
         "search for the combination of methods, and their sizes, that trains best",
-        _SEARCH_EXAMPLES, options.add_search_options, _search,
+        f"{options.parts_help()}\n\n{_SEARCH_EXAMPLES}", options.add_search_options, _search,
     ),
     "evaluate": _Command(
         "[options]",

@@ -19,6 +19,7 @@ from prodial_kernels.search.config import (
     SHARED_OPTIONS,
 )
 from prodial_kernels.search.config import OPTIONS as SEARCH_OPTIONS
+from prodial_kernels.search.parts import PARTS
 from prodial_kernels.training.config import (
     ADAPTER_OPTIONS,
     DEFAULTS,
@@ -81,6 +82,13 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
             "steps": {"default": DEFAULT_STEPS},
         }.get(name, {})  # fmt: skip
         add_option(group, name, **changes)
+
+
+def parts_help() -> str:
+    """Return what ``prodial search`` can switch on."""
+    width = max(map(len, PARTS))
+    lines = [f"  {name.ljust(width)}  {part.help}" for name, part in PARTS.items()]
+    return "\n".join(["what --among may name, as far as the model has it:", *lines])
 
 
 def add_evaluate_options(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ class SearchOptions:
     """The options of a search that a run does not have."""
 
     trials: int = option(
-        20, "runs in all ({default}): first every method by itself, then of what is left one half "
+        40, "runs in all ({default}): first every method by itself, then of what is left one half "
         "to choose methods, one half to choose sizes", metavar="N", range=(1, 10**6),
     )  # fmt: skip
     among: tuple[str, ...] | None = option(

@@ -13,6 +13,11 @@ from prodial_kernels.training.config import ConfigError, FinetuneConfig
 _RANK = Knob("r", 16, range=(2, 64), powers=True)
 _SCALE = Knob("scale", 1.0, range=(0.25, 4.0))
 _LR = Knob("lr", 1.0, range=(0.2, 5.0))
+# The paper's multipliers of the weight decay that pulls back to pretrained values.
+_DECAY = Knob("decay", 1.0, choices=(1.0, 10.0, 100.0))
+_TOKENS = Knob("tokens", 4, range=(1, 32), powers=True)
+# Options of the run that belong to its own adapter.
+_OF_THE_ADAPTER = ("target_modules", "allow_partial", "compute")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,19 @@ class Part:
         return replace(self, knobs=tuple(changed))
 
 
+def _lora(target: str, help: str) -> Part:
+    fixed = {"targets": [target]}
+    return Part(f"lora-{target}", help, "lora", fixed, (_RANK, _SCALE, _LR))
+
+
+def _rows(rows: str, help: str) -> Part:
+    return Part(f"rows-{rows}", help, "partial-lora", {"rows": [rows]}, (_RANK, _SCALE, _LR))
+
+
+def _tuned(part: str, help: str) -> Part:
+    return Part(part, help, "partial-tuning", {"parts": [part]}, (_LR, _DECAY))
+
+
 PARTS = {
     part.name: part
     for part in (
@@ -60,6 +78,27 @@ PARTS = {
             Knob("diagonal", "relu", choices=("relu", "free")),
         )),
         Part("lora", "LoRA on the projectors", knobs=(_RANK, _SCALE)),
+        _lora("x_proj", "LoRA on Mamba-1's x_proj"),
+        _lora("dt_proj", "LoRA on Mamba-1's dt_proj"),
+        _lora("embed", "LoRA on the token embedding"),
+        _rows("X", "LoRA on the rows of in_proj that give X"),
+        _rows("Z", "LoRA on the rows of in_proj that give the gate"),
+        _rows("d", "LoRA on the rows that give the step size"),
+        _rows("B", "LoRA on the rows that give B"),
+        _rows("C", "LoRA on the rows that give C"),
+        Part("parallel-adapter", "a small network beside out_proj", "parallel-adapter",
+             knobs=(_RANK, _SCALE, _LR)),
+        _tuned("A_log", "offsets of A_log"),
+        _tuned("D", "offsets of D"),
+        _tuned("dt_bias", "offsets of the step size's bias"),
+        _tuned("conv1d", "offsets of the convolution's weight"),
+        Part("additional-scan", "more state dimensions", "additional-scan", knobs=(
+            Knob("states", 4, range=(2, 16), powers=True),
+            Knob("position", "suffix", choices=("suffix", "prefix")), _LR,
+        )),
+        Part("affix-tuning", "tokens within every mixer", "affix-tuning", knobs=(_TOKENS, _LR)),
+        Part("prompt-tuning", "tokens before the sequence", "prompt-tuning", knobs=(_TOKENS, _LR)),
+        Part("bitfit", "offsets of all biases", "bitfit", knobs=(_LR, _DECAY)),
     )
 }  # fmt: skip
 """Every part that there is, by name."""
@@ -109,11 +148,16 @@ class Space:
     def options(self, on: Iterable[str], values: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options of ``FinetuneConfig`` that a combination and its values come to."""
         parts = self._parts(on)
-        return {
-            "lr": values["lr"],
-            "weight_decay": values["weight_decay"],
-            **_adapter_options([p for p in parts if p.method == "prodial"], values),
-        }
+        own = [part for part in parts if part.method == "prodial"]
+        listed = [_entry(part, values) for part in parts if part.method != "prodial"]
+        common = {"lr": values["lr"], "weight_decay": values["weight_decay"]}
+        if not listed:
+            return {**common, **_adapter_options(own, values)}
+        given = {name: getattr(self.base, name) for name in _OF_THE_ADAPTER}
+        if own:
+            beside = {k: v for k, v in given.items() if v is not None}
+            listed.insert(0, {"name": "prodial", **beside, **_adapter_options(own, values)})
+        return {**common, **dict.fromkeys(given), "methods": listed}
 
     def _parts(self, on: Iterable[str]) -> list[Part]:
         wanted = set(on)
@@ -136,6 +180,14 @@ def check_among(names: Sequence[str]) -> tuple[str, ...]:
 def label(on: Iterable[str]) -> str:
     """Return a combination as people read it."""
     return " + ".join(on)
+
+
+def _entry(part: Part, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a part as it stands in a run's list of methods."""
+    own = {knob.name: values[f"{part.name}.{knob.name}"] for knob in part.knobs}
+    if part.method in ("lora", "partial-lora"):
+        own["alpha"] = own["r"] * own.pop("scale")
+    return {"name": part.method, **(part.fixed or {}), **own}
 
 
 def _adapter_options(parts: Sequence[Part], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,7 @@ def _write(result: SearchResult, run: FinetuneConfig, folder: SearchDirectory) -
     atomic_text(folder.report_file, result.to_markdown())
     if result.best is not None:
         options = {**_given(run), **result.best.options}
+        options = {name: value for name, value in options.items() if value is not None}
         atomic_text(folder.best_file, json.dumps(options, indent=2) + "\n")
 
 

@@ -201,7 +201,7 @@ class Work:
     def _measured(
         self, study: Study, trial: Any, on: tuple[str, ...], values: dict[str, Any]
     ) -> Record | None:
-        """Return what a trial came to; None where it has too many parameters."""
+        """Return what a trial came to; None where it cannot be, or has too many parameters."""
         # Step one needs what every part does by itself.
         may_end = len(on) > 1 or study is not self.first
 
@@ -214,7 +214,12 @@ class Work:
         try:
             made["options"] = self._space.options(on, values)
             config = self._space.run(on, values)
-            trainable = self._trials.trainable(config)
+            try:
+                trainable = self._trials.trainable(config)
+            except ValueError as error:
+                # Such as two that train the same tensor.
+                study.reject(trial, str(error))
+                return None
             most = self._config.max_trainable
             if most is not None and trainable > most:
                 study.reject(trial, f"{trainable:,} trained parameters")

@@ -179,9 +179,39 @@ def test_a_limit_of_trained_parameters(place: Path, tmp_path: Path, found: Searc
     assert not (tmp_path / "other").exists()
 
 
+def test_methods_beside_the_adapter(place: Path, tmp_path: Path) -> None:
+    among = ("scale", "rows-X", "D", "lora-x_proj", "dt_bias", "bitfit")
+    with pytest.raises(ConfigError, match="among lora-x_proj: "):
+        search(config(place, tmp_path / "search", among=among), progress=False)
+    among = tuple(name for name in among if name != "lora-x_proj")
+    result = search(
+        config(place, tmp_path / "search", among=among, run={"target_modules": ("in_proj",)}),
+        progress=False,
+    )
+    records = {r.on: r for r in result.records if r.step == "methods"}
+    assert {(name,) for name in among} <= records.keys()
+    assert records["rows-X",].options["methods"][0]["rows"] == ["X"]
+    # Both train the biases of the step size, so they are not combined.
+    assert not any({"dt_bias", "bitfit"} <= set(r.on) for r in result.records)
+    assert all(r.state != "failed" for r in result.records)
+    for record in result.records:
+        methods = record.options.get("methods", [])
+        adapters = [m for m in methods if m["name"] == "prodial"]
+        assert len(adapters) == (("scale" in record.on) and bool(methods))
+        assert all(m["target_modules"] == ("in_proj",) for m in map(_tuples, adapters))
+    options = read_config_file(result.best_file)
+    run = finetune(FinetuneConfig(**options, output=str(tmp_path / "run"), steps=6), progress=False)
+    assert result.best is not None
+    assert run.after["bits_per_byte"] == result.best.value
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
 def test_what_cannot_be_searched_is_refused(place: Path, tmp_path: Path) -> None:
     for wrong, message in (
-        ({"among": ("scale", "lorra")}, r"among must be one of .* 'lorra'; did you mean 'lora'"),
+        ({"among": ("scale", "lorra")}, "among must be one of .* got 'lorra'; did you mean 'lora'"),
         ({"among": ("scale",)}, "at least two parts"),
         ({"trials": 3}, r"trials 3 are not enough: each of 3 parts .*scale, diagonal, lora"),
         ({"trials": 0}, "trials must be at least 1"),
