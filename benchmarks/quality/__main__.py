@@ -96,8 +96,10 @@ def _prepare_kernels(device: torch.device, configurations: int) -> None:
     import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
 
     from benchmarks.models.upstream import limit_configurations
+    from prodial_kernels.embedded.making.architecture import has_fused_kernels
 
     limit_configurations(configurations)
+    _say(fused_kernels=has_fused_kernels(), configurations=configurations)
 
 
 def _pretrain(args: argparse.Namespace) -> int:

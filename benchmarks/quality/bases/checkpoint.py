@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 __all__ = ["PART_BYTES", "CheckpointError", "load_state", "read_record", "restore", "save_state"]
 
-PART_BYTES = 15 * 2**20
+PART_BYTES = 12 * 2**20
 _RECORD = "state.json"
 
 

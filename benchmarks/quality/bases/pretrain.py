@@ -1,8 +1,8 @@
 """Pretraining of a base in pieces: each goes on from a checkpoint, and may be killed at any time.
 
 The learning rate is constant after its warm-up; a piece with ``final`` lowers it linearly to zero
-over its last part. Batches depend on the seed and the step alone, so pieces see what one long run
-would have seen. On a GPU the whole step is one CUDA graph.
+over its last part. Batches depend on the seed and what was seen before alone, so pieces see
+what one long run would have seen. On a GPU the whole step is one CUDA graph.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Data(Protocol):
     """Batches and measurements of one kind of base."""
 
     def shapes(self, batch: int) -> list[tuple[tuple[int, ...], torch.dtype]]: ...
-    def draw(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]: ...
+    def draw(self, first: int, batch: int, seed: int) -> tuple[Tensor, Tensor]: ...
     def loss(self, model: Any, x: Tensor, y: Tensor) -> Tensor: ...
     def evaluate(self, model: Any, whole: bool) -> dict[str, float]: ...
-    def seen(self, step: int, batch: int) -> int: ...
+    def seen(self, examples: int) -> int: ...
 
 
 def _order(count: int, epoch: int, seed: int) -> tuple[Tensor, int]:
@@ -97,9 +97,8 @@ class _Epochs:
         self.count = count
         self._held: dict[int, tuple[Tensor, int]] = {}
 
-    def take(self, step: int, batch: int, seed: int) -> tuple[Tensor, int]:
-        """Return the step's indices [batch] and a number of its first epoch."""
-        first = step * batch
+    def take(self, first: int, batch: int, seed: int) -> tuple[Tensor, int]:
+        """Return [batch] indices, after ``first`` examples, and a number of their first epoch."""
         found: list[int] = []
         jitter = 0
         while len(found) < batch:
@@ -148,9 +147,9 @@ class Text:
         """Of a batch's inputs and targets."""
         return [((batch, self.length), torch.long)] * 2
 
-    def draw(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The step's windows; those of an epoch begin at an offset of its own."""
-        index, jitter = self._epochs.take(step, batch, seed)
+    def draw(self, first: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The next windows after ``first``; those of an epoch begin at an offset of its own."""
+        index, jitter = self._epochs.take(first, batch, seed)
         starts = (index * self.length + jitter % self.length).to(self.tokens.device)
         window = self.tokens[starts[:, None] + self._offsets].long()
         return window[:, :-1], window[:, 1:]
@@ -172,9 +171,9 @@ class Text:
             if stream.numel() > 1
         }
 
-    def seen(self, step: int, batch: int) -> int:
-        """Tokens after so many steps."""
-        return step * batch * self.length
+    def seen(self, examples: int) -> int:
+        """Tokens of so many windows."""
+        return examples * self.length
 
 
 class Images:
@@ -191,10 +190,10 @@ class Images:
         side = self.images.shape[-1]
         return [((batch, 3, side, side), torch.float32), ((batch,), torch.long)]
 
-    def draw(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The step's images, each moved by up to two pixels."""
-        index, _ = self._epochs.take(step, batch, seed)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    def draw(self, first: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The next images after ``first``, moved by up to two pixels."""
+        index, _ = self._epochs.take(first, batch, seed)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
         index = index.to(self.images.device)
         images = torch.roll(as_input(self.images[index]), shift, dims=(2, 3))
@@ -216,9 +215,9 @@ class Images:
             wrong += int((guess != labels[i : i + 256]).sum())
         return {"error": wrong / len(labels)}
 
-    def seen(self, step: int, batch: int) -> int:
-        """Images after so many steps."""
-        return step * batch
+    def seen(self, examples: int) -> int:
+        """The same."""
+        return examples
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -273,13 +272,13 @@ class _Step:
             self._update()
         self.graph = graph
 
-    def run(self, step: int, rate: float) -> None:
+    def run(self, first: int, rate: float) -> None:
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        drawn = self.data.draw(step, self.options.batch_size, self.options.seed)
+        drawn = self.data.draw(first, self.options.batch_size, self.options.seed)
         for held, value in zip(self.inputs, drawn, strict=True):
             held.copy_(value)
         if self.graph is None:
@@ -358,7 +357,7 @@ def pretrain(
     def look(whole: bool) -> None:
         line = {
             "step": progress.step,
-            "seen": data.seen(progress.step, options.batch_size),
+            "seen": data.seen(progress.examples),
             "seconds": round(progress.seconds, 1),
             "loss": round(final_loss, 4),
             **_measure(model, data, device, whole),
@@ -376,7 +375,7 @@ def pretrain(
             rate *= min(1.0, (1 - done) / options.decay_share)
         made = progress.step - first
         with _side_stream(device) if made < 3 else contextlib.nullcontext():
-            step.run(progress.step, rate)
+            step.run(progress.examples, rate)
         if made == 2 and options.cuda_graph and device.type == "cuda":
             try:
                 step.record()
@@ -384,6 +383,7 @@ def pretrain(
             except RuntimeError as error:  # slower, but the same computation
                 say(json.dumps({"cuda_graph": False, "why": str(error)[:300]}))
         progress.step += 1
+        progress.examples += options.batch_size
         if made < 3 or progress.step % _AHEAD == 0:
             final_loss = step.loss.item()
             if not math.isfinite(final_loss):
@@ -393,7 +393,6 @@ def pretrain(
                 )
         now = time.monotonic()
         progress.seconds = before + now - start
-        progress.examples = progress.step * options.batch_size
         if made in (0, 2, 10, 100):
             say(
                 json.dumps({"step": progress.step, "loss": final_loss, "at": round(now - start, 1)})
