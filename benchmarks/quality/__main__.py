@@ -5,6 +5,7 @@
     python -m benchmarks.quality pretrain --base mamba2-31m --data C --out S --max-seconds 200
     python -m benchmarks.quality export --state S --data C --out B
     python -m benchmarks.quality run --base B --tasks T --rows R --task meaning word --methods core
+    python -m benchmarks.quality check --base B --tasks T --rows R --task word --methods all
     python -m benchmarks.quality report --rows R --out L
     python -m benchmarks.quality row ID --base B --tasks T --rows R
     python -m benchmarks.quality analyse --base B --tasks T --task section --method ft-both --out A
@@ -27,6 +28,7 @@ import torch
 from benchmarks.quality.bases.shapes import SHAPES, build, load_base, save_base
 from benchmarks.quality.methods.budgets import BUDGETS
 from benchmarks.quality.study.row import Recipe, Row, read_rows
+from benchmarks.quality.study.runner import Plan
 
 __all__ = ["main"]
 
@@ -172,19 +174,34 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     )
 
 
-def _run(args: argparse.Namespace) -> int:
-    from benchmarks.quality.study.runner import Plan, run
-
-    device = torch.device(args.device)
-    _prepare_kernels(device, args.configurations)
+def _plan(args: argparse.Namespace) -> Plan:
     number, count = (int(part) for part in args.part.split("/"))
-    plan = Plan(
+    return Plan(
         args.base, args.task, args.methods, args.budgets, args.seeds, _recipe(args),
         (number, count),
     )  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> int:
+    from benchmarks.quality.study.runner import run
+
+    device = torch.device(args.device)
+    _prepare_kernels(device, args.configurations)
+    plan = _plan(args)
     made = run(plan, args.tasks, args.rows, device=device, seconds=args.max_seconds)
     _say(made=made, cells=len(plan.cells()))
     return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from benchmarks.quality.study.check import check
+
+    device = torch.device(args.device)
+    _prepare_kernels(device, args.configurations)
+    rows = check(_plan(args), args.tasks, args.rows, device=device, seconds=args.max_seconds)
+    failed = [row.spec.method for row in rows if row.status == "failed"]
+    _say(rows=len(rows), failed=failed)
+    return 1 if failed else 0
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -320,18 +337,21 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--name", help="of the base in rows (default: its shape's)")
 
-    made = command("run", _run, "run the rows that are missing")
-    made.add_argument("--base", required=True, help="a folder of export, or 'embedded'")
-    made.add_argument("--tasks", type=Path, required=True)
-    made.add_argument("--rows", type=Path, required=True)
-    made.add_argument("--task", nargs="+", required=True)
-    made.add_argument("--methods", nargs="+", default=["core"], help="names, or sets of them")
-    made.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
-    made.add_argument("--seeds", type=int, default=5)
-    made.add_argument("--part", default="0/1", metavar="I/N", help="this process of N")
-    made.add_argument("--max-seconds", type=float, default=float("inf"))
-    recipe(made)
-    on_device(made)
+    for made in (
+        command("run", _run, "run the rows that are missing"),
+        command("check", _check, "one short row of every method: does it run here?"),
+    ):
+        made.add_argument("--base", required=True, help="a folder of export, or 'embedded'")
+        made.add_argument("--tasks", type=Path, required=True)
+        made.add_argument("--rows", type=Path, required=True)
+        made.add_argument("--task", nargs="+", required=True)
+        made.add_argument("--methods", nargs="+", default=["core"], help="names, or sets of them")
+        made.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
+        made.add_argument("--seeds", type=int, default=5)
+        made.add_argument("--part", default="0/1", metavar="I/N", help="this process of N")
+        made.add_argument("--max-seconds", type=float, default=float("inf"))
+        recipe(made)
+        on_device(made)
 
     made = command("report", _report, "write the leaderboard")
     made.add_argument("--rows", type=Path, required=True)

@@ -17,6 +17,7 @@ METHODS: dict[str, Method] = {
 }
 
 SETS: dict[str, tuple[str, ...]] = {
+    "all": tuple(METHODS),
     "core": (
         "none", "full", "probe", "bitfit", "lora", "rslora", "dora", "oft", "ia3", "prodial",
         "prodial-free", "prodial-no-s", "prodial-blocks", "prodial-free-blocks", "prodial-ssm",
