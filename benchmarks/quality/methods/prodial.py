@@ -33,8 +33,10 @@ def _prodial(
 
     def apply(model: nn.Module, target: int) -> None:
         shapes = projectors(model, targets)
-        if not shapes:
-            raise Unfit(f"the base has none of {', '.join(targets)}")
+        # Without attention, "everywhere" would be another name for the mixers.
+        wanted = _ATTENTION if set(_ATTENTION) <= set(targets) else targets
+        if not projectors(model, wanted):
+            raise Unfit(f"the base has none of {', '.join(wanted)}")
         fixed = sum(p.numel() for n, p in model.named_parameters() if _is_ssm(n)) if ssm else 0
         knobs = fit(shapes, target, scale=scale, blocks=blocks, fixed=fixed)
         present = tuple(name for name in targets if projectors(model, [name]))

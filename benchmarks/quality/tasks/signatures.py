@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import json
 import platform
+import subprocess
 import sys
-import warnings
-from collections import defaultdict
 from pathlib import Path
 
 from benchmarks.quality.tasks.task import CAPS, TextExample, TextTask, capped, number_of
@@ -15,52 +13,15 @@ from benchmarks.quality.tasks.task import CAPS, TextExample, TextTask, capped, n
 __all__ = ["make_signature"]
 
 _CHOICES = 4
-# Importing these shows something, or they are private to CPython's own tests.
-_LEFT_OUT = {"antigravity", "this", "idlelib", "turtledemo", "test", "lib2to3", "tkinter"}
-
-
-def _functions() -> dict[str, list[tuple[str, str, str]]]:
-    """Of each public module: (dotted name, first line of the docstring, arguments)."""
-    found: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-    for name in sorted(sys.stdlib_module_names):
-        if name.startswith("_") or name in _LEFT_OUT:
-            continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                module = importlib.import_module(name)
-        except ImportError:  # of another platform
-            continue
-        for owner_name, owner in [("", module), *sorted(vars(module).items())]:
-            if owner_name and not (
-                inspect.isclass(owner) and getattr(owner, "__module__", "") == name
-            ):
-                continue
-            for key, value in sorted(vars(owner).items()):
-                if key.startswith("_") or not callable(value) or inspect.isclass(value):
-                    continue
-                if getattr(value, "__module__", name) not in (name, None):
-                    continue
-                dotted = ".".join(part for part in (name, owner_name, key) if part)
-                try:
-                    arguments = str(inspect.signature(value))
-                except (TypeError, ValueError):
-                    continue
-                arguments = arguments.partition(" -> ")[0].removeprefix("(").removesuffix(")")
-                lines = (inspect.getdoc(value) or "").strip().splitlines()
-                # A docstring that spells the arguments out gives the answer away; so does an
-                # address in a default.
-                if not lines or "(" in lines[0] or " at 0x" in arguments:
-                    continue
-                if 4 <= len(arguments) <= 90 and arguments not in ("self", "self, /"):
-                    found[name].append((dotted, lines[0][:120], arguments))
-    return found
+_LIST = Path(__file__).with_name("standard_library.py")
 
 
 def make_signature(name: str, work: Path, caps: dict[str, int] = CAPS) -> TextTask:
     """A function's name and summary -> its arguments, among four of the same module or near it."""
     del work  # nothing is downloaded
-    functions = _functions()
+    command = [sys.executable, "-I", "-S", str(_LIST)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    functions: dict[str, list[tuple[str, str, str]]] = json.loads(listed)
     everything = [row for rows in functions.values() for row in rows]
     keyed = []
     for module, rows in functions.items():

@@ -62,7 +62,7 @@ def test_a_method_starts_at_the_base_and_every_parameter_gets_a_gradient(
 # What a base has not: attention, or states that more can be added to.
 UNFIT = {
     (method, base)
-    for method in ("lora-attention", "prodial-attention")
+    for method in ("lora-attention", "prodial-attention", "lora-all", "prodial-all")
     for base in ("mamba1-toy", "mamba2-toy", "vim-toy")
 } | {("additional-scan", "mamba2-toy"), ("additional-scan", "hybrid-toy")}
 

@@ -21,6 +21,7 @@ from benchmarks.quality.report.statistics import (
     sign_flip,
 )
 from benchmarks.quality.study.row import Row, Spec
+from benchmarks.quality.tasks.signatures import make_signature
 from benchmarks.quality.tasks.task import (
     SPLITS,
     ImageTask,
@@ -170,3 +171,16 @@ def test_the_analysis_tells_a_diagonal_change_from_another(tmp_path: Path) -> No
     assert other["by_diagonal"] < 0.2
     assert (tmp_path / "transform-in_proj.png").stat().st_size > 5000
     assert (tmp_path / "transform-out_proj.png").stat().st_size > 5000
+
+
+def test_the_task_of_signatures_is_the_same_in_every_process(tmp_path: Path) -> None:
+    task = make_signature("signature", tmp_path)
+    assert task == make_signature("signature", tmp_path)
+    examples = [example for split in SPLITS for example in task.splits[split]]
+    assert len(examples) > 1000
+    assert all(len(set(e.choices)) == len(e.choices) for e in examples)
+    right = {e.prompt.splitlines()[-1]: e.choices[e.answer] for e in examples}
+    assert right["textwrap.dedent("] == "text)"
+    places = [e.answer for e in examples]
+    # The right one is at no place more often than at another.
+    assert max(places.count(i) for i in range(4)) < 0.3 * len(places)

@@ -46,17 +46,17 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def rows(language: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of two methods."""
+    """Rows of one method, and of the base as it is."""
     folder = tmp_path_factory.mktemp("rows")
-    plan = Plan(str(language[0]), ["letters"], ["lora", "bitfit"], ["medium"], 2, RECIPE)
+    plan = Plan(str(language[0]), ["letters"], ["lora", "none"], ["medium"], 2, RECIPE)
     made = run(plan, language[1], folder, device=CPU, say=lambda line: None)
-    assert made == 2 * (4 + 2)
+    assert made == (4 + 2) + (1 + 1)
     return folder
 
 
 def test_a_row_learns_what_there_is_to_learn(rows: Path) -> None:
     final = [row for row in read_rows(rows) if row.phase == "final"]
-    assert {row.spec.method for row in final} == {"lora", "bitfit"}
+    assert {row.spec.method for row in final} == {"lora", "none"}
     assert all(row.status == "ok" for row in final)
     lora = [row for row in final if row.spec.method == "lora"]
     assert [row.spec.seed for row in lora] == [1, 2]
@@ -70,12 +70,12 @@ def test_a_second_run_makes_only_what_is_missing(
     language: tuple[Path, Path], rows: Path, tmp_path: Path
 ) -> None:
     lines = next(rows.glob("rows*.jsonl")).read_text().splitlines()
-    # A kill after eight rows, in the middle of the ninth.
-    (tmp_path / "rows-toy-0of2.jsonl").write_text("\n".join([*lines[:8], lines[8][:100]]))
+    # A kill after five rows, in the middle of the sixth.
+    (tmp_path / "rows-toy-0of2.jsonl").write_text("\n".join([*lines[:5], lines[5][:100]]))
     said: list[str] = []
-    plan = Plan(str(language[0]), ["letters"], ["lora", "bitfit"], ["medium"], 2, RECIPE)
+    plan = Plan(str(language[0]), ["letters"], ["lora", "none"], ["medium"], 2, RECIPE)
     made = run(plan, language[1], tmp_path, device=CPU, say=said.append)
-    assert made == len(said) == len(lines) - 8
+    assert made == len(said) == len(lines) - 5
     again = {(r.spec.id, r.phase): r.figures.get("test") for r in read_rows(tmp_path)}
     assert again == {(r.spec.id, r.phase): r.figures.get("test") for r in read_rows(rows)}
     assert run(plan, language[1], tmp_path, device=CPU, seconds=0, say=said.append) == 0
@@ -97,6 +97,23 @@ def test_a_row_is_made_again_from_its_id(
     assert line["same"]
     assert line["again"]["test"] == wanted.figures["test"]
     assert command.main(["row", "zz", *options, "--device", "cpu"]) == 2
+
+
+def test_a_check_runs_every_method_once(
+    language: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--base", str(language[0]), "--tasks", str(language[1]), "--rows", str(tmp_path)]
+    short = ["--steps", "2", "--batch-size", "2", "--limit", "2", "--device", "cpu"]
+    methods = ["--task", "letters", "--methods", "lora-all", "prodial", "none"]
+    assert command.main(["check", *options, *methods, "--budgets", "small", *short]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split()[:3] for line in lines[:3]]
+    assert found == [
+        ["lora-all", "small", "unfit"], ["prodial", "small", "ok"], ["none", "own", "ok"]
+    ]  # fmt: skip
+    # They are no rows of a study.
+    assert not list(read_rows(tmp_path))
+    assert len((tmp_path / "check.jsonl").read_text().splitlines()) == 3
 
 
 def test_an_append_ends_what_a_kill_left(tmp_path: Path) -> None:
