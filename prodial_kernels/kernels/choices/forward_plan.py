@@ -102,7 +102,7 @@ def choose_forward(
     low_rank = None
     if r_pad is not None and not fused and not dropout and not x_channel_first:
         low_rank = choose_low_rank_parts(
-            m, k, r_pad, scales=on_activations and block_size == 1 and k < 4096,
+            m, k, r_pad, scales=on_activations and block_size == 1,
             capability=limits.capability,
         )  # fmt: skip
     # PDL is safe only directly behind a launch of ours, and not while a side stream is forked.

@@ -140,7 +140,7 @@ def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> 
 
 
 # Sums as long as this are shared out, where tokens are too few for programs that walk all of them.
-_LONG_SUM, _PARTS_TOKENS = 1024, 4096
+_LONG_SUM, _MANY_COLUMNS, _PARTS_TOKENS = 1024, 4096, 4096
 
 
 def choose_low_rank_parts(
@@ -148,16 +148,16 @@ def choose_low_rank_parts(
 ) -> LowRankConfig | None:
     """Return the tile sizes of L = X I by parts of its sums, for X [m, depth]; None for a walk.
 
-    ``scales``: dY ⊙ s or U of fewer than 4,096 columns is made in the same read, for which several
-    programs a multiprocessor hide the memory's latency better than a loop's stages: 29.5 against
-    32.5 µs at 2048 × 10240, 9.3 against 10.9 at 2048 × 2560, but 25.2 against 21.8 for U of 8,192
-    (H200).
+    ``scales``: dY ⊙ s or U is made in the same read. Of few columns several programs a
+    multiprocessor then hide the memory's latency better than a loop's stages: 9.3 against 10.9 µs
+    at 2048 × 2560, but 25.2 against 21.8 for U of 8,192 (H200). Of many they leave twice the parts,
+    8 MiB at 2048 × 16384, for 3 µs.
     """
     if r_pad > MAX_FUSED_RANK or m > _PARTS_TOKENS or depth < _LONG_SUM:
         return None
     if capability[0] != 9:
         return LowRankConfig(32, 128 if r_pad == 16 else 64, steps=1, num_stages=1)
-    if scales and r_pad == 16:
+    if scales and r_pad == 16 and depth < _MANY_COLUMNS:
         return LowRankConfig(depth=256, steps=1, num_stages=1)
     return LowRankConfig()
 
@@ -309,6 +309,11 @@ def choose_exact_scale(
     return ExactScaleConfig(64, 128 if even else 64, 128, num_warps=8, num_stages=3)
 
 
+# From so many tiles of a walk over the inputs on, ones of twice the rows read faster: 43.0 against
+# 45.5 µs at 16384 × 1536, 30.6 against 32.5 at 8192 × 2048, at rank 64 34.8 against 38.5 (H200).
+_LONG_WALK = 16
+
+
 def choose_input_side(
     m: int,
     k: int,
@@ -332,6 +337,8 @@ def choose_input_side(
     columns = block_programs(k, block_window(config.window, block_size), block_size)
     _, rows = split_tokens(m, columns, config.block_m, config.programs)
     tiles = ceil_div(rows, config.block_m)
+    if tiles >= _LONG_WALK and block_size == 1 and not (dropout or channel_first):
+        return replace(config, block_m=2 * config.block_m, num_stages=3)
     if tiles < 4:
         # Short walks pay for their beginnings, and for the parts that they leave to add up.
         return replace(config, programs=config.programs // 2, num_stages=3)

@@ -61,7 +61,7 @@ def test_thin_products_where_the_weight_is_large(
 
 
 @pytest.mark.parametrize(
-    ("r", "k", "inside"), [(65, 24, True), (200, 24, True), (300, 24, False), (70, 20, False)]
+    ("r", "k", "inside"), [(65, 24, True), (128, 24, True), (200, 24, False), (70, 20, False)]
 )
 def test_the_product_adds_h_where_it_holds_it(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, r: int, k: int, inside: bool
