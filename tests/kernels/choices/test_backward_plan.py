@@ -223,11 +223,14 @@ def test_no_other_number_of_splits_takes_fewer_rounds_of_tiles(
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "programs", "stages"),
-    [(2048, 768, 132, 3), (2048, 1536, 264, 3), (16384, 768, 264, 4), (2048, 4096, 264, 4)],
-)
-def test_short_walks_over_the_inputs_take_fewer_programs_or_stages(
-    m: int, k: int, programs: int, stages: int
+    ("m", "k", "rows", "programs", "stages"),
+    [
+        (2048, 768, 32, 132, 3), (2048, 1536, 32, 264, 3), (2048, 2560, 32, 264, 4),
+        (16384, 768, 64, 264, 3), (2048, 4096, 64, 264, 3),
+    ],
+)  # fmt: skip
+def test_short_walks_over_the_inputs_take_fewer_rows_programs_or_stages(
+    m: int, k: int, rows: int, programs: int, stages: int
 ) -> None:
     config = choose_input_side(m, k, 16, 1, dropout=False, channel_first=False, capability=(9, 0))
-    assert (config.programs, config.num_stages) == (programs, stages)
+    assert (config.block_m, config.programs, config.num_stages) == (rows, programs, stages)
