@@ -23,11 +23,15 @@ FACTOR, BAND = 4.0, 4.0
 
 @dataclass(frozen=True)
 class Errors:
-    """‖result − fp64‖ / ‖fp64‖: of the output, and the largest among the gradients."""
+    """‖result − fp64‖ / ‖fp64‖: of the output, and the largest among the gradients.
+
+    ``unrounded``: the output's beside the method that the rival's own approximates, if any.
+    """
 
     output: float
     gradient: float
     worst: str
+    unrounded: float | None = None
 
 
 @dataclass
@@ -74,7 +78,11 @@ class CorrectnessCheck:
                 raise Refusal(f"{name}: relative error {errors[name]:.1e}, allowed {allowed:.1e}")
         output = errors.pop("output")
         worst = max(errors, key=errors.__getitem__)
-        return Errors(output, errors[worst], worst)
+        unrounded = None
+        if rival.approximates:
+            exact, _ = self._exact(rival.approximates)
+            unrounded = relative_error(results["output"], exact["output"])
+        return Errors(output, errors[worst], worst, unrounded)
 
     def _exact(self, method: str) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
         if self._known is None or self._known[0] != method:

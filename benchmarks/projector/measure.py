@@ -185,7 +185,7 @@ def fill(
     row.tflops = needed.flops / summary.median / 1e6
     row.gbps = needed.bytes / summary.median / 1e3
     row.output_error, row.gradient_error = errors.output, errors.gradient
-    row.worst_gradient = errors.worst
+    row.worst_gradient, row.unrounded_error = errors.worst, errors.unrounded
     if forward is not None:
         row.forward_us = Summary.of(forward).median
         # The backward is not recorded alone: it needs its forward's tensors.

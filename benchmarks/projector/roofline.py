@@ -15,7 +15,8 @@ from benchmarks.projector.rows import ProjectorRow
 
 # Which parts of the adapter each method has, for counting its operations.
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "frozen": (), "ProDiaL": ("blocks", "scale", "lora"), "LoRA": ("lora",),
+    "frozen": (), "ProDiaL": ("blocks", "scale", "lora"),
+    "ProDiaL in fp8": ("blocks", "scale", "lora", "fp8"), "LoRA": ("lora",),
     "DoRA": ("scale", "lora"), "OFT": ("blocks",),
 }  # fmt: skip
 
@@ -84,7 +85,8 @@ def work(case: Case, method: str) -> Work:
     """
     m, k, n, p, r = case.m, case.k, case.n, case.p, case.r
     parts = PARTS[method]
-    flops = 4.0 * m * n * k
+    # fp8's products count half: the ceiling is that of 16 bits.
+    flops = (2.0 if "fp8" in parts else 4.0) * m * n * k
     moved = 2 * (m * k + n * k + m * n)
     if parts:
         moved += m * k

@@ -49,6 +49,7 @@ class ProjectorRow:
     output_error: float | None = None
     gradient_error: float | None = None
     worst_gradient: str | None = None
+    unrounded_error: float | None = None
     forward_us: float | None = None
     backward_us: float | None = None
     eager_us: float | None = None

@@ -27,6 +27,7 @@ COLUMNS: Sequence[tuple[str, Callable[[ProjectorRow], str]]] = (
     ("GB/s", lambda row: number(row.gbps, 0)),
     ("% roof", lambda row: number(row.roofline_fraction, 0, 100)),
     ("error", lambda row: f"{row.error:.1e}"),
+    ("unrounded", lambda row: number(row.unrounded_error, 4)),
 )
 # What any row has.
 _OF_ALL = ("µs", "± %", "× frozen", "peak MiB", "% roof", "error")

@@ -11,6 +11,7 @@ from benchmarks.projector.rivals.layer import Layer
 from prodial_kernels.testing import LinearCase
 
 FLOOR, OURS = "frozen", "prodial"
+OURS_METHOD = "ProDiaL"
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Rival:
         prepare: Makes the layer from the case's operands.
         strong: Part of ``--quick``.
         requires: Module of an optional dependency.
+        approximates: The method that its own stands for with coarser numbers, if there is one.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Rival:
     prepare: Callable[[LinearCase], Layer]
     strong: bool = False
     requires: str = ""
+    approximates: str = ""
 
     def missing(self) -> str:
         """Why it cannot run here, or an empty string."""
@@ -40,7 +43,8 @@ class Rival:
 
 RIVALS = (
     Rival(FLOOR, "frozen", plain.frozen, strong=True),
-    Rival(OURS, "ProDiaL", plain.ours, strong=True),
+    Rival(OURS, OURS_METHOD, plain.ours, strong=True),
+    Rival("prodial-fp8", "ProDiaL in fp8", plain.ours_in_fp8, approximates=OURS_METHOD),
     Rival("concat", "ProDiaL", concat.concat, strong=True),
     Rival(
         "materialised-compiled", "ProDiaL", plain.adapted(plain.materialised, compiled=True),

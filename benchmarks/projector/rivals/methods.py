@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.projector.rivals.layer import Layer, leaves
+from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.testing import LinearCase
 
 # PEFT's default block size; OFT has no use for blocks of 1.
@@ -22,6 +23,13 @@ ADAPTER = ("blocks", "scale", "lora_a", "lora_b")
 def prodial(case: LinearCase) -> Layer:
     """``s ⊙ ((X D_bᵀ) Wᵀ) + α X Aᵀ Bᵀ``."""
     return _reference(case, *ADAPTER)
+
+
+def prodial_in_fp8(case: LinearCase) -> Layer:
+    """The same with W as fp8 stores it, and X D_bᵀ and dY ⊙ s rounded to fp8."""
+    stored = FP8Linear.quantize(case.weight.float(), None)
+    weight = stored.dequantize().to(case.weight.dtype)
+    return _reference(replace(case, weight=weight, compute="fp8"), *ADAPTER)
 
 
 def lora(case: LinearCase) -> Layer:
@@ -103,5 +111,6 @@ def _reference(case: LinearCase, *names: str) -> Layer:
 
 
 METHODS: Mapping[str, Callable[[LinearCase], Layer]] = {
-    "frozen": frozen, "ProDiaL": prodial, "LoRA": lora, "DoRA": dora, "OFT": oft,
+    "frozen": frozen, "ProDiaL": prodial, "ProDiaL in fp8": prodial_in_fp8, "LoRA": lora,
+    "DoRA": dora, "OFT": oft,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from benchmarks.projector.rivals.methods import ADAPTER
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.ops.diagonal import deviation, rotate
 from prodial_kernels.ops.reference import scale_deviation_of
+from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.testing import LinearCase
 
 P = ParamSpec("P")
@@ -27,14 +28,23 @@ def ours(case: LinearCase) -> Layer:
 
     By its public names alone, so that other versions of the package can be compared with this one.
     """
-    trained = leaves(case, *ADAPTER)
-    blocks, scale, a, b = (leaf.detach() for leaf in trained.values())
     n, k = case.weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta")
     linear.weight = nn.Parameter(case.weight, requires_grad=False)
+    return _adapted_layer(case, linear)
+
+
+def ours_in_fp8(case: LinearCase) -> Layer:
+    """The package's layer on a weight that is stored in fp8, and multiplied in it."""
+    return _adapted_layer(case, FP8Linear.quantize(case.weight, None), compute="fp8")
+
+
+def _adapted_layer(case: LinearCase, base: nn.Linear | FP8Linear, **options: Any) -> Layer:
+    trained = leaves(case, *ADAPTER)
+    blocks, scale, a, b = (leaf.detach() for leaf in trained.values())
     layer = ProdialLinear.from_linear(
-        linear, r=a.shape[0], block_size=blocks.shape[1], lora_alpha=case.lora_scaling * a.shape[0],
-        diagonal=case.diagonal, impl="triton" if case.x.is_cuda else "torch",
+        base, r=a.shape[0], block_size=blocks.shape[1], lora_alpha=case.lora_scaling * a.shape[0],
+        diagonal=case.diagonal, impl="triton" if case.x.is_cuda else "torch", **options,
     )  # fmt: skip
     # A layer keeps the scale's deviation from 1; the gradient is the scale's.
     values = {"blocks": blocks, "scale": scale_deviation_of(scale), "a": a, "b": b}
