@@ -52,14 +52,16 @@ def test_a_group_of_zeros_stays_zero_and_rows_do_not_touch_each_other() -> None:
     assert torch.equal(rounded(wide)[:, GROUP:], rounded(wide[:, GROUP:]))
 
 
-def test_what_is_not_finite_becomes_nan_alone() -> None:
-    x = random(2, GROUP)
-    clean = rounded(x.clone().index_fill_(1, torch.tensor([4, 9]), 0.0))
-    x[0, 4], x[0, 9] = float("inf"), float("nan")
+def test_what_is_not_finite_spoils_its_group_alone() -> None:
+    x = random(3, 2 * GROUP)
+    clean = rounded(x)
+    x[0, 4], x[1, GROUP + 9] = float("inf"), float("nan")
     found = rounded(x)
-    assert found[0, [4, 9]].isnan().all()
-    others = [i for i in range(GROUP) if i not in (4, 9)]
-    assert torch.equal(found[0, others], clean[0, others])
+    assert found[0, :GROUP].isnan().all()
+    assert found[1, GROUP:].isnan().all()
+    assert torch.equal(found[0, GROUP:], clean[0, GROUP:])
+    assert torch.equal(found[1, :GROUP], clean[1, :GROUP])
+    assert torch.equal(found[2], clean[2])
 
 
 def test_a_last_group_may_be_smaller() -> None:

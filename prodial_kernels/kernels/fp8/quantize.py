@@ -39,33 +39,27 @@ class QuantizeTile(NamedTuple):
 def round_group(tile, CONVERTS: tl.constexpr):
     """[ROWS, 128] in fp32 -> (codes in e4m3, scales [ROWS] in fp32); see ``ops/fp8.py``.
 
-    What is not finite becomes NaN. By integer arithmetic on the bits of the largest magnitude, so
-    that every device and PyTorch agree to the bit. CONVERTS: the device's instruction makes the
-    codes, as the interpreter's does not.
+    A row of the group that is not finite has NaN for its scale. By integer arithmetic on the bits
+    of the largest magnitude, so that every device and PyTorch agree to the bit. CONVERTS: the
+    device's instruction makes the codes, as the interpreter's does not.
     """
-    bits = tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(bits, 1)
-    finite = bits < 0x7F800000
-    spoiled = tl.max(largest, 0) >= 0x7F800000
-    if spoiled:
-        largest = tl.max(tl.where(finite, bits, 0), 1)
+    largest = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     # One exponent more where the mantissa is above that of 448.
-    exponent = tl.maximum((largest + 0x1FFFFF) >> 23, 9)
+    exponent = tl.maximum((tl.minimum(largest, 0x7F7FFFFF) + 0x1FFFFF) >> 23, 9)
     scale = ((exponent - 8) << 23).to(tl.float32, bitcast=True)
     inverse = ((262 - exponent) << 23).to(tl.float32, bitcast=True)
-    scaled = tile * inverse[:, None]
-    if spoiled:
-        scaled = tl.where(finite, scaled, float("nan"))
+    # Not by element, which takes as long as the conversion.
+    scale = tl.where(largest < 0x7F800000, scale, float("nan"))
     if CONVERTS:
-        codes = scaled.to(tl.float8e4nv)
+        codes = (tile * inverse[:, None]).to(tl.float8e4nv)
     else:
-        codes = _encoded(scaled).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        codes = _encoded(tile * inverse[:, None]).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     return codes, scale
 
 
 @triton.jit
 def _encoded(value):
-    """Magnitudes up to 448 in fp32, or NaN -> e4m3's bits, to the nearest, ties to even.
+    """Magnitudes up to 448 in fp32 -> e4m3's bits, to the nearest, ties to even.
 
     Triton's interpreter loses the carry of a mantissa that is rounded up to the next power of two
     (triton 3.9.0: 31.7 becomes 16).
@@ -76,8 +70,7 @@ def _encoded(value):
     # Below 2^-6 multiples of 2^-9: in the sum they are the last bits.
     multiples = (tl.abs(value) * 512 + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
     sign = (value.to(tl.int32, bitcast=True) >> 24) & 0x80
-    codes = tl.where(bits < (121 << 23), multiples, normal) | sign
-    return tl.where(value == value, codes, 0x7F)
+    return tl.where(bits < (121 << 23), multiples, normal) | sign
 
 
 @triton.jit

@@ -21,19 +21,18 @@ GROUP = 128
 def round_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes [..., K] float8_e4m3fn and scales [..., ⌈K / 128⌉] fp32 of X [..., K].
 
-    What is not finite becomes NaN, which is one of e4m3's codes, and has no part in its group's
-    scale. In fp32, whatever the dtype of X, and bit for bit what the kernels make.
+    The scale of a group that is not finite is NaN, and so is then every value of it. In fp32,
+    whatever the dtype of X, and bit for bit what the kernels make.
     """
     k = x.shape[-1]
     wide = F.pad(x.float(), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
-    finite = wide.isfinite()
-    largest = wide.abs().masked_fill(~finite, 0.0).amax(-1)
+    bits = (wide.contiguous().view(torch.int32) & 0x7FFFFFFF).amax(-1)
     # One exponent more where the mantissa is above that of 448.
-    exponent = ((largest.view(torch.int32) + 0x1FFFFF) >> 23).clamp(min=9)
+    exponent = ((bits.clamp(max=0x7F7FFFFF) + 0x1FFFFF) >> 23).clamp(min=9)
     scale = ((exponent - 8) << 23).view(torch.float32)
     inverse = ((262 - exponent) << 23).view(torch.float32)
-    codes = (wide * inverse[..., None]).masked_fill(~finite, float("nan"))
-    return codes.flatten(-2)[..., :k].to(torch.float8_e4m3fn), scale
+    codes = (wide * inverse[..., None]).flatten(-2)[..., :k].to(torch.float8_e4m3fn)
+    return codes, scale.masked_fill(bits >= 0x7F800000, float("nan"))
 
 
 def rounded(x: Tensor) -> Tensor:
