@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from prodial_kernels import (
     ProdialConfig,
@@ -23,11 +24,16 @@ from prodial_kernels import (
 )
 from prodial_kernels._validation import check_fp8
 from prodial_kernels.functional import checked_linear
+from prodial_kernels.kernels.projector.operands import Kept, Needs
 from prodial_kernels.linear import adapted_layers, unrounded
+from prodial_kernels.models.mixers.projection import operands_of
+from prodial_kernels.ops.projection import project, project_backward
 from prodial_kernels.quantization import quantize_linear
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.training.config import ConfigError, FinetuneConfig
-from support.kernels.fp8_layers import fp8_case, stored
+from prodial_kernels.training.memory.peak import Job, peak_of
+from prodial_kernels.training.memory.shapes import describe_model
+from support.fp8.layers import fp8_case, stored
 from support.models import build, randomise_adapters, token_ids, training_step
 from support.quantized_layers import runner
 
@@ -191,3 +197,83 @@ def test_the_command_lines_option() -> None:
     assert FinetuneConfig().adapter(r=4).compute == "same"
     with pytest.raises(ConfigError, match="quantize is 'nf4'; make it 'fp8'"):
         FinetuneConfig(compute="fp8", quantize="nf4")
+
+
+# --- Around a layer. ----------------------------------------------------------------------------
+
+
+def step(function: Any, layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    return [y, *torch.autograd.grad(y.float().square().sum(), [leaf, *trained])]
+
+
+def adapted(impl: str, dtype: torch.dtype, **options: Any) -> ProdialLinear:
+    base = quantize_linear(nn.Linear(160, 72, dtype=dtype), "fp8")
+    layer = ProdialLinear.from_linear(base, r=4, compute="fp8", impl=impl, **options)
+    randomise_adapters(layer)
+    return layer
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_checkpointing_and_compiling_change_nothing(impl: str) -> None:
+    dtype = torch.float32 if impl == "torch" else torch.float16
+    layer, x = adapted(impl, dtype), torch.randn(2, 6, 160, dtype=dtype)
+    expected = step(layer, layer, x)
+    again = step(lambda leaf: checkpoint(layer, leaf, use_reentrant=False), layer, x)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for a, b in zip(step(compiled, layer, x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_mixers_projection_is_that_of_the_layer(impl: str) -> None:
+    """Channel-first output and input, gradients added to another, and what is kept or not."""
+    layer = adapted(impl, torch.float16)
+    x = torch.randn(2, 8, 160, dtype=torch.float16)
+    y, dx, *expected = step(layer, layer, x)
+    operands, options = operands_of(layer, x)
+    found, h = project(x, operands, options, channel_first=True)
+    assert torch.equal(found.mT, y)
+    needs = Needs(True, False, True, True, True, True, False)
+    dy = (2 * y.detach().float()).half()
+    for kept, there in ((Kept(found.mT, h), x.mT.contiguous().mT), (Kept(), x)):
+        into = torch.ones(2, 160, 8, dtype=torch.float16)
+        gradients = project_backward(
+            dy, there, kept, operands, options, needs, channel_first=True, into=into
+        )
+        assert gradients.x is into
+        torch.testing.assert_close(into.mT - 1, dx, rtol=4e-3, atol=4e-3)
+        parts = gradients.blocks, gradients.scale, gradients.lora_a, gradients.lora_b
+        for ours, theirs in zip(parts, expected, strict=True):
+            assert ours is not None
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_under_peft() -> None:
+    peft = pytest.importorskip("peft")
+    from prodial_kernels.peft import ProdialPeftConfig
+
+    model = build("mamba2")
+    quantize_model(model, "fp8")
+    wrapped = peft.get_peft_model(model, ProdialPeftConfig(r=4, compute="fp8"))
+    assert {layer.compute for layer in adapted_layers(wrapped).values()} == {"fp8"}
+    randomise_adapters(wrapped)
+    assert training_step(wrapped, token_ids()).logits.isfinite().all()
+
+
+def test_the_memory_plan_has_neither_a_dense_weight_nor_a_folded_one() -> None:
+    model = build("mamba2")
+    apply_prodial(model, ProdialConfig(r=4))
+    shape = describe_model(model, kernels=True)
+    job = Job(1, 1, quantize="fp8")
+    levels = ("keep",) * len(shape.layers)
+    stored_only, in_fp8 = (
+        peak_of(shape, each, levels, evaluation_batch=1, library_workspace=0)
+        for each in (job, replace(job, compute="fp8"))
+    )
+    assert in_fp8.total < stored_only.total

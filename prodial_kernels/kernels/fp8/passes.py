@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.tile_sizes import (
-    MAX_FUSED_RANK,
     choose_input_side,
     choose_output_side,
     padded_rank,
@@ -62,11 +61,10 @@ def round_input(
     lora_a, seed = operands.lora_a, operands.noise
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     source, factor = _rotated(x, operands, options)
-    # Of few tokens a pass of its own shares the columns out as well.
-    fused = lora_a if source is x and _fuses(x.shape[0], r_pad) else None
+    fused = lora_a if source is x and seed is None and _fuses(x.shape[0], r_pad) else None
     rounded, h = launch_quantize(
         source, factor=factor, relu=options.diagonal == "relu", inner=fused, r_pad=r_pad,
-        seed=seed, dropout=options.lora_dropout, programs=device_limits(x.device).processors,
+        programs=device_limits(x.device).processors,
     )  # fmt: skip
     if lora_a is not None and fused is None:
         h = launch_low_rank(x, lora_a, options, r_pad, transposed=True, seed=seed)
@@ -184,8 +182,11 @@ def _possible(needs: Needs, x: Tensor, operands: Operands) -> Needs:
 
 
 def _fuses(m: int, r_pad: int) -> bool:
-    """Whether rounding makes the low-rank product too, whose programs take whole rows."""
-    return m >= 8192 and r_pad <= MAX_FUSED_RANK
+    """Whether rounding makes the low-rank product too, whose programs take whole rows.
+
+    Of few tokens two passes share the columns out; a wide factor takes the chip's memory.
+    """
+    return m >= 8192 and r_pad <= 32
 
 
 def _rotated(

@@ -151,8 +151,10 @@ def launch_product(
     (m, k), n = x.codes.shape, codes.shape[0]
     if m == 0:
         return
-    tma = config.tma and all(tma_ready(t) for t in (x.codes, codes, y))
-    bm, bn = config.block_m, config.block_n
+    aligned = all(tma_ready(t) for t in (x.codes, codes, y))
+    tma = config.tma and aligned
+    # Addresses of rows that begin anywhere take the registers of a wide tile.
+    bm, bn = config.block_m, config.block_n if aligned else min(config.block_n, 32)
     tiles = ceil_div(m, bm) * ceil_div(n, bn)
     stride_n, stride_k = scale_inv.stride()
     launch(

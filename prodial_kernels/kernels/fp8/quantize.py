@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
-from prodial_kernels.kernels.projector.tiles import Diagonal, dropout_keep, load_deviation
+from prodial_kernels.kernels.projector.tiles import Diagonal, load_deviation
 from prodial_kernels.kernels.replay.recorder import launch
 
 # Columns that share a scale, and a side of the weight's tiles.
@@ -75,12 +75,12 @@ def _encoded(value):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, factor_ptr, inner_ptr, seed_ptr, codes_ptr, scale_ptr, low_ptr,
-    M, K, R, alpha, stride_x, stride_scale, dropout,
+    x_ptr, factor_ptr, inner_ptr, codes_ptr, scale_ptr, low_ptr,
+    M, K, R, alpha, stride_x, stride_scale,
     TRANSPOSED: tl.constexpr, DIAGONAL: tl.constexpr, GROUP: tl.constexpr, CONVERTS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of X ⊙ D, and L = dropout(X) I, where that is asked for.
+    """Codes and scales of X ⊙ D, and L = X I, where that is asked for.
 
     X, codes [M, K], scales [⌈K / GROUP⌉, stride_scale], L [M, R_PAD]; D, [K], is read as DIAGONAL
     says and 1 where None; I = Aᵀ with A [R, K] where TRANSPOSED, else α B with B [K, R].
@@ -108,9 +108,6 @@ def _quantize_kernel(
         tl.store(codes_ptr + rows * K + offs_k[None, :], codes, mask=mask)
         tl.store(scale_ptr + group * stride_scale + offs_m, scale, mask=mask_m)
         if low_ptr is not None:
-            if seed_ptr is not None:
-                keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
-                x = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
             # [BLOCK_M, GROUP] @ [GROUP, R_PAD] -> [BLOCK_M, R_PAD]
             if TRANSPOSED:
                 inner = tl.load(
@@ -140,22 +137,18 @@ def launch_quantize(
     transposed: bool = True,
     r_pad: int = 16,
     alpha: float = 1.0,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
     programs: int = 132,
 ) -> tuple[Rounded, Tensor | None]:
-    """Return X ⊙ D in fp8, and L = dropout(X) I [M, r_pad] where ``inner`` is given.
+    """Return X ⊙ D in fp8, and L = X I [M, r_pad] where ``inner`` is given.
 
     Args:
         x: [M, K] of 16 bits with unit inner stride.
         factor: What D is made of: D_a of 1×1 blocks, or s − 1, K elements; None for D = 1.
         relu: Whether it passes through Eq. 7's relu.
-        inner: A [R, K] where ``transposed``, else B [K, R].
+        inner: A [R, K], R at most 32, where ``transposed``, else B [K, R].
         transposed: I = Aᵀ, else I = α B.
         r_pad: Padded rank of L.
         alpha: α.
-        seed: What dropout is drawn from; None for none.
-        dropout: Its probability.
         programs: Multiprocessors of the device.
     """
     m, k = x.shape
@@ -166,19 +159,18 @@ def launch_quantize(
     low = None
     if inner is not None:
         low = torch.empty((m, r_pad), dtype=x.dtype, device=x.device)
-    # Of few tokens, or with a mask to draw, a program has few, so that every multiprocessor has
-    # programs. More share what they convert of the factor.
-    rows, warps = (64, 8) if m >= 8192 and seed is None else (16, 4)
+    # More rows share what they convert of the factor.
+    rows, warps = (64, 8) if m >= 8192 else (16, 4)
     if m == 0:
         return Rounded(codes, scales), low
     programs_m = ceil_div(m, rows)
     share = 1 if low is not None else max(1, min(groups, ceil_div(8 * programs, programs_m)))
     launch(
         _quantize_kernel, (programs_m, share),
-        x_ptr=x, factor_ptr=factor, inner_ptr=inner, seed_ptr=seed, codes_ptr=codes,
+        x_ptr=x, factor_ptr=factor, inner_ptr=inner, codes_ptr=codes,
         scale_ptr=scales, low_ptr=low,
         M=m, K=k, R=0 if inner is None else inner.shape[0 if transposed else 1], alpha=alpha,
-        stride_x=x.stride(0), stride_scale=stride, dropout=dropout,
+        stride_x=x.stride(0), stride_scale=stride,
         TRANSPOSED=transposed, DIAGONAL=Diagonal(1, relu), GROUP=GROUP,
         CONVERTS=x.is_cuda, TILE=QuantizeTile(rows, r_pad, 3), num_warps=warps, num_stages=2,
     )  # fmt: skip

@@ -118,6 +118,11 @@ def _oriented(tensor: Tensor, reverse: bool) -> Tensor:
 def _unpacked(operands: Operands, options: ProjectionOptions) -> tuple[Operands, ProjectionOptions]:
     if options.packed is None:
         return operands, options
+    if options.compute != "same":
+        raise ValueError(
+            f"compute={options.compute!r} of x_proj and dt_proj is not for torch.compile, which "
+            "takes a scan as one operator; leave them out of target_modules, or do not compile"
+        )
     dense = options.packed.dense(operands.weight.dtype)
     return operands._replace(weight=dense), options._replace(packed=None)
 

@@ -6,6 +6,7 @@ fp64 computes with the same rounded operands, which the kernels make bit for bit
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,8 @@ from prodial_kernels.kernels.fp8.quantize import launch_quantize
 from prodial_kernels.kernels.fp8.transpose import launch_transpose
 from prodial_kernels.ops.fp8.rounding import round_to_fp8, rounded
 from prodial_kernels.testing import LinearCase, assert_case_accurate
-from support.kernels.fp8_layers import fp8_case, stored
+from support.fp8.layers import fp8_case, stored
+from support.kernels.uninterpreted import run_uninterpreted
 from support.quantized_layers import runner
 
 
@@ -233,3 +235,8 @@ def test_which_product_is_taken() -> None:
             assert not takes_library(m, n, k, hopper, finish=False)
     with mock.patch.object(torch.version, "cuda", "12.8"):
         assert not takes_library(8192, 8192, 2048, hopper, finish=False)
+
+
+def test_what_they_compile_to(tmp_path: Path) -> None:
+    """For every kind of GPU with fp8, aligned and not; the script names what breaks a rule."""
+    run_uninterpreted(tmp_path, "../fp8/compile_kernels.py")

@@ -1,0 +1,1 @@
+"""What tests of products in fp8 share."""

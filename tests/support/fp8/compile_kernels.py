@@ -1,0 +1,67 @@
+"""Compiles the kernels of products in fp8 without a GPU; fails where they do not fit or spill."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
+from prodial_kernels.kernels.fp8.exact_scale import launch_exact_scale
+from prodial_kernels.kernels.fp8.library import launch_finish
+from prodial_kernels.kernels.fp8.product import choose_product, launch_product
+from prodial_kernels.kernels.fp8.quantize import Rounded, launch_quantize
+from prodial_kernels.kernels.fp8.transpose import launch_transpose
+from support.kernels.compile_launches import broken_rules, cost_of
+from support.kernels.launch_recorder import DEVICES, Recorder
+
+CODES = torch.float8_e4m3fn
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def record(m: int, k: int, n: int, r: int, limits: DeviceLimits, dtype: torch.dtype) -> None:
+    """Every launch of one projection, with every part that there is."""
+    x, dy, low = (empty(*shape, dtype=dtype) for shape in ((m, k), (m, n), (m, r)))
+    a, b, s, blocks = empty(r, k), empty(n, r), empty(n), empty(k, 1, 1)
+    tiles_n, tiles_k = -(-n // 128), -(-k // 128)
+    codes, scales = empty(n, k, dtype=CODES), empty(tiles_n, tiles_k)
+    operand = Rounded(empty(m, k, dtype=CODES), empty(tiles_k, -(-m // 4) * 4))
+    if r <= 32:
+        launch_quantize(x, factor=blocks, relu=True, inner=a, r_pad=r)
+        launch_quantize(dy, factor=s, inner=b, transposed=False, r_pad=r)
+    launch_quantize(dy, factor=s)
+    config = choose_product(limits)
+    added: Any = {"scale_deviation": s, "low": low, "outer": b, "bias": s}
+    for parts in ({}, added):
+        launch_product(operand, codes, scales, dy, config=config, **parts)
+    launch_finish(dy, low, s, b, s, 0.5)
+    launch_transpose(codes, scales)
+    launch_exact_scale(dy, x, codes, scales, empty(8, n), factor=blocks, relu=True)
+
+
+def main() -> int:
+    """Print what is broken; 1 where something is."""
+    failed = 0
+    for arch in (89, 90, 100, 120):
+        device = DEVICES[arch]
+        recorder = Recorder()
+        with recorder.on(device):
+            limits = DeviceLimits((arch // 10, arch % 10), device.processors)
+            record(8192, 2048, 8192, 16, limits, torch.bfloat16)
+            if arch == 90:
+                record(512, 2048, 8192, 64, limits, torch.bfloat16)
+                record(77, 200, 75, 16, limits, torch.float16)
+        for launch in recorder.launches:
+            for problem in broken_rules(cost_of(launch)):
+                failed = 1
+                print(f"{launch.title}: {problem}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
