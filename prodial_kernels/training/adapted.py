@@ -24,6 +24,7 @@ from prodial_kernels.models.loading.load import (
     resolve_device,
     resolve_dtype,
 )
+from prodial_kernels.models.methods.planning import kept_methods
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.selection import stores_everything
 from prodial_kernels.training.gguf import gguf_notes
@@ -128,12 +129,19 @@ def merge_to_directory(
         MergeError: The written model does not compute what the adapted one does. It is not kept,
             and what was at ``output`` is still there.
         ModelError: The model or the device cannot be used.
+        ValueError: The adapter has a method that cannot be merged.
         PlaceError: At ``output`` is something else, or it is, holds or lies in the adapter, the
             base model or a run, or is or holds the working directory.
         OSError: The disk is full, or the place cannot be written.
     """
     # Links are followed first: what they lead to is what would be replaced.
     path = Path(output).expanduser().resolve()
+    unmerged = kept_methods(read_adapter(adapter).config.methods)
+    if unmerged:
+        raise ValueError(
+            f"{', '.join(unmerged)} cannot be merged: its effect is no weight's, and a plain model "
+            f"cannot have it; load the model with the adapter in {adapter} instead"
+        )
     # Before the model is loaded, which may take minutes.
     _check_output(path, model, Path(adapter).expanduser(), replace=replace)
     with StopSignals():

@@ -17,6 +17,7 @@ from prodial_kernels.training import FinetuneConfig, finetune
 from prodial_kernels.training.config import ConfigError
 from prodial_kernels.training.config_file import read_config_file
 from prodial_kernels.upstream import MissingExtraError
+from support.tiny_model import subprocess_environment
 
 pytest.importorskip("optuna")
 PARTS = ("scale", "diagonal", "lora")
@@ -275,3 +276,19 @@ def test_multiple_choice_is_searched_by_its_error(place: Path, tmp_path: Path) -
     for record in result.records:
         assert record.value is not None
         assert math.isclose(record.value, 1 - record.metrics["acc"])
+
+
+def test_several_processes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in subprocess_environment().items():
+        monkeypatch.setenv(name, value)
+    among = ("scale", "lora")
+    result = search(
+        config(place, tmp_path / "search", among=among, trials=8, workers=2), progress=False
+    )
+    assert len(result.records) == 8
+    workers = tmp_path / "search" / "workers"
+    assert {path.name for path in workers.iterdir()} == {"0", "1", "log-1.txt"}
+    log = (workers / "log-1.txt").read_text()
+    # It prints the search's result as well, and had a place of its own.
+    assert f"best combination  {result.best_combination.value:.4f}" in log  # type: ignore[union-attr]
+    assert "error" not in log
