@@ -41,7 +41,7 @@ from benchmarks.models.backbones import (  # noqa: E402
     build,
     make_step,
 )
-from benchmarks.models.methods import METHOD_VARIANTS  # noqa: E402
+from benchmarks.models.methods import METHOD_VARIANTS, METHODS  # noqa: E402
 from benchmarks.models.rows import ModelRow, shapes_of, write_rows  # noqa: E402
 from benchmarks.models.upstream import notes  # noqa: E402
 from benchmarks.models.variants import VARIANTS, adapted  # noqa: E402
@@ -56,8 +56,12 @@ SHARE_OF_MEMORY = 0.75
 
 
 def judge(row: ModelRow) -> None:
-    """Hold the package's own variant to what it must keep."""
-    limits = targets.MODEL.get(row.case) if row.variant == "prodial" else None
+    """Hold the package's own variants to what they must keep."""
+    limits = None
+    if row.variant in METHODS:
+        limits = targets.METHOD.get(row.case)
+    elif row.variant == "prodial":
+        limits = targets.MODEL.get(row.case)
     if limits is None or row.time_ratio is None or row.memory_ratio is None:
         row.judge([])
     else:

@@ -34,6 +34,11 @@ MODEL: Mapping[tuple[str, int, int], tuple[float, float]] = {
     ("mamba2-1.3b", 4, 2048): (1.15, 1.10),
 }
 
+# MambaPEFT's methods on such a model, likewise: each of them, in the mixers' blocks.
+METHOD: Mapping[tuple[str, int, int], tuple[float, float]] = {
+    ("mamba-130m", 8, 2048): (1.25, 1.15),
+}
+
 # A captured step in transformers' Trainer: at most so many ms, of the faster LoRA's time, of the
 # frozen model's; and never more memory than the step that is not captured.
 TRAINER_MS = {("mamba-130m", 4, 512): 24.0}

@@ -35,6 +35,10 @@ def test_a_row_is_judged_by_both_ratios() -> None:
     assert not row(memory_ratio=1.11).ok
     assert row(variant="lora", time_ratio=2.0).ok
     assert row(batch=2).must == ""
+    method = {"batch": 8, "length": 2048, "variant": "additional-scan"}
+    assert row(**method, memory_ratio=1.14).ok
+    assert not row(**method, time_ratio=1.26).ok
+    assert row(**{**method, "variant": "additional-scan-slow"}, time_ratio=2.0).ok
     assert "must 1.25x 1.10x  ok" in str(row())
     assert str(row(time_ratio=1.26)).endswith("MISSED")
     failed = row(status="failed: OutOfMemoryError: x", ms=None, mib=None)
