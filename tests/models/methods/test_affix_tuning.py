@@ -19,6 +19,7 @@ from prodial_kernels import (
     apply_methods,
     load_adapter,
     merge_prodial,
+    quantize_model,
     remove_prodial,
     save_adapter,
 )
@@ -160,6 +161,17 @@ def test_mamba_ssm_decodes_step_by_step() -> None:
             token = ids()[:, place : place + 1] % 11
             outputs.append(model(token, inference_params=cache))
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("stand_in_kernels")
+def test_stored_projectors_read_tokens_alike() -> None:
+    model = Model(Mamba, width=32)
+    quantize_model(model, "nf4")
+    apply_methods(model, [AffixTuning(K)])
+    fused = model(ids() % 11)
+    for layer in model.layers:
+        layer.mixer.use_fast_path = False
+    torch.testing.assert_close(model(ids() % 11), fused, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("stand_in_kernels")

@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prodial_kernels.functional import checked_linear
 from prodial_kernels.linear import ProdialLinear
 from prodial_kernels.models.mixers.arguments import (
     cache_among,
@@ -31,6 +32,7 @@ from prodial_kernels.models.mixers.inserted.tokens import (
 )
 from prodial_kernels.models.mixers.projection import project_without_bias
 from prodial_kernels.models.patch_point import View
+from prodial_kernels.quantization import QuantizedLinear
 
 Method = Callable[..., Any]
 
@@ -143,4 +145,6 @@ class _OverwrittenWeight:
 def _without_bias(layer: Any, x: Tensor) -> Tensor:
     if isinstance(layer, ProdialLinear):
         return project_without_bias(layer, x)
+    if isinstance(layer, QuantizedLinear):
+        return checked_linear(x, *layer.projection(bias=False))
     return F.linear(x, layer.weight)
