@@ -56,6 +56,16 @@ def test_a_run_learns_and_merges_into_a_dense_model(result: FinetuneResult) -> N
     assert not quantised(merged.model)
 
 
+def test_a_run_multiplies_in_fp8_and_says_so_in_its_adapter(place: Path) -> None:
+    found = run(place, "fp8", quantize="fp8", compute="fp8")
+    assert found.after["bits_per_byte"] < found.before["bits_per_byte"]
+    # What is merged rounds nothing, and is compared with what does not.
+    assert found.agreement.relative < 1e-5
+    loaded = load_adapted(None, found.adapter_dir, device="cpu")
+    layers = [m for m in loaded.model.modules() if isinstance(m, ProdialLinear)]
+    assert {layer.compute for layer in layers} == {"fp8"}
+
+
 def test_the_adapter_belongs_to_the_quantised_base(place: Path, result: FinetuneResult) -> None:
     # It has its format recorded.
     for quantize in ("nf4", None):
