@@ -48,7 +48,10 @@ class Deviation:
         share: Of ‖T − I‖² that lies on the diagonal.
         even_share: What that share would be if the deviation were spread evenly, 1 / d.
         explained: 1 − ‖W T − W'‖² / ‖W' − W‖²: how much of the change is of the form W T.
-        by_diagonal: The same for the best diagonal T, column by column.
+        even_explained: What a change without any structure would give, in / out features (at
+            most 1).
+        by_diagonal: As ``explained``, for the best diagonal T, column by column.
+        even_by_diagonal: What a change without structure would give, 1 / out features.
         change: ‖W' − W‖ / ‖W‖.
     """
 
@@ -58,7 +61,9 @@ class Deviation:
     share: float
     even_share: float
     explained: float
+    even_explained: float
     by_diagonal: float
+    even_by_diagonal: float
     change: float
 
 
@@ -81,6 +86,8 @@ def _deviation(W: Tensor, changed: Tensor, T: Tensor) -> Deviation:
         share=(on.square().sum() / off.square().sum().clamp(min=1e-300)).item(),
         even_share=1 / size,
         explained=(1 - (W @ T - changed).square().sum() / norm).item(),
+        even_explained=min(1.0, W.shape[1] / W.shape[0]),
+        even_by_diagonal=1 / W.shape[0],
         by_diagonal=(1 - (W * scales - changed).square().sum() / norm).item(),
         change=(change.norm() / W.norm()).item(),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ def leaderboard(rows: Iterable[Row], note: str = "") -> dict[str, Any]:
         (percent of the budget), ``seconds``, ``tokens_per_second``, ``peak_bytes``, ``p`` and
         ``difference`` (against LoRA at that budget, paired by seed), ``values`` (by seed) and
         ``where``. Others' cells may have more keys. ``ranks`` has, for each base and budget, mean
-        ranks over the tasks that all its methods have, Friedman's statistic and the critical
+        ranks over the tasks that half of its methods have or more (of methods that have them all,
+        the others are ``left_out``), Friedman's statistic and the critical
         difference.
     """
     cells: dict[tuple[str, str, str, str], dict[str, list[Row]]] = defaultdict(
@@ -119,9 +120,10 @@ def _ranks(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for cell in here:
                 if METHODS[cell["method"]].group in ("method", "placement"):
                     of_method[cell["method"]][cell["task"]] = cell["test"]
-            every = {task for scores in of_method.values() for task in scores}
-            complete = {m: s for m, s in of_method.items() if s.keys() == every}
-            tasks = sorted(every)
+            counts = Counter(task for scores in of_method.values() for task in scores)
+            # A task that has only been begun must not leave everything else out.
+            tasks = sorted(task for task, n in counts.items() if 2 * n >= len(of_method))
+            complete = {m: s for m, s in of_method.items() if set(tasks) <= s.keys()}
             if len(complete) < 2:
                 continue
             ranks = mean_ranks({m: [s[task] for task in tasks] for m, s in complete.items()})
@@ -171,6 +173,8 @@ def page(board: dict[str, Any]) -> str:
         for method in [*group["ranks"], *_others(cells, group)]:
             mine = [cells.get((method, task)) for task in tasks]
             have = [c for c in mine if c is not None]
+            if not have:
+                continue
             mean = (
                 f"{100 * spread([c['test'] for c in have])[0]:.1f}"
                 if len(have) == len(tasks)

@@ -82,10 +82,11 @@ def draw_transform(name: str, T: np.ndarray, deviation: np.ndarray, path: Path) 
 
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6))
     shown = left.imshow(T, cmap="viridis", vmin=min(0.0, float(T.min())), vmax=1.0)
-    left.set_title(f"{name}: T", fontsize=9)
+    left.set_title("T", fontsize=9)
+    figure.suptitle(name, fontsize=10)
     figure.colorbar(shown, ax=left)
     shown = middle.imshow(deviation, cmap="magma")
-    middle.set_title("|T − I|", fontsize=9)
+    middle.set_title("|T − I|, all layers", fontsize=9)
     figure.colorbar(shown, ax=middle)
     diagonal = np.diagonal(deviation)
     rest = deviation[~np.eye(len(deviation), dtype=bool)]

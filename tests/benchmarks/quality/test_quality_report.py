@@ -138,6 +138,14 @@ def test_the_leaderboard_sums_up_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "ranks-base-medium.png").stat().st_size > 5000
 
 
+def test_a_task_that_was_only_begun_is_left_out_of_ranks() -> None:
+    begun = Row(Spec("base", "three", "lora", "medium", 1e-2, 1), "final")
+    begun.figures = {**rows()[-2].figures}
+    (group,) = leaderboard([*rows(), begun])["ranks"]
+    assert group["tasks"] == ["one", "two"]
+    assert len(group["ranks"]) == 3
+
+
 def test_T_is_found_where_there_is_one() -> None:
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(12, 5, generator=generator, dtype=torch.float64)
@@ -167,8 +175,9 @@ def test_the_analysis_tells_a_diagonal_change_from_another(tmp_path: Path) -> No
     assert diagonal["share"] == pytest.approx(1.0, abs=1e-4)
     assert diagonal["by_diagonal"] == pytest.approx(1.0, abs=1e-4)
     other = analyse(before, noisy, tmp_path)["mean"]["in_proj"]
-    assert other["share"] < 0.2
-    assert other["by_diagonal"] < 0.2
+    # Noise has no structure: the yardsticks say what it gives.
+    for name in ("share", "explained", "by_diagonal"):
+        assert other[name] == pytest.approx(other[f"even_{name}"], abs=0.06)
     assert (tmp_path / "transform-in_proj.png").stat().st_size > 5000
     assert (tmp_path / "transform-out_proj.png").stat().st_size > 5000
 
