@@ -158,6 +158,7 @@ def test_a_stored_weight_is_transposed_exactly(kernel_device: str) -> None:
     codes, scales = launch_transpose(layer.codes, layer.weight_scale_inv)
     assert torch.equal(codes.view(torch.uint8), layer.codes.view(torch.uint8).T)
     assert torch.equal(scales[:, :2], layer.weight_scale_inv.T)
+    assert not scales[:, 2:].any()
 
 
 def test_two_runs_are_bit_equal(kernel_device: str) -> None:
