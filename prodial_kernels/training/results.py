@@ -27,6 +27,12 @@ _SHOWN = {
 _METHOD_NAMES = {"prodial": "ProDiaL", "lora": "LoRA", "full": "full fine-tuning"}
 
 
+def _value_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def method_text(
     method: str, methods: Sequence[Mapping[str, Any]] | None, rank: int | None = None
 ) -> str:
@@ -40,7 +46,7 @@ def method_text(
         name = each["name"]
         given = {k: v for k, v in each.items() if plain[name].get(k) != v and k != "name"}
         given.pop("lora_alpha" if each.get("lora_alpha") == each.get("r") else "alpha", None)
-        values = (f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in given.items())
+        values = (f"{k}={_value_text(v)}" for k, v in given.items())
         texts.append(" ".join([_METHOD_NAMES.get(name, name), *values]))
     return "; ".join(texts)
 

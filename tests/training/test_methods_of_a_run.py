@@ -42,7 +42,7 @@ def test_several_methods_by_a_file(place: Path, tmp_path: Path) -> None:
     for methods in (result.methods, record["methods"]):
         assert [each["name"] for each in methods] == names
         assert methods[1]["parts"] == ["conv1d", "D"]
-    text = "ProDiaL r=2 target_modules=in_proj; partial-tuning decay=10.0 parts=conv1d,D; LoRA "
+    text = "ProDiaL r=2 target_modules=in_proj; partial-tuning decay=10 parts=conv1d,D; LoRA "
     assert text + "targets=out_proj,embed r=3" in str(result)
     assert result.model_dir is not None
     # What was written is what was trained, read back by every command.
