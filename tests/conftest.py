@@ -26,7 +26,7 @@ import torch
 # Read when a kernel is defined, so before any test imports one.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from support import quick_interpreter
+    from support.kernels import quick_interpreter
 
     quick_interpreter.install()
 elif find_spec("mamba_ssm"):

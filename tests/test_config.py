@@ -23,9 +23,9 @@ EVERYTHING = ProdialConfig(
 def test_json_round_trip(config: ProdialConfig) -> None:
     assert ProdialConfig.from_json(config.to_json()) == config
     assert ProdialConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert sorted(json.loads(config.to_json())) == sorted(
-        field.name for field in dataclasses.fields(ProdialConfig)
-    )
+    # Earlier versions read the files of configurations without methods.
+    names = {field.name for field in dataclasses.fields(ProdialConfig)}
+    assert json.loads(config.to_json()).keys() == (names if config.methods else names - {"methods"})
 
 
 def test_json_is_stable_and_minimal_files_get_the_defaults() -> None:
