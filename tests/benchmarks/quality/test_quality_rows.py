@@ -15,7 +15,7 @@ from benchmarks.quality.bases.shapes import build, save_base
 from benchmarks.quality.study.row import Recipe, Row, Spec, append, read_rows
 from benchmarks.quality.study.runner import Plan, chosen_rate, run
 from benchmarks.quality.tasks.task import ImageTask, TextExample, TextTask, save_task
-from tests.support.tiny_model import byte_tokenizer
+from support.tiny_model import byte_tokenizer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(steps=30, batch_size=8)
