@@ -113,6 +113,9 @@ class Projector:
         if wide and r is not None and passes.adds_wide(x, operands.weight, padded_rank(r)):
             made = (narrow(m, padded_rank(r)), narrow(n, padded_rank(r)))
         y, h = passes.forward(x, given, options, length, made)
+        if made is not None:
+            # Of those ranks only what ``thin`` says takes H in backward, as below.
+            h = None
         if thin and r is not None:
             given, h = operands._replace(lora_a=None), narrow(m, padded_rank(r))
         kept = Kept(y if needs.scale else None, h)
