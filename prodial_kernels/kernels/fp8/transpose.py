@@ -19,16 +19,19 @@ def _transpose_kernel(
     tiles_n = tl.cdiv(N, GROUP)
     tile_n, tile_k = tl.program_id(0) % tiles_n, tl.program_id(0) // tiles_n
     offs_n = tile_n * GROUP + tl.arange(0, GROUP)
-    offs_k = tile_k * GROUP + tl.arange(0, GROUP)
-    mask_n, mask_k = offs_n < N, offs_k < K
-    tile = tl.load(
-        codes_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :],
-        mask=mask_n[:, None] & mask_k[None, :], other=0.0,
-    )  # fmt: skip
-    tl.store(
-        codes_out_ptr + offs_k.to(tl.int64)[:, None] * N + offs_n[None, :], tile.T,
-        mask=mask_k[:, None] & mask_n[None, :],
-    )  # fmt: skip
+    mask_n = offs_n < N
+    # By halves, whose addresses fit into registers where rows begin anywhere.
+    for half in range(0, GROUP, GROUP // 2):
+        offs_k = tile_k * GROUP + half + tl.arange(0, GROUP // 2)
+        mask_k = offs_k < K
+        tile = tl.load(
+            codes_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :],
+            mask=mask_n[:, None] & mask_k[None, :], other=0.0,
+        )  # fmt: skip
+        tl.store(
+            codes_out_ptr + offs_k.to(tl.int64)[:, None] * N + offs_n[None, :], tile.T,
+            mask=mask_k[:, None] & mask_n[None, :],
+        )  # fmt: skip
     scale = tl.load(scale_ptr + tile_n * stride_scale + tile_k)
     tl.store(scale_out_ptr + tile_k * stride_out + tile_n, scale)
     if tile_n == tiles_n - 1:

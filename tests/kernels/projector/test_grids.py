@@ -19,8 +19,13 @@ from torch import Tensor
 
 import prodial_kernels.kernels as kernels
 from prodial_kernels import prodial_linear
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.cross_entropy import cross_entropy_
 from prodial_kernels.kernels.dequantize import dequantize_fp8, dequantize_int8, dequantize_nf4
+from prodial_kernels.kernels.fp8 import transpose as fp8_transpose
+from prodial_kernels.kernels.fp8.library import launch_finish
+from prodial_kernels.kernels.fp8.product import choose_product, launch_product
+from prodial_kernels.kernels.fp8.quantize import launch_quantize
 from prodial_kernels.kernels.layout import launch_gate, launch_transpose
 from prodial_kernels.kernels.projector import passes
 from prodial_kernels.kernels.replay import recorded_calls
@@ -131,12 +136,35 @@ def test_stored_weights_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_within(seen, {"_nf4_kernel", "_eight_bit_kernel", "_cross_entropy_kernel"})
 
 
+@pytest.mark.parametrize(("m", "k", "n"), [(2**26, 4096, 128), (1, 2**24, 256), (128, 256, 2**24)])
+def test_products_in_fp8(m: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with grids(90, monkeypatch) as seen:
+
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        full = torch.float32
+        codes = empty(n, k, dtype=torch.float8_e4m3fn)
+        scales = empty(-(-n // 128), -(-k // 128), dtype=full)
+        y, low, s, b = (
+            empty(m, n), empty(m, 16), empty(n, dtype=full), empty(n, 16, dtype=full)
+        )  # fmt: skip
+        x, _ = launch_quantize(empty(m, k))
+        launch_product(x, codes, scales, y, config=choose_product(DeviceLimits((9, 0), 132)))
+        launch_finish(y, low, s, b, s, 1.0)
+        fp8_transpose.launch_transpose(codes, scales)
+    assert_within(
+        seen, {"_quantize_kernel", "_product_kernel", "_finish_kernel", "_transpose_kernel"}
+    )
+
+
 def test_every_launcher_is_checked_here() -> None:
     """A kernel that comes new has to be launched above."""
     names = {module.__name__.rpartition(".")[2] for module in LAUNCHERS}
     assert names == {
         "recorder", "cross_entropy", "dequantize", "exact_scale", "gemm", "input_side", "layout",
         "low_rank", "outer_product", "output_side", "prepare", "reduce", "weight_side",
+        "library", "product", "quantize", "transpose",
     }  # fmt: skip
 
 
