@@ -244,8 +244,11 @@ class ProdialLinear(nn.Module):
             RuntimeError: PEFT has frozen the adapter, and this call is for training.
         """
         parts = self.prodial_blocks, self.prodial_scale, self.prodial_a, self.prodial_b
-        if self.training and torch.is_grad_enabled() and parts != (None,) * len(parts):
-            check_still_trained(self, [part for part in parts if part is not None])
+        if self.training and torch.is_grad_enabled():
+            # Not compared as tuples, which torch.compile of torch 2.11 cannot trace.
+            present = [part for part in parts if part is not None]
+            if present:
+                check_still_trained(self, present)
         base, packed = self.base_layer, None
         if isinstance(base, QuantizedLinear):
             weight, packed = base.stand_in(), base.packed_weight()

@@ -82,7 +82,7 @@ def _scanned(mixer: Any, sequence: Tensor, suffix: str) -> Tensor:
     width = conv.kernel_size[0]
     padded = F.pad(u.mT, (width - 1, 0))
     outputs = []
-    state = torch.zeros(len(u), *A.shape, dtype=u.dtype)
+    state = u.new_zeros(len(u), *A.shape)
     for t in range(u.shape[1]):
         v = (padded[..., t : t + width] * conv.weight[:, 0]).sum(-1)
         v = F.silu(v if conv.bias is None else v + conv.bias)
