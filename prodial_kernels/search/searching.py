@@ -16,9 +16,9 @@ from prodial_kernels.files.atomic import atomic_file, atomic_text
 from prodial_kernels.files.locking import locked
 from prodial_kernels.search.config import SearchConfig
 from prodial_kernels.search.directory import SearchDirectory
-from prodial_kernels.search.helpers import Helpers
 from prodial_kernels.search.parts import PARTS, Part, Space, check_among
 from prodial_kernels.search.picture import plot_search
+from prodial_kernels.search.processes import OtherWorkers
 from prodial_kernels.search.record import ranked
 from prodial_kernels.search.result import SearchResult
 from prodial_kernels.search.studies import open_storage
@@ -104,7 +104,7 @@ def search(config: SearchConfig, *, resume: bool = False, progress: bool = True)
             work = Work(
                 config, space, trials, folder, storage, worker=worker, display=display, tell=write
             )
-            with Helpers(folder, config.workers - 1, say=display.say):
+            with OtherWorkers(folder, config.workers - 1, say=display.say):
                 work.run()
             write()
             found = result()

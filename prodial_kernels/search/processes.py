@@ -14,7 +14,7 @@ from prodial_kernels.search.directory import SearchDirectory
 _SECONDS_TO_STOP = 60.0
 
 
-class Helpers:
+class OtherWorkers:
     """So many further workers of a search while the context is open; its end waits for them."""
 
     def __init__(self, folder: SearchDirectory, count: int, *, say: Callable[[str], None]) -> None:
@@ -24,7 +24,7 @@ class Helpers:
         self._say = say
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> Helpers:
+    def __enter__(self) -> OtherWorkers:
         """Start them; each writes what it has to say to a file in ``workers/``."""
         path = self._folder.path
         command = [
