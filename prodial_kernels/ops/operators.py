@@ -65,7 +65,7 @@ def linear_forward(
     """
     tensors = (x, *operands)
     if dispatched(tensors):
-        y, h = torch.ops.prodial_kernels.linear_forward(*tensors, *_scalars(options), length)
+        y, h = torch.ops.prodial_kernels.linear_forward(*tensors, *scalars(options), length)
         return y, None if operands.lora_a is None else h
     if not length and is_small(x, operands):
         # Not below the dispatcher, whose operator always returns H.
@@ -93,7 +93,7 @@ def linear_backward(
     dx, *adapter = (
         gradient if need else None
         for gradient, need in zip(
-            torch.ops.prodial_kernels.linear_backward(*tensors, *_scalars(options), *asked),
+            torch.ops.prodial_kernels.linear_backward(*tensors, *scalars(options), *asked),
             asked, strict=True,
         )
     )  # fmt: skip
@@ -259,7 +259,8 @@ def _backward_by_products(
 # --- The operators as they are registered: flat, without None among the results. ----------------
 
 
-def _scalars(options: ProjectionOptions) -> tuple[float, float, bool]:
+def scalars(options: ProjectionOptions) -> tuple[float, float, bool]:
+    """The fields of :data:`OPTIONS`."""
     return options.lora_scaling, options.lora_dropout, options.diagonal == "relu"
 
 
@@ -292,12 +293,19 @@ def _linear_backward(dy: Tensor, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
 
 
 def _linear_backward_fake(dy: Tensor, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    _, *adapter = Operands(*flat[:7])
+    return gradients_like(dy, x, Operands(*flat[:7]), flat[13:])
+
+
+def gradients_like(
+    dy: Tensor, x: Tensor, operands: Operands, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """What a backward operator returns, without values; empty where a gradient is not needed."""
+    _, *adapter = operands
     return tuple(
         dy.new_empty(0)
         if part is None or not need
         else torch.empty_like(part, memory_format=torch.contiguous_format)
-        for part, need in zip((x, *adapter[:-1]), flat[13:], strict=True)
+        for part, need in zip((x, *adapter[:-1]), needs, strict=True)
     )
 
 

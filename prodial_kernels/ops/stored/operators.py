@@ -20,7 +20,15 @@ from prodial_kernels.kernels.projector.operands import (
     Operands,
     ProjectionOptions,
 )
-from prodial_kernels.ops.operators import NEEDS, OPERANDS, OPTIONS, dispatched, replayed
+from prodial_kernels.ops.operators import (
+    NEEDS,
+    OPERANDS,
+    OPTIONS,
+    dispatched,
+    gradients_like,
+    replayed,
+    scalars,
+)
 
 _library = torch.library.Library("prodial_kernels", "FRAGMENT")
 _library.define(f"fp8_forward(Tensor scale_inv, {OPERANDS}, {OPTIONS}) -> (Tensor y, Tensor h)")
@@ -37,7 +45,7 @@ def fp8_forward(
     scale_inv, operands, options = _with_codes(operands, options)
     tensors = (scale_inv, x, *operands)
     if dispatched(tensors):
-        y, h = torch.ops.prodial_kernels.fp8_forward(*tensors, *_scalars(options))
+        y, h = torch.ops.prodial_kernels.fp8_forward(*tensors, *scalars(options))
         return y, None if operands.lora_a is None else h
     return _forward(scale_inv, x, operands, options)
 
@@ -59,7 +67,7 @@ def fp8_backward(
     dx, *adapter = (
         gradient if need else None
         for gradient, need in zip(
-            torch.ops.prodial_kernels.fp8_backward(*tensors, *_scalars(options), *asked),
+            torch.ops.prodial_kernels.fp8_backward(*tensors, *scalars(options), *asked),
             asked, strict=True,
         )
     )  # fmt: skip
@@ -118,10 +126,6 @@ def _backward(
 # --- The operators as they are registered: flat, without None among the results. ----------------
 
 
-def _scalars(options: ProjectionOptions) -> tuple[float, float, bool]:
-    return options.lora_scaling, options.lora_dropout, options.diagonal == "relu"
-
-
 def _options(lora_scaling: float, lora_dropout: float, relu: bool) -> ProjectionOptions:
     return ProjectionOptions(
         "triton", lora_scaling, lora_dropout, "relu" if relu else "free", compute="fp8"
@@ -151,13 +155,7 @@ def _fp8_backward(dy: Tensor, scale_inv: Tensor, x: Tensor, *flat: Any) -> tuple
 
 
 def _fp8_backward_fake(dy: Tensor, scale_inv: Tensor, x: Tensor, *flat: Any) -> tuple[Tensor, ...]:
-    _, *adapter = Operands(*flat[:7])
-    return tuple(
-        dy.new_empty(0)
-        if part is None or not need
-        else torch.empty_like(part, memory_format=torch.contiguous_format)
-        for part, need in zip((x, *adapter[:-1]), flat[12:], strict=True)
-    )
+    return gradients_like(dy, x, Operands(*flat[:7]), flat[12:])
 
 
 # On a CPU under the Triton interpreter only; functional.py refuses it otherwise.
