@@ -11,7 +11,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.quality.bases.checkpoint import load_state, read_record, restore, save_state
+from prodial_kernels.embedded.making.optimise import side_stream
+from prodial_kernels.training.step.optimizers import set_learning_rate
 
 __all__ = ["Images", "Options", "Progress", "Text", "pretrain"]
 
@@ -273,11 +275,7 @@ class _Step:
         self.graph = graph
 
     def run(self, first: int, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         drawn = self.data.draw(first, self.options.batch_size, self.options.seed)
         for held, value in zip(self.inputs, drawn, strict=True):
             held.copy_(value)
@@ -285,19 +283,6 @@ class _Step:
             self._update()
         else:
             self.graph.replay()
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own, as CUDA graphs ask of the steps before."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.synchronize(device)
 
 
 def _measure(model: nn.Module, data: Data, device: torch.device, whole: bool) -> dict[str, float]:
@@ -374,7 +359,7 @@ def pretrain(
         if options.final:
             rate *= min(1.0, (1 - done) / options.decay_share)
         made = progress.step - first
-        with _side_stream(device) if made < 3 else contextlib.nullcontext():
+        with side_stream(device) if made < 3 else contextlib.nullcontext():
             step.run(progress.examples, rate)
         if made == 2 and options.cuda_graph and device.type == "cuda":
             try:

@@ -153,7 +153,7 @@ class _Stepper:
 
 
 @contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
+def side_stream(device: torch.device) -> Iterator[None]:
     """Run on a stream of its own, as CUDA graphs ask of the steps before capture."""
     if device.type != "cuda":
         yield
@@ -236,7 +236,7 @@ def train(
     tokens_a_step = options.batch_size * options.sequence_length
     graph_wanted = options.cuda_graph and tokens.device.type == "cuda"
     for step, rate in _rates(options, start):
-        with _side_stream(tokens.device) if step < 3 else contextlib.nullcontext():
+        with side_stream(tokens.device) if step < 3 else contextlib.nullcontext():
             stepper.step(rate * guard.rate_scale)
         if step == 2 and graph_wanted:
             try:
