@@ -109,6 +109,19 @@ def warmed(
     return captured
 
 
+def same_step(model: nn.Module, plain: nn.Module, seed: int) -> None:
+    """A step of both from one seed; the plain one's again says what the order of sums makes."""
+
+    def stepped(one: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+        torch.manual_seed(seed)
+        return step(one, ids(seed)), gradients(one)
+
+    loss, found = stepped(model)
+    expected, wanted = stepped(plain)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    close(found, wanted, again=stepped(plain)[1])
+
+
 @pytest.mark.parametrize(
     ("name", "together"), [*((name, True) for name in OPTIONS), ("mamba", False), ("mamba2", False)]
 )
@@ -117,11 +130,7 @@ def test_every_family(name: str, together: bool) -> None:
     plain = copy.deepcopy(model)
     with warmed(model, together=together) as captured:
         for seed in (3, 4, 5):
-            loss, expected = step(model, ids(seed)), step(plain, ids(seed))
-            assert loss == pytest.approx(expected, rel=1e-4)
-            found, wanted = gradients(model), gradients(plain)
-            step(plain, ids(seed))
-            close(found, wanted, again=gradients(plain))
+            same_step(model, plain, seed)
         assert blocks_of(captured) >= 3
     assert step(model, ids(3)) == pytest.approx(step(plain, ids(3)), rel=1e-4)
 
@@ -139,11 +148,7 @@ def test_nodes_that_others_hold_see_whole_gradients_only(name: str) -> None:
     with warmed(model) as captured:
         seen.clear()
         for seed in (3, 4):
-            loss, expected = step(model, ids(seed)), step(plain, ids(seed))
-            assert loss == pytest.approx(expected, rel=1e-4)
-            found, wanted = gradients(model), gradients(plain)
-            step(plain, ids(seed))
-            close(found, wanted, again=gradients(plain))
+            same_step(model, plain, seed)
         assert sorted(seen) == sorted([*range(len(trained))] * 2)
         assert blocks_of(captured) == LAYERS
 
@@ -238,11 +243,7 @@ def test_a_recomputed_first_block_gives_the_same(
     plain = copy.deepcopy(model)
     with warmed(model) as captured:
         for seed in (3, 4):
-            torch.manual_seed(seed)
-            loss = step(model, ids(seed))
-            torch.manual_seed(seed)
-            assert loss == pytest.approx(step(plain, ids(seed)), rel=1e-4)
-            close(gradients(model), gradients(plain))
+            same_step(model, plain, seed)
         assert sections_of(captured) == [1, LAYERS - 1]
 
 
