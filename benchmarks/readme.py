@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.harness.environment import ROOT
 from benchmarks.harness.store import RESULTS
 from benchmarks.harness.text import number, text_table
+from benchmarks.models.methods import SLOW
 from benchmarks.models.rows import ModelRow
 from benchmarks.projector import tables
 from benchmarks.projector.rivals import FLOOR, OURS
@@ -152,10 +153,18 @@ def fine_tuning(folder: Path) -> str:
     )
 
 
+def methods(folder: Path) -> str:
+    """What each of MambaPEFT's methods costs, in the block and with the fast path off."""
+    del folder
+    records = [json.loads(path.read_text()) for path in committed("methods*.json")]
+    return "\n\n".join(methods_of(record) for record in records)
+
+
 PAGES: Mapping[str, Mapping[str, Callable[[Path], str]]] = {
     "README.md": {"speed": largest, "memory": smallest},
     "benchmarks/results/README.md": {"benchmarks": costs},
     "prodial_kernels/training/README.md": {"fine-tuning": fine_tuning},
+    "prodial_kernels/models/methods/README.md": {"methods": methods},
 }
 """What is rendered: by the page, and by the name in its markers; given the folder of the page."""
 
@@ -235,6 +244,23 @@ def models_table(rows: Sequence[ModelRow]) -> str:
         *(titles[name] for name in variants),
     ]  # fmt: skip
     return text_table(headers, lines)
+
+
+def methods_of(record: Mapping[str, Any]) -> str:
+    """One line for each method of a ``methods.json``; × is over the frozen model's."""
+    rows = {row.variant: row for row in model_rows(record)}
+    floor = rows["frozen"]
+    lines = [
+        [f"`{name}`", _ratios(row), _ratios(rows.get(f"{name}{SLOW}"))]
+        for name, row in rows.items()
+        if name != "frozen" and not name.endswith(SLOW)
+    ]
+    headers = ["method", "time, memory", "with the fast path off"]
+    return (
+        f"{floor.model}, {floor.batch} × {floor.length:,} tokens, frozen {floor.ms:.1f} ms and "
+        f"{floor.mib:,.0f} MiB on an {record['device']}; multiples of both:\n\n"
+        f"{text_table(headers, lines)}\n\n{provenance(record)}"
+    )
 
 
 def provenance(environment: Mapping[str, Any]) -> str:

@@ -66,10 +66,12 @@ def test_pages_show_the_committed_results(page: str) -> None:
 
 
 def test_what_is_committed_loads() -> None:
-    kinds = {"curves": CurveRow, "finetune": JobRow, "mixers": ModelRow, "trainer": ModelRow}
+    kinds = {"curves": CurveRow, "finetune": JobRow} | dict.fromkeys(
+        ("methods", "mixers", "trainer"), ModelRow
+    )
     for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
-        if path.stem in kinds:
-            assert [kinds[path.stem](**row) for row in json.loads(path.read_text())["rows"]]
+        if kind := kinds.get(path.stem.split("-")[0]):
+            assert [kind(**row) for row in json.loads(path.read_text())["rows"]]
         else:
             assert Record.read(path).rows
 
@@ -105,6 +107,8 @@ def test_render_draws_and_replaces(
     steps = [model(variant, 10, 256) for variant in ("frozen", "prodial")]
     steps += [model(variant, 11) for variant in ("frozen", "prodial", "lora-slow", "authors")]
     (folder / "mixers.json").write_text(json.dumps({**ENVIRONMENT, "rows": steps}))
+    costs = [model("frozen", 10), model("affix", 12), model("affix-slow", 20)]
+    (folder / "methods.json").write_text(json.dumps({**ENVIRONMENT, "rows": costs}))
     jobs = [trained("tiny", "6GB"), trained("1.4b-bf16", "8GB")]
     (folder / "finetune.json").write_text(json.dumps({**ENVIRONMENT, "rows": jobs}))
     for name, parts in readme.PAGES.items():
@@ -121,7 +125,8 @@ def test_render_draws_and_replaces(
         assert text.startswith("before\n")
         assert text.endswith("\nafter")
         assert readme.rendered(text, name) == text
-    front, results, training = texts.values()
+    front, results, training, methods = texts.values()
+    assert "| `affix` | 1.20, 1.20 | 2.00, 2.00" in " ".join(methods.split())
     assert "](a-gpu/full-cost.png)" in results
     assert "](a-gpu/full.md)" in results
     assert "| mamba-130m in_proj" in results
