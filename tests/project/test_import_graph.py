@@ -24,7 +24,7 @@ ORDER = (
     "_version", "_checks", "files", "_validation", "module_patterns",
     "module_tree", "methods", "config", "upstream", "kernels", "ops", "functional", "testing",
     "quantization", "merged_weight", "scale_versions", "tuners", "linear", "embedded", "models",
-    "checkpoint", "peft", "training", "captured", "search", "cli", "__main__",
+    "checkpoint", "peft", "training", "captured", "search", "cli", "__main__", "embedded.making",
 )  # fmt: skip
 
 
@@ -52,6 +52,9 @@ def imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
 
 
 def part_of(module: str) -> str:
+    # A program that made the embedded model and trains as the package does; not in the wheel.
+    if module.startswith(f"{PACKAGE}.embedded.making"):
+        return "embedded.making"
     return module.split(".")[1] if "." in module else ""
 
 

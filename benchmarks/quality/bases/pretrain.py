@@ -7,7 +7,6 @@ what one long run would have seen. On a GPU the whole step is one CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.quality.bases.checkpoint import load_state, read_record, restore, save_state
-from prodial_kernels.embedded.making.optimise import side_stream
+from prodial_kernels.training.step.graphed import CudaGraphs
 from prodial_kernels.training.step.optimizers import set_learning_rate
 
 __all__ = ["Images", "Options", "Progress", "Text", "pretrain"]
@@ -252,7 +251,8 @@ class _Step:
             for shape, dtype in data.shapes(options.batch_size)
         ]
         self.loss = torch.zeros((), device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs = CudaGraphs(device) if on_gpu else None
+        self.replay: Callable[[], None] | None = None
 
     def _update(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -268,21 +268,20 @@ class _Step:
         self.loss.copy_(loss.detach())
 
     def record(self) -> None:
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._update()
-        self.graph = graph
+        if self.graphs is not None:
+            self.replay = self.graphs.capture(self._update)
 
     def run(self, first: int, rate: float) -> None:
         set_learning_rate(self.optimizer, rate)
         drawn = self.data.draw(first, self.options.batch_size, self.options.seed)
         for held, value in zip(self.inputs, drawn, strict=True):
             held.copy_(value)
-        if self.graph is None:
-            self._update()
+        if self.replay is not None:
+            self.replay()
+        elif self.graphs is not None:
+            self.graphs.run(self._update)
         else:
-            self.graph.replay()
+            self._update()
 
 
 def _measure(model: nn.Module, data: Data, device: torch.device, whole: bool) -> dict[str, float]:
@@ -359,8 +358,7 @@ def pretrain(
         if options.final:
             rate *= min(1.0, (1 - done) / options.decay_share)
         made = progress.step - first
-        with side_stream(device) if made < 3 else contextlib.nullcontext():
-            step.run(progress.examples, rate)
+        step.run(progress.examples, rate)
         if made == 2 and options.cuda_graph and device.type == "cuda":
             try:
                 step.record()

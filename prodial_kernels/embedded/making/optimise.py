@@ -4,7 +4,6 @@ On a GPU the whole step (forward, loss, backward, clipping, update) is one CUDA 
 model this narrow is limited by launches otherwise.
 """
 
-import contextlib
 import json
 import math
 import time
@@ -14,6 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from prodial_kernels.training.step.graphed import CudaGraphs
+from prodial_kernels.training.step.optimizers import set_learning_rate
 
 __all__ = ["Progress", "TrainOptions", "train"]
 
@@ -84,14 +86,6 @@ def _optimizer(model: Any, options: TrainOptions, device: torch.device) -> torch
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=on_gpu, capturable=on_gpu)
 
 
-def _set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
 class _Stepper:
     """Runs optimiser steps on windows drawn from the token stream."""
 
@@ -106,7 +100,8 @@ class _Stepper:
         self._x = torch.zeros(shape, dtype=torch.long, device=self.device)
         self._y = torch.zeros(shape, dtype=torch.long, device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs = CudaGraphs(self.device) if self.device.type == "cuda" else None
+        self._replay: Callable[[], None] | None = None
 
     def _draw(self) -> None:
         starts = torch.randint(
@@ -135,34 +130,21 @@ class _Stepper:
         """Record the step as a CUDA graph; the steps before have compiled every kernel.
 
         Raises:
-            RuntimeError: Something in the step cannot be captured.
+            RuntimeError: Something in the step cannot be captured, or there is no GPU.
         """
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._update()
-        self._graph = graph
+        if self._graphs is None:
+            raise RuntimeError("CUDA graphs need a GPU")
+        self._replay = self._graphs.capture(self._update)
 
     def step(self, rate: float) -> None:
-        _set_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate)
         self._draw()
-        if self._graph is None:
-            self._update()
+        if self._replay is not None:
+            self._replay()
+        elif self._graphs is not None:
+            self._graphs.run(self._update)
         else:
-            self._graph.replay()
-
-
-@contextlib.contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own, as CUDA graphs ask of the steps before capture."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.synchronize(device)
+            self._update()
 
 
 class _Guard:
@@ -236,8 +218,7 @@ def train(
     tokens_a_step = options.batch_size * options.sequence_length
     graph_wanted = options.cuda_graph and tokens.device.type == "cuda"
     for step, rate in _rates(options, start):
-        with side_stream(tokens.device) if step < 3 else contextlib.nullcontext():
-            stepper.step(rate * guard.rate_scale)
+        stepper.step(rate * guard.rate_scale)
         if step == 2 and graph_wanted:
             try:
                 stepper.capture()
