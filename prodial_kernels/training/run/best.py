@@ -10,8 +10,6 @@ every saved state the best evaluation before it stays here, until that state is 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +20,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from prodial_kernels.checkpoint.adapter import describe_tensor
-from prodial_kernels.files.atomic import atomic_directory, remove_files, write_safetensors
+from prodial_kernels.files.atomic import remove_files
 from prodial_kernels.files.sha256 import sha256_of_file, sha256_of_values
 from prodial_kernels.training.results import improves
-from prodial_kernels.training.run.state import StateError, trained_parameters
+from prodial_kernels.training.run.state import (
+    TENSORS,
+    StateError,
+    remove_half_written,
+    saved_states,
+    trained_parameters,
+    write_saved,
+)
 
-_TENSORS = "tensors.safetensors"
 _DESCRIPTION = "best.json"
-_LEFTOVER = re.compile(r"\.step-\d+\..*\b(partial|previous)")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class BestKept:
         self._model = model
         self._run = run
         self._kept: list[Best] = []
-        for path in _paths(folder):
+        for path in saved_states(folder):
             try:
                 best = self._read(path)
             except StateError as error:
@@ -78,11 +81,8 @@ class BestKept:
             if best is not None and best.step < step:
                 self._kept.append(best)
             else:
-                remove_files(path, [_TENSORS, _DESCRIPTION])
-        if folder.is_dir():
-            for leftover in folder.iterdir():
-                if _LEFTOVER.fullmatch(leftover.name):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                remove_files(path, [TENSORS, _DESCRIPTION])
+        remove_half_written(folder)
 
     @property
     def best(self) -> Best | None:
@@ -96,22 +96,9 @@ class BestKept:
         """
         if self.best is not None and not improves(metrics, self.best.metrics):
             return False
-        tensors = {
-            name: parameter.detach().cpu()
-            for name, parameter in trained_parameters(self._model).items()
-        }
-        path = self._folder / f"step-{step:06d}"
-        with atomic_directory(path, own_files=lambda _: [_TENSORS, _DESCRIPTION]) as temporary:
-            write_safetensors(temporary / _TENSORS, tensors)
-            described = {
-                "run": self._run,
-                "step": step,
-                "metrics": dict(metrics),
-                "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
-                "sha256": sha256_of_file(temporary / _TENSORS),
-            }
-            described["checksum"] = sha256_of_values(described)
-            (temporary / _DESCRIPTION).write_text(json.dumps(described, indent=2), encoding="utf-8")
+        tensors = {name: p.detach() for name, p in trained_parameters(self._model).items()}
+        described = {"run": self._run, "step": step, "metrics": dict(metrics)}
+        path = write_saved(self._folder, step, _DESCRIPTION, tensors, described)
         self._kept.append(Best(step, dict(metrics), path))
         return True
 
@@ -122,7 +109,7 @@ class BestKept:
             needed |= {best.step for best in [b for b in self._kept if b.step < state][-1:]}
         for best in self._kept:
             if best.step not in needed:
-                remove_files(best.path, [_TENSORS, _DESCRIPTION])
+                remove_files(best.path, [TENSORS, _DESCRIPTION])
         self._kept = [best for best in self._kept if best.step in needed]
 
     def restore(self) -> Best:
@@ -136,7 +123,7 @@ class BestKept:
         if best is None:
             raise StateError(f"{self._folder}: the parameters of the best evaluation are gone")
         described = _described(best.path)
-        file = best.path / _TENSORS
+        file = best.path / TENSORS
         try:
             if sha256_of_file(file) != described["sha256"]:
                 raise ValueError("its checksum does not match")
@@ -158,13 +145,6 @@ class BestKept:
         if described["tensors"] != expected or path.name != f"step-{described['step']:06d}":
             raise StateError(f"{path}: its parameters are not this model's")
         return Best(described["step"], described["metrics"], path)
-
-
-def _paths(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{1,18}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _described(path: Path) -> dict[str, Any]:

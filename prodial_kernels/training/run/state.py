@@ -31,7 +31,7 @@ from prodial_kernels.training.step.out_of_memory import random_states, restore_r
 
 FORMAT_VERSION = 2
 KEPT_STATES = 2
-_TENSORS = "tensors.safetensors"
+TENSORS = "tensors.safetensors"
 _POSITION = "state.json"
 _RANDOM = re.compile(r"random/([1-9]\d{0,6}/)?(cpu|cuda)")
 _LEFTOVER = re.compile(r"\.step-\d+\..*\b(partial|previous)")
@@ -90,26 +90,48 @@ def save_state(
         tensors[f"parameter/{name}"] = parameter.detach()
         for key, value in state_tensors(optimizer, parameter).items():
             tensors[f"optimizer/{name}/{key}"] = value
-    path = folder / f"step-{position.step:06d}"
-    with atomic_directory(path, own_files=lambda _: [_TENSORS, _POSITION]) as temporary:
-        write_safetensors(temporary / _TENSORS, {k: v.cpu() for k, v in tensors.items()})
-        described = {
-            "format_version": FORMAT_VERSION,
-            "run": run,
-            "position": asdict(position),
-            "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
-            "sha256": sha256_of_file(temporary / _TENSORS),
-            "made_with": {**surroundings(), "processes": str(max(1, len(random)))},
-        }
-        described["checksum"] = sha256_of_values(described)
-        (temporary / _POSITION).write_text(json.dumps(described, indent=2), encoding="utf-8")
+    described = {
+        "format_version": FORMAT_VERSION,
+        "run": run,
+        "position": asdict(position),
+        "made_with": {**surroundings(), "processes": str(max(1, len(random)))},
+    }
+    path = write_saved(folder, position.step, _POSITION, tensors, described)
     for old in saved_states(folder)[:-KEPT_STATES]:
-        remove_files(old, [_TENSORS, _POSITION])
-    # A killed process may have left a state half written.
-    for leftover in folder.iterdir():
+        remove_files(old, [TENSORS, _POSITION])
+    remove_half_written(folder)
+    return path
+
+
+def write_saved(
+    folder: Path,
+    step: int,
+    description: str,
+    tensors: Mapping[str, Tensor],
+    described: Mapping[str, Any],
+) -> Path:
+    """Write tensors and a JSON file of that name, with checksums, to ``folder/step-…``.
+
+    The directory appears whole, by a rename; OSError where it cannot be written.
+    """
+    path = folder / f"step-{step:06d}"
+    with atomic_directory(path, own_files=lambda _: [TENSORS, description]) as temporary:
+        write_safetensors(temporary / TENSORS, {k: v.cpu() for k, v in tensors.items()})
+        values = {
+            **described,
+            "tensors": {name: describe_tensor(tensor) for name, tensor in tensors.items()},
+            "sha256": sha256_of_file(temporary / TENSORS),
+        }
+        values["checksum"] = sha256_of_values(values)
+        (temporary / description).write_text(json.dumps(values, indent=2), encoding="utf-8")
+    return path
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what a killed process left of :func:`write_saved`."""
+    for leftover in folder.iterdir() if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(leftover.name):
             shutil.rmtree(leftover, ignore_errors=True)
-    return path
 
 
 def gather_random_states(world: World) -> list[dict[str, Tensor]]:
@@ -316,7 +338,7 @@ def _read_position(path: Path, values: Any) -> Position:
 def _read_tensors(path: Path, described: Mapping[str, Any]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    file = path / _TENSORS
+    file = path / TENSORS
     try:
         if not file.is_file():
             raise FileNotFoundError("no such regular file")
