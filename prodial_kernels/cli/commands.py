@@ -240,9 +240,7 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from prodial_kernels.training.adapted import load_adapted
     from prodial_kernels.training.evaluating import assess, assess_with_harness, evaluation_data
-    from prodial_kernels.training.run.implementation import implementation_of
     from prodial_kernels.training.scoring.lm_eval import check_tasks
 
     values = vars(args)
@@ -256,14 +254,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             values.get("data", OPTIONS["data"].default), split=values.get("split"),
             max_tokens=values.get("max_tokens"), limit=values.get("limit"),
         )  # fmt: skip
-    _quiet_transformers()
-    loaded = load_adapted(
-        values.get("model"), adapter,
-        impl=values.get("impl"), **_placement(values),
-    )  # fmt: skip
-    implementation = implementation_of(loaded.model)
-    if implementation is not None:
-        _say(f"projectors run by {implementation}")
+    loaded = _loaded(values, adapter)
     if "lm_eval" in args:
         assessment = assess_with_harness(
             loaded, args.lm_eval, batch_size=args.batch_size,
@@ -282,22 +273,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from prodial_kernels.cli.conversation import converse, prompt_given, show
-    from prodial_kernels.training.adapted import load_adapted
     from prodial_kernels.training.generating import Sampling, generate
-    from prodial_kernels.training.run.implementation import implementation_of
 
     values = vars(args)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     # Before the model is loaded, which may take minutes.
     prompt = prompt_given(values)
     adapter = adapter_directory(args.adapter) if "adapter" in args else None
-    _quiet_transformers()
-    loaded = load_adapted(
-        values.get("model"), adapter, impl=values.get("impl"), **_placement(values)
-    )
-    implementation = implementation_of(loaded.model)
-    if implementation is not None:
-        _say(f"projectors run by {implementation}")
+    loaded = _loaded(values, adapter)
     if prompt is None:
         converse(loaded, sampling, system=values.get("system"), say=_say)
         return 0
@@ -308,6 +291,21 @@ def _generate(args: argparse.Namespace) -> int:
     for line in (*generation.notes, generation.summary):
         _say(line)
     return 0
+
+
+def _loaded(values: Mapping[str, object], adapter: str | None) -> Any:
+    """Load the model that a command names, and say what its projectors run by."""
+    from prodial_kernels.training.adapted import load_adapted
+    from prodial_kernels.training.run.implementation import implementation_of
+
+    _quiet_transformers()
+    model: Any = values.get("model")
+    impl: Any = values.get("impl")
+    loaded = load_adapted(model, adapter, impl=impl, **_placement(values))
+    implementation = implementation_of(loaded.model)
+    if implementation is not None:
+        _say(f"projectors run by {implementation}")
+    return loaded
 
 
 def _placement(values: Mapping[str, object]) -> dict[str, Any]:

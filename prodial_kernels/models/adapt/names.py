@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """Return the model in the wrappers that hold it whole, PEFT's ``PeftModel`` among them."""
+    inner: Any = unwrapped(model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    module: nn.Module = inner
+    return module
 
 
 def plain_path(path: str) -> str:

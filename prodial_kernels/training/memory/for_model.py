@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from prodial_kernels.config import ProdialConfig
 from prodial_kernels.models.adapt.inject import apply_prodial
-from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.adapt.names import without_peft
 from prodial_kernels.models.adapt.state import is_adapted
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.fused_norms import fuse_norms
@@ -105,7 +105,7 @@ class TrainingPlan:
             LossError: The plan counts the chunked loss, and this model cannot have it.
             ValueError: Another number of blocks than planned.
         """
-        inner = _inner(model)
+        inner = without_peft(model)
         levels = prepare_blocks(inner, self.levels, device=next(inner.parameters()).device)
         if self.job.loss == "full":
             return AppliedPlan([levels])
@@ -207,7 +207,7 @@ def _as_trained(
 ) -> nn.Module:
     """Return the model on ``meta`` with its adapter; ValueError where it has one of its own."""
     if isinstance(model, nn.Module):
-        inner = _inner(model)
+        inner = without_peft(model)
         empty = on_meta(inner)
         if is_adapted(inner):
             if adapter is not None:
@@ -224,15 +224,6 @@ def _as_trained(
         empty = model_on_meta(model, dtype or torch.bfloat16).requires_grad_(False)
     apply_prodial(empty, adapter or ProdialConfig())
     return empty
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model in the wrappers that hold it whole, PEFT's among them."""
-    inner: Any = unwrapped(model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    module: nn.Module = inner
-    return module
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

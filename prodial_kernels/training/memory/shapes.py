@@ -126,11 +126,6 @@ class ModelShape:
     stores_ends: bool = True
     inserted: int = 0
 
-    @property
-    def projector_bytes(self) -> int:
-        """Of the frozen projectors as they are."""
-        return sum(part.dense_bytes for part in self.parts if part.kind == "projectors")
-
 
 def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
     """Read a model's shape off it.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prodial_kernels.models.adapt.names import unwrapped
+from prodial_kernels.models.adapt.names import without_peft
 from prodial_kernels.models.layers.blocks import Calling, SetAttribute
 from prodial_kernels.models.layers.head import HeadError, OutputHead, eval_mode, find_head
 from prodial_kernels.models.mixers.arguments import named_arguments
@@ -183,16 +183,13 @@ def _without_logits(output: Any) -> Any:
 
 
 def _of_transformers(model: nn.Module) -> nn.Module:
-    inner: Any = unwrapped(model)
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
+    inner = without_peft(model)
     if not hasattr(inner, "loss_function"):
         raise LossError(
             f"the loss of {type(inner).__name__} cannot be chunked: it is no causal language model "
             "of transformers, with a loss_function"
         )
-    module: nn.Module = inner
-    return module
+    return inner
 
 
 def _check_same_loss(model: nn.Module, head: OutputHead, name: str) -> None:
