@@ -24,8 +24,10 @@ from prodial_kernels.checkpoint import load_adapter, save_adapter
 from prodial_kernels.files.atomic import atomic_file, atomic_text
 from prodial_kernels.files.written import own_files
 from prodial_kernels.models.adapt.inject import merge_prodial, remove_prodial
+from prodial_kernels.models.adapt.state import inserted_into
 from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
 from prodial_kernels.models.methods.planning import kept_methods
+from prodial_kernels.models.mixers.inserted.lengths import costly_length
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.callbacks.base import Callback
 from prodial_kernels.training.callbacks.events import RunEvents
@@ -334,6 +336,9 @@ def _train(run: Run, saved: RunIdentity | None, signals: StopSignals, watch: Wat
     )  # fmt: skip
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
+        model = run.loaded.model
+        if costly := costly_length(model, run.config.seq_len, inserted_into(model)):
+            say(f"{costly} (--seq-len)")
     log = None
     if run.world.main:
         if saved is None:

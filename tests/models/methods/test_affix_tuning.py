@@ -25,6 +25,7 @@ from prodial_kernels import (
 )
 from prodial_kernels.models.layers.decoding import Reader, clamp_steps
 from prodial_kernels.models.methods.affix_tuning import Affix
+from prodial_kernels.models.mixers.inserted.lengths import costly_length
 from prodial_kernels.models.mixers.inserted.tokens import PaddedLayout, layout
 from prodial_kernels.models.vision_mamba.mixer import BidirectionalMamba
 from support.mixers import cuda_stand_ins
@@ -317,3 +318,14 @@ def test_refused(family: str, method: AffixTuning, message: str) -> None:
 def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         AffixTuning(**options)
+
+
+def test_lengths_that_tokens_lead_into_another_chunk_of_the_scan() -> None:
+    model, other = build("mamba"), build("mamba2")
+    said = costly_length(model, 2048, 3)
+    assert said is not None
+    assert "2,048 tokens and 3 learned ones are scanned as 4,096: 2,045 would be as 2,048" in said
+    assert said.endswith("in 50% of the scan's time")
+    for length, inserted in ((2045, 3), (2048, 0), (3000, 8), (100, 20)):
+        assert costly_length(model, length, inserted) is None
+    assert costly_length(other, 2048, 3) is None
