@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from prodial_kernels.captured.answers.walks import OwnMethod, Walks
 from prodial_kernels.captured.chain import CaptureError, CaptureWarning, Chain
 from prodial_kernels.captured.cuda import CudaEngine
 from prodial_kernels.captured.engine import Engine
 from prodial_kernels.captured.state import sharded
-from prodial_kernels.captured.walks import OwnMethod, Walks
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import attrgetter, methodcaller
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from prodial_kernels.captured.leaves import Held
 from prodial_kernels.linear import BESIDE, OFFSETS_OFF
 
 _PLAIN = (Tensor, nn.Parameter)
-_values = methodcaller("values")
 _requires_grad = attrgetter("requires_grad")
 # Attributes that choose what a module computes, here and in PEFT.
 _OPTIONS = (
@@ -64,7 +63,7 @@ class BlockState:
         """Say what has changed since; None if nothing has."""
         if [*map(type, self._modules)] != self._classes:
             return "the class of a module was changed"
-        if [*map(id, chain.from_iterable(map(_values, self._held)))] != self._identities:
+        if [*map(id, chain.from_iterable(map(dict.values, self._held)))] != self._identities:
             return "a module or a tensor was replaced, added or removed"
         found = [*map(dict.get, self._owners, self._names)]
         if found != self._chosen:

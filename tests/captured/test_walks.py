@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from prodial_kernels.captured.walks import Walks
+from prodial_kernels.captured.answers.walks import Walks
 from support.captured.models import adapted
 from support.captured.steps import release, step, warmed
 from support.models import build, token_ids

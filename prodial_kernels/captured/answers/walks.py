@@ -10,12 +10,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain
-from operator import itemgetter, methodcaller
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-_values = methodcaller("values")
 _training = itemgetter("training")
 # Whose own train() does nothing where no flag would change.
 _KNOWN = frozenset(("torch.nn.modules.module", "transformers.modeling_utils"))
@@ -99,15 +98,15 @@ class _Census:
             held for m in self.modules for held in (m._modules, m._parameters)
         ]
         # Held, so that no other object has the same id.
-        self._values = [*chain.from_iterable(map(_values, self._held))]
+        self._values = [*chain.from_iterable(map(dict.values, self._held))]
         self._identities = [*map(id, self._values)]
         self._sizes = [*map(Tensor.numel, self.parameters)]
 
     def holds(self) -> bool:
         """Whether nothing was added, removed, replaced or resized since."""
-        return [*map(id, chain.from_iterable(map(_values, self._held)))] == self._identities and [
-            *map(Tensor.numel, self.parameters)
-        ] == self._sizes
+        return [
+            *map(id, chain.from_iterable(map(dict.values, self._held)))
+        ] == self._identities and [*map(Tensor.numel, self.parameters)] == self._sizes
 
 
 class _Remembered:
