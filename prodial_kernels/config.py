@@ -187,6 +187,10 @@ class ProdialConfig(AdapterOptions):
             TypeError: Something else is among them.
             ValueError: Nothing is, or two ``ProdialConfig``.
         """
+        if isinstance(methods, ProdialConfig | Method):
+            raise TypeError(
+                f"methods must be a list, got one {type(methods).__name__}; put it in [ ]"
+            )
         given = list(methods)
         for each in given:
             if not isinstance(each, ProdialConfig | Method):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prodial_kernels import ProdialConfig
+from prodial_kernels import BitFit, ProdialConfig
 from prodial_kernels.config import PRESETS, get_preset
 
 EVERYTHING = ProdialConfig(
@@ -194,3 +194,9 @@ def test_presets_are_the_papers() -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match=r"preset must be one of 'arc-easy', .*, got 'arc'"):
         get_preset("arc")
+
+
+def test_a_method_by_itself_is_no_list_of_methods() -> None:
+    alone: Any = BitFit()
+    with pytest.raises(TypeError, match="methods must be a list, got one BitFit"):
+        ProdialConfig.of(alone)

@@ -49,7 +49,7 @@ from prodial_kernels.models.adapt.several import (
     list_adapters,
     reading_adapter,
 )
-from prodial_kernels.models.adapt.state import STATE
+from prodial_kernels.models.adapt.state import STATE, check_model
 from prodial_kernels.models.adapt.targets import find_targets
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -254,11 +254,13 @@ def load_adapter(
         AdapterError: The adapter is missing, damaged, of another version, or does not belong to
             this model: another base, other layers, other shapes, or another configuration.
         OSError: A file exists but cannot be read.
+        TypeError: ``model`` is no module.
     """
     origin = f"the adapter in {directory}"
     saved = read_adapter(directory)
     if saved.base_model is not None:
         origin += f" (base model {saved.base_model!r})"
+    check_model(model)
     model = unwrapped(model)
     adapted = adapted_layers(model)
     holds = bool(adapted) or STATE in vars(model)

@@ -23,7 +23,7 @@ from prodial_kernels.models.adapt.masters import make_masters
 from prodial_kernels.models.adapt.named_layer import NamedProdialLinear, check_adapter_name
 from prodial_kernels.models.adapt.names import adapter_parameters, unwrapped
 from prodial_kernels.models.adapt.report import AdapterReport, adapter_report
-from prodial_kernels.models.adapt.snapshot import all_or_nothing
+from prodial_kernels.models.adapt.snapshot import all_or_nothing, trainable_tensors
 from prodial_kernels.models.adapt.state import (
     STATE,
     AdaptedState,
@@ -78,7 +78,7 @@ def apply_prodial(
         What is trained now; prints as a table.
 
     Raises:
-        TypeError: ``config`` is not a ``ProdialConfig``.
+        TypeError: ``config`` is not a ``ProdialConfig``, or ``model`` no module.
         ValueError: The configuration does not fit the model: nothing matches, a name matches
             nothing, a match is neither a plain ``nn.Linear`` nor in a format that is read, a target
             matches in only some of the layers (see ``allow_partial``), a block count does not
@@ -188,6 +188,7 @@ def find_bare(model: nn.Module, config: ProdialConfig, targets: Iterable[Target]
     return bare
 
 
+@trainable_tensors()
 def merge_prodial(model: ModelT, *, keep: bool = False) -> ModelT:
     """Turn an adapted model into a plain one with the adapted weights, in place.
 
@@ -232,6 +233,7 @@ def merge_prodial(model: ModelT, *, keep: bool = False) -> ModelT:
     return model
 
 
+@trainable_tensors()
 def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
     """Merge as :func:`merge_prodial` does, into layers stored in ``format``, in place.
 
@@ -272,8 +274,9 @@ def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
 def remove_prodial(model: ModelT) -> ModelT:
     """Remove the adapters and restore the layers that they wrapped, in place.
 
-    ``requires_grad`` is as it was before ``apply_prodial``. Modules of ``modules_to_save`` keep
-    the values they were trained to. On an error or an interrupt the model is as it was.
+    ``requires_grad`` is as it was before ``apply_prodial``. What was trained as it is, by
+    ``modules_to_save``, ``LinearProbe`` or ``Full``, keeps its values. On an error or an interrupt
+    the model is as it was.
 
     Returns:
         ``model``.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,11 +42,20 @@ class Snapshot:
 
 
 @contextmanager
+def trainable_tensors() -> Iterator[None]:
+    """Make tensors that can be trained later, in ``torch.inference_mode`` too."""
+    with_gradients = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
+        yield
+
+
+@contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Restore the structure of ``model`` if the block raises."""
+    """Restore the structure of ``model`` if the block raises; with :func:`trainable_tensors`."""
     before = Snapshot(model)
     try:
-        yield
+        with trainable_tensors():
+            yield
     except BaseException:
         before.restore()
         raise

@@ -67,8 +67,10 @@ def state_of(model: nn.Module, *, taking_out: str | None = None) -> AdaptedState
             until then some layers are plain and others adapted.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: There is nothing, or a merge was stopped half way.
     """
+    check_model(model)
     inner = unwrapped(model)
     # Not by getattr: wrappers forward attributes, but name the parameters differently.
     state = vars(inner).get(STATE)
@@ -115,8 +117,19 @@ def known_adapter(state: AdaptedState, adapter: object) -> str:
     return adapter
 
 
+def check_model(model: object) -> None:
+    """Raise TypeError for what is no module, such as the class of one."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"model must be an nn.Module, got {what}")
+
+
 def refuse_wrapper(model: nn.Module, function: str) -> None:
-    """Raise ValueError for a wrapper that would not know which parameters ``function`` trains."""
+    """Raise ValueError for a wrapper that would not know which parameters ``function`` trains.
+
+    TypeError for what is no module.
+    """
+    check_model(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "model is wrapped in DistributedDataParallel, which would not know of the new "

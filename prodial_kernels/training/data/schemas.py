@@ -102,6 +102,17 @@ def _detect(row: Row, where: str) -> Schema:
             f"{where}: the keys ({found}) fit the schemas {names}; remove the keys that are not "
             "meant"
         )
+    partial = [
+        (schema, missing)
+        for schema in SCHEMAS
+        if len(missing := set(schema.required) - set(row)) == 1 < len(schema.required)
+    ]
+    if len(partial) == 1:
+        ((schema, (name,)),) = partial
+        raise DataError(
+            f"{where}: {name!r} is missing, which rows of the schema '{schema.name}' need beside "
+            f"{', '.join(repr(key) for key in schema.required if key != name)}"
+        )
     accepted = "".join(f"\n  {s.name}: {', '.join(s.required)}" for s in SCHEMAS)
     raise DataError(f"{where}: unknown keys ({found}). Rename them to those of a schema:{accepted}")
 

@@ -283,3 +283,28 @@ def test_a_string_that_matches_nothing_is_explained() -> None:
     with pytest.raises(ValueError, match=r"a string is an expression for whole dotted paths; give"):
         apply_prodial(Toy(), ProdialConfig(target_modules="in_proj|out_proj"))
     assert apply_prodial(Toy(), ProdialConfig(r=2, target_modules="in_proj")).trainable > 0
+
+
+def test_what_is_made_in_inference_mode_trains_later() -> None:
+    model = Toy()
+    with torch.inference_mode():
+        apply_prodial(model, CONFIG)
+        model(toy_ids())
+    model(toy_ids()).sum().backward()
+    with torch.inference_mode():
+        merge_prodial(model)
+        apply_prodial(model, CONFIG)
+        remove_prodial(model)
+        assert not torch.is_grad_enabled()
+    model(toy_ids()).sum().backward()
+    assert not any(p.is_inference() for p in model.parameters())
+    with torch.no_grad(), pytest.raises(ValueError, match="must divide"):
+        apply_prodial(model, ProdialConfig(n_blocks=7))
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("given", "named"), [(Toy, "the class Toy"), (None, "NoneType")])
+def test_refuses_what_is_no_model(given: object, named: str) -> None:
+    for call in (lambda: apply_prodial(given, CONFIG), lambda: merge_prodial(given)):
+        with pytest.raises(TypeError, match=f"model must be an nn.Module, got {named}"):
+            call()

@@ -126,6 +126,11 @@ GENERIC = {"context": "c", "choices": ["x", "y"], "label": 0}
             {"body": "x", "id": 1},
             r"unknown keys \(body, id\).*\n  text: text\n  prompt/completion:",
         ),
+        (
+            {"prompt": "x", "id": 1},
+            "'completion' is missing, which rows of the schema 'prompt/completion' need beside "
+            "'prompt'",
+        ),
         ({"text": "x", "prompt": "p", "completion": "c"}, "'text' and 'prompt/completion'"),
         ({"text": 5}, "'text' must be a string, got int: 5"),
         ({"text": "\ud800"}, "'text' is not valid Unicode"),
