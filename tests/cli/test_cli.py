@@ -19,7 +19,6 @@ from prodial_kernels.cli.messages import in_flags
 from prodial_kernels.cli.options import add_finetune_options, config_values
 from prodial_kernels.cli.paths import PathError, adapter_directory
 from prodial_kernels.training.config import FinetuneConfig
-from support.tiny_model import subprocess_environment
 
 _ON_TEXT = ["finetune", "--model", "MODEL", "--data", "TEXT"]
 _FAST = ["--steps", "6", "--batch-size", "4", "--seq-len", "32", "--device", "cpu"]
@@ -455,34 +454,6 @@ def test_errors_of_others_are_named_by_class(
     monkeypatch.setattr(adapted, "load_model", broken)
     message = _error(capsys, ["evaluate", "--model", "x"])
     assert "KeyError: 'thing' ('--debug' shows where)" in message
-
-
-def test_ctrl_c_prints_how_to_continue(place: Path, tmp_path: Path) -> None:
-    import signal
-
-    arguments = [
-        "finetune", "--model", str(place / "model"), "--data", str(place / "text.txt"),
-        "--steps", "100000", "--seq-len", "32", "--eval-every", "0", "--save-every", "0",
-        "--output", "my run",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prodial_kernels", *arguments],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        env=subprocess_environment(),
-    )  # fmt: skip
-    metrics = tmp_path / "my run" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and '"train"' in metrics.read_text():
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "continue with: prodial finetune --resume --output 'my run'" in error
-    assert "prodial: error: interrupted by SIGTERM" in error
-    assert "Traceback" not in error
-    assert len(list((tmp_path / "my run" / "state").iterdir())) == 1
 
 
 def test_convert_there_and_back(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -36,9 +37,20 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
-def imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
-    """Yield every import of this package, wherever in the file, as the module it loads."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """What a file consists of."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[ast.AST, str], ...]:
+    """Every import of this package, wherever in the file, as the module it loads."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[ast.AST, str]]:
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == PACKAGE:
@@ -144,7 +156,7 @@ def test_no_cycles_among_files() -> None:
 def test_file_rules(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 600
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(path):
         where = f"{path}:{getattr(node, 'lineno', 0)}"
         # python -O removes assert statements.
         assert not isinstance(node, ast.Assert), f"{where}: assert"

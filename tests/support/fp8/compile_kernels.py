@@ -14,7 +14,7 @@ from prodial_kernels.kernels.fp8.library import launch_finish
 from prodial_kernels.kernels.fp8.product import choose_product, launch_product
 from prodial_kernels.kernels.fp8.quantize import Rounded, launch_quantize
 from prodial_kernels.kernels.fp8.transpose import launch_transpose
-from support.kernels.compile_launches import broken_rules, cost_of
+from support.kernels.compile_launches import broken_rules, cost_of, covering
 from support.kernels.launch_recorder import DEVICES, Recorder
 
 CODES = torch.float8_e4m3fn
@@ -56,7 +56,8 @@ def main() -> int:
             if arch == 90:
                 record(512, 2048, 8192, 64, limits, torch.bfloat16)
                 record(77, 200, 75, 16, limits, torch.float16)
-        for launch in recorder.launches:
+        # Every two values of constants that a kernel is given together.
+        for launch in covering(recorder.launches, "pairs"):
             for problem in broken_rules(cost_of(launch)):
                 failed = 1
                 print(f"{launch.title}: {problem}")

@@ -1,48 +1,43 @@
-"""A run that is killed without warning, twice, and resumed: the losses of one that never was."""
+"""Runs that are killed without warning, or told to stop, and resumed."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from support.tiny_model import subprocess_environment, write_text, write_tiny_model
+import pytest
 
-_STEPS = 48
+from support.distributed.forked_commands import Commands
+
+_STEPS = 30
 
 
-def _start(place: Path, output: str, *more: str) -> subprocess.Popen[str]:
-    arguments = [
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with Commands() as started:
+        yield started
+
+
+def _arguments(output: str) -> list[str]:
+    return [
         "finetune", "--model", "model", "--data", "text.txt", "--output", output,
         "--steps", str(_STEPS), "--batch-size", "4", "--seq-len", "48", "--lora-dropout", "0.2",
-        "--grad-accumulation", "2", "--eval-every", "12", "--save-every", "7", "--device", "cpu",
+        "--grad-accumulation", "2", "--eval-every", "8", "--save-every", "5", "--device", "cpu",
         "--keep", "best",
     ]  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-m", "prodial_kernels", *arguments, *more],
-        cwd=place, env=subprocess_environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
 
 
-def _kill_after(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
+def _when(found: Callable[[], bool], number: int, signalled: int) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and f'"step": {step},' in metrics.read_text():
-            break
+    while time.monotonic() < deadline and not found():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-
-
-def _finish(process: subprocess.Popen[str]) -> None:
-    _, error = process.communicate(timeout=240)
-    assert process.returncode == 0, error
+    assert found()
+    os.kill(number, signalled)
 
 
 def _values(metrics: Path) -> list[dict[str, Any]]:
@@ -51,21 +46,41 @@ def _values(metrics: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in timed} for r in records]
 
 
-def test_kill_and_resume_gives_identical_losses(tmp_path: Path) -> None:
-    write_tiny_model(tmp_path / "model")
-    write_text(tmp_path / "text.txt")
-    metrics = tmp_path / "b" / "metrics.jsonl"
-    with _start(tmp_path, "a") as undisturbed:
-        try:
-            _kill_after(_start(tmp_path, "b"), metrics, 10)
-            _kill_after(_start(tmp_path, "b", "--resume"), metrics, 30)
-            _finish(_start(tmp_path, "b", "--resume"))
-            _finish(undisturbed)
-        finally:
-            undisturbed.kill()
+def test_kill_and_resume_gives_identical_losses(commands: Commands, place: Path) -> None:
+    metrics = place / "b" / "metrics.jsonl"
 
-    expected = _values(tmp_path / "a" / "metrics.jsonl")
+    def reached(step: int) -> Callable[[], bool]:
+        return lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+    undisturbed = commands.start(*_arguments("a"), cwd=place)
+    for resumed, step in (([], 7), (["--resume"], 18)):
+        number = commands.start(*_arguments("b"), *resumed, cwd=place)
+        _when(reached(step), number, signal.SIGKILL)
+        assert commands.wait(number) == -signal.SIGKILL
+    said = place / "said.txt"
+    last = commands.start(*_arguments("b"), "--resume", cwd=place, stderr=said)
+    assert commands.wait(last) == 0, said.read_text()
+    assert commands.wait(undisturbed) == 0
+
+    expected = _values(place / "a" / "metrics.jsonl")
     assert [r["step"] for r in expected if r["kind"] == "train"] == list(range(1, _STEPS + 1))
     assert _values(metrics) == expected
     for file in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+        assert (place / "a" / file).read_bytes() == (place / "b" / file).read_bytes()
+
+
+def test_a_signal_prints_how_to_continue(commands: Commands, place: Path) -> None:
+    arguments = [
+        "finetune", "--model", str(place / "model"), "--data", str(place / "text.txt"),
+        "--steps", "100000", "--seq-len", "32", "--eval-every", "0", "--save-every", "0",
+        "--output", "my run",
+    ]  # fmt: skip
+    metrics, said = place / "my run" / "metrics.jsonl", place / "said by it.txt"
+    number = commands.start(*arguments, cwd=place, stderr=said)
+    _when(lambda: metrics.exists() and '"train"' in metrics.read_text(), number, signal.SIGTERM)
+    assert commands.wait(number) == 143
+    error = said.read_text()
+    assert "continue with: prodial finetune --resume --output 'my run'" in error
+    assert "prodial: error: interrupted by SIGTERM" in error
+    assert "Traceback" not in error
+    assert len(list((place / "my run" / "state").iterdir())) == 1
