@@ -151,12 +151,15 @@ def choose_low_rank_parts(
     ``scales``: dY ⊙ s or U is made in the same read. Of few columns several programs a
     multiprocessor then hide the memory's latency better than a loop's stages: 9.3 against 10.9 µs
     at 2048 × 2560, but 25.2 against 21.8 for U of 8,192 (H200). Of many they leave twice the parts,
-    8 MiB at 2048 × 16384, for 3 µs.
+    8 MiB at 2048 × 16384, for 3 µs. Addresses of rows that begin at no multiples of 16 elements
+    take the registers of larger tiles (392 to 1,088 bytes a thread spilled, triton 3.6.0).
     """
     if r_pad > MAX_FUSED_RANK or m > _PARTS_TOKENS or depth < _LONG_SUM:
         return None
     if capability[0] != 9:
         return LowRankConfig(32, 128 if r_pad == 16 else 64, steps=1, num_stages=1)
+    if depth % 16:
+        return LowRankConfig(64 if r_pad == 64 else 32, 64, steps=8)
     if scales and r_pad == 16 and depth < _MANY_COLUMNS:
         return LowRankConfig(depth=256, steps=1, num_stages=1)
     return LowRankConfig()

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
-from prodial_kernels.kernels.projector.tiles import Diagonal, load_deviation
+from prodial_kernels.kernels.projector.tiles import Diagonal, load_deviation, load_low_rank
 from prodial_kernels.kernels.replay.recorder import launch
 
 # Columns that share a scale, and a side of the weight's tiles.
@@ -109,18 +109,8 @@ def _quantize_kernel(
         tl.store(scale_ptr + group * stride_scale + offs_m, scale, mask=mask_m)
         if low_ptr is not None:
             # [BLOCK_M, GROUP] @ [GROUP, R_PAD] -> [BLOCK_M, R_PAD]
-            if TRANSPOSED:
-                inner = tl.load(
-                    inner_ptr + offs_r[:, None] * K + offs_k[None, :],
-                    mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0,
-                )  # fmt: skip
-                acc = tl.dot(x, inner.to(x.dtype).T, acc)
-            else:
-                inner = tl.load(
-                    inner_ptr + offs_k[:, None] * R + offs_r[None, :],
-                    mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0,
-                )  # fmt: skip
-                acc = tl.dot(x, (inner.to(tl.float32) * alpha).to(x.dtype), acc)
+            inner = load_low_rank(inner_ptr, offs_k, offs_r, K, R, alpha, x.dtype, TRANSPOSED)
+            acc = tl.dot(x, inner, acc)
     if low_ptr is not None:
         tl.store(
             low_ptr + rows * R_PAD + offs_r[None, :], acc.to(low_ptr.dtype.element_ty),

@@ -45,12 +45,12 @@ def _exact_scale_kernel(
     DY_CHANNEL_FIRST: tl.constexpr, X_CHANNEL_FIRST: tl.constexpr,
     DIAGONAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """ds = Σ over the spans of rowsum((dYᵀ X) ⊙ (W D_b)), for columns whose ds_part holds a NaN.
+    """ds = rowsum((dYᵀ X) ⊙ (W D_b)) in parts, for columns whose ds_part holds a NaN.
 
     dY [M, N], X [M, K] (channel-first: [M / LENGTH, N, LENGTH], [M / LENGTH, K, LENGTH]),
-    W [N, K], D_a [K / P, P, P], ds_part [splits, N] -> exact [spans, N].
-    A program owns BLOCK_N columns of dY and some of the spans, which are as many whole blocks as
-    fit into ``window`` columns of X. It ends at once where nothing is asked for: nearly always.
+    W [N, K], D_a [K / P, P, P], ds_part [splits, N] -> exact [shares, N].
+    A program owns BLOCK_N columns of dY and one share of the spans, which are as many whole blocks
+    as fit into ``window`` columns of X. It ends at once where nothing is asked for: nearly always.
     """
     P: tl.constexpr = DIAGONAL.p
     BLOCK_M: tl.constexpr = TILE.block_m
@@ -67,6 +67,7 @@ def _exact_scale_kernel(
     )  # fmt: skip
     if tl.max(tl.max(tl.where(part != part, 1, 0), 0), 0) > 0:
         spans = tl.cdiv(K, SPAN)
+        ds = tl.zeros((BLOCK_N,), dtype=tl.float32)
         # Not pipelined, whatever becomes of the loop inside: of one token nothing is left of it.
         for span in tl.range(tl.program_id(1), spans, tl.num_programs(1), num_stages=1):
             offs_k, mask_k = window_columns(span, K, P, WINDOW)
@@ -93,8 +94,8 @@ def _exact_scale_kernel(
             if blocks_ptr is not None:
                 factor = load_factor(blocks_ptr, offs_k, K, w.dtype, DIAGONAL, False)
                 wd = apply_diagonal(w, wd, factor, P)
-            ds = tl.sum(acc * wd, 1)
-            tl.store(exact_ptr + span * N + offs_n, ds, mask=mask_n)
+            ds += tl.sum(acc * wd, 1)
+        tl.store(exact_ptr + tl.program_id(1).to(tl.int64) * N + offs_n, ds, mask=mask_n)
 
 
 def launch_exact_scale(
@@ -107,7 +108,7 @@ def launch_exact_scale(
     config: ExactScaleConfig,
     side: SideStream | None = None,
 ) -> Tensor:
-    """Return exact [spans, N] in fp32, written only for columns with a NaN in ``partial_scale``.
+    """Return exact [shares, N] in fp32, written only for columns with a NaN in ``partial_scale``.
 
     Args:
         dy: dY, [M, N] or channel-first [b, N, l].
@@ -121,12 +122,12 @@ def launch_exact_scale(
     weight, blocks = operands.weight, operands.blocks
     n, k = weight.shape
     diagonal = diagonal_of(blocks, options)
-    spans = block_programs(k, config.window, diagonal.p)
-    exact = partial_sums(spans, n, device=dy.device)
+    shares = min(block_programs(k, config.window, diagonal.p), config.shares)
+    exact = partial_sums(shares, n, device=dy.device)
     splits = partial_scale.shape[0]
     m, _ = token_shape(dy)
     launch(
-        _exact_scale_kernel, (ceil_div(n, config.block_n), min(spans, config.shares)),
+        _exact_scale_kernel, (ceil_div(n, config.block_n), shares),
         dy_ptr=dy, x_ptr=x, w_ptr=weight, blocks_ptr=blocks, partial_scale_ptr=partial_scale,
         exact_ptr=exact,
         M=m, N=n, K=k, LENGTH=next((t.shape[2] for t in (dy, x) if t.ndim == 3), m),

@@ -12,7 +12,12 @@ from prodial_kernels.kernels.choices.tile_sizes import LowRankConfig
 from prodial_kernels.kernels.projector.operands import ProjectionOptions
 from prodial_kernels.kernels.projector.pdl import trigger_next
 from prodial_kernels.kernels.projector.reduce import BLOCK, PARTS, sum_parts
-from prodial_kernels.kernels.projector.tiles import Diagonal, load_deviation, partial_sums
+from prodial_kernels.kernels.projector.tiles import (
+    Diagonal,
+    load_deviation,
+    load_low_rank,
+    partial_sums,
+)
 from prodial_kernels.kernels.replay.recorder import launch
 from prodial_kernels.kernels.replay.streams import SideStream
 
@@ -68,18 +73,8 @@ def _low_rank_parts_kernel(
         mask = mask_m & mask_k[None, :]
         x = tl.load(x_ptr + rows * stride_x + offs_k[None, :], mask=mask, other=0.0)
         # [ROWS, BLOCK_K] @ [BLOCK_K, R_PAD] -> [ROWS, R_PAD]
-        if TRANSPOSED:
-            inner = tl.load(
-                inner_ptr + offs_r[:, None] * DEPTH + offs_k[None, :],
-                mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0,
-            )  # fmt: skip
-            acc = tl.dot(x, inner.to(x.dtype).T, acc)
-        else:
-            inner = tl.load(
-                inner_ptr + offs_k[:, None] * R + offs_r[None, :],
-                mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0,
-            )  # fmt: skip
-            acc = tl.dot(x, (inner.to(tl.float32) * alpha).to(x.dtype), acc)
+        inner = load_low_rank(inner_ptr, offs_k, offs_r, DEPTH, R, alpha, x.dtype, TRANSPOSED)
+        acc = tl.dot(x, inner, acc)
         if scaled_ptr is not None:
             factor = 1 + load_deviation(deviation_ptr, offs_k, offs_k, DEPTH, DIAGONAL)
             scaled = x.to(tl.float32) * factor[None, :]

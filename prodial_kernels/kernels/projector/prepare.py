@@ -18,6 +18,7 @@ from prodial_kernels.kernels.projector.tiles import (
     dropout_keep,
     load_deviation,
     load_factor,
+    load_low_rank,
     token_pointers,
     token_shape,
     window_columns,
@@ -115,18 +116,8 @@ def _low_rank(
             keep = dropout_keep(seed_ptr, rows, offs_k[None, :], K, dropout)
             x = tl.where(keep, x.to(tl.float32) / (1 - dropout), 0.0).to(x.dtype)
         # [BLOCK_M, BLOCK_K] @ [BLOCK_K, R_PAD] -> [BLOCK_M, R_PAD]
-        if TRANSPOSED:
-            inner = tl.load(
-                inner_ptr + offs_r[:, None] * K + offs_k[None, :],
-                mask=(offs_r < R)[:, None] & mask_k[None, :], other=0.0,
-            )  # fmt: skip
-            acc = tl.dot(x, inner.to(x.dtype).T, acc)
-        else:
-            inner = tl.load(
-                inner_ptr + offs_k[:, None] * R + offs_r[None, :],
-                mask=mask_k[:, None] & (offs_r < R)[None, :], other=0.0,
-            )  # fmt: skip
-            acc = tl.dot(x, (inner.to(tl.float32) * alpha).to(x.dtype), acc)
+        inner = load_low_rank(inner_ptr, offs_k, offs_r, K, R, alpha, x.dtype, TRANSPOSED)
+        acc = tl.dot(x, inner, acc)
     tl.store(
         low_ptr + rows * R_PAD + offs_r[None, :], acc.to(low_ptr.dtype.element_ty), mask=mask_m
     )

@@ -40,7 +40,7 @@ def _reduce_kernel(
     partial_b_ptr, partial_scale_ptr, exact_ptr, partial_bias_ptr, partial_a_ptr, partial_e_ptr,
     blocks_ptr,
     db_ptr, dscale_ptr, dbias_ptr, da_ptr, dblocks_ptr,
-    N, K, R, splits_n, splits_k, spans, end_b, end_n, end_a, alpha,
+    N, K, R, splits_n, splits_k, shares, end_b, end_n, end_a, alpha,
     DIAGONAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dB = α Σ dB_part, ds = Σ ds_part, dbias = Σ dbias_part, dA = Σ dA_part, dD_a = ± Σ dE_part.
@@ -48,7 +48,7 @@ def _reduce_kernel(
     dB [N, R], ds, dbias [N] over splits_n parts; dA [R, K], dD_a [K / P, P, P] over splits_k parts,
     negated on the diagonal where relu keeps it; parts as the first stage leaves them, None for
     those that are not asked for. Where Σ ds_part is NaN and ``exact`` given, ds is Σ exact,
-    [spans, N].
+    [shares, N].
     A program owns BLOCK elements: of dB below end_b, of ds and dbias below end_n, of dA below
     end_a, of dD_a from there on.
     """
@@ -74,7 +74,7 @@ def _reduce_kernel(
             if exact_ptr is not None:
                 asked = ds != ds
                 if tl.max(tl.where(asked, 1, 0), 0) > 0:
-                    exact = sum_parts(exact_ptr, offs_n, spans, N, BLOCK, PARTS)
+                    exact = sum_parts(exact_ptr, offs_n, shares, N, BLOCK, PARTS)
                     ds = tl.where(asked, exact, ds)
             tl.store(dscale_ptr + offs_n, ds.to(dscale_ptr.dtype.element_ty), mask=offs_n < N)
         if partial_bias_ptr is not None:
@@ -149,7 +149,7 @@ def launch_reduce(
         da_ptr=gradients.lora_a, dblocks_ptr=gradients.blocks,
         N=n, K=k, R=r,
         splits_n=_splits(outputs.b, outputs.scale, outputs.bias),
-        splits_k=_splits(inputs.a, inputs.blocks), spans=_splits(outputs.exact),
+        splits_k=_splits(inputs.a, inputs.blocks), shares=_splits(outputs.exact),
         end_b=end_b, end_n=end_n, end_a=end_a, alpha=options.lora_scaling,
         DIAGONAL=diagonal, TILE=ReduceTile(r_pad, BLOCK, PARTS, pdl),
         num_warps=4, **pdl_options(pdl),

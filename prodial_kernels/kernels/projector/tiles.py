@@ -237,6 +237,29 @@ def store_deviation(
 
 
 @triton.jit
+def load_low_rank(
+    inner_ptr, offs_k, offs_r, K, R, alpha, dtype: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """I [K, R] for the rows offs_k and the columns offs_r, in ``dtype``; zero outside of it.
+
+    I = Aᵀ with A [R, K] where TRANSPOSED, else I = α B with B [K, R].
+    """
+    if TRANSPOSED:
+        inner = tl.load(
+            inner_ptr + offs_r[:, None] * K + offs_k[None, :],
+            mask=(offs_r < R)[:, None] & (offs_k < K)[None, :], other=0.0,
+        )  # fmt: skip
+        tile = inner.to(dtype).T
+    else:
+        inner = tl.load(
+            inner_ptr + offs_k[:, None] * R + offs_r[None, :],
+            mask=(offs_k < K)[:, None] & (offs_r < R)[None, :], other=0.0,
+        )  # fmt: skip
+        tile = (inner.to(tl.float32) * alpha).to(dtype)
+    return tile
+
+
+@triton.jit
 def dropout_keep(seed_ptr, row, column, K, dropout):
     """Which elements of X [M, K] the LoRA branch keeps: the same in forward and backward."""
     seed = tl.load(seed_ptr)

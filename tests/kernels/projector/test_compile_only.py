@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 
 from prodial_kernels.kernels.choices.tile_sizes import COMPILED_FOR
 from support.kernels.compile_kernels import ARCHITECTURES
@@ -34,10 +33,6 @@ SPILLS = {("_output_side_kernel", 64): 80, ("_prepare_kernel", 64): 8}
 # little (triton 3.9.0). Nothing has been measured there, so they are left as they are.
 SPILLS_ELSEWHERE = {100: {("_gemm_kernel", 64): 16}}
 SPILLS_OF_ALL = {120: 64}
-# Parts of L = X Aᵀ at rank 64, where rows are no multiples of 16 elements (N = 3352): none from
-# triton 3.9.0, with which CI compiles; not measured against other tiles either.
-if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
-    SPILLS["_low_rank_parts_kernel", 64] = 664
 
 
 def rank_of(cost: dict[str, Any]) -> int | None:
