@@ -105,6 +105,7 @@ examples:
   prodial inspect my-run/adapter
   prodial inspect embedded --preset arc-easy
   prodial inspect MODEL --target-modules in_proj out_proj q_proj
+  prodial inspect MODEL --method prodial r=8 partial-tuning parts=conv1d,D
   prodial inspect MODEL --list peft unsloth
   prodial inspect MODEL --adapter peft-adapter"""
 

@@ -195,7 +195,7 @@ def add_inspect_options(parser: argparse.ArgumentParser) -> None:
         "axolotl nemo llamafactory ms-swift, or all",
     )  # fmt: skip
     group = parser.add_argument_group("for a model: the adapter to plan")
-    for name in ("preset", *ADAPTER_OPTIONS):
+    for name in ("method", "preset", *ADAPTER_OPTIONS):
         add_option(group, name)
 
 

@@ -159,7 +159,10 @@ class ModelInspection(JsonReport):
     def __str__(self) -> str:
         head = [("model", self.model)]
         if self.config is not None:
-            settings = ", ".join(f"{name}={value!r}" for name, value in self.config.items())
+            config = self.config
+            if not config["target_modules"]:
+                config = {"methods": config.get("methods")}
+            settings = ", ".join(f"{name}={value!r}" for name, value in config.items())
             head.append(("adapter", settings))
         if self.refused is not None:
             head.append(("refused", self.refused))
@@ -214,7 +217,7 @@ def inspect_model(
 
     Args:
         name: As for :func:`load_model`.
-        options: Adapter options of ``FinetuneConfig``, and its preset. Where they name
+        options: Adapter options of ``FinetuneConfig``, its methods and its preset. Where they name
             ``target_modules``, what PEFT's LoRA would do on those is said too.
         adapter: Directory of an adapter, PEFT's or this package's, whose targets are checked.
         lists: Toolkits whose published lists for this kind of model are checked:
@@ -241,7 +244,8 @@ def inspect_model(
     try:
         own = adapter_for(model, config)
         names = resolve_placements(model, own).target_modules
-        notes = diagnose(model, names, method="prodial").notes
+        # Methods alone name no layers to look into.
+        notes = diagnose(model, names, method="prodial").notes if names else ()
         report = apply_prodial(model, own)
     except ValueError as error:
         if not checked or isinstance(error, ConfigError):

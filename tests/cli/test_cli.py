@@ -314,6 +314,13 @@ def test_inspect_an_adapter_and_a_model(
     plan = json.loads(capsys.readouterr().out)
     # Twice: 32·152 and 64·32 with s, a 1×1 diagonal and rank 2.
     assert plan["report"]["trainable"] == 2 * (152 + 32 + 2 * 184 + 32 + 64 + 2 * 96)
+    assert main(["inspect", str(place / "model"), "--method", "partial-tuning", "parts=D"]) == 0
+    printed = capsys.readouterr().out
+    # A D for each of 8 heads.
+    assert "backbone.layers.*.mixer ×2" in printed
+    assert " 16 " in printed
+    assert "none of the 2 mixers" not in printed
+    assert "train_scale" not in printed
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ FROZEN = {
     "--seed --json --impl --quantize --quantize-modules --device --dtype",
     "merge": "--model --adapter --output --for --force --quantize --quantize-modules --device "
     "--dtype",
-    "inspect": f"--json --adapter --list {ADAPTER}",
+    "inspect": f"--json --adapter --list --method {ADAPTER}",
     "convert": "--to --output --model",
 }
 
