@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -28,18 +29,21 @@ from benchmarks.harness.environment import describe  # noqa: E402
 from benchmarks.harness.process import Worker, WorkerError  # noqa: E402
 from benchmarks.harness.rows import values_of  # noqa: E402
 from benchmarks.harness.store import write_text  # noqa: E402
+from benchmarks.models.upstream import notes  # noqa: E402
 from benchmarks.training.jobs import (  # noqa: E402
+    CONFIGURATIONS,
+    EVERY_JOB,
     JOBS,
-    MORE_JOBS,
     TINY_JOBS,
-    WHOLE_JOBS,
     JobRow,
     Limits,
 )
-from benchmarks.training.table import gigabytes, levels_text  # noqa: E402
+from benchmarks.training.table import beside_rivals, gigabytes, levels_text  # noqa: E402
 
 # The first jobs together are given 54 GB, contexts not counted.
 SIDE_BY_SIDE = 8
+# Seconds that are left for measuring each of those that are ready.
+MEASURING = 3.0
 # Of the curves, whose steps leave a GPU idle most of the time.
 WORKERS = 4
 
@@ -47,7 +51,7 @@ WORKERS = 4
 def row_text(row: JobRow) -> str:
     """One line of the table."""
     if row.error is not None:
-        return f"{row.name:15} FAILED: {row.error}"
+        return f"{row.name:22} FAILED: {row.error}"
 
     def limits(values: Limits) -> str:
         ms, gb = ("–" if value is None else f"{value:g}" for value in values)
@@ -58,7 +62,7 @@ def row_text(row: JobRow) -> str:
         kept = "aim"
     budget = f"budget {row.memory_budget}, " if row.memory_budget else ""
     return (
-        f"{row.name:15} {row.title:28} {row.ms:9.2f} ms {gigabytes(row):>16}  "
+        f"{row.name:22} {row.title:28} {row.ms:9.2f} ms {gigabytes(row):>16}  "
         f"must {limits(row.must)}  aim {limits(row.aim)}  {kept:6} "
         f"{row.library}, {budget}{levels_text(row.levels)}; {row.how}"
     )
@@ -72,60 +76,79 @@ def kernels_text(row: JobRow, top: int = 30) -> str:
     return "\n".join(f"  {us / 1e3:9.3f}  {name}" for name, us in times.items())
 
 
-def run_jobs(options: argparse.Namespace, start: Callable[..., Worker]) -> list[JobRow]:
-    """Measure the chosen jobs, one after the other; prepare some of them at once."""
+def run_jobs(
+    options: argparse.Namespace,
+    start: Callable[..., Worker],
+    keep: Callable[[Sequence[JobRow]], None] = lambda rows: None,
+) -> list[JobRow]:
+    """Measure the chosen jobs, one after the other; prepare some of them at once.
+
+    ``keep`` is called with all rows whenever there is another one.
+    """
     # Loads transformers.
     from benchmarks.training.steps import JobTask
 
-    by_name = TINY_JOBS if options.tiny else (*JOBS, *MORE_JOBS, *WHOLE_JOBS)
-    known = {job.name: job for job in by_name}
+    known = {job.name: job for job in (TINY_JOBS if options.tiny else EVERY_JOB)}
+    known |= {rival.name: rival for job in [*known.values()] for rival in job.rivals()}
     names = options.jobs or [job.name for job in (TINY_JOBS if options.tiny else JOBS)]
     if unknown := set(names) - known.keys():
         listed = ", ".join(known)
         raise SystemExit(f"benchmarks.finetune: unknown jobs {sorted(unknown)}; known: {listed}")
+    if options.rivals:
+        names = [each.name for name in names for each in (known[name], *known[name].rivals())]
     # transformers runs mamba_ssm's kernels too.
     load = ["transformers", "benchmarks.training.steps"]
     load = load if options.tiny else ["mamba_ssm", *load]
     device = "cpu" if options.tiny else "cuda"
-    workers = {name: start(device, load=load) for name in names}
-    rows = []
+    ends = time.monotonic() + (options.seconds or math.inf)
+    workers: dict[str, Worker] = {}
+    rows: list[JobRow] = []
     try:
         for first in range(0, len(names), options.side_by_side):
             wave = names[first : first + options.side_by_side]
+            for name in wave:
+                workers[name] = start(device, load=load)
             for name in wave:
                 task = JobTask(
                     known[name], options.steps, options.loss, options.optimizer, options.profile
                 )
                 workers[name].ask("prepare", task=task)
-            failed = {name: _failure(workers[name]) for name in wave}
+            # A part of the time is for measuring them.
+            until = ends - MEASURING * len(wave)
+            failed = {name: _failure(workers[name], until) for name in wave}
             for name in wave:
-                rows.append(_row(workers[name], name, failed[name]))
+                rows.append(_row(workers[name], name, failed[name], ends))
                 _end(workers.pop(name))
                 print(row_text(rows[-1]), flush=True)
                 if rows[-1].kernels_us:
                     print(kernels_text(rows[-1]), flush=True)
+                keep(rows)
     finally:
         for worker in workers.values():
             _end(worker)
     return rows
 
 
-def _failure(worker: Worker) -> str | None:
+def _left(until: float) -> float | None:
+    return None if until == math.inf else max(0.0, until - time.monotonic())
+
+
+def _failure(worker: Worker, until: float) -> str | None:
     """Wait until a worker has prepared its job; return why it has not."""
     try:
-        worker.prepared()
+        worker.prepared(_left(until))
     except WorkerError as error:
         return str(error)
     return None
 
 
-def _row(worker: Worker, name: str, failure: str | None) -> JobRow:
+def _row(worker: Worker, name: str, failure: str | None, ends: float) -> JobRow:
     """Let a worker measure the job that it prepared."""
     if failure is not None:
         return JobRow(name, error=failure)
     try:
         worker.ask("measure")
-        row: JobRow = worker.answer()["rows"][0]
+        row: JobRow = worker.answer(_left(ends))["rows"][0]
         return row
     except WorkerError as error:
         return JobRow(name, error=str(error))
@@ -144,8 +167,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--jobs",
         nargs="+",
         metavar="NAME",
-        help="only these, MORE_JOBS and WHOLE_JOBS too; with --curves: models",
+        help="only these, in this order, MORE_JOBS and WHOLE_JOBS too; with --curves: models",
     )  # fmt: skip
+    option(
+        "--rivals", action="store_true",
+        help="each job's model frozen and with PEFT's adapters too; one of them: NAME+peft",
+    )  # fmt: skip
+    option("--seconds", type=float, metavar="S", help="leave out what is not ready in that time")
     option("--output", type=Path, metavar="DIR", help="folder for finetune.json or curves.json")
     option("--steps", type=int, metavar="N", help="timed steps (10; with --curves 200)")
     option("--loss", default="auto", help="as of prodial finetune")
@@ -174,6 +202,21 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
         print("benchmarks.finetune: needs a CUDA device, found none; or --tiny", file=sys.stderr)
         return 2
     started = time.perf_counter()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--output" in given:
+        # Where it was written says nothing about the figures.
+        del given[given.index("--output") : given.index("--output") + 2]
+    command = " ".join(["python -m benchmarks.finetune", *given])
+    record: dict[str, Any] = {}
+
+    def keep(rows: Sequence[JobRow]) -> None:
+        if options.output:
+            if not record:
+                record.update(describe("cpu" if options.tiny else "cuda", command))
+                record["notes"] = [] if options.tiny else notes(CONFIGURATIONS)
+            text = text_of(record, [values_of(row) for row in rows])
+            write_text(options.output / "finetune.json", text)
+
     if options.curves:
         # One launch configuration per kernel of Mamba-2 instead of minutes of tuning; read when
         # mamba_ssm is imported, here and in the workers.
@@ -186,21 +229,16 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
             "cpu" if options.tiny else "cuda", options.steps, options.jobs,
             workers=0 if options.tiny else WORKERS,
         )  # fmt: skip
-        rows = [values_of(curve) for curve in curves]
+        if options.output:
+            rows = [values_of(curve) for curve in curves]
+            record |= describe("cpu" if options.tiny else "cuda", command)
+            write_text(options.output / "curves.json", text_of(record, rows))
     else:
-        jobs = run_jobs(options, start)
+        jobs = run_jobs(options, start, keep)
         good = all(job.ok for job in jobs)
-        rows = [values_of(job) for job in jobs]
+        for line in beside_rivals(jobs):
+            print(line)
     print(f"{time.perf_counter() - started:.0f} s")
-    if options.output:
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        if "--output" in given:
-            # Where it was written says nothing about the figures.
-            del given[given.index("--output") : given.index("--output") + 2]
-        command = " ".join(["python -m benchmarks.finetune", *given])
-        record = describe("cpu" if options.tiny else "cuda", command)
-        name = "curves.json" if options.curves else "finetune.json"
-        write_text(options.output / name, text_of(record, rows))
     return 0 if good else 1
 
 

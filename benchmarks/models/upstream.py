@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from benchmarks.harness.rows import Unavailable
 
 
 def upstream_tuners() -> list[Any]:
@@ -22,6 +25,23 @@ def upstream_tuners() -> list[Any]:
                 if value is not None:
                     found[id(value)] = value
     return list(found.values())
+
+
+def load(configurations: int) -> None:
+    """Import upstream's kernels, and let those that tune themselves choose among a few.
+
+    Raises:
+        Unavailable: They are not installed.
+    """
+    # Read when Triton is imported.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    try:
+        import causal_conv1d  # noqa: F401
+        import mamba_ssm.ops.selective_scan_interface
+        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
+    except ImportError as error:
+        raise Unavailable(f"{error} (pip install 'prodial-kernels[mamba]')") from None
+    limit_configurations(configurations)
 
 
 def limit_configurations(count: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.training.sizes import SIZES
@@ -14,6 +14,11 @@ Limits = Sequence[float | None]
 """(ms, GB of 1e9 bytes); None for no limit."""
 LEAST = "least"
 """As a budget: the smallest that the memory plan lets the job run in."""
+CONFIGURATIONS = 2
+"""Among how many of theirs upstream's Mamba-2 kernels choose; among all it takes minutes."""
+PRODIAL, FROZEN, PEFT = "prodial", "frozen", "peft"
+"""What is trained: both projectors of every mixer; nothing, with a gradient through every block, at
+the same levels; the same projectors by PEFT, see ``rivals.py``."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Job:
         aim: Likewise.
         before: What LoRA took on mamba_ssm's blocks with the fast path off, likewise: the steps of
             the same kind, eager or captured.
+        method: :data:`PRODIAL`, :data:`FROZEN` or :data:`PEFT`.
     """
 
     name: str
@@ -53,12 +59,25 @@ class Job:
     before: Limits = (None, None)
     quantize_modules: str = "projectors"
     experts: str = "auto"
+    method: str = PRODIAL
 
     @property
     def title(self) -> str:
         """For people."""
         everything = ", all" if self.quantize_modules == "all" else ""
-        return f"{self.model} {self.batch}×{self.length} {self.quantize or 'bf16'}{everything}"
+        whose = {PRODIAL: "", FROZEN: ", frozen", PEFT: ", PEFT"}[self.method]
+        return f"{self.model} {self.batch}×{self.length} {self.quantize or 'bf16'}{everything}{whose}"
+
+    def rivals(self) -> tuple[Job, Job]:
+        """The same model frozen, and with PEFT's adapters: what its tokens a second are held to."""
+        frozen, peft = (
+            replace(
+                self, name=f"{self.name}+{method}", method=method, must=(None, None),
+                aim=(None, None), before=(None, None),
+            )
+            for method in (FROZEN, PEFT)
+        )  # fmt: skip
+        return frozen, replace(peft, memory_budget=None, experts="auto")
 
     def options(self) -> dict[str, Any]:
         """What differs from the defaults of ``prodial finetune``, without model and budget."""
@@ -73,7 +92,7 @@ class Job:
 
     def command(self, memory_budget: str | None) -> str | None:
         """The line that runs it on real weights; None where the command line cannot."""
-        if self.library != "transformers":
+        if self.library != "transformers" or self.method != PRODIAL:
             return None
         options = {"model": SIZES[self.model].published, "data": "notes.txt", **self.options()}
         if memory_budget is not None:
@@ -113,6 +132,7 @@ WHOLE_JOBS = (
     Job("granite-micro-all", "granite-4.0-h-micro", 1, 2048, memory_budget="4GB", **_WHOLE),
     Job("falcon-h1-7b-all", "falcon-h1-7b", 1, 2048, memory_budget="8GB", **_WHOLE),
     Job("bamba-9b-all", "bamba-9b", 1, 2048, memory_budget="10GB", **_WHOLE),
+    Job("zamba2-7b-all", "zamba2-7b", 1, 2048, memory_budget="8GB", **_WHOLE),
     Job(
         "1.4b-bf16-lean", "mamba-1.4b", 4, 2048, activations="offload", must=(310, 5),
         aim=(None, 4.5),
@@ -158,6 +178,7 @@ MORE_JOBS = (
     ),
     Job("130m-32k-ssm", "mamba-130m", 1, 32768, activations="checkpoint", **_SSM),
 )  # fmt: skip
+EVERY_JOB = (*JOBS, *MORE_JOBS, *WHOLE_JOBS)
 TINY_JOBS = (
     Job("tiny", "tiny", 2, 32, must=(60_000, 8), aim=(1e-3, 8), before=(9e4, 9)),
     Job("tiny-nf4", "tiny", 2, 32, "nf4", activations="checkpoint"),
@@ -202,6 +223,7 @@ class JobRow:
     trained: int = 0
     quantize_modules: str = "projectors"
     experts: str = "auto"
+    method: str = PRODIAL
     build_s: float = 0.0
     total_s: float = 0.0
     kernels_us: Mapping[str, float] | None = None
@@ -211,6 +233,11 @@ class JobRow:
     def status(self) -> str:
         """See :mod:`benchmarks.harness.rows`."""
         return self.error or "ok"
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the timed steps."""
+        return self.batch * self.length / self.ms * 1e3
 
     @property
     def ok(self) -> bool:

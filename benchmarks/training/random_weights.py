@@ -63,6 +63,10 @@ class RandomWeights(Mapping[str, Tensor]):
         drawn = torch.randn(shape, generator=self._generator, dtype=dtype, device=device)
         return drawn.mul_(1 / math.sqrt(shape[1:].numel()))
 
+    def __contains__(self, name: object) -> bool:
+        """Whether the model has such a tensor; none is drawn."""
+        return name in self._like
+
     def __iter__(self) -> Iterator[str]:
         """Names of the model's state dict."""
         return iter(self._like)
@@ -127,7 +131,8 @@ class _Some(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
         self._tensors = tensors
-        self._names = [name for name in tensors if name in set(names)]
+        wanted = set(names)
+        self._names = [name for name in tensors if name in wanted]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -70,6 +70,15 @@ _BAMBA_9B = {
     "num_key_value_heads": 8, "mamba_n_heads": 128, "mamba_d_head": 64, "mamba_d_state": 128,
     "mamba_n_groups": 1, "tie_word_embeddings": False,
 }  # fmt: skip
+_ZAMBA2_7B = {
+    "layers_block_type": [
+        "hybrid" if i in (6, 11, 17, 23, 29, 35, 41, 47, 53, 59, 65, 71, 77) else "mamba"
+        for i in range(81)
+    ],
+    "intermediate_size": 14336, "num_attention_heads": 32, "attention_head_dim": 224,
+    "num_mem_blocks": 2, "use_mem_rope": True, "adapter_rank": 128, "mamba_d_state": 64,
+    "n_mamba_heads": 112, "mamba_headdim": 64, "mamba_ngroups": 2, "tie_word_embeddings": True,
+}  # fmt: skip
 
 SIZES = {
     "mamba-130m": Sizes("mamba", 768, 24, 50280, "state-spaces/mamba-130m-hf", _MAMBA),
@@ -94,6 +103,15 @@ SIZES = {
         "falcon_h1", 3072, 44, 130048, "tiiuae/Falcon-H1-7B-Base", _FALCON_H1_7B
     ),
     "bamba-9b": Sizes("bamba", 4096, 32, 128256, "ibm-ai-platform/Bamba-9B-v2", _BAMBA_9B),
+    "zamba2-7b": Sizes("zamba2", 3584, 81, 32000, "Zyphra/Zamba2-7B", _ZAMBA2_7B),
+    "mamba2-2.7b": Sizes(
+        "mamba2", 2560, 64, 50288, "AntonV/mamba2-2.7b-hf",
+        {"num_heads": 80, "head_dim": 64, "state_size": 128, "n_groups": 1,
+         "tie_word_embeddings": True},
+    ),
+    # The defaults of transformers' configurations are these two's.
+    "zamba-7b": Sizes("zamba", 3712, 76, 32000, "Zyphra/Zamba-7B-v1", {}),
+    "jamba-52b": Sizes("jamba", 4096, 32, 65536, "ai21labs/Jamba-v0.1", {}),
     "tiny": Sizes("mamba", 32, 4, 512, "embedded", _MAMBA),
     "tiny-moe": Sizes(
         "nemotron_h", 64, 4, 512, "embedded",

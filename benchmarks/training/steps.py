@@ -23,8 +23,10 @@ from torch import nn
 
 from benchmarks.harness.memory import release
 from benchmarks.harness.profiling import kernel_times
-from benchmarks.training.jobs import LEAST, Job, JobRow
+from benchmarks.models import upstream
+from benchmarks.training.jobs import CONFIGURATIONS, FROZEN, LEAST, PEFT, PRODIAL, Job, JobRow
 from benchmarks.training.random_weights import random_packed
+from benchmarks.training.rivals import train_nothing, with_peft
 from benchmarks.training.sizes import SIZES, transformers_config
 from prodial_kernels import quantize_model
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, prepare_blocks
@@ -37,7 +39,9 @@ from prodial_kernels.training.memory.plan import MemoryPlanError
 from prodial_kernels.training.memory.run_plan import RunPlan, block_levels, plan_run
 from prodial_kernels.training.method import prepare_method
 from prodial_kernels.training.step.choose import decide, facts_of, make_step
+from prodial_kernels.training.step.eager import EagerStep, TrainingStep
 from prodial_kernels.training.step.graphed import WARM_UP, GraphedStep
+from prodial_kernels.training.step.loss import make_loss
 
 LR = 1e-5
 
@@ -70,6 +74,8 @@ class JobTask:
             MemoryPlanError: The job does not fit into its budget.
         """
         started = time.perf_counter()
+        if device == "cuda":
+            upstream.load(CONFIGURATIONS)
         if self.job.memory_budget is not None:
             # Read when CUDA starts, which has not happened yet.
             grow_segments()
@@ -80,7 +86,7 @@ class JobTask:
         held = ExitStack()
         with ExitStack() as stack:
             stack.enter_context(limited(place, None if plan is None else plan.allowed))
-            training = Training(self.job, config, plan, place, dtype, started)
+            training = Training(self.job, config, plan, place, dtype, started, alone)
             held = stack.pop_all()
         return PreparedJob(self, training, held)
 
@@ -112,7 +118,7 @@ def plan_of(
     least = job.memory_budget == LEAST
     budget = None if least else job.memory_budget
     with TemporaryDirectory() as folder:
-        planned = job.library == "transformers"
+        planned = job.library == "transformers" and job.method != PEFT
         if planned:
             transformers_config(job.model).save_pretrained(folder)
         config = FinetuneConfig(
@@ -145,7 +151,7 @@ class Training:
 
     def __init__(
         self, job: Job, config: ResolvedConfig, plan: RunPlan | None, place: torch.device,
-        dtype: torch.dtype, started: float,
+        dtype: torch.dtype, started: float, alone: AbstractContextManager[object],
     ) -> None:  # fmt: skip
         """Build it, and take the first steps; see :class:`JobTask`."""
         self._job = job
@@ -155,16 +161,30 @@ class Training:
         self._started = started
         self._said: list[str] = []
         torch.manual_seed(0)
-        self.model = build(job, place, dtype)
-        method = prepare_method(self.model, config)
-        layers = SIZES[job.model].layers
-        levels = block_levels(self.model, config.chosen_activations, plan)
-        self.levels = levels or (KEEP,) * layers
-        prepare_blocks(self.model, self.levels, device=place)
-        choice = decide(config, facts_of(self.model), place, checkpoints=CHECKPOINT in self.levels)
-        self._step = make_step(
-            self.model, method.optimizer, config, choice, device=place, say=self._said.append
-        )
+        if job.method == PEFT:
+            # Dense for a moment.
+            with alone:
+                self.model, optimizer = with_peft(job, place, dtype, LR)
+                release(place.type)
+            self.levels = (CHECKPOINT,) * SIZES[job.model].layers
+            self._step: TrainingStep = EagerStep(
+                make_loss(self.model, "full"), optimizer, clip=config.clip
+            )
+        else:
+            self.model = build(job, place, dtype)
+            if job.method == PRODIAL:
+                optimizer = prepare_method(self.model, config).optimizer
+            levels = block_levels(self.model, config.chosen_activations, plan)
+            self.levels = levels or (KEEP,) * SIZES[job.model].layers
+            prepare_blocks(self.model, self.levels, device=place)
+            if job.method == FROZEN:
+                optimizer = train_nothing(self.model, LR)
+            choice = decide(
+                config, facts_of(self.model), place, checkpoints=CHECKPOINT in self.levels
+            )
+            self._step = make_step(
+                self.model, optimizer, config, choice, device=place, say=self._said.append
+            )
         vocabulary = SIZES[job.model].vocabulary
         tokens = torch.randint(0, vocabulary, (job.batch * job.length * 4,), dtype=torch.int32)
         self._batches = PackedBatches(tokens, BatchSizes(job.length, job.batch))
@@ -210,7 +230,9 @@ class Training:
             ms=statistics.median(times) * 1e3, slowest_ms=max(times) * 1e3, steps=steps,
             peak_bytes=torch.cuda.max_memory_allocated() if cuda else None,
             reserved_bytes=torch.cuda.max_memory_reserved() if cuda else None,
-            predicted_bytes=None if plan is None else plan.plan.peak.total,
+            predicted_bytes=(
+                plan.plan.peak.total if plan is not None and job.method == PRODIAL else None
+            ),
             trained=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             build_s=self._built - self._started, total_s=time.perf_counter() - self._started,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.harness.text import text_table
-from benchmarks.training.jobs import GB, LEAST, JobRow
+from benchmarks.training.jobs import FROZEN, GB, LEAST, PEFT, PRODIAL, JobRow
 from prodial_kernels.models.layers.recompute import LEVELS
 
 
@@ -51,6 +51,25 @@ def jobs_table(rows: Sequence[JobRow]) -> str:
         for row in rows
     ]  # fmt: skip
     return text_table(headers, lines)
+
+
+def beside_rivals(rows: Sequence[JobRow]) -> list[str]:
+    """Tokens a second of jobs that were measured with their rivals, a line each."""
+    found = {row.name: row for row in rows if row.error is None}
+    lines = []
+    for row in found.values():
+        rivals = {method: found.get(f"{row.name}+{method}") for method in (FROZEN, PEFT)}
+        if row.method != PRODIAL or not any(rivals.values()):
+            continue
+        parts = [f"{row.tokens_per_second:,.0f} tokens/s"]
+        parts += [
+            f"{row.tokens_per_second / rival.tokens_per_second:.2f} of {method} "
+            f"({rival.tokens_per_second:,.0f}; {gigabytes(rival)})"
+            for method, rival in rivals.items()
+            if rival is not None
+        ]
+        lines.append(f"{row.name:22} {', '.join(parts)}")
+    return lines
 
 
 def gigabytes(row: JobRow) -> str:

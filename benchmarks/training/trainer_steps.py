@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from torch import nn
 from benchmarks.harness.memory import MIB, release
 from benchmarks.harness.profiling import kernels_in
 from benchmarks.harness.rows import Unavailable
-from benchmarks.models.upstream import limit_configurations
+from benchmarks.models import upstream
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.mixers.hf import unfused_forward
 from prodial_kernels.models.patch_point import AdaptedMixer
@@ -108,7 +107,8 @@ def build(name: str, variant: str, settings: Settings) -> tuple[nn.Module, Seque
     """Return a model with random weights in bf16, adapted, and callbacks for the trainer."""
     import transformers
 
-    _load_upstream(settings)
+    if settings.device == "cuda":
+        upstream.load(settings.configurations)
     prefix, options = (TINY_CONFIGS if settings.tiny else CONFIGS)[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**options)
@@ -166,20 +166,6 @@ def _peft() -> Any:
     except ImportError as error:
         raise Unavailable(f"{error} (pip install peft)") from None
     return peft
-
-
-def _load_upstream(settings: Settings) -> None:
-    """Import upstream's kernels, and let those that tune themselves choose among a few."""
-    if settings.device != "cuda":
-        return
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    try:
-        import causal_conv1d  # noqa: F401
-        import mamba_ssm.ops.selective_scan_interface
-        import mamba_ssm.ops.triton.ssd_combined  # noqa: F401
-    except ImportError as error:
-        raise Unavailable(f"{error} (pip install 'prodial-kernels[mamba]')") from None
-    limit_configurations(settings.configurations)
 
 
 def _trainer(
