@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from benchmarks.harness.rows import Unavailable
-
-
-def upstream_tuners() -> list[Any]:
-    """Every kernel of mamba_ssm that was imported and chooses among configurations."""
-    from triton.runtime.autotuner import Autotuner
-
-    found: dict[int, Any] = {}
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mamba_ssm."):
-            for value in vars(module).values():
-                # Heuristics may be wrapped around it.
-                while value is not None and not isinstance(value, Autotuner):
-                    value = getattr(value, "fn", None) if hasattr(value, "run") else None
-                if value is not None:
-                    found[id(value)] = value
-    return list(found.values())
+from prodial_kernels.training.step.tuning import upstream_tuners
 
 
 def load(configurations: int) -> None:

@@ -66,7 +66,9 @@ class Job:
         """For people."""
         everything = ", all" if self.quantize_modules == "all" else ""
         whose = {PRODIAL: "", FROZEN: ", frozen", PEFT: ", PEFT"}[self.method]
-        return f"{self.model} {self.batch}×{self.length} {self.quantize or 'bf16'}{everything}{whose}"
+        return (
+            f"{self.model} {self.batch}×{self.length} {self.quantize or 'bf16'}{everything}{whose}"
+        )
 
     def rivals(self) -> tuple[Job, Job]:
         """The same model frozen, and with PEFT's adapters: what its tokens a second are held to."""

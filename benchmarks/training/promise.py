@@ -203,8 +203,9 @@ def page(rows: Sequence[Row], record: dict[str, Any]) -> str:
         [
             "# Measured peaks beside planned ones",
             "",
-            f"{len(rows)} runs on an {record['device']}, {record['date']}: {len(rows) - len(broken)}"
-            f" within 2% or 32 MiB of the plan, {sum(1 for row in rows if row.error)} failed.",
+            f"{len(rows)} runs on an {record['device']}, {record['date']}, "
+            f"{len(rows) - len(broken)} of them within 2% or 32 MiB of the plan; "
+            f"{sum(1 for row in rows if row.error)} failed.",
             "",
             "Measured over planned, in steps of half a per cent:",
             "",
@@ -253,7 +254,7 @@ def run_group(cases: Sequence[Case], file: Path, until: float, tiny: bool) -> No
     from prodial_kernels.training.memory.allocator import grow_segments
 
     grow_segments()
-    place = torch.device("cpu" if tiny else "cuda", None if tiny else 0)
+    place = torch.device("cpu" if tiny else "cuda")
     dtype = torch.float32 if tiny else torch.bfloat16
     if not tiny:
         upstream.load(1)
@@ -272,7 +273,7 @@ def run_group(cases: Sequence[Case], file: Path, until: float, tiny: bool) -> No
                 planned.append((case, *plan_of(case, folder, place, dtype)))
             except ValueError as error:
                 keep(Row(str(case), {}, error=" ".join(str(error).split())[:300]))
-        wanted = [run.plan.total + run.plan.reserve for _, _, _, run in planned if run is not None]
+        wanted = [run.plan.needed for _, _, _, run in planned if run is not None]
         if wanted:
             most = int(ROOM * torch.cuda.mem_get_info(place)[1])
             if not stack.enter_context(room(file.parent, max(wanted), most, until)):
@@ -318,7 +319,7 @@ def plan_of(case: Case, folder: str, place: Any, dtype: Any) -> tuple[Any, Any, 
             _, run = plan_run(replace(config, activations=level), place, dtype)
             if run is None:
                 raise ValueError("nothing is planned here, so there is no budget")
-            ends.append(run.plan.total + run.plan.reserve)
+            ends.append(run.plan.needed)
         most, least = ends
         # A mixture of levels can take a little more than the leanest one everywhere.
         budget = 1.01 * least + case.budget * max(0, most - least)
@@ -334,11 +335,11 @@ def measure(
 
     from benchmarks.harness.memory import release
     from prodial_kernels import remove_prodial
-    from prodial_kernels.training.memory.device import limited
-    from prodial_kernels.training.memory.run_plan import block_levels
     from prodial_kernels.models.layers.recompute import prepare_blocks
     from prodial_kernels.training.data.batches import BatchSizes
     from prodial_kernels.training.data.packing import PackedBatches
+    from prodial_kernels.training.memory.device import limited
+    from prodial_kernels.training.memory.run_plan import block_levels
     from prodial_kernels.training.method import prepare_method
     from prodial_kernels.training.scoring.log_likelihood import Scorer, Window
     from prodial_kernels.training.step.choose import make_step
@@ -369,7 +370,7 @@ def measure(
         tokens = torch.randint(0, size, (config.batch_size * config.seq_len * 4,)).to(torch.int32)
         batches = PackedBatches(tokens, BatchSizes(config.seq_len, config.batch_size))
         scorer = Scorer(
-            model, SimpleNamespace(bos_token_id=1, eos_token_id=2), seq_len=config.seq_len,  # type: ignore[arg-type]
+            model, SimpleNamespace(bos_token_id=1, eos_token_id=2), seq_len=config.seq_len,
             batch_size=config.batch_size if run is None else run.plan.evaluation_batch,
         )  # fmt: skip
         windows = [Window(tokens[: config.seq_len + 1].long(), config.seq_len)] * config.batch_size
@@ -396,7 +397,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not on disk yet; print, write; return 1 if a promise is broken."""
     parser = argparse.ArgumentParser("python -m benchmarks.training.promise", description=__doc__)
     option = parser.add_argument
-    option("--seconds", type=float, default=240.0, help="stop then; more another time (%(default)s)")
+    option(
+        "--seconds", type=float, default=240.0, help="stop then; more another time (%(default)s)"
+    )
     option("--output", type=Path, metavar="DIR", help="default benchmarks/results/<device>")
     option("--models", nargs="+", metavar="NAME", help="only cases of these models")
     option("--workers", type=int, default=12, metavar="N", help="processes at a time (%(default)s)")
@@ -430,8 +433,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         while (waiting or running) and time.time() < until:
             while waiting and len(running) < options.workers:
                 # The rest of a case may take a while; what is not done by then is ended.
-                own = ["--group", waiting.pop(0), "--until", str(until - 3)]
-                process = subprocess.Popen([*command, *own, *given], cwd=ROOT, env=environment)
+                which = ["--group", waiting.pop(0), "--until", str(until - 3)]
+                process = subprocess.Popen([*command, *which, *given], cwd=ROOT, env=environment)
                 running.append(process)
             time.sleep(0.1)
             running = [process for process in running if process.poll() is None]

@@ -10,6 +10,7 @@ adapter out. Their 3-D experts bitsandbytes leaves in bf16.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def with_peft(
 def _store(blocks: Any, dtype: torch.dtype) -> None:
     """Put bitsandbytes' NF4 layers in the place of linear ones, a weight at a time."""
     try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        bnb: Any = import_module("bitsandbytes.nn")
     except ImportError as error:
         raise Unavailable(f"{error} (pip install bitsandbytes)") from None
     # Else PEFT takes them for dense ones.
@@ -95,10 +96,10 @@ def _store(blocks: Any, dtype: torch.dtype) -> None:
             # Mamba-1 of transformers reads this one's weight, which would be packed.
             if type(layer) is not nn.Linear or name == "dt_proj":
                 continue
-            new: Any = Linear4bit(1, 1, False, dtype, quant_type="nf4", device="meta")
+            new: Any = bnb.Linear4bit(1, 1, False, dtype, quant_type="nf4", device="meta")
             new.in_features, new.out_features = layer.in_features, layer.out_features
             if id(layer.weight) not in stored:
-                values = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+                values = bnb.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
                 stored[id(layer.weight)] = values.to(layer.weight.device)
             new.weight, new.bias = stored[id(layer.weight)], layer.bias
             setattr(parent, name, new)

@@ -42,6 +42,7 @@ from prodial_kernels.training.step.choose import decide, facts_of, make_step
 from prodial_kernels.training.step.eager import EagerStep, TrainingStep
 from prodial_kernels.training.step.graphed import WARM_UP, GraphedStep
 from prodial_kernels.training.step.loss import make_loss
+from prodial_kernels.training.step.tuning import tune
 
 LR = 1e-5
 
@@ -137,7 +138,7 @@ def least_budget(config: ResolvedConfig, place: torch.device, dtype: torch.dtype
     _, run = plan_run(replace(config, activations="checkpoint"), place, dtype)
     if run is None:
         return None
-    tenths = math.ceil((run.plan.total + run.plan.reserve) / 1e8)
+    tenths = math.ceil(run.plan.needed / 1e8)
     # A mixture of levels can take a little less than the leanest one everywhere.
     with suppress(MemoryPlanError):
         while True:
@@ -191,6 +192,9 @@ class Training:
         self.model.train()
         release(place.type, workspaces=True)
         self._built = time.perf_counter()
+        if plan is not None and plan.plan.tuning_tokens:
+            tune(self.model, plan.plan.tuning_tokens)
+            release(place.type, workspaces=True)
         self._taken = 0
         # These compile, make the moments and, where steps are captured, are the eager ones.
         for _ in range(WARM_UP):

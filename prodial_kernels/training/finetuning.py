@@ -71,11 +71,13 @@ from prodial_kernels.training.run.state import (
     saved_states,
 )
 from prodial_kernels.training.run.versions import versions
+from prodial_kernels.training.sizes import size_text
 from prodial_kernels.training.start.given import Given
 from prodial_kernels.training.start.initial_adapter import with_settings_of_adapter
 from prodial_kernels.training.step.choose import make_step
 from prodial_kernels.training.step.eager import trained_parameters
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
+from prodial_kernels.training.step.tuning import tune
 from prodial_kernels.upstream import require_extra
 
 if TYPE_CHECKING:
@@ -334,6 +336,7 @@ def _train(run: Run, saved: RunIdentity | None, signals: StopSignals, watch: Wat
         ),
         run.method.optimizer,
     )  # fmt: skip
+    _tune(run)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
         model = run.loaded.model
@@ -383,6 +386,23 @@ def _take_steps(run: Run, step: GuardedStep, events: RunEvents, signals: StopSig
         events.save(events.position)
         kept = f"the state after step {events.position.step} is saved"
     raise failure.explained(kept, None if run.plan is None else run.plan.advice())
+
+
+def _tune(run: Run) -> None:
+    """Let upstream's kernels choose their configurations now, by what the plan has for it."""
+    tokens = 0 if run.plan is None else run.plan.plan.tuning_tokens
+    if not tokens:
+        return
+    run.display.say(
+        "upstream's Mamba-2 kernels choose among their configurations, on a machine that is new to "
+        "them for about a minute; TRITON_CACHE_AUTOTUNING=1 keeps what they choose"
+    )
+    autocast = run.autocast_dtype
+    with torch.autocast(run.device.type, dtype=autocast, enabled=autocast is not None):
+        seconds = tune(run.loaded.model, tokens)
+    peak = size_text(torch.cuda.max_memory_allocated(run.device))
+    torch.cuda.empty_cache()
+    run.display.say(f"they took {seconds:.0f} s, and with the weights up to {peak}")
 
 
 def _last_state(folder: RunDirectory) -> str:

@@ -17,10 +17,12 @@ from benchmarks.harness.process import WorkerError
 from benchmarks.harness.rows import values_of
 from benchmarks.training import curves
 from benchmarks.training.jobs import (
+    FROZEN,
     GB,
     JOBS,
     LEAST,
     MORE_JOBS,
+    PEFT,
     SIZES,
     TINY_JOBS,
     WHOLE_JOBS,
@@ -28,6 +30,7 @@ from benchmarks.training.jobs import (
     JobRow,
 )
 from benchmarks.training.steps import LR, JobTask, plan_of
+from benchmarks.training.table import beside_rivals
 from prodial_kernels.cli import commands
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.config import ConfigError, FinetuneConfig
@@ -126,6 +129,45 @@ def test_a_row_is_measured(job: Job) -> None:
     assert JobRow(**json.loads(json.dumps(values_of(row)))).title == row.title
 
 
+@pytest.mark.parametrize(
+    "rival", [*TINY_JOBS[1].rivals(), *TINY_JOBS[2].rivals()], ids=lambda job: job.name
+)
+def test_a_rival_is_measured(rival: Job) -> None:
+    if rival.method == PEFT:
+        pytest.importorskip("peft")
+        pytest.importorskip("bitsandbytes")
+    ready = JobTask(rival, 1).prepare("cpu", nullcontext())
+    model = ready.training.model
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    (row,) = ready.measure()
+    moved = [n for n, p in model.named_parameters() if n in trained and (p != trained[n]).any()]
+    assert (row.method, row.command, row.predicted_bytes) == (rival.method, None, None)
+    assert rival.title.endswith(", frozen" if rival.method == FROZEN else ", PEFT")
+    if rival.method == FROZEN:
+        # All of the gradient has come to where the model begins.
+        assert len(moved) == row.trained // SIZES[rival.model].width == 1
+        return
+    mixers = 4 if rival.model == "tiny" else 2
+    assert len(trained) == 2 * 2 * mixers
+    # A is behind a B of 0 in the first step, and adapters of out_proj move too.
+    assert {name for name in trained if "lora_B" in name} <= set(moved)
+    assert sum(type(m).__name__ == "Linear4bit" for m in model.modules()) >= 2 * mixers
+
+
+def test_tokens_a_second_beside_the_rivals() -> None:
+    rows = [
+        JobRow("a", batch=2, length=500, ms=100.0),
+        JobRow("a+frozen", batch=2, length=500, ms=95.0, method=FROZEN, peak_bytes=2 * 10**9),
+        JobRow("a+peft", batch=2, length=500, ms=250.0, method=PEFT),
+        JobRow("b", batch=1, length=1, ms=1.0),
+        JobRow("b+peft", method=PEFT, error="no memory"),
+    ]
+    assert beside_rivals(rows) == [
+        "a                      10,000 tokens/s, 0.95 of frozen (10,526; 2.00 GB), "
+        "2.50 of peft (4,000; –)"
+    ]
+
+
 def test_a_job_that_cannot_be_is_a_row_with_the_reason() -> None:
     task = JobTask(TINY_JOBS[0], 1, loss="fast")
     with pytest.raises(ConfigError, match="must be one of"):
@@ -185,12 +227,13 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
             self.job = task.job if task else self.job
             done.append(do)
 
-        def prepared(self) -> None:
+        def prepared(self, timeout_s: float | None) -> None:
             done.append("wait")
             if self.job.name in failing:
                 raise WorkerError("out of memory")
 
-        def answer(self) -> dict[str, list[JobRow]]:
+        def answer(self, timeout_s: float | None) -> dict[str, list[JobRow]]:
+            limits.append(timeout_s)
             if self.job.name != "tiny":
                 raise WorkerError("it ended")
             return {"rows": [row]}
@@ -201,6 +244,7 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
         def close(self) -> None: ...
 
     failing: list[str] = []
+    limits: list[float | None] = []
 
     def run(arguments: list[str]) -> int:
         return finetune.main(arguments, Fake)  # type: ignore[arg-type]
@@ -215,7 +259,7 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
     assert "0.900  gemm" in capsys.readouterr().out
     failing.append("tiny")
     assert run(["--tiny", "--jobs", "tiny"]) == 1
-    assert "tiny            FAILED: out of memory" in capsys.readouterr().out
+    assert "tiny                   FAILED: out of memory" in capsys.readouterr().out
     failing.clear()
     done.clear()
     assert run(["--tiny"]) == 1
@@ -223,10 +267,16 @@ def test_a_missed_row_or_a_failed_job_is_exit_code_1(
     number = len(TINY_JOBS)
     every = ["prepare"] * number + ["wait"] * number + ["measure", "end"] * number
     assert done == every
-    assert "tiny-nf4        FAILED: it ended" in capsys.readouterr().out
+    assert "tiny-nf4               FAILED: it ended" in capsys.readouterr().out
     done.clear()
     assert run(["--tiny", "--side-by-side", "1"]) == 1
     assert done == ["prepare", "wait", "measure", "end"] * number
+    assert set(limits) == {None}
+    done.clear()
+    assert run(["--tiny", "--jobs", "tiny", "--rivals", "--seconds", "60"]) == 1
+    assert done.count("measure") == 3
+    assert 50 < (limits[-1] or 0) < 60
+    assert "tiny+peft              FAILED: it ended" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="unknown jobs"):
         run(["--tiny", "--jobs", "1.4b-bf16"])
 

@@ -85,7 +85,7 @@ class TrainingPlan:
     @property
     def total(self) -> int:
         """The predicted peak in bytes, with the CUDA context and what is left for gaps."""
-        return self.plan.total + self.plan.reserve
+        return self.plan.needed
 
     @property
     def fits(self) -> bool:

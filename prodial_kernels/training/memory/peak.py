@@ -12,13 +12,15 @@ from functools import lru_cache
 from itertools import accumulate
 
 from prodial_kernels._checks import COMPUTES, check_choice
+from prodial_kernels.models.layers.recompute import CHECKPOINT
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.counting import host_bytes, stored_bytes
 from prodial_kernels.quantization.modules.routing import GROUP_BYTES
 from prodial_kernels.quantization.modules.selection import EVERYTHING
 from prodial_kernels.training.memory.activations import kept, sent, workspace
 from prodial_kernels.training.memory.part_bytes import Tokens
-from prodial_kernels.training.memory.shapes import FrozenPart, ModelShape
+from prodial_kernels.training.memory.shapes import MAMBA2, FrozenPart, ModelShape
+from prodial_kernels.training.step.tuning import LEAST_TOKENS, TIMING_BYTES
 
 # Bytes that an optimiser keeps of a trained element on the device; pages live on the host.
 _STATES = {"adamw": 8.0, "adamw8bit": 2.0 + 8 / 256, "paged_adamw8bit": 0.0}
@@ -46,6 +48,7 @@ class Job:
         full: Whether every weight trains, in fp32, with 16-bit copies under autocast.
         whole_evaluation: Whether an evaluation holds whole logits, whatever the loss.
         compute: What frozen weights are multiplied in: ``"same"`` or ``"fp8"``.
+        tunes: Whether upstream's kernels choose among configurations before the first step.
     """
 
     batch: int
@@ -62,6 +65,7 @@ class Job:
     full: bool = False
     whole_evaluation: bool = False
     compute: str = "same"
+    tunes: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -146,6 +150,30 @@ def peak_of(
         for moment, rows, evaluation in moments
     ]
     return max(peaks, key=lambda peak: peak.total)
+
+
+def tuning_of(model: ModelShape, job: Job, peak: int, *, library_workspace: int) -> tuple[int, int]:
+    """Return on how many tokens upstream's kernels choose, and the bytes that this takes.
+
+    As many as a run has in a sequence, or as stay below its ``peak`` in bytes, but a chunk of the
+    scan at the least. (0, 0) where they choose nothing.
+    """
+    layers = [layer for layer in model.layers if layer.mixer == MAMBA2]
+    if not job.tunes or not layers:
+        return 0, 0
+    always = [*_weights(model, job), *_trained(model, job)]
+    there = sum(line.bytes for line in always) + 2 * library_workspace
+    length = job.length
+    while True:
+        tokens = Tokens(
+            1, length + model.inserted, job.itemsize, job.quantize is not None,
+            job.stores_everything, job.compute == "fp8",
+        )  # fmt: skip
+        most = max(_workspace(layer, tokens, CHECKPOINT) for layer in layers)
+        total = there + most + TIMING_BYTES
+        if total <= peak or length <= LEAST_TOKENS:
+            return length, total
+        length = max(LEAST_TOKENS, length // 2)
 
 
 def _moments(

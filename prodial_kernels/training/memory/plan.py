@@ -17,7 +17,14 @@ from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVEL_TEXT
 from prodial_kernels.training.config import ACTIVATIONS
 from prodial_kernels.training.memory.activations import levels_of, sent
 from prodial_kernels.training.memory.part_bytes import Tokens
-from prodial_kernels.training.memory.peak import Job, Peak, PlanLine, host_experts, peak_of
+from prodial_kernels.training.memory.peak import (
+    Job,
+    Peak,
+    PlanLine,
+    host_experts,
+    peak_of,
+    tuning_of,
+)
 from prodial_kernels.training.memory.shapes import ModelShape
 from prodial_kernels.training.sizes import size_text
 
@@ -65,6 +72,9 @@ class MemoryPlan:
         sent: Bytes that go to the host's memory in a step, and come back.
         experts: Where stored experts are, ``"device"`` or ``"host"``.
         streamed: Bytes of experts in the host's memory.
+        tuning: Bytes of PyTorch's tensors while upstream's kernels choose among configurations,
+            before the first step; 0 where they choose nothing.
+        tuning_tokens: On how many tokens they do.
     """
 
     levels: tuple[str, ...]
@@ -77,6 +87,8 @@ class MemoryPlan:
     sent: int = 0
     experts: str = "device"
     streamed: int = 0
+    tuning: int = 0
+    tuning_tokens: int = 0
 
     @property
     def total(self) -> int:
@@ -84,9 +96,14 @@ class MemoryPlan:
         return self.peak.total + self.context
 
     @property
+    def needed(self) -> int:
+        """The least budget: the predicted peak and the reserve, or what tuning takes before."""
+        return max(self.total + self.reserve, self.tuning + self.context)
+
+    @property
     def fits(self) -> bool:
         """Whether everything and the reserve are within the budget."""
-        return self.budget is None or self.total + self.reserve <= self.budget
+        return self.budget is None or self.needed <= self.budget
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-ready values."""
@@ -103,6 +120,8 @@ class MemoryPlan:
             "sent": self.sent,
             "experts": self.experts,
             "streamed": self.streamed,
+            "tuning": self.tuning,
+            "tuning_tokens": self.tuning_tokens,
         }
 
     def __str__(self) -> str:
@@ -113,6 +132,9 @@ class MemoryPlan:
             PlanLine("predicted peak", self.total, ""),
             PlanLine("left for gaps between tensors", self.reserve, "not part of the prediction"),
         ]
+        if self.tuning:
+            why = f"before the first step, on {self.tuning_tokens} tokens; outside the prediction"
+            rows.append(PlanLine("while upstream's kernels tune", self.tuning, why))
         if self.sent:
             ms = 1e3 * self.sent / HOST_BYTES_A_SECOND
             why = f"each step and back, {ms:.0f} ms each way beside the blocks"
@@ -168,7 +190,7 @@ def plan_memory(
     for plan in _candidates(model, job, budget, activations, device):
         if plan.fits:
             return plan
-        if smallest is None or plan.total < smallest.total:
+        if smallest is None or plan.needed < smallest.needed:
             smallest = plan
     if smallest is None:
         raise ValueError("the model has no layers")
@@ -177,7 +199,7 @@ def plan_memory(
     advice = what_would_fit(model, job, budget=budget or 0, activations=activations, device=device)
     raise MemoryPlanError(
         f"the job does not fit into the memory budget of {size_text(budget or 0)}: it would take "
-        f"{size_text(smallest.total + smallest.reserve)} at the least. {advice}"
+        f"{size_text(smallest.needed)} at the least. {advice}"
     )
 
 
@@ -205,14 +227,14 @@ def what_would_fit(
                 model, other, budget=budget, activations=level, device=device, strict=False
             )
             if plan.fits:
-                found.append(f"{change} ({size_text(plan.total + plan.reserve)})")
+                found.append(f"{change} ({size_text(plan.needed)})")
                 break
     if found:
         return f"What fits: {'; or '.join(found[:4])}"
     least = plan_memory(model, job, budget=budget, activations=AUTO, device=device, strict=False)
     return (
         "No change of the options is enough; with them as they are it takes a budget of "
-        f"{size_text(least.total + least.reserve)}, with one residual kept for each layer"
+        f"{size_text(least.needed)}, with one residual kept for each layer"
     )
 
 
@@ -266,10 +288,13 @@ def _plan(
             model, job, levels,
             evaluation_batch=batch, library_workspace=device.library_workspace,
         )  # fmt: skip
+        tokens, tuning = tuning_of(
+            model, job, peak.total, library_workspace=device.library_workspace
+        )
         plan = MemoryPlan(
             levels, job.quantize, batch, peak, device.context,
             int(device.fragmentation * peak.total), budget, _sent(model, job, levels),
-            job.experts, _streamed(model, job),
+            job.experts, _streamed(model, job), tuning, tokens,
         )  # fmt: skip
         # Evaluating fewer sequences at once costs nothing worth another level.
         if plan.fits or batch == 1 or not peak.in_evaluation:

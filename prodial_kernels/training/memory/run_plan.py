@@ -25,11 +25,12 @@ from prodial_kernels.training.memory.plan import (
     plan_memory,
     what_would_fit,
 )
-from prodial_kernels.training.memory.shapes import ModelShape, describe_model
+from prodial_kernels.training.memory.shapes import MAMBA2, ModelShape, describe_model
 from prodial_kernels.training.method import trained_on_meta
 from prodial_kernels.training.sizes import parse_budget, size_text
 from prodial_kernels.training.step.choose import StepChoice, decide, facts_of
 from prodial_kernels.training.step.chunked_loss import chunk_rows
+from prodial_kernels.training.step.tuning import is_tuned
 
 # cuBLAS keeps 32 MiB for a thread and stream from Hopper on, about 8 MiB before.
 _WORKSPACE = {True: 32 * 2**20, False: 8 * 2**20}
@@ -219,6 +220,7 @@ def job_of(
         accumulates=config.grad_accumulation > 1,
         full=config.method == "full",
         compute=config.compute or "same",
+        tunes=any(layer.mixer == MAMBA2 for layer in model.layers) and not is_tuned(),
     )
 
 
