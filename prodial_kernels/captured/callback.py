@@ -13,6 +13,9 @@ from transformers import TrainerCallback
 from prodial_kernels.captured.answers.early import early_losses
 from prodial_kernels.captured.model import Captured, capture
 
+# Of accelerate's loaders, which TrainingArguments(accelerator_config={"non_blocking": True}) sets.
+_NON_BLOCKING = "_non_blocking"
+
 
 class CaptureCallback(TrainerCallback):
     """Captures the model's blocks while ``trainer.train()`` runs.
@@ -20,8 +23,10 @@ class CaptureCallback(TrainerCallback):
     ``Trainer(..., callbacks=[CaptureCallback()])``. Batches should have one shape or a few: pad
     them to one length, and set ``dataloader_drop_last=True`` to drop an epoch's short last batch.
 
-    Whether a loss is finite, which ``Trainer`` asks in every step, it is told while backward still
-    runs (``answers/early.py``), so that the next step is prepared meanwhile.
+    ``Trainer`` waits for the device twice in every step: to ask whether the loss is finite, and to
+    copy the next batch. Here it is told of the loss while backward still runs
+    (``answers/early.py``), and batches in pinned memory (``dataloader_pin_memory``, on by default)
+    are copied without waiting, so that the next step is prepared meanwhile.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class CaptureCallback(TrainerCallback):
         }  # fmt: skip
         self.captured: Captured | None = None
         self._early: RemovableHandle | None = None
+        self._loader: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Capture the blocks."""
@@ -44,6 +50,10 @@ class CaptureCallback(TrainerCallback):
         self.captured = capture(kwargs["model"], **self._options)
         if getattr(args, "logging_nan_inf_filter", False):
             self._early = early_losses(kwargs["model"])
+        loader = kwargs.get("train_dataloader")
+        if getattr(loader, "pin_memory", False) and vars(loader).get(_NON_BLOCKING) is False:
+            self._loader = loader
+            setattr(loader, _NON_BLOCKING, True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Release them."""
@@ -54,6 +64,9 @@ class CaptureCallback(TrainerCallback):
         if self._early is not None:
             self._early.remove()
             self._early = None
+        if self._loader is not None:
+            setattr(self._loader, _NON_BLOCKING, False)
+            self._loader = None
         if self.captured is not None:
             self.captured.release()
             self.captured = None

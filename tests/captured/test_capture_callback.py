@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import nn
 
 from prodial_kernels.captured import CaptureError
@@ -147,6 +148,19 @@ def test_options_reach_capture(tmp_path: Path) -> None:
     callback = CaptureCallback(batch_size=0)
     with pytest.raises(CaptureError, match="on a CUDA device"):
         trained(tmp_path, callback)
+
+
+@pytest.mark.parametrize(("pinned", "before"), [(True, False), (False, False), (True, True)])
+def test_pinned_batches_are_copied_without_waiting(
+    engine: StandIn, pinned: bool, before: bool
+) -> None:
+    """While training runs; what the user has chosen comes back."""
+    loader: Any = DataLoaderShard([1], pin_memory=pinned, _non_blocking=before)
+    callback = CaptureCallback()
+    callback.on_train_begin(None, None, None, model=adapted(), train_dataloader=loader)
+    assert loader._non_blocking is (pinned or before)
+    callback.release()
+    assert loader._non_blocking is before
 
 
 def test_an_error_in_training_can_be_cleaned_up(tmp_path: Path, engine: StandIn) -> None:
