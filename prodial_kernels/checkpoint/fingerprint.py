@@ -229,9 +229,10 @@ def _other_modules(
 
 
 def _dense(name: str, values: Tensor | QuantizedLinear) -> Tensor:
-    tensor = values.dequantize() if isinstance(values, QuantizedLinear) else values
-    check_has_values(name, tensor)
-    return whole(tensor)
+    if isinstance(values, QuantizedLinear):
+        values = values.with_storage(tuple(map(whole, values.packed()))).dequantize()
+    check_has_values(name, values)
+    return whole(values)
 
 
 def _description(name: str, values: Values, hashes: _Hashes) -> dict[str, Any]:

@@ -492,12 +492,10 @@ class FinetuneConfig:
                 "`experts` 'host' is of quantised experts, and `quantize_modules` is "
                 f"{self.quantize_modules!r}; make it 'all'"
             )
-        if self.shard and (self.method == "full" or self.quantize is not None):
-            other = "`method` 'full' trains all of it"
-            if self.method != "full":
-                other = f"`quantize` {self.quantize!r} stores it in a form that is not divided"
+        if self.shard and self.method == "full":
             raise ConfigError(
-                f"`shard` divides the frozen model, and {other}; leave one of them out"
+                "`shard` divides the frozen model, and `method` 'full' trains all of it; leave one "
+                "of them out"
             )
         self._check_step()
         if self.method == "full":

@@ -25,7 +25,7 @@ from prodial_kernels.files.atomic import atomic_file, atomic_text
 from prodial_kernels.files.written import own_files
 from prodial_kernels.models.adapt.inject import merge_prodial, remove_prodial
 from prodial_kernels.models.adapt.state import inserted_into
-from prodial_kernels.models.loading.load import load_model, resolve_device, resolve_dtype
+from prodial_kernels.models.loading.load import resolve_device, resolve_dtype
 from prodial_kernels.models.methods.planning import kept_methods
 from prodial_kernels.models.mixers.inserted.lengths import costly_length
 from prodial_kernels.quantization import QuantizedLinear
@@ -511,7 +511,7 @@ def _few_tokens(run: Run) -> Tensor:
 
 def _merge_anew(run: Run, expected: Tensor) -> Agreement:
     """Merge the saved adapter into its base on the CPU, where the model is divided on the GPUs."""
-    loaded = load_model(run.config.model, device=torch.device("cpu"), dtype=run.dtype)
+    loaded = Given().load(run.config, device=torch.device("cpu"), dtype=run.dtype)
     load_adapter(loaded.model, run.folder.adapter)
     merge_prodial(loaded.model)
     tokens = _few_tokens(run)

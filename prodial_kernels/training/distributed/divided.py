@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prodial_kernels.quantization import QuantizedLinear
+
 ALIGNMENT = 256
 """Bytes that a tensor begins at a multiple of, as the allocator gives them."""
 
@@ -146,29 +148,45 @@ class Divided:
             self.arrived = None
 
 
-def frozen_of(blocks: Sequence[nn.Module], model: nn.Module) -> list[list[nn.Parameter]]:
-    """The frozen parameters of each block that no other block holds, nor anything around them."""
+def frozen_of(blocks: Sequence[nn.Module], model: nn.Module) -> list[list[Tensor]]:
+    """What is frozen in each block and held by no other, nor by anything around them.
+
+    Parameters that are not trained, and the tensors that quantised weights are stored in.
+    """
     inside = {id(module) for block in blocks for module in block.modules()}
-    around = [p for m in model.modules() if id(m) not in inside for p in m._parameters.values()]
-    owners: dict[int, set[int]] = {id(p): {-1} for p in around if p is not None}
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        if id(module) not in inside:
+            for held in _places(module):
+                owners |= {id(tensor): {-1} for tensor in held.values()}
+    found: list[dict[int, Tensor]] = []
     for index, block in enumerate(blocks):
-        for parameter in block.parameters():
-            owners.setdefault(id(parameter), set()).add(index)
+        tensors = [t for m in block.modules() for held in _places(m) for t in held.values()]
+        for tensor in tensors:
+            owners.setdefault(id(tensor), set()).add(index)
+        found.append({id(t): t for t in tensors if t is not None and not t.requires_grad})
     return [
-        [p for p in block.parameters() if not p.requires_grad and owners[id(p)] == {index}]
-        for index, block in enumerate(blocks)
+        [tensor for key, tensor in tensors.items() if owners[key] == {index}]
+        for index, tensors in enumerate(found)
     ]
 
 
 def held_in(block: nn.Module, tensors: Sequence[Tensor]) -> list[Held]:
-    """Every place in a block's modules that holds one of some parameters."""
+    """Every place in a block's modules that holds one of some tensors."""
     numbers = {id(tensor): number for number, tensor in enumerate(tensors)}
     return [
-        Held(module._parameters, name, numbers[id(parameter)])
+        Held(place, name, numbers[id(tensor)])
         for module in block.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in numbers
+        for place in _places(module)
+        for name, tensor in place.items()
+        if id(tensor) in numbers
     ]
+
+
+def _places(module: nn.Module) -> list[dict[str, Any]]:
+    """A module's parameters, and its buffers where these are a quantised weight."""
+    stored = isinstance(module, QuantizedLinear)
+    return [module._parameters, module._buffers] if stored else [module._parameters]
 
 
 def _rounded(size: int) -> int:

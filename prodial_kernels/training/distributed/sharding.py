@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from prodial_kernels.models.layers.blocks import blocks_of
-from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.modules.experts import QuantizedStack
 from prodial_kernels.training.distributed.divided import Divided, frozen_of, held_in
 from prodial_kernels.training.distributed.gathering import Gather, arenas, gather_named
 from prodial_kernels.training.distributed.launch import LaunchError
@@ -114,7 +114,9 @@ class DividedModel:
 def shard_frozen(
     model: nn.Module, device: torch.device, *, gather: str | Gather = "collective"
 ) -> DividedModel:
-    """Divide the frozen parameters of an adapted model's blocks among all processes, in place.
+    """Divide the frozen weights of an adapted model's blocks among all processes, in place.
+
+    As they are stored: a quantised weight as its few bytes, dequantised where a product reads it.
 
     Every process must call it, with the same model. At most one block more than a process's share,
     and what lies around the blocks, is on the device at a time; from a model on the CPU, nothing
@@ -127,15 +129,15 @@ def shard_frozen(
             :data:`~prodial_kernels.training.distributed.gathering.GATHERS`, or an object.
 
     Raises:
-        LaunchError: It has quantised layers, which are not divided; or ``gather`` is not possible
+        LaunchError: It has quantised experts; or ``gather`` is not possible
             between these devices.
         ValueError: It has no list of blocks, or there is no such ``gather``.
     """
-    quantised = [path for path, m in model.named_modules() if isinstance(m, QuantizedLinear)]
-    if quantised:
+    stacks = [path for path, m in model.named_modules() if isinstance(m, QuantizedStack)]
+    if stacks:
         raise LaunchError(
-            f"quantised weights, such as those of {quantised[0]}, cannot be divided among "
-            "processes: leave `shard` or the quantisation out"
+            f"quantised experts, such as {stacks[0]}, cannot be divided among processes: leave "
+            "`shard` out, or quantise the projectors only (`quantize_modules` 'projectors')"
         )
     modules = blocks_of(model)
     way = gather_named(gather) if isinstance(gather, str) else gather

@@ -21,6 +21,7 @@ from prodial_kernels.training.run.loop import StepRecord
 from support.distributed import shard_cases, user_cases
 from support.tiny_run import run
 
+FOUR_BITS: dict[str, Any] = {"steps": 3, "quantize": "nf4", "quantize_modules": "all"}
 DROPOUT: dict[str, Any] = {"lora_dropout": 0.2, "save_every": 3}
 
 
@@ -140,6 +141,10 @@ def sharded(place: Path) -> int:
     return run(place, place / "sharded", shard=True).steps
 
 
+def sharded_in_four_bits(place: Path) -> int:
+    return run(place, place / "four-bits", shard=True, **FOUR_BITS).steps
+
+
 def different(place: Path) -> None:
     run(place, place / "failing", seed=rank())
 
@@ -147,6 +152,7 @@ def different(place: Path) -> None:
 CASES = {
     "plain": plain,
     "sharded": sharded,
+    "sharded_in_four_bits": sharded_in_four_bits,
     "waits_as_a_device_does": waits_as_a_device_does,
     "accumulated": accumulated,
     "undisturbed": undisturbed,

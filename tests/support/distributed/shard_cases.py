@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.checkpoint.sharded import is_sharded, whole
 from prodial_kernels.models.layers.blocks import blocks_of
+from prodial_kernels.quantization.convert import quantize_linear
+from prodial_kernels.quantization.modules.experts import QuantizedStack
 from prodial_kernels.training.distributed.sharding import shard_frozen
 from support.captured.steps import checkpointing
 from support.distributed.user_cases import message, process_group
@@ -184,9 +186,15 @@ def shared_modules(place: Path) -> dict[str, Any]:
     }
 
 
-def refused(place: Path) -> str:
+def refused(place: Path) -> list[str]:
+    experts = nn.Module()
+    experts.layers = nn.ModuleList([nn.Linear(2, 2)])
+    experts.stack = QuantizedStack(1, quantize_linear(nn.Linear(64, 64), "nf4"))
     with process_group():
-        return message(lambda: shard_frozen(build("mamba2"), CPU, gather="pigeons"))
+        return [
+            message(lambda: shard_frozen(build("mamba2"), CPU, gather="pigeons")),
+            message(lambda: shard_frozen(experts, CPU)),
+        ]
 
 
 CASES: dict[str, Callable[[Path], Any]] = {

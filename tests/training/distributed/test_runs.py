@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from prodial_kernels.training import FinetuneConfig
 from prodial_kernels.training.config import ConfigError
-from support.distributed.run_cases import DROPOUT
+from support.distributed.run_cases import DROPOUT, FOUR_BITS
 from support.tiny_run import run
 
 
@@ -45,6 +45,15 @@ def test_a_model_divided_among_the_processes(outcomes, place: Path) -> None:
     assert [process["returned"] for process in outcomes["sharded"]] == [12, 12]
     assert numbers(place / "sharded") == numbers(place / "plain")
     assert written(place / "sharded") == written(place / "plain")
+
+
+def test_quantised_weights_are_divided_as_they_are_stored(
+    outcomes, place: Path, tmp_path: Path
+) -> None:
+    assert [process.get("returned") for process in outcomes["sharded_in_four_bits"]] == [3, 3]
+    run(place, tmp_path / "one", grad_accumulation=2, **FOUR_BITS)
+    assert numbers(place / "four-bits") == numbers(tmp_path / "one")
+    assert written(place / "four-bits") == written(tmp_path / "one")
 
 
 def test_more_batches_are_summed_in_another_order(outcomes, place: Path, tmp_path: Path) -> None:
@@ -133,6 +142,5 @@ def test_processes_with_different_options(outcomes, place: Path) -> None:
 def test_nothing_to_divide_among(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"shard divides .* one by itself; start several with"):
         run(place, tmp_path / "one", shard=True)
-    for other in ({"method": "full"}, {"quantize": "nf4"}):
-        with pytest.raises(ConfigError, match=r"shard divides the frozen model, and .*leave one"):
-            FinetuneConfig(shard=True, **other)
+    with pytest.raises(ConfigError, match=r"shard divides the frozen model, and .*; leave one"):
+        FinetuneConfig(shard=True, method="full")

@@ -45,6 +45,8 @@ def test_a_module_that_two_blocks_call_and_a_weight_that_the_head_reads(outcomes
         assert process.get("returned") == {"equal": True, "divided": [2, 2, 2, 3]}, process
 
 
-def test_an_unknown_way_to_gather(outcomes) -> None:
+def test_what_is_refused(outcomes) -> None:
     for process in outcomes["divided, refused"]:
-        assert "expected one of ('collective', 'copies'), got 'pigeons'" in process["returned"]
+        way, experts = process["returned"]
+        assert "expected one of ('collective', 'copies'), got 'pigeons'" in way
+        assert "quantised experts, such as stack, cannot be divided among processes" in experts

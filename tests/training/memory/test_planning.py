@@ -154,6 +154,12 @@ def test_dropout_that_a_plan_recomputes_is_launched_and_counted_eagerly(
         planned(place, memory_budget=budget, cuda_graph="on", **options)
 
 
+def test_a_divided_model_has_no_plan(place: Path, device: dict[str, Any]) -> None:
+    assert plan_run(config(place, shard=True), CUDA, torch.bfloat16)[1] is None
+    with pytest.raises(MemoryPlanError, match=r"'8GiB' cannot be kept with shard: .*leave one"):
+        plan_run(config(place, shard=True, memory_budget="8GiB"), CUDA, torch.bfloat16)
+
+
 def test_cannot_keep_a_budget_that_nothing_is_known_about(
     place: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
