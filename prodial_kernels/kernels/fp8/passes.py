@@ -17,9 +17,11 @@ from prodial_kernels.kernels.choices.tile_sizes import (
 from prodial_kernels.kernels.fp8.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.fp8.library import launch_finish, library_product, takes_library
 from prodial_kernels.kernels.fp8.product import choose_product, launch_product
-from prodial_kernels.kernels.fp8.quantize import Rounded, launch_quantize
+from prodial_kernels.kernels.fp8.quantize import GROUP, Rounded, launch_quantize
+from prodial_kernels.kernels.fp8.rounding_side import choose_rounding_side, launch_rounding_side
 from prodial_kernels.kernels.fp8.transpose import launch_transpose
 from prodial_kernels.kernels.projector.input_side import launch_input_sums
+from prodial_kernels.kernels.projector.low_rank import launch_low_rank_sum
 from prodial_kernels.kernels.projector.operands import (
     Gradients,
     Kept,
@@ -124,6 +126,20 @@ def output_side(
     limits = device_limits(dy.device)
     r_pad = 16 if lora_b is None else padded_rank(lora_b.shape[1])
     sums = OutputSums()
+    if _in_one_read(n, operands, needs):
+        tile = choose_rounding_side(m, n, limits)
+        low = kept.h if needs.lora_b else None
+        made = launch_rounding_side(
+            dy, kept.y if needs.scale else None, low, operands, options, config=tile
+        )
+        t = (
+            None
+            if made.t_parts is None
+            else launch_low_rank_sum(made.t_parts, dy.dtype, options).low
+        )
+        exact = _exact(dy, x, scale_inv, made.scale, operands, options)
+        sums = OutputSums(made.b, made.scale, exact)
+        return sums, OutputGradient(made.rounded, launch_transpose(codes, scale_inv), t)
     if needs.lora_b or needs.scale or needs.bias:
         walk = choose_output_side(
             m, n, r_pad, bias=bias is not None, capability=limits.capability,
@@ -131,12 +147,7 @@ def output_side(
         )  # fmt: skip
         low = kept.h if needs.scale or needs.lora_b else None
         b, scale, dbias = launch_output_side(dy, kept.y, low, operands, options, needs, config=walk)
-        exact = None
-        if scale is not None:
-            source, factor = _rotated(x, operands, options)
-            exact = launch_exact_scale(
-                dy, source, codes, scale_inv, scale, factor=factor, relu=options.diagonal == "relu"
-            )
+        exact = _exact(dy, x, scale_inv, scale, operands, options)
         sums = OutputSums(b, scale, exact, dbias)
     wanted = lora_b if lora_a is not None and (needs.x or needs.lora_a) else None
     if not (needs.x or needs.blocks):
@@ -173,6 +184,37 @@ def input_side(
     inputs = launch_input_sums(du, x, t, operands, options, needs, config=walk, triggers_next=False)
     launch_reduce(sums, inputs, gradients, operands, options)
     return gradients._replace(x=du if needs.x else None)
+
+
+def _in_one_read(n: int, operands: Operands, needs: Needs) -> bool:
+    """Whether dY is rounded in the read that makes the sums, and T."""
+    if n % GROUP or operands.bias is not None or not (needs.x or needs.blocks):
+        return False
+    if operands.scale_deviation is not None and not needs.scale:
+        return False
+    if operands.lora_b is None:
+        return needs.scale
+    return (
+        operands.lora_a is not None and needs.lora_b and padded_rank(operands.lora_b.shape[1]) <= 32
+    )
+
+
+def _exact(
+    dy: Tensor,
+    x: Tensor,
+    scale_inv: Tensor,
+    scale: Tensor | None,
+    operands: Operands,
+    options: ProjectionOptions,
+) -> Tensor | None:
+    """ds anew, of columns whose parts ask for it."""
+    if scale is None:
+        return None
+    source, factor = _rotated(x, operands, options)
+    return launch_exact_scale(
+        dy, source, operands.weight, scale_inv, scale, factor=factor,
+        relu=options.diagonal == "relu",
+    )  # fmt: skip
 
 
 def _possible(needs: Needs, x: Tensor, operands: Operands) -> Needs:

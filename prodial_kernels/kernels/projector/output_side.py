@@ -118,27 +118,44 @@ def _output_side_kernel(
         if NEED_BIAS:
             tl.store(partial_bias_ptr + part, tl.sum(dy_sum, 0), mask=mask_n)
         if NEED_SCALE:
-            scale = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             ds = tl.sum(dy_z, 0)
             norm = tl.sum(y_y, 0)
             along = norm
             if HAS_BIAS:
                 along = tl.sum(y_z, 0)
             if HAS_LORA:
-                b = tl.load(
-                    b_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
-                    mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
+                ds, along = less_low_rank(
+                    ds, along, dy_low, y_low, b_ptr, offs_n, mask_n, R, alpha,
+                    low_ptr.dtype.element_ty, R_PAD,
                 )  # fmt: skip
-                # As forward rounded it.
-                b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty).to(tl.float32)
-                ds -= tl.sum(dy_low * b, 1)
-                along -= tl.sum(y_low * b, 1)
-            # ⟨Y, Z⟩ ≥ 0.4 |Y|², so |Z| ≥ 0.4 |Y|: ops/README.md. What 1 was added to is 0 or at
-            # least 2^-24, and so never takes the quotient out of fp32's range.
-            spoiled = (tl.abs(along) < 0.4 * norm) | (scale == 0)
-            ds = ds / tl.where(spoiled, 1.0, scale)
-            ds = tl.where(spoiled, float("nan"), ds)
+            ds = over_scale(ds, norm, along, deviation_ptr, offs_n, mask_n)
             tl.store(partial_scale_ptr + part, ds, mask=mask_n)
+
+
+@triton.jit
+def less_low_rank(
+    ds, along, dy_low, y_low, b_ptr, offs_n, mask_n, R, alpha,
+    dtype: tl.constexpr, R_PAD: tl.constexpr,
+):  # fmt: skip
+    """(Σ dY ⊙ Z, Σ Y ⊙ Z) [BLOCK_N] of those with Y for Z, from dYᵀ L and Yᵀ L [BLOCK_N, R_PAD]."""
+    offs_r = tl.arange(0, R_PAD)
+    b = tl.load(
+        b_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
+        mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
+    )  # fmt: skip
+    # As forward rounded it.
+    b = (b.to(tl.float32) * alpha).to(dtype).to(tl.float32)
+    return ds - tl.sum(dy_low * b, 1), along - tl.sum(y_low * b, 1)
+
+
+@triton.jit
+def over_scale(ds, norm, along, deviation_ptr, offs_n, mask_n):
+    """Σ dY ⊙ Z / s [BLOCK_N], or NaN where the rounding of Y has spoiled Z; norm: Σ Y²."""
+    scale = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    # ⟨Y, Z⟩ ≥ 0.4 |Y|², so |Z| ≥ 0.4 |Y|: ops/README.md. What 1 was added to is 0 or at
+    # least 2^-24, and so never takes the quotient out of fp32's range.
+    spoiled = (tl.abs(along) < 0.4 * norm) | (scale == 0)
+    return tl.where(spoiled, float("nan"), ds / tl.where(spoiled, 1.0, scale))
 
 
 @triton.jit

@@ -236,11 +236,14 @@ def _prefetched(layer: LayerShape, tokens: Tokens) -> int:
 def _weight_workspace(layer: LayerShape, tokens: Tokens, n: int, k: int) -> int:
     """A folded weight [n, k], the dequantised one, and partial sums of its adapter's gradients.
 
-    In fp8 the transposed codes, and X or dY as it was rounded, with a scale for 128 elements.
+    In fp8 the transposed codes, X or dY as it was rounded, with a scale for 128 elements, and the
+    parts of T.
     """
-    partial = _SPLITS * _FP32 * padded_rank(layer.rank) * (n + k) if layer.rank else 0
+    r_pad = padded_rank(layer.rank) if layer.rank else 0
+    partial = _SPLITS * _FP32 * r_pad * (n + k)
     if layer.rank and tokens.in_fp8:
-        return n * k + tokens.count * max(n, k) * 33 // 32 + partial
+        t_parts = tokens.count * _FP32 * r_pad * n // 128 if r_pad <= 32 else 0
+        return n * k + tokens.count * max(n, k) * 33 // 32 + t_parts + partial
     folded = tokens.itemsize * n * k if layer.rank else 0
     unpacked = tokens.itemsize * n * k if tokens.dense_weight else 0
     return folded + unpacked + partial

@@ -8,20 +8,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
-from prodial_kernels.kernels.fp8 import passes
-from prodial_kernels.kernels.fp8.library import takes_library
 from prodial_kernels.kernels.fp8.product import ProductConfig, launch_product
 from prodial_kernels.kernels.fp8.quantize import launch_quantize
 from prodial_kernels.kernels.fp8.transpose import launch_transpose
 from prodial_kernels.ops.fp8.rounding import round_to_fp8, rounded
 from prodial_kernels.testing import LinearCase, assert_case_accurate
-from support.fp8.layers import fp8_case, stored
+from support.fp8.layers import PARTS, fp8_case, stored
 from support.kernels.uninterpreted import run_uninterpreted
 from support.quantized_layers import runner
 
@@ -61,16 +57,6 @@ def test_output_and_gradients_match_fp64(
 def test_both_kinds_of_diagonal(kernel_device: str, diagonal: str) -> None:
     layer = stored(80, 160, device=kernel_device)
     check(fp8_case(layer, 19, diagonal=diagonal), layer)
-
-
-PARTS = {
-    "no blocks": {"blocks": None},
-    "no scale": {"scale": None},
-    "no lora": {"lora_a": None, "lora_b": None},
-    "no bias": {"bias": None},
-    "only scale": {"blocks": None, "lora_a": None, "lora_b": None, "bias": None},
-    "only lora": {"blocks": None, "scale": None, "bias": None},
-}
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
@@ -194,48 +180,6 @@ def test_channel_first_output_and_strided_input(kernel_device: str) -> None:
     turned = checked_linear(case.x, operands, options, channel_first=True)
     assert turned.is_contiguous()
     assert torch.equal(turned.mT, plain)
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS's product everywhere: its operands as it is given them, in plain PyTorch."""
-
-    def product(x: Any, codes: Any, scale_inv: Any, dtype: torch.dtype) -> torch.Tensor:
-        (m, k), n = x.codes.shape, len(codes)
-        left = x.codes.float() * x.scales[:, :m].T.repeat_interleave(128, 1)[:, :k]
-        scales = scale_inv.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-        return (left @ (codes.float() * scales).T).to(dtype)
-
-    monkeypatch.setattr(passes, "takes_library", lambda *_, **__: True)
-    monkeypatch.setattr(passes, "library_product", product)
-
-
-@pytest.mark.usefixtures("library")
-@pytest.mark.parametrize(("block_size", "r"), [(1, 4), (8, 20)])
-def test_around_a_librarys_product(kernel_device: str, block_size: int, r: int) -> None:
-    layer = stored(144, 256, device=kernel_device)
-    check(fp8_case(layer, 37, block_size=block_size, r=r), layer)
-
-
-@pytest.mark.usefixtures("library")
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS.keys())
-def test_any_part_may_be_missing_around_it(kernel_device: str, parts: dict[str, None]) -> None:
-    layer = stored(72, 136, device=kernel_device)
-    check(replace(fp8_case(layer, 21), **parts), layer)
-
-
-def test_which_product_is_taken() -> None:
-    """Of few columns along K the pass over Y costs more than cuBLAS's product saves."""
-    hopper, ada = DeviceLimits((9, 0), 132), DeviceLimits((8, 9), 128)
-    with mock.patch.object(torch.version, "cuda", "13.0"):
-        assert takes_library(8192, 8192, 2048, hopper, finish=True)
-        assert not takes_library(16384, 3072, 768, hopper, finish=True)
-        assert takes_library(16384, 3072, 768, hopper, finish=False)
-        assert not takes_library(8192, 8192, 2048, ada, finish=True)
-        for m, n, k in ((8190, 8192, 2048), (8192, 8200, 2048), (8192, 8192, 2056), (0, 128, 128)):
-            assert not takes_library(m, n, k, hopper, finish=False)
-    with mock.patch.object(torch.version, "cuda", "12.8"):
-        assert not takes_library(8192, 8192, 2048, hopper, finish=False)
 
 
 def test_what_they_compile_to(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from prodial_kernels.kernels.fp8.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.fp8.library import launch_finish
 from prodial_kernels.kernels.fp8.product import choose_product, launch_product
 from prodial_kernels.kernels.fp8.quantize import Rounded, launch_quantize
+from prodial_kernels.kernels.fp8.rounding_side import choose_rounding_side, launch_rounding_side
 from prodial_kernels.kernels.fp8.transpose import launch_transpose
+from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from support.kernels.compile_launches import broken_rules, cost_of, covering
 from support.kernels.launch_recorder import DEVICES, Recorder
 
@@ -40,6 +42,10 @@ def record(m: int, k: int, n: int, r: int, limits: DeviceLimits, dtype: torch.dt
     for parts in ({}, added):
         launch_product(operand, codes, scales, dy, config=config, **parts)
     launch_finish(dy, low, s, b, s, 0.5)
+    if n % 128 == 0 and r <= 32:
+        operands, options = Operands(codes, blocks, s, a, b), ProjectionOptions("triton", 0.5)
+        tile = choose_rounding_side(m, n, limits)
+        launch_rounding_side(dy, dy, low, operands, options, config=tile)
     launch_transpose(codes, scales)
     launch_exact_scale(dy, x, codes, scales, empty(8, n), factor=blocks, relu=True)
 
@@ -56,6 +62,7 @@ def main() -> int:
             if arch == 90:
                 record(512, 2048, 8192, 64, limits, torch.bfloat16)
                 record(77, 200, 75, 16, limits, torch.float16)
+                record(2048, 768, 3072, 32, limits, torch.float16)
         # Every two values of constants that a kernel is given together.
         for launch in covering(recorder.launches, "pairs"):
             for problem in broken_rules(cost_of(launch)):

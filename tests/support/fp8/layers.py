@@ -10,6 +10,16 @@ import torch
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.testing import LinearCase, make_case
 
+PARTS: dict[str, dict[str, None]] = {
+    "no blocks": {"blocks": None},
+    "no scale": {"scale": None},
+    "no lora": {"lora_a": None, "lora_b": None},
+    "no bias": {"bias": None},
+    "only scale": {"blocks": None, "lora_a": None, "lora_b": None, "bias": None},
+    "only lora": {"blocks": None, "scale": None, "bias": None},
+}
+"""What a projection may be without, as changes of a case."""
+
 
 def stored(n: int, k: int, dtype: torch.dtype = torch.float16, device: str = "cpu") -> FP8Linear:
     """A layer whose scales are powers of two, so that 16 bits hold its weight exactly."""
