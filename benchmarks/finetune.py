@@ -3,7 +3,8 @@
 ``python -m benchmarks.finetune`` measures every job of ``finetune_jobs.py`` on a GPU, each in a
 process of its own, so that a peak and a limit are that job's alone. Some processes at a time build
 their models and compile side by side; then each takes the device in turn. ``--curves`` compares
-loss curves with and without each saving instead (``curves.py``). Exit code 1 where a job fails or
+loss curves with and without each saving instead (``curves.py``), ``--fp8`` what adapters learn on
+products in fp8 and in 16 bits (``fp8_learning.py``). Exit code 1 where a job fails or
 misses what it must keep.
 """
 
@@ -173,9 +174,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--rivals", action="store_true",
         help="each job's model frozen and with PEFT's adapters too; one of them: NAME+peft",
     )  # fmt: skip
-    option("--seconds", type=float, metavar="S", help="leave out what is not ready in that time")
-    option("--output", type=Path, metavar="DIR", help="folder for finetune.json or curves.json")
-    option("--steps", type=int, metavar="N", help="timed steps (10; with --curves 200)")
+    option(
+        "--seconds", type=float, metavar="S",
+        help="leave out what is not ready in that time; with --fp8, what has not ended",
+    )  # fmt: skip
+    option("--output", type=Path, metavar="DIR", help="folder for the .json")
+    option(
+        "--steps", type=int, metavar="N",
+        help="timed steps (10; with --curves 200, with --fp8 1000)",
+    )  # fmt: skip
     option("--loss", default="auto", help="as of prodial finetune")
     option("--optimizer", default="adamw", help="as of prodial finetune")
     option(
@@ -183,6 +190,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="jobs that are on the device at once, one of them running (%(default)s)",
     )  # fmt: skip
     option("--curves", action="store_true", help="compare loss curves instead")
+    option("--fp8", action="store_true", help="compare learning in fp8 and in 16 bits instead")
+    option("--seeds", type=int, default=5, metavar="N", help="with --fp8 (%(default)s)")
     option("--profile", action="store_true", help="print the kernels' times of a step too")
     option("--tiny", action="store_true", help="tiny models on a CPU: tries the suite out")
     return parser
@@ -197,11 +206,13 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
     """
     options = build_parser().parse_args(arguments)
     if options.steps is None:
-        options.steps = (3 if options.tiny else 200) if options.curves else 10
+        full = 200 if options.curves else 1000 if options.fp8 else 10
+        options.steps = 3 if options.tiny and full > 10 else full
     if not options.tiny and not torch.cuda.is_available():
         print("benchmarks.finetune: needs a CUDA device, found none; or --tiny", file=sys.stderr)
         return 2
     started = time.perf_counter()
+    device = "cpu" if options.tiny else "cuda"
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--output" in given:
         # Where it was written says nothing about the figures.
@@ -212,26 +223,38 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
     def keep(rows: Sequence[JobRow]) -> None:
         if options.output:
             if not record:
-                record.update(describe("cpu" if options.tiny else "cuda", command))
+                record.update(describe(device, command))
                 record["notes"] = [] if options.tiny else notes(CONFIGURATIONS)
             text = text_of(record, [values_of(row) for row in rows])
             write_text(options.output / "finetune.json", text)
 
-    if options.curves:
-        # One launch configuration per kernel of Mamba-2 instead of minutes of tuning; read when
-        # mamba_ssm is imported, here and in the workers.
+    # One launch configuration per kernel of Mamba-2 instead of minutes of tuning; read when
+    # mamba_ssm is imported, here and in the workers.
+    if options.curves or options.fp8:
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+    if options.fp8:
+        from benchmarks.training.fp8_learning import run_learning
+
+        learned, good = run_learning(
+            device, options.steps, options.seeds, budget=options.seconds or 0.0,
+            workers=0 if options.tiny else WORKERS,
+        )  # fmt: skip
+        if options.output:
+            rows = [values_of(row) for row in learned]
+            record |= describe(device, command)
+            write_text(options.output / "fp8-learning.json", text_of(record, rows))
+    elif options.curves:
         from benchmarks.training.curves import MAKERS, run_curves
 
         if unknown := set(options.jobs or ()) - MAKERS.keys():
             raise SystemExit(f"benchmarks.finetune: unknown models {sorted(unknown)}: {[*MAKERS]}")
         curves, good = run_curves(
-            "cpu" if options.tiny else "cuda", options.steps, options.jobs,
+            device, options.steps, options.jobs,
             workers=0 if options.tiny else WORKERS,
         )  # fmt: skip
         if options.output:
             rows = [values_of(curve) for curve in curves]
-            record |= describe("cpu" if options.tiny else "cuda", command)
+            record |= describe(device, command)
             write_text(options.output / "curves.json", text_of(record, rows))
     else:
         jobs = run_jobs(options, start, keep)

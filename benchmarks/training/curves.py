@@ -140,15 +140,18 @@ MAKERS: dict[str, Callable[[str], tuple[nn.Module, Tensor]]] = {
 
 
 @cache
-def text_tokens() -> Tensor:
-    """The source of Python's own modules as one stream of the embedded model's tokens."""
+def text_tokens(side: str = "train") -> Tensor:
+    """The source of Python's own modules as one stream of the embedded model's tokens.
+
+    ``side``: ``"train"`` or ``"held_out"``.
+    """
     from transformers import AutoTokenizer
 
     from prodial_kernels.embedded import embedded_model_path
     from prodial_kernels.training.data.splits import load_documents
 
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
-    documents = load_documents("stdlib", max_bytes=1_000_000).train
+    documents = getattr(load_documents("stdlib", max_bytes=1_000_000), side)
     ids = [i for text in documents for i in tokenizer(str(text))["input_ids"]]
     return torch.tensor(ids, dtype=torch.int32)
 
