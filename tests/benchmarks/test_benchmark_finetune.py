@@ -16,6 +16,7 @@ from benchmarks import finetune
 from benchmarks.harness.process import WorkerError
 from benchmarks.harness.rows import values_of
 from benchmarks.training import curves
+from benchmarks.training.fp8_learning import METHODS, LearningRow, runs_of, summary
 from benchmarks.training.jobs import (
     FROZEN,
     GB,
@@ -336,3 +337,28 @@ def test_a_curve_is_trained() -> None:
     assert plain[0] != plain[1]
     # Each run trains a copy.
     assert curves.losses_of("random-130m", curves.PLAIN, "cpu", 2) == plain
+
+
+def test_learning_in_fp8_is_judged_by_the_spread_of_seeds() -> None:
+    """A gap as large as the seeds' spread is within it, a larger one is not; one seed says nothing."""
+
+    def rows(gap: float, seeds: int = 3) -> list[LearningRow]:
+        return [
+            LearningRow(method, seed, compute, [(10, 2 + seed + (compute == "fp8") * gap)])
+            for method in METHODS for compute in ("same", "fp8") for seed in range(seeds)
+        ]  # fmt: skip
+
+    lines, good = summary(rows(0.9))
+    assert good
+    assert "+0.9000" in lines[0]
+    assert not summary(rows(1.1))[1]
+    assert not summary(rows(0.0, seeds=1))[1]
+    lost = rows(0.0)
+    lost[3].error = "TimeoutError"
+    assert "over 2 seeds" in summary(lost)[0][0]
+
+
+def test_learning_in_fp8_takes_each_seed_in_pairs() -> None:
+    runs = runs_of(2)
+    assert [(r.seed, r.compute) for r in runs[:4]] == [(0, "same"), (0, "fp8")] * 2
+    assert len(set(runs)) == 12
