@@ -340,7 +340,7 @@ def test_a_curve_is_trained() -> None:
 
 
 def test_learning_in_fp8_is_judged_by_the_spread_of_seeds() -> None:
-    """A gap as large as the seeds' spread is within it, a larger one is not; one seed says nothing."""
+    """A gap below the seeds' spread is within it, a larger one is not; one seed says nothing."""
 
     def rows(gap: float, seeds: int = 3) -> list[LearningRow]:
         return [
