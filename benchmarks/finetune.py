@@ -3,8 +3,8 @@
 ``python -m benchmarks.finetune`` measures every job of ``finetune_jobs.py`` on a GPU, each in a
 process of its own, so that a peak and a limit are that job's alone. Some processes at a time build
 their models and compile side by side; then each takes the device in turn. ``--curves`` compares
-loss curves with and without each saving instead (``curves.py``), ``--fp8`` what adapters learn on
-products in fp8 and in 16 bits (``fp8_learning.py``). Exit code 1 where a job fails or
+loss curves with and without each saving instead (``learning/curves.py``), ``--fp8`` what adapters learn on
+products in fp8 and in 16 bits (``learning/in_fp8.py``). Exit code 1 where a job fails or
 misses what it must keep.
 """
 
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
     if options.curves or options.fp8:
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
     if options.fp8:
-        from benchmarks.training.fp8_learning import run_learning
+        from benchmarks.training.learning.in_fp8 import run_learning
 
         learned, good = run_learning(
             device, options.steps, options.seeds, budget=options.seconds or 0.0,
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
             record |= describe(device, command)
             write_text(options.output / "fp8-learning.json", text_of(record, rows))
     elif options.curves:
-        from benchmarks.training.curves import MAKERS, run_curves
+        from benchmarks.training.learning.curves import MAKERS, run_curves
 
         if unknown := set(options.jobs or ()) - MAKERS.keys():
             raise SystemExit(f"benchmarks.finetune: unknown models {sorted(unknown)}: {[*MAKERS]}")

@@ -15,8 +15,6 @@ import torch
 from benchmarks import finetune
 from benchmarks.harness.process import WorkerError
 from benchmarks.harness.rows import values_of
-from benchmarks.training import curves
-from benchmarks.training.fp8_learning import METHODS, LearningRow, runs_of, summary
 from benchmarks.training.jobs import (
     FROZEN,
     GB,
@@ -30,6 +28,8 @@ from benchmarks.training.jobs import (
     Job,
     JobRow,
 )
+from benchmarks.training.learning import curves
+from benchmarks.training.learning.in_fp8 import METHODS, LearningRow, runs_of, summary
 from benchmarks.training.steps import LR, JobTask, plan_of
 from benchmarks.training.table import beside_rivals
 from prodial_kernels.cli import commands

@@ -18,8 +18,8 @@ from benchmarks.projector.rows import ProjectorRow
 from benchmarks.report import charts
 from benchmarks.report.record import Record
 from benchmarks.training import table
-from benchmarks.training.curves import CurveRow
 from benchmarks.training.jobs import JOBS, TINY_JOBS, JobRow
+from benchmarks.training.learning.curves import CurveRow
 
 ENVIRONMENT = {
     "device": "A GPU", "driver": "1", "commit": "abc", "date": "2026-01-02", "command": "run",

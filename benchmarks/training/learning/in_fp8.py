@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness.memory import release
-from benchmarks.training.curves import BATCH, LENGTH, text_tokens
+from benchmarks.training.learning.curves import BATCH, LENGTH, text_tokens
 from prodial_kernels.linear import unrounded
 from prodial_kernels.models.loading.load import load_model
 from prodial_kernels.training.config import FinetuneConfig

@@ -1,0 +1,1 @@
+"""How losses fall: with each saving, on products in fp8."""
