@@ -3,7 +3,7 @@
 ``python -m benchmarks.finetune`` measures every job of ``finetune_jobs.py`` on a GPU, each in a
 process of its own, so that a peak and a limit are that job's alone. Some processes at a time build
 their models and compile side by side; then each takes the device in turn. ``--curves`` compares
-loss curves with and without each saving instead (``learning/curves.py``), ``--fp8`` what adapters learn on
+loss curves with and without each saving instead (``learning/curves.py``), ``--fp8`` those on
 products in fp8 and in 16 bits (``learning/in_fp8.py``). Exit code 1 where a job fails or
 misses what it must keep.
 """
@@ -47,6 +47,8 @@ SIDE_BY_SIDE = 8
 MEASURING = 3.0
 # Of the curves, whose steps leave a GPU idle most of the time.
 WORKERS = 4
+# Of the runs in fp8, which take captured steps.
+LEARNERS = 6
 
 
 def row_text(row: JobRow) -> str:
@@ -233,16 +235,19 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
     if options.curves or options.fp8:
         os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
     if options.fp8:
-        from benchmarks.training.learning.in_fp8 import run_learning
+        from benchmarks.training.learning.in_fp8 import LearningRow, run_learning
 
-        learned, good = run_learning(
-            device, options.steps, options.seeds, budget=options.seconds or 0.0,
-            workers=0 if options.tiny else WORKERS,
-        )  # fmt: skip
-        if options.output:
-            rows = [values_of(row) for row in learned]
-            record |= describe(device, command)
-            write_text(options.output / "fp8-learning.json", text_of(record, rows))
+        record |= describe(device, command)
+
+        def write(rows: Sequence[LearningRow]) -> None:
+            if options.output:
+                text = text_of(record, [values_of(row) for row in rows])
+                write_text(options.output / "fp8-learning.json", text)
+
+        good = run_learning(
+            device, options.steps, options.seeds, seconds=options.seconds or 0.0,
+            workers=0 if options.tiny else LEARNERS, keep=write,
+        )[1]  # fmt: skip
     elif options.curves:
         from benchmarks.training.learning.curves import MAKERS, run_curves
 

@@ -9,8 +9,8 @@ gradient with that of the same batch without the roundings.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from statistics import fmean, stdev
@@ -156,7 +156,13 @@ def runs_of(seeds: int) -> list[Run]:
 
 
 def run_learning(
-    device: str, steps: int, seeds: int, *, budget: float = 0.0, workers: int = 0
+    device: str,
+    steps: int,
+    seeds: int,
+    *,
+    seconds: float = 0.0,
+    workers: int = 0,
+    keep: Callable[[Sequence[LearningRow]], None] = lambda rows: None,
 ) -> tuple[list[LearningRow], bool]:
     """Train every run and print rows and :func:`summary` as they come.
 
@@ -164,19 +170,21 @@ def run_learning(
         device: ``"cuda"``, or ``"cpu"`` to try it out.
         steps: Of every run.
         seeds: How many.
-        budget: Seconds after which no run goes on; 0 for no limit.
+        seconds: After which no run goes on; 0 for no limit.
         workers: Processes that share the device, which a step leaves idle most of the time; 0 for
             this one.
+        keep: Told all rows after each.
 
     Returns:
         The rows, and whether each method's mean loss in fp8 is within the seeds' spread of that in
         16 bits.
     """
-    deadline = time.time() + budget if budget else float("inf")
+    deadline = time.time() + seconds if seconds else float("inf")
     rows = []
     for row in _trained(runs_of(seeds), device, steps, deadline, workers):
         rows.append(row)
         print(text_of(row), flush=True)
+        keep(rows)
     lines, good = summary(rows)
     print("\n".join(lines), flush=True)
     return rows, good
@@ -191,7 +199,7 @@ def _trained(
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(train, run, device, steps, deadline) for run in runs]
-        for result in waiting:
+        for result in as_completed(waiting):
             yield result.result()
 
 

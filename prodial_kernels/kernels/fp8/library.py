@@ -1,16 +1,21 @@
 """cuBLAS's product of matrices in fp8 by blocks, where there is one; what else belongs to Y."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prodial_kernels.kernels.choices.partition import ceil_div
+from prodial_kernels.kernels.choices.partition import ceil_div, split_tokens
 from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.fp8.quantize import GROUP, Rounded
+from prodial_kernels.kernels.projector.tiles import (
+    WalkTile,
+    load_tile,
+    store_tile,
+    tiled,
+    tma_ready,
+)
 from prodial_kernels.kernels.replay.recorder import launch
 
 # What the own product takes less than cuBLAS's and a pass over Y, in TFLOP/s and bytes a
@@ -47,48 +52,52 @@ def library_product(x: Rounded, codes: Tensor, scale_inv: Tensor, dtype: torch.d
     )  # fmt: skip
 
 
-class FinishTile(NamedTuple):
-    """Compile-time sizes of ``_finish_kernel``: a tile of Y, R_PAD."""
-
-    block_m: int
-    block_n: int
-    rank: int
-
-
 @triton.jit
 def _finish_kernel(
-    y_ptr, deviation_ptr, low_ptr, outer_ptr, bias_ptr, M, N, R, alpha, TILE: tl.constexpr
+    y, deviation_ptr, low_ptr, outer_ptr, bias_ptr, M, N, R, alpha, rows_per_program,
+    TMA: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Y = s ⊙ Y (+ L (α B)ᵀ) (+ bias) in place, [M, N]; L [M, R_PAD], B [N, R].
 
-    A program owns a tile.
+    A program walks BLOCK_N columns of ``rows_per_program`` rows.
     """
-    BLOCK_M: tl.constexpr = TILE.block_m
-    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_N: tl.constexpr = TILE.columns
     R_PAD: tl.constexpr = TILE.rank
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    offs_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    rows = offs_m.to(tl.int64)[:, None]
-    mask = mask_m[:, None] & mask_n[None, :]
-    at = y_ptr + rows * N + offs_n[None, :]
-    y = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    columns = tl.cdiv(N, BLOCK_N)
+    column = tl.program_id(0) % columns * BLOCK_N
+    first = tl.program_id(0) // columns * rows_per_program
+    offs_n = column + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, R_PAD)
+    mask_n = offs_n < N
     if deviation_ptr is not None:
-        deviation = tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        y *= 1 + deviation[None, :]
+        s = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if outer_ptr is not None:
-        for r in tl.static_range(0, R_PAD, 16):
-            offs_r = r + tl.arange(0, 16)
-            low = tl.load(low_ptr + rows * R_PAD + offs_r[None, :], mask=mask_m[:, None], other=0.0)
-            b = tl.load(
-                outer_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
-                mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
-            )  # fmt: skip
-            y = tl.dot(low, (b.to(tl.float32) * alpha).to(low.dtype).T, y)
+        b = tl.load(
+            outer_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
+            mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
+        )  # fmt: skip
+        b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty).T
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    stop = tl.minimum(first + rows_per_program, M)
+    # Only an explicit number of stages makes the compiler prefetch what no dot reads.
+    for row in tl.range(first, stop, BLOCK_M, num_stages=TILE.stages):
+        tile = load_tile(y, 0, row, column, M, N, N, 0, BLOCK_M, BLOCK_N, False, TMA)
+        wide = tile.to(tl.float32)
+        if deviation_ptr is not None:
+            wide *= s[None, :]
+        if outer_ptr is not None:
+            offs_m = row + tl.arange(0, BLOCK_M)
+            low = tl.load(
+                low_ptr + offs_m.to(tl.int64)[:, None] * R_PAD + offs_r[None, :],
+                mask=(offs_m < M)[:, None], other=0.0,
+            )  # fmt: skip
+            # [BLOCK_M, R_PAD] @ [R_PAD, BLOCK_N] -> [BLOCK_M, BLOCK_N]
+            wide += tl.dot(low, b)
+        if bias_ptr is not None:
+            wide += bias[None, :]
+        store_tile(y, 0, row, column, M, N, N, 0, wide.to(tile.dtype), BLOCK_M, BLOCK_N, False, TMA)
 
 
 def launch_finish(
@@ -99,14 +108,20 @@ def launch_finish(
     bias: Tensor | None,
     alpha: float,
 ) -> tuple[()]:
-    """Y = s ⊙ Y + L (α B)ᵀ + bias in place, of what there is; shapes as in the kernel."""
+    """Y = s ⊙ Y + L (α B)ᵀ + bias in place, of what there is; Y contiguous, shapes as above."""
     m, n = y.shape
-    block_m, block_n = 64, 128
     r_pad = 16 if low is None else low.shape[1]
+    tma = tma_ready(y)
+    # Addresses take the registers that a wide tile would.
+    block_m, block_n = 64 if r_pad <= 64 else 32, 128 if tma else 64
+    columns = ceil_div(n, block_n)
+    # Two programs for each multiprocessor of a Hopper.
+    splits, rows = split_tokens(m, columns, block_m, 264)
     launch(
-        _finish_kernel, (ceil_div(m, block_m) * ceil_div(n, block_n),),
-        y_ptr=y, deviation_ptr=scale_deviation, low_ptr=low, outer_ptr=lora_b, bias_ptr=bias,
-        M=m, N=n, R=0 if lora_b is None else lora_b.shape[1], alpha=alpha,
-        TILE=FinishTile(block_m, block_n, r_pad), num_warps=4,
+        _finish_kernel, (columns * splits,),
+        y=tiled(y, [block_m, block_n], tma), deviation_ptr=scale_deviation, low_ptr=low,
+        outer_ptr=lora_b, bias_ptr=bias, M=m, N=n, R=0 if lora_b is None else lora_b.shape[1],
+        alpha=alpha, rows_per_program=rows, TMA=tma,
+        TILE=WalkTile(block_m, block_n, r_pad, 3 if r_pad <= 64 else 2), num_warps=4,
     )  # fmt: skip
     return ()
