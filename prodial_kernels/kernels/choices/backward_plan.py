@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Literal, NamedTuple
 
-from prodial_kernels.kernels.choices.costs import COSTS
+from prodial_kernels.kernels.choices.costs import COSTS, HALF_STEP
+from prodial_kernels.kernels.choices.panels import (
+    PANEL_BYTES,
+    PANEL_TOKENS,
+    WORTH,
+    column_panels,
+    finer_end,
+    low_rank_first,
+    rounds_of,
+    two_panels,
+)
 from prodial_kernels.kernels.choices.partition import ceil_div, fold_programs
 from prodial_kernels.kernels.choices.tile_sizes import (
+    HALF,
     MAX_FUSED_RANK,
     SMALL,
     TALL,
@@ -20,7 +32,6 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     OutputSideConfig,
     choose_low_rank_parts,
     choose_output_side,
-    column_panels,
     pdl_pays,
     pointer_gemm,
     tiles_of,
@@ -41,10 +52,11 @@ class BackwardPlan:
         co_resident: Where they do, whether at the same time: the output side is then launched after
             the product, and uses what that leaves of each multiprocessor. Else it comes before.
         deferred: Whether the output side, beside the product, is joined only after the input side.
-        panels: The column panels that s ⊙ W is made in: (first column, how many) of each.
+        panels: The column panels that s ⊙ W is made in: (first column, how many) of each. T, where
+            it is fused, is made by the first panel's product.
         token_parts: Where there are any, dY ⊙ s is made instead, of so many tokens at a time:
             (first token, how many) of each.
-        rest: Tile sizes of the last of these parts where they are others, None where not.
+        rest: Tile sizes of the last of these parts, or panels, where they are others.
         low_rank: Where T is separate, the tile sizes of its sums by parts; None for a walk over dY.
     """
 
@@ -121,10 +133,9 @@ _MORE_ROUNDS = 0.5
 # it fits, runs the output side, which fills what is left.
 _TOKEN_SIDE, _WIDE_FILL, _TALL_FILL = 4096, 0.9, 0.95
 _WIDE_GAIN = 0.9
-# A tile for the last part, whose tokens are fewer, and what it costs as the steps in ``Costs`` (6
-# parts of 384 × 2560 results, summed along 10240, take 235 µs on an H200).
-_HALF = GemmConfig(64, 128, 64, num_warps=4, num_stages=6, flatten=True)
-_HALF_STEP = 4.3
+# s ⊙ W of more than this share of what the layer returns is made in two panels, where the product
+# has the multiprocessors for it; at most so many fewer are then left for the output side.
+_HEAVY, _FEWER_BESIDE = 0.1, 3
 # All tokens at once, where that moves but so small a share of the bytes, whatever the tiles fill.
 _LIGHT = 0.25
 
@@ -201,6 +212,7 @@ def choose_backward(
     # The launch that scales the weight, and also makes T's factor: its time and its programs.
     prepare, scaling = COSTS.prepare + 4 * n * k / COSTS.memory, fold_programs(n, k, 1)
     plans: list[tuple[float, BackwardPlan]] = []
+    resident: BackwardPlan | None = None
     for tile, fused in product(sizes, (True, False) if fusable else (False,)):
         config = tile.fused if fused else tile.plain
         pdl = fused and pdl_pays(
@@ -236,12 +248,16 @@ def choose_backward(
             product_time = multiply(fewest, replace(tile, fused=room))
             time = max(product_time, COSTS.co_resident * own) + tile.co_resident * own + COSTS.fork
             config = replace(room, programs=processors)
-            plans.append((time, BackwardPlan(config, work, fused, 0, co_resident=True)))
+            plan = BackwardPlan(config, work, fused, 0, co_resident=True)
+            plans.append((time, plan))
+            resident = plan if tile is _WIDE else resident
     time, plan = min(plans, key=lambda plan: plan[0])
     plan = plan.on(processors)
     if scales == "nothing":
         return settled(replace(plan, panels=((0, k),)))
     plan = replace(plan, panels=column_panels(m, k, 2 * n, plan.gemm))
+    if through_weight and not channel_first:
+        plan = _in_panels(m, n, k, r_pad, plan, resident, walk, processors)
     if scales == "weight" or channel_first or not through_weight or m > min(k, _TOKEN_SIDE):
         return settled(plan)
     fits = output_side and r_pad <= _CO_RESIDENT_RANK and not bias
@@ -260,6 +276,60 @@ def choose_backward(
         rest=_rest(m % parts.tokens, k, parts, processors),
     )  # fmt: skip
     return settled(plan)
+
+
+def _in_panels(
+    m: int,
+    n: int,
+    k: int,
+    r_pad: int,
+    plan: BackwardPlan,
+    resident: BackwardPlan | None,
+    walk: Callable[[int], OutputSideConfig],
+    processors: int,
+) -> BackwardPlan:
+    """Return the plan with s ⊙ W in such panels as bound it, where they cost little or nothing.
+
+    Args:
+        m: Tokens.
+        n: Columns of dY.
+        k: Columns of dX.
+        r_pad: Padded rank.
+        plan: The fastest by the costs of the product, which know no panels.
+        resident: The plan of wide tiles that the output side is co-resident with, if there is one.
+        walk: Tile sizes of the output side on so many multiprocessors.
+        processors: Of the device.
+    """
+    size = 2 * n * k
+    if len(plan.panels) == 1 and resident is not None and m >= PANEL_TOKENS and size > PANEL_BYTES:
+        # All multiprocessors multiply then, whose rounds panels can fill.
+        panels = column_panels(m, k, 2 * n, resident.gemm)
+        plan = plan if len(panels) == 1 else replace(resident, panels=panels)
+    if len(plan.panels) == 1:
+        heavy = m >= PANEL_TOKENS and size > _HEAVY * 2 * m * (n + k)
+        halves = two_panels(m, k, plan.gemm) if heavy and plan.side_processors else None
+        if halves is not None:
+            panels, programs = halves
+            if 0 <= programs - plan.gemm.programs <= _FEWER_BESIDE:
+                left = processors - programs
+                plan = replace(
+                    plan, gemm=replace(plan.gemm, programs=programs), output_side=walk(left),
+                    side_processors=left, panels=panels,
+                )  # fmt: skip
+        return plan
+    if plan.gemm.block_m != WIDE.block_m:
+        return plan
+    step = COSTS.wide_step * n / 1e3
+    always, by_rank = COSTS.wide_low_rank
+    panels = low_rank_first(plan.panels, m, plan.gemm)
+    spared = rounds_of(plan.gemm, m, plan.panels[0][1]) - rounds_of(plan.gemm, m, panels[0][1])
+    low_rank = step * (always + by_rank * r_pad / 16)
+    if plan.fused_low_rank and spared * low_rank - COSTS.launch > WORTH:
+        plan = replace(plan, panels=panels)
+    if step - HALF_STEP * n / 1e3 - COSTS.launch > WORTH:
+        panels, rest = finer_end(plan.panels, m, plan.gemm)
+        plan = replace(plan, panels=panels, rest=rest)
+    return plan
 
 
 class _TokenParts(NamedTuple):
@@ -315,9 +385,9 @@ def _rest(tokens: int, k: int, parts: _TokenParts, processors: int) -> GemmConfi
     def time(config: GemmConfig, step: float) -> float:
         return ceil_div(tiles_of(config, tokens, k), processors) * step
 
-    if not tokens or time(_HALF, _HALF_STEP) >= time(parts.gemm, parts.step):
+    if not tokens or time(HALF, HALF_STEP) >= time(parts.gemm, parts.step):
         return None
-    return replace(_HALF, programs=processors)
+    return replace(HALF, programs=processors)
 
 
 def _product_time(tile: ProductTile, n: int, rounds: int, rank: int) -> float:

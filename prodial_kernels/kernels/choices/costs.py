@@ -69,3 +69,6 @@ class Costs(NamedTuple):
 
 
 COSTS = Costs()
+# The same as the steps in ``Costs``, of a 64×128 tile, which takes only what is left beside larger
+# ones (6 times 384 × 2560 results, summed along 10240, take 235 µs on an H200).
+HALF_STEP = 4.3

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from prodial_kernels.kernels.choices.costs import COSTS
+from prodial_kernels.kernels.choices.costs import COSTS, HALF_STEP
+from prodial_kernels.kernels.choices.panels import (
+    WORTH,
+    Panels,
+    column_panels,
+    finer_end,
+    low_rank_first,
+    rounds_of,
+)
 from prodial_kernels.kernels.choices.partition import ceil_div, fold_programs
 from prodial_kernels.kernels.choices.tile_sizes import (
     MAX_FUSED_RANK,
@@ -16,7 +24,6 @@ from prodial_kernels.kernels.choices.tile_sizes import (
     LowRankConfig,
     choose_low_rank,
     choose_low_rank_parts,
-    column_panels,
     pdl_pays,
     pointer_gemm,
     tiles_of,
@@ -30,6 +37,9 @@ NARROW = GemmConfig(64, 64, 32, num_warps=4, num_stages=3)
 # as fast as the memory can, and less is saved (H200, LOG.md of 2026-11-30).
 _FUSED_COLUMNS = {32: 3072, MAX_FUSED_RANK: 2048}
 _MANY_TOKENS, _FUSED_COLUMNS_OF_MANY = 8192, {32: 1024, MAX_FUSED_RANK: 2048}
+# The widest padded rank whose H is made by the first panel's product alone: wider ones were not
+# measured.
+_PANELS_RANK = 32
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,13 @@ class ForwardPlan:
 
     Attributes:
         gemm: Tile sizes of the product; ``pdl`` where the launch before is worth triggering it.
-        fused_low_rank: Whether H = X Aᵀ is computed within the product, else by a separate pass.
+        fused_low_rank: Whether H = X Aᵀ is computed within the product, that of the first panel,
+            else by a separate pass.
         on_activations: Whether U = X D_bᵀ is made and the product applies s, else V = s ⊙ (W D_b).
         panels: The column panels that V is made in: (first column, how many) of each.
         tail_columns: How many of the last columns narrow tiles compute on a second stream.
         low_rank: Where H is separate, the tile sizes of its sums by parts; None for a walk over X.
+        rest: Tile sizes of the last panel where they are others.
     """
 
     gemm: GemmConfig
@@ -51,6 +63,7 @@ class ForwardPlan:
     panels: tuple[tuple[int, int], ...]
     tail_columns: int
     low_rank: LowRankConfig | None = None
+    rest: GemmConfig | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -85,10 +98,9 @@ def choose_forward(
     """
     blocks, lora = block_size is not None, r_pad is not None
     # The product reads X as it is, and its H is of tokens by rows.
-    fusable = (
-        r_pad is not None and not dropout and not y_channel_first and aligned
-        and fuses_low_rank(m, n, r_pad, limits.capability)
-    )  # fmt: skip
+    fusable = r_pad is not None and not dropout and not y_channel_first and aligned
+    fusable_first = fusable and not x_channel_first
+    fusable = fusable and fuses_low_rank(m, n, r_pad or 0, limits.capability)
     on_activations = applies_to_activations(
         m, n, blocks=blocks, scale=scale, channel_first=x_channel_first, fused_low_rank=fusable
     )
@@ -99,6 +111,12 @@ def choose_forward(
     tail = 0
     if len(panels) == 1 and not y_channel_first and not fused:
         tail = tail_columns(m, n, config, limits.processors)
+    rest = None
+    if folds and panels == ((0, n),) and not (tail or y_channel_first):
+        config, panels, rest = _wide_and_finer(m, n, k, config, limits)
+    if fusable_first and not fused and folds:
+        of_h = _low_rank_first(m, n, k, r_pad or 0, panels, tail, config)
+        fused, panels = of_h != panels, of_h
     low_rank = None
     if r_pad is not None and not fused and not dropout and not x_channel_first:
         low_rank = choose_low_rank_parts(
@@ -120,7 +138,49 @@ def choose_forward(
             config, before, block_size=block_size or 1, beside_low=separate,
             processors=limits.processors,
         )  # fmt: skip
-    return ForwardPlan(replace(config, pdl=pdl), fused, on_activations, panels, tail, low_rank)
+    return ForwardPlan(
+        replace(config, pdl=pdl), fused, on_activations, panels, tail, low_rank, rest
+    )
+
+
+def _low_rank_first(
+    m: int, n: int, k: int, r_pad: int, panels: Panels, tail: int, config: GemmConfig
+) -> Panels:
+    """Return the panels with a first one whose product makes H, where that spares a pass over X.
+
+    Of many tokens and no more columns than X has: of more, the pass takes hardly longer than V,
+    which the same launch makes (predicted 14, found 1 µs at 16384, 2048, 8192).
+    """
+    wide = config.block_m == WIDE.block_m and config.programs
+    if not wide or m < _MANY_TOKENS or n > k or r_pad > _PANELS_RANK:
+        return panels
+    *others, (at, width) = panels
+    *split, (at, width) = low_rank_first((*others, (at, width - tail)), m, config)
+    found = (*split, (at, width + tail))
+    always, by_rank = COSTS.wide_low_rank
+    rounds = rounds_of(config, m, found[0][1])
+    within = COSTS.wide_step * k / 1e3 * rounds * (always + by_rank * r_pad / 16)
+    separate = 2 * m * k / COSTS.memory
+    return found if separate - within - COSTS.launch > WORTH else panels
+
+
+def _wide_and_finer(
+    m: int, n: int, k: int, config: GemmConfig, limits: DeviceLimits
+) -> tuple[GemmConfig, Panels, GemmConfig | None]:
+    """Return wide tiles for whole rounds and finer ones for the rest, where that is faster.
+
+    In the place of tall tiles: (tile sizes, panels of V, tile sizes of the last).
+    """
+    if config.block_m != TALL.block_m or config.block_n != TALL.block_n:
+        return config, ((0, n),), None
+    wide = replace(WIDE, programs=limits.processors, flatten=True)
+    panels, rest = finer_end(((0, n),), m, wide)
+    step = COSTS.wide_step * k / 1e3
+    taken = step * rounds_of(wide, m, panels[0][1]) + HALF_STEP * k / 1e3 + COSTS.launch
+    tall = step * COSTS.tall_round * rounds_of(config, m, n)
+    if rest is None or tall - taken < WORTH:
+        return config, ((0, n),), None
+    return wide, panels, rest
 
 
 def choose_gemm(m: int, n: int, limits: DeviceLimits, *, whole: bool = False) -> GemmConfig:

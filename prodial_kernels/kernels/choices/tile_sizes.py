@@ -115,8 +115,9 @@ class LowRankConfig:
 WIDE = GemmConfig(128, 256, 64, num_warps=8, num_stages=3, subtile=True)
 TALL = GemmConfig(64, 256, 64, num_warps=4, num_stages=4, subtile=True)
 SMALL = GemmConfig(64, 64, 128, num_warps=4, num_stages=4, flatten=True)
-"""Tiles of a Hopper's products. The first costs the least for its size; the last is for results
-that have too few of the others."""
+HALF = GemmConfig(64, 128, 64, num_warps=4, num_stages=6, flatten=True)
+"""Tiles of a Hopper's products. The first costs the least for its size; ``SMALL`` is for results
+that have too few of the others, ``HALF`` for what is left of a result beside whole rounds."""
 
 
 def choose_low_rank(m: int, r_pad: int, *, dropout: bool, even: bool = True) -> tuple[int, int]:
@@ -181,46 +182,6 @@ def pdl_pays(
     """
     most = _BEHIND_LOW if beside_low else _BEHIND_SCALE if block_size == 1 else _BEHIND_BLOCKS
     return config.tma and (config.block_m == WIDE.block_m or before <= most * processors)
-
-
-# A column panel of a weight that is made for a product: at most so many bytes, so that it stays in
-# L2 (50 MB on an H100), where the product has at least so many tokens; and the share of its rounds
-# of tiles that the product may take more for it.
-PANEL_BYTES, PANEL_TOKENS, _PANEL_COST = 24 * 2**20, 8192, 0.04
-
-
-def column_panels(
-    m: int, features: int, row_bytes: int, config: GemmConfig
-) -> tuple[tuple[int, int], ...]:
-    """Split a weight that is made for a product of many tokens: (first feature, how many) of each.
-
-    The product of a panel follows before the next is made, in the same memory. Panels fill whole
-    rounds of tiles; where that cannot be, there is one of all.
-
-    Args:
-        m: Tokens.
-        features: What the product has beside them: columns, or rows where it is channel-first.
-        row_bytes: Bytes of the weight for one of them.
-        config: Tile sizes and programs of the product.
-    """
-    whole = ((0, features),)
-    if m < PANEL_TOKENS or features * row_bytes <= PANEL_BYTES or not config.programs:
-        return whole
-
-    def rounds(columns: int) -> int:
-        return ceil_div(tiles_of(config, m, columns), config.programs)
-
-    most = max(1, PANEL_BYTES // (row_bytes * config.block_n))
-    fills = {
-        columns: columns / rounds(columns * config.block_n)
-        for columns in range(most // 2 + 1, most + 1)
-    }
-    step = (
-        min(c for c, fill in fills.items() if fill >= 0.99 * max(fills.values())) * config.block_n
-    )
-    parts = tuple((first, min(step, features - first)) for first in range(0, features, step))
-    taken = sum(rounds(columns) for _, columns in parts)
-    return parts if taken <= (1 + _PANEL_COST) * rounds(features) else whole
 
 
 def tiles_of(config: GemmConfig, m: int, n: int) -> int:

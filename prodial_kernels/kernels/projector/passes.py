@@ -74,10 +74,10 @@ def forward(
     pdl = plan.gemm.pdl and supports_pdl(limits.capability, x)
     config = replace(plan.gemm, pdl=pdl)
     y = x.new_empty((m // length if length else 0, n, length) if length else (m, n))
-    fused, tail = plan.fused_low_rank, plan.tail_columns
     h, factor = (None, None) if made is None else made
     for first, columns in plan.panels:
-        separate = lora_a is not None and not fused and h is None
+        fused = plan.fused_low_rank and first == 0
+        separate = lora_a is not None and not plan.fused_low_rank and h is None
         panel = Operands(
             weight.narrow(0, first, columns), blocks, _part(scale_deviation, first, columns),
             lora_a if fused or separate else None, _part(lora_b, first, columns), None, seed,
@@ -94,9 +94,13 @@ def forward(
         h = low if separate else h
         b = b if factor is None else _part(factor, first, columns)
         u, v = (v, weight) if plan.on_activations else (x, v)
+        panel_config, tail = config, 0
+        if first + columns == n:
+            tail = plan.tail_columns
+            panel_config = config if plan.rest is None else replace(plan.rest, pdl=pdl)
         side = fork(x.device) if tail and x.is_cuda else None
         for at, size, tiles, stream in (
-            (0, columns - tail, config, None), (columns - tail, tail, NARROW, side),
+            (0, columns - tail, panel_config, None), (columns - tail, tail, NARROW, side),
         ):  # fmt: skip
             if not size:
                 continue
@@ -215,8 +219,10 @@ def backward(
             )  # fmt: skip
             if co_resident and first == 0 and dy.is_cuda:
                 side = fork(dy.device)
+            last = first + columns == k
             low = launch_gemm(
-                dy, sw, du.narrow(1, first, columns), v_transposed=False, config=product,
+                dy, sw, du.narrow(1, first, columns), v_transposed=False,
+                config=product if plan.rest is None or not last else plan.rest,
                 inner=b, length=x.shape[2] if x.ndim == 3 else 0,
             )  # fmt: skip
             t = low if fused else t
