@@ -18,7 +18,10 @@ from prodial_kernels.captured.engine import Graphed, Leaf, Section, Source
 from prodial_kernels.captured.state import BlockState
 
 RECOMPUTED_FROM = 16
-"""Number of blocks from which on the first is recomputed in backward, of which it then takes 2%."""
+"""Number of blocks from which on the first ones are recomputed in backward."""
+
+RECOMPUTED = 2
+"""How many: they make room for what the first backward makes beside what all blocks keep."""
 
 Origin = tuple[int, int] | int
 """Where a tensor comes from: result (block, number), or the nth tensor from outside the blocks."""
@@ -126,9 +129,9 @@ class Program:
         With ``together``, consecutive blocks of which each takes only results of the one before and
         tensors without a gradient make one section.
 
-        The first of many blocks is a section that is recomputed in backward. The graphs' memory is
-        theirs alone, so what backward needs at its start, when everything is kept, cannot be what
-        the loss has needed before, as in an eager step; what the first block does not keep is that.
+        The first two of many blocks are recomputed in backward. The graphs' memory is theirs alone,
+        so what backward needs at its start, when everything is kept, cannot be what the loss has
+        needed before, as in an eager step; what those blocks do not keep is that.
         """
         for index, record in self.records.items():
             if any(parameter._backward_hooks for parameter in states[index].parameters):
@@ -139,7 +142,7 @@ class Program:
         self.members = []
         for index in self.order:
             before = self.members[-1][-1] if self.members else None
-            if self._recomputes and before == self.order[0]:
+            if before in self._recomputed[-1:]:
                 before = None
             if together and before is not None and self._joins(blocks, before, index):
                 self.members[-1].append(index)
@@ -164,8 +167,8 @@ class Program:
         return sections
 
     @property
-    def _recomputes(self) -> bool:
-        return len(self.order) >= RECOMPUTED_FROM
+    def _recomputed(self) -> list[int]:
+        return self.order[:RECOMPUTED] if len(self.order) >= RECOMPUTED_FROM else []
 
     def held(self) -> int:
         """About the most bytes of large tensors that blocks hold; 0 if some are not captured.
@@ -176,7 +179,7 @@ class Program:
         if len(self.order) < len(self.records):
             return 0
         before = [self.records[index].memory[0] for index in self.order]
-        kept = self.records[self.order[-1]].memory[1] - before[int(self._recomputes)]
+        kept = self.records[self.order[-1]].memory[1] - before[len(self._recomputed)]
         return max(kept + (before[1] - before[0] if len(before) > 1 else 0), 0)
 
     def _joins(self, blocks: Sequence[nn.Module], before: int, index: int) -> bool:
@@ -211,7 +214,7 @@ class Program:
         takes = [self.takes[index] for index in members]
         # Blocks may share what is trained.
         trained = {id(p): p for index in members for p in states[index].parameters}
-        recomputed = self._recomputes and members[0] == self.order[0]
+        recomputed = members[0] in self._recomputed
         numbers = {key: number for number, key in enumerate(trained)}
         held = [place for index in members for place in states[index].held(numbers)]
         return Section(

@@ -110,7 +110,8 @@ class _Rerun:
 
     def forward(self) -> Any:
         self.engine.forwards += self.section.blocks
-        given = torch.get_rng_state()
+        # As the real one's: of use where the same numbers are drawn again.
+        given = torch.get_rng_state() if self.section.draws else None
         leaves = self._leaves()
         results = self._differentiable(leaves)
         for place, result in zip(self.results, results, strict=True):
@@ -129,7 +130,8 @@ class _Rerun:
         leaves, results = self._kept or ([], [])
         if self.section.checkpointed:
             state = torch.get_rng_state()
-            torch.set_rng_state(given)
+            if given is not None:
+                torch.set_rng_state(given)
             wanted = [leaf.requires_grad for leaf in self.section.leaves]
             leaves = [
                 leaf.requires_grad_() if one else leaf
