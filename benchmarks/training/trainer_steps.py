@@ -22,7 +22,7 @@ from prodial_kernels.models.mixers.hf import unfused_forward
 from prodial_kernels.models.patch_point import AdaptedMixer
 
 RANK = 16
-VARIANTS = ("frozen", "prodial", "captured", "lora-fused", "lora-unfused", "captured-unwatched")
+VARIANTS = ("frozen", "prodial", "captured", "lora-fused", "lora-unfused")
 # Names of the configuration's class and its options.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba-130m": (
@@ -84,7 +84,7 @@ def measure(
         ``ms``: wall time of a step. ``allocated_mib``: the allocator's peak. ``peak_mib``: that and
         what a graph's pool has beside it. ``reserved_mib``: what was taken from the device.
     """
-    if variant.startswith("captured") and settings.device != "cuda":
+    if variant == "captured" and settings.device != "cuda":
         raise Unavailable("CUDA graphs need a CUDA device")
     with ExitStack() as stack:
         model, callbacks = build(name, variant, settings)
@@ -92,10 +92,7 @@ def measure(
             stack.callback(getattr(callback, "release", lambda: None))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="prodial-trainer-"))
         watch = _watch(settings, around)
-        options = {"logging_nan_inf_filter": variant != "captured-unwatched"}
-        trainer = _trainer(
-            model, batch, length, settings, [*callbacks, watch], Path(folder), options
-        )
+        trainer = _trainer(model, batch, length, settings, [*callbacks, watch], Path(folder))
         trainer.train()
         figures: dict[str, float] = watch.figures
     del model, trainer, watch, callbacks
@@ -175,7 +172,6 @@ def _trainer(
     settings: Settings,
     callbacks: Sequence[Any],
     folder: Path,
-    options: dict[str, Any],
 ) -> Any:
     from transformers import Trainer, TrainingArguments
 
@@ -187,7 +183,7 @@ def _trainer(
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=batch, max_steps=total,
         learning_rate=1e-4, report_to=[], save_strategy="no", logging_strategy="no",
-        disable_tqdm=True, use_cpu=settings.device == "cpu", **options,
+        disable_tqdm=True, use_cpu=settings.device == "cpu",
     )  # fmt: skip
     return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
 
