@@ -203,6 +203,16 @@ class ProdialLinear(nn.Module):
             )
         return self.effective_weight()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """See ``nn.Module``; AttributeError for ``weight``, as when weights are tied."""
+        if name == "weight":
+            raise AttributeError(
+                "the weight of a ProdialLinear is made of its base layer and its adapter, and "
+                "cannot be set or tied; set base_layer.weight, or tie weights before "
+                "apply_prodial, or leave this layer out of target_modules"
+            )
+        super().register_parameter(name, param)
+
     def effective_weight(self) -> Tensor:
         """W' without dropout, [out_features, in_features], in the base weight's dtype."""
         if not self.adapter_enabled:

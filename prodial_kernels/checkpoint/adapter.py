@@ -51,6 +51,7 @@ from prodial_kernels.models.adapt.several import (
 )
 from prodial_kernels.models.adapt.state import STATE, check_model
 from prodial_kernels.models.adapt.targets import find_targets
+from prodial_kernels.quantization import QuantizedLinear
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MALFORMED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError)
@@ -130,8 +131,9 @@ def save_adapter(
         adapter: Name of the adapter to write, of several; default: the active one.
 
     Raises:
-        AdapterError: The model has no adapter, or none of that name, its weights are on the meta
-            device, a trained value is NaN or inf, or ``base_model`` is not printable.
+        AdapterError: The model has no adapter, or none of that name, or another layer stands in
+            the place of an adapted one; its weights are on the meta device, a trained value is NaN
+            or inf, or ``base_model`` is not printable.
         OSError: The disk is full, or the place cannot be written.
     """
     from prodial_kernels._version import __version__
@@ -140,6 +142,7 @@ def save_adapter(
     model = unwrapped(model)
     with _reading(model, adapter):
         contents = contents_of(model, config)
+    _check_none_replaced(model, config)
     tensors = contents.adapter | contents.beside
     for name, tensor in tensors.items():
         check_has_values(name, tensor)
@@ -430,6 +433,21 @@ def _config_of(model: nn.Module, adapter: str | None = None) -> ProdialConfig:
         return get_prodial_config(model, adapter)
     except ValueError as error:
         raise AdapterError(str(error)) from error
+
+
+def _check_none_replaced(model: nn.Module, config: ProdialConfig) -> None:
+    """Raise AdapterError where a layer that ``config`` targets is plain: no load would take that.
+
+    Such as a head that ``set_output_embeddings`` has put in the place of an adapted one.
+    """
+    inside = {f"{path}.base_layer" for path in adapted_layers(model)}
+    for path, module in model.named_modules():
+        plain = isinstance(module, nn.Linear | QuantizedLinear) and path not in inside
+        if plain and config.target_of(plain_path(path)) is not None:
+            raise AdapterError(
+                f"{path} has no adapter, though the configuration targets it: it was put in after "
+                "the adapter; change the model first, and call apply_prodial after that"
+            )
 
 
 def _check_shared(beside: Mapping[str, Tensor], saved: SavedAdapter, origin: str) -> None:

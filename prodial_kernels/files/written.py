@@ -89,6 +89,7 @@ def check_place(path: Path, apart: Mapping[str, Path], *, around: Mapping[str, P
 
     Raises:
         PlaceError: Says which.
+        PermissionError: Nothing may be written there.
     """
     for what, other in {**apart, **around}.items():
         if not other.exists():
@@ -103,6 +104,9 @@ def check_place(path: Path, apart: Mapping[str, Path], *, around: Mapping[str, P
         raise PlaceError(
             f"{path} is a mount point, which nothing can be moved to; name a directory in it"
         )
+    beside = next(parent for parent in path.parents if parent.exists())
+    if not os.access(beside, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(beside))
 
 
 def clear_leftovers(path: Path) -> None:

@@ -24,6 +24,14 @@ def test_no_adapter_in_the_model(tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_layer_that_was_put_in_after_the_adapter(tmp_path: Path) -> None:
+    model = trained()
+    model.layers[1].in_proj = nn.Linear(8, 12)
+    with pytest.raises(AdapterError, match=r"layers\.1\.in_proj has no adapter, though"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_layers_placed_by_hand_have_no_configuration(directory: Path) -> None:
     model = Model()
     model.layers[0].in_proj = ProdialLinear.from_linear(model.layers[0].in_proj)

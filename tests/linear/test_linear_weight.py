@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels import adapter_disabled
+from prodial_kernels import ProdialLinear, adapter_disabled
 from support.trained_layers import plain, trained
 
 
@@ -80,3 +80,9 @@ def test_adapter_disabled_restores_what_was() -> None:
     with pytest.raises(KeyError), adapter_disabled(model):
         raise KeyError
     assert [model[0].adapter_enabled, model[2].adapter_enabled] == [True, False]
+
+
+def test_the_weight_cannot_be_set_or_tied() -> None:
+    layer = ProdialLinear.from_linear(nn.Linear(8, 6), r=2)
+    with pytest.raises(AttributeError, match="cannot be set or tied; set base_layer"):
+        layer.weight = nn.Parameter(torch.zeros(6, 8))

@@ -123,3 +123,13 @@ def test_others_may_read_the_merged_model(finished: Path, tmp_path: Path) -> Non
     finally:
         os.umask(mask)
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "merged").iterdir()} == {0o644}
+
+
+def test_where_nothing_may_be_written_is_seen_before_the_model_is_loaded(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapted, "load_adapted", lambda *_, **__: pytest.fail("was loaded"))
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+    with pytest.raises(PermissionError, match="Permission denied") as caught:
+        merge(finished, tmp_path / "not" / "there")
+    assert caught.value.filename == str(tmp_path)
