@@ -186,9 +186,18 @@ def _run(args: argparse.Namespace) -> int:
     from benchmarks.quality.study.runner import run
 
     device = torch.device(args.device)
-    _prepare_kernels(device, args.configurations)
+    if not args.side_by_side:
+        _prepare_kernels(device, args.configurations)
     plan = _plan(args)
-    made = run(plan, args.tasks, args.rows, device=device, seconds=args.max_seconds)
+    if args.side_by_side:
+        from benchmarks.quality.side_by_side.runner import run_stacks
+
+        made = run_stacks(
+            plan, args.tasks, args.rows, device=device, at_once=args.side_by_side,
+            products=args.products, seconds=args.max_seconds,
+        )  # fmt: skip
+    else:
+        made = run(plan, args.tasks, args.rows, device=device, seconds=args.max_seconds)
     _say(made=made, cells=len(plan.cells()))
     return 0
 
@@ -202,6 +211,16 @@ def _check(args: argparse.Namespace) -> int:
     failed = [row.spec.method for row in rows if row.status == "failed"]
     _say(rows=len(rows), failed=failed)
     return 1 if failed else 0
+
+
+def _time(args: argparse.Namespace) -> int:
+    from benchmarks.quality.side_by_side.measure import measure
+
+    measure(
+        _plan(args), args.tasks, device=torch.device(args.device), sizes=args.runs, ways=args.ways,
+        seconds=args.max_seconds, profile=args.profile, say=_say,
+    )  # fmt: skip
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -337,13 +356,27 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--name", help="of the base in rows (default: its shape's)")
 
+    alone = command("run", _run, "run the rows that are missing")
+    alone.add_argument(
+        "--side-by-side", type=int, default=0, metavar="RUNS",
+        help="train so many runs at once in one model (Mamba-2 on language tasks; 0: one by one)",
+    )  # fmt: skip
+    alone.add_argument(
+        "--products", choices=("bfloat16", "tf32"), default="tf32",
+        help="of matrices, side by side on a GPU",
+    )  # fmt: skip
+    timed = command("time", _time, "how long rows take side by side, in every way")
+    timed.add_argument("--runs", type=int, nargs="+", default=[32])
+    timed.add_argument("--ways", nargs="+", default=["tf32 eager", "tf32", "bfloat16"])
+    timed.add_argument("--profile", action="store_true", help="and which kernels take the time")
     for made in (
-        command("run", _run, "run the rows that are missing"),
+        alone,
+        timed,
         command("check", _check, "one short row of every method: does it run here?"),
     ):
         made.add_argument("--base", required=True, help="a folder of export, or 'embedded'")
         made.add_argument("--tasks", type=Path, required=True)
-        made.add_argument("--rows", type=Path, required=True)
+        made.add_argument("--rows", type=Path, required=made is not timed)
         made.add_argument("--task", nargs="+", required=True)
         made.add_argument("--methods", nargs="+", default=["core"], help="names, or sets of them")
         made.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def _vision(width: int, depth: int, patch: int, states: int = 16) -> Shape:
 SHAPES: dict[str, Shape] = {
     "mamba1-31m": _mamba1(512, 16, 16),
     "mamba2-31m": _mamba2(512, 16, 64, 64, 128),
+    "mamba2-10m": replace(_mamba2(384, 8, 64, 32, 128), learning_rate=3e-3),
     "hybrid-29m": _hybrid(384, 12, [3, 8], 32, 64),
     "vim-tiny": _vision(192, 24, 4),
     "mamba1-toy": _mamba1(32, 2, 4),
@@ -105,7 +106,7 @@ SHAPES: dict[str, Shape] = {
     "hybrid-toy": _hybrid(48, 2, [1], 16, 8),
     "vim-toy": _vision(32, 2, 8, 4),
 }
-"""At a vocabulary of 8192 the first three have about 31, 31 and 29 million parameters."""
+"""At a vocabulary of 8192 the ``…m`` have about as many million parameters as they are called."""
 
 
 def build(name: str, outputs: int, seed: int = 0) -> nn.Module:

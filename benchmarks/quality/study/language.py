@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,20 +69,21 @@ class LanguageData:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
 
-    @torch.no_grad()
-    def accuracy(self, model: Any, split: str, limit: int = 0) -> float:
-        """Share of a split's (first ``limit``) examples whose right choice is the likeliest."""
-        examples = self.task.splits[split][: limit or None]
-        # On a CPU, what stays in its caches.
-        tokens_a_batch = 32768 if self.device.type == "cuda" else 1024
+    def choice_batches(
+        self, examples: Sequence[TextExample], tokens_a_batch: int
+    ) -> Iterator[tuple[list[tuple[int, int]], Tensor, Tensor]]:
+        """All choices of examples, those of like lengths together.
+
+        Yields:
+            ``(example, choice)`` of each row, ids and labels as :meth:`batch` gives them; no more
+            than ``tokens_a_batch`` with the padding, but at least one row.
+        """
         flat = [
             (i, j, *self._encode(example, choice))
             for i, example in enumerate(examples)
             for j, choice in enumerate(example.choices)
         ]
-        # Sequences of like lengths together.
         flat.sort(key=lambda row: len(row[2]))
-        scores: dict[tuple[int, int], float] = {}
         start = 0
         while start < len(flat):
             count = 1
@@ -94,14 +95,24 @@ class LanguageData:
             rows = flat[start : start + count]
             length = -(-len(rows[-1][2]) // _MULTIPLE) * _MULTIPLE
             ids, labels = self._padded([(tokens, answer) for _, _, tokens, answer in rows], length)
+            yield [(i, j) for i, j, _, _ in rows], ids, labels
+            start += count
+
+    @torch.no_grad()
+    def accuracy(self, model: Any, split: str, limit: int = 0) -> float:
+        """Share of a split's (first ``limit``) examples whose right choice is the likeliest."""
+        examples = self.task.splits[split][: limit or None]
+        # On a CPU, what stays in its caches.
+        tokens_a_batch = 32768 if self.device.type == "cuda" else 1024
+        scores: dict[tuple[int, int], float] = {}
+        for rows, ids, labels in self.choice_batches(examples, tokens_a_batch):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             nats = F.cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
             ).view(len(rows), -1)
-            for (i, j, _, _), total in zip(rows, nats.sum(1).tolist(), strict=True):
+            for (i, j), total in zip(rows, nats.sum(1).tolist(), strict=True):
                 size = len(examples[i].choices[j].encode()) if self.task.per_byte else 1
                 scores[i, j] = -total / size
-            start += count
         right = 0
         for i, example in enumerate(examples):
             values = [scores[i, j] for j in range(len(example.choices))]

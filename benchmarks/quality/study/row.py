@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Recipe", "Row", "Spec", "append", "read_rows"]
+__all__ = ["Recipe", "Row", "Spec", "append", "finite", "read_rows"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,9 @@ class Row:
             ``"failed"``.
         figures: ``validation`` and ``test`` accuracy, ``loss`` (mean of the last tenth of the
             steps), ``parameters``, ``head``, ``target``, ``total``, ``seconds``,
-            ``tokens_per_second`` (padding counted; images for vision), ``peak_bytes``.
+            ``tokens_per_second`` (padding counted; images for vision), ``peak_bytes``. Where
+            runs were trained at once, ``together`` is how many, ``seconds`` a run's share and
+            ``tokens_per_second`` that of them all.
         where: Device and versions.
         note: The error's message.
     """
@@ -106,6 +109,15 @@ class Row:
         recipe = Recipe(**{k: v for k, v in spec.pop("recipe").items() if k in known})
         own = {f.name for f in fields(cls)} - {"spec"}
         return cls(Spec(**spec, recipe=recipe), **{k: v for k, v in values.items() if k in own})
+
+
+def finite(row: Row) -> bool:
+    """Whether a row's loss is; one that is not becomes ``"diverged"``."""
+    loss = row.figures["loss"]
+    if not math.isfinite(loss):
+        row.status, row.note = "diverged", f"the loss is {loss}"
+        return False
+    return True
 
 
 def append(path: Path, row: Row) -> None:

@@ -15,11 +15,11 @@ from benchmarks.quality.bases.shapes import Base
 from benchmarks.quality.methods.method import Unfit
 from benchmarks.quality.methods.registry import adapt
 from benchmarks.quality.study.language import LanguageData
-from benchmarks.quality.study.row import Recipe, Row, Spec
+from benchmarks.quality.study.row import Recipe, Row, Spec, finite
 from benchmarks.quality.study.vision import VisionData
 from benchmarks.quality.tasks.task import ImageTask, Task, TextTask
 
-__all__ = ["Data", "data_of", "run_row", "where"]
+__all__ = ["Data", "data_of", "order_of", "run_row", "share_of_rate", "where"]
 
 Data = LanguageData | VisionData
 
@@ -49,7 +49,7 @@ def where(device: torch.device) -> dict[str, str]:
     return {"device": name, "prodial-kernels": prodial_kernels.__version__, **versions}
 
 
-def _order(count: int, batch: int, seed: int) -> Iterator[list[int]]:
+def order_of(count: int, batch: int, seed: int) -> Iterator[list[int]]:
     """Batches of indices: each example once an epoch; the last of an epoch goes on in the next."""
     generator = torch.Generator().manual_seed(seed)
     left: list[int] = []
@@ -83,7 +83,8 @@ def run_row(
         rows with another status.
     """
     row = Row(spec, phase, where=where(device))
-    model = copy.deepcopy(base.model)
+    # A seed gives a GPU's and the CPU's generator other numbers.
+    model = copy.deepcopy(base.model).cpu()
     torch.manual_seed(spec.seed)
     classes = len(data.task.classes) if isinstance(data.task, ImageTask) else None
     try:
@@ -104,9 +105,9 @@ def run_row(
         optimizer = torch.optim.AdamW(
             parameters, lr=spec.learning_rate, weight_decay=recipe.weight_decay, fused=gpu
         )
-        order = _order(len(data), recipe.batch_size, spec.seed)
+        order = order_of(len(data), recipe.batch_size, spec.seed)
         for step in range(recipe.steps):
-            rate = spec.learning_rate * _share(step, recipe)
+            rate = spec.learning_rate * share_of_rate(step, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
@@ -126,8 +127,7 @@ def run_row(
             "tokens_per_second": round(recipe.steps * recipe.batch_size * data.length / seconds, 1),
             "peak_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
         }
-        if not math.isfinite(last):
-            row.status, row.note = "diverged", f"the loss is {last}"
+        if not finite(row):
             return row
     model.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
@@ -138,7 +138,7 @@ def run_row(
     return row
 
 
-def _share(step: int, recipe: Recipe) -> float:
+def share_of_rate(step: int, recipe: Recipe) -> float:
     """Of the peak rate: linear warm-up, then a cosine that ends at zero."""
     warm = max(1, round(recipe.warmup * recipe.steps))
     if step < warm:

@@ -1,0 +1,348 @@
+"""What lies between a Mamba-2 mixer's projectors, for short sequences of many runs, in Triton.
+
+Forward is two kernels (convolution and scan of a whole sequence; gate and norm), backward three.
+Everything but the projected input and the scan's result is made again in backward. The formulas
+are those of ``mamba2.py``, which is what tests and :func:`check` hold them to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["between"]
+
+_TAPS = 4
+
+
+@triton.jit
+def _convolved(
+    x_ptr, w_ptr, bias_ptr, width, length, column, channel, places, TAPS: tl.constexpr
+):  # fmt: skip
+    """[places, columns] before the activation; ``channel`` counts from the first convolved one."""
+    y = tl.load(bias_ptr + channel)[None, :] + tl.zeros(
+        [places.shape[0], channel.shape[0]], tl.float32
+    )
+    for k in tl.static_range(TAPS):
+        source = places - (TAPS - 1 - k)
+        inside = (source >= 0) & (source < length)
+        x = tl.load(
+            x_ptr + source[:, None] * width + column[None, :], mask=inside[:, None], other=0.0
+        )
+        y += x.to(tl.float32) * tl.load(w_ptr + channel * TAPS + k)[None, :]
+    return y
+
+
+@triton.jit
+def _step(x_ptr, bias_ptr, width, length, column, head, places):
+    """The step dt before and after softplus, [places]; 0 behind the end."""
+    raw = tl.load(x_ptr + places * width + column + head, mask=places < length, other=0.0)
+    raw = raw.to(tl.float32) + tl.load(bias_ptr + head)
+    step = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
+    return raw, tl.where(places < length, step, 0.0)
+
+
+@triton.jit
+def _scan_forward(
+    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, y_ptr, batch, length, width, heads,
+    w_run, cb_run, dtb_run, a_run, d_run,
+    PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    run = sequence // batch
+    inner = heads * HEAD
+    x_ptr += sequence * length * width
+    y_ptr += sequence * length * inner
+    w_ptr += run * w_run
+    cb_ptr += run * cb_run
+    dtb_ptr += run * dtb_run
+    a_ptr += run * a_run
+    d_ptr += run * d_run
+    dtype = tl.bfloat16 if NARROW else tl.float32
+    places = tl.arange(0, PLACES)
+    states = inner + tl.arange(0, STATES)
+    pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
+    pre_c = _convolved(
+        x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
+    )
+    b = (pre_b * tl.sigmoid(pre_b)).to(dtype)
+    c = (pre_c * tl.sigmoid(pre_c)).to(dtype)
+    scores = tl.dot(c, tl.trans(b))
+    earlier = places[:, None] >= places[None, :]
+    within = places[:, None] < length
+    for head in range(heads):
+        channel = head * HEAD + tl.arange(0, HEAD)
+        pre = _convolved(
+            x_ptr, w_ptr, cb_ptr, width, length, inner + channel, channel, places, TAPS
+        )
+        x = pre * tl.sigmoid(pre)
+        _, dt = _step(x_ptr, dtb_ptr, width, length, 2 * inner + 2 * STATES, head, places)
+        elapsed = tl.cumsum(dt * -tl.exp(tl.load(a_ptr + head)), 0)
+        gap = tl.where(earlier, elapsed[:, None] - elapsed[None, :], -1e30)
+        mixed = (scores * tl.exp(gap)).to(dtype)
+        y = tl.dot(mixed, (x * dt[:, None]).to(dtype)) + tl.load(d_ptr + head) * x
+        tl.store(
+            y_ptr + places[:, None] * inner + channel[None, :], y.to(y_ptr.dtype.element_ty),
+            mask=within,
+        )  # fmt: skip
+
+
+@triton.jit
+def _scan_backward(
+    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, gy_ptr, gpre_ptr, gx_ptr, gdtb_ptr, ga_ptr,
+    gd_ptr, batch, length, width, heads, w_run, cb_run, dtb_run, a_run, d_run,
+    PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    run = sequence // batch
+    inner = heads * HEAD
+    channels = inner + 2 * STATES
+    x_ptr += sequence * length * width
+    gx_ptr += sequence * length * width
+    gy_ptr += sequence * length * inner
+    gpre_ptr += sequence * length * channels
+    w_ptr += run * w_run
+    cb_ptr += run * cb_run
+    dtb_ptr += run * dtb_run
+    a_ptr += run * a_run
+    d_ptr += run * d_run
+    dtype = tl.bfloat16 if NARROW else tl.float32
+    places = tl.arange(0, PLACES)
+    states = inner + tl.arange(0, STATES)
+    pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
+    pre_c = _convolved(
+        x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
+    )
+    b = (pre_b * tl.sigmoid(pre_b)).to(dtype)
+    c = (pre_c * tl.sigmoid(pre_c)).to(dtype)
+    scores = tl.dot(c, tl.trans(b))
+    earlier = places[:, None] >= places[None, :]
+    within = places[:, None] < length
+    gscores = tl.zeros([PLACES, PLACES], tl.float32)
+    for head in range(heads):
+        channel = head * HEAD + tl.arange(0, HEAD)
+        pre = _convolved(
+            x_ptr, w_ptr, cb_ptr, width, length, inner + channel, channel, places, TAPS
+        )
+        gate = tl.sigmoid(pre)
+        x = pre * gate
+        raw, dt = _step(x_ptr, dtb_ptr, width, length, 2 * inner + 2 * STATES, head, places)
+        rate = -tl.exp(tl.load(a_ptr + head))
+        elapsed = tl.cumsum(dt * rate, 0)
+        gap = tl.where(earlier, elapsed[:, None] - elapsed[None, :], -1e30)
+        decay = tl.exp(gap)
+        mixed = scores * decay
+        gy = tl.load(
+            gy_ptr + places[:, None] * inner + channel[None, :], mask=within, other=0.0
+        ).to(tl.float32)
+        narrow = gy.to(dtype)
+        gmixed = tl.dot(narrow, tl.trans((x * dt[:, None]).to(dtype)))
+        gvalues = tl.dot(tl.trans(mixed.to(dtype)), narrow)
+        tl.store(gd_ptr + sequence * heads + head, tl.sum(gy * x))
+        gx = gvalues * dt[:, None] + tl.load(d_ptr + head) * gy
+        gdt = tl.sum(gvalues * x, 1)
+        gscores += gmixed * decay
+        turned = gmixed * mixed
+        gelapsed = tl.sum(turned, 1) - tl.sum(tl.trans(turned), 1)
+        # The sum over this and later places.
+        later = tl.sum(gelapsed, 0) - tl.cumsum(gelapsed, 0) + gelapsed
+        gdt += later * rate
+        tl.store(ga_ptr + sequence * heads + head, tl.sum(later * dt) * rate)
+        graw = tl.where(places < length, gdt * tl.sigmoid(raw), 0.0)
+        tl.store(gdtb_ptr + sequence * heads + head, tl.sum(graw))
+        tl.store(
+            gx_ptr + places * width + 2 * inner + 2 * STATES + head,
+            graw.to(gx_ptr.dtype.element_ty), mask=places < length,
+        )  # fmt: skip
+        gpre = gx * gate * (1.0 + pre * (1.0 - gate))
+        tl.store(
+            gpre_ptr + places[:, None] * channels + channel[None, :],
+            gpre.to(gpre_ptr.dtype.element_ty), mask=within,
+        )  # fmt: skip
+    narrow_scores = gscores.to(dtype)
+    gc = tl.dot(narrow_scores, b)
+    gb = tl.dot(tl.trans(narrow_scores), c)
+    gate_b, gate_c = tl.sigmoid(pre_b), tl.sigmoid(pre_c)
+    gb = gb * gate_b * (1.0 + pre_b * (1.0 - gate_b))
+    gc = gc * gate_c * (1.0 + pre_c * (1.0 - gate_c))
+    target = gpre_ptr + places[:, None] * channels + states[None, :]
+    tl.store(target, gb.to(gpre_ptr.dtype.element_ty), mask=within)
+    tl.store(target + STATES, gc.to(gpre_ptr.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _convolution_backward(
+    x_ptr, w_ptr, gpre_ptr, gx_ptr, gw_ptr, gcb_ptr, batch, length, width, inner, channels, w_run,
+    PLACES: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = channel < channels
+    w_ptr += (sequence // batch) * w_run
+    places = tl.arange(0, PLACES)
+    x_ptr += sequence * length * width + inner + channel[None, :]
+    gx_ptr += sequence * length * width + inner + channel[None, :]
+    gpre_ptr += sequence * length * channels + channel[None, :]
+    gx = tl.zeros([PLACES, BLOCK], tl.float32)
+    mask = (places[:, None] < length) & there[None, :]
+    own = tl.load(gpre_ptr + places[:, None] * channels, mask=mask, other=0.0).to(tl.float32)
+    tl.store(gcb_ptr + sequence * channels + channel, tl.sum(own, 0), mask=there)
+    for k in tl.static_range(TAPS):
+        shift = TAPS - 1 - k
+        w = tl.load(w_ptr + channel * TAPS + k, mask=there, other=0.0)
+        later = places[:, None] + shift
+        gpre = tl.load(
+            gpre_ptr + later * channels, mask=(later < length) & there[None, :], other=0.0
+        )
+        gx += gpre.to(tl.float32) * w[None, :]
+        source = places[:, None] - shift
+        x = tl.load(
+            x_ptr + source * width, mask=(source >= 0) & (source < length) & there[None, :],
+            other=0.0,
+        )  # fmt: skip
+        gw = tl.sum(own * x.to(tl.float32), 0)
+        tl.store(gw_ptr + (sequence * channels + channel) * TAPS + k, gw, mask=there)
+    tl.store(gx_ptr + places[:, None] * width, gx.to(gx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_forward(
+    x_ptr, y_ptr, w_ptr, out_ptr, rows_a_run, width, inner, epsilon, w_run, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < inner
+    z = tl.load(x_ptr + row * width + column, mask=there, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + row * inner + column, mask=there, other=0.0).to(tl.float32)
+    gated = y * z * tl.sigmoid(z)
+    scale = tl.rsqrt(tl.sum(gated * gated, 0) / inner + epsilon)
+    w = tl.load(w_ptr + (row // rows_a_run) * w_run + column, mask=there, other=0.0)
+    out = gated * scale * w
+    tl.store(out_ptr + row * inner + column, out.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _norm_backward(
+    x_ptr, y_ptr, w_ptr, gout_ptr, gx_ptr, gy_ptr, gw_ptr, batch, length, width, inner, epsilon,
+    w_run, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < inner
+    w = tl.load(w_ptr + (sequence // batch) * w_run + column, mask=there, other=0.0)
+    gw = tl.zeros([BLOCK], tl.float32)
+    for place in range(length):
+        row = sequence * length + place
+        z = tl.load(x_ptr + row * width + column, mask=there, other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * inner + column, mask=there, other=0.0).to(tl.float32)
+        gout = tl.load(gout_ptr + row * inner + column, mask=there, other=0.0).to(tl.float32)
+        gate = tl.sigmoid(z)
+        open = z * gate
+        gated = y * open
+        scale = tl.rsqrt(tl.sum(gated * gated, 0) / inner + epsilon)
+        gw += gout * gated * scale
+        gnormed = gout * w
+        ggated = scale * (gnormed - gated * scale * scale * (tl.sum(gnormed * gated, 0) / inner))
+        gz = ggated * y * gate * (1.0 + z * (1.0 - gate))
+        gy = ggated * open
+        tl.store(gx_ptr + row * width + column, gz.to(gx_ptr.dtype.element_ty), mask=there)
+        tl.store(gy_ptr + row * inner + column, gy.to(gy_ptr.dtype.element_ty), mask=there)
+    tl.store(gw_ptr + sequence * inner + column, gw, mask=there)
+
+
+def _places(length: int) -> int:
+    return max(16, triton.next_power_of_2(length))
+
+
+def _run_stride(tensor: Tensor) -> int:
+    """Elements from one run's values to the next; 0 where all share them."""
+    return 0 if len(tensor) == 1 else tensor[0].numel()
+
+
+class _Between(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, cb: Tensor, dtb: Tensor, a: Tensor, d: Tensor,
+        norm: Tensor, states: int, epsilon: float,
+    ) -> Tensor:  # fmt: skip
+        runs, batch, length, width = x.shape
+        heads, inner = a.shape[-1], norm.shape[-1]
+        small = [t.float().contiguous() for t in (w, cb, dtb, a, d, norm)]
+        y = torch.empty(runs, batch, length, inner, dtype=x.dtype, device=x.device)
+        out = torch.empty_like(y)
+        sizes = {
+            "PLACES": _places(length), "HEAD": inner // heads, "STATES": states, "TAPS": _TAPS,
+            "NARROW": x.dtype == torch.bfloat16, "num_warps": 4,
+        }  # fmt: skip
+        strides = [_run_stride(t) for t in small]
+        _scan_forward[runs * batch,](
+            x, *small[:5], y, batch, length, width, heads, *strides[:5], **sizes
+        )
+        _norm_forward[runs * batch * length,](
+            x, y, small[5], out, batch * length, width, inner, epsilon, strides[5],
+            BLOCK=triton.next_power_of_2(inner), num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(x, y, *small)
+        ctx.sizes, ctx.strides, ctx.epsilon = sizes, strides, epsilon
+        ctx.shapes = [t.shape for t in (w, cb, dtb, a, d, norm)]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        x, y, *small = ctx.saved_tensors
+        gout = gradients[0].contiguous()
+        runs, batch, length, width = x.shape
+        heads, inner = small[3].shape[-1], small[5].shape[-1]
+        channels = small[1].shape[-1]
+        strides = ctx.strides
+
+        def partial(*shape: int) -> Tensor:
+            return torch.empty(runs, batch, *shape, device=x.device)
+
+        gx, gy = torch.empty_like(x), torch.empty_like(y)
+        gpre = torch.empty(runs, batch, length, channels, dtype=x.dtype, device=x.device)
+        gw, gcb = partial(channels, _TAPS), partial(channels)
+        gdtb, ga, gd, gnorm = partial(heads), partial(heads), partial(heads), partial(inner)
+        _norm_backward[runs * batch,](
+            x, y, small[5], gout, gx, gy, gnorm, batch, length, width, inner, ctx.epsilon,
+            strides[5], BLOCK=triton.next_power_of_2(inner), num_warps=4,
+        )  # fmt: skip
+        _scan_backward[runs * batch,](
+            x, *small[:5], gy, gpre, gx, gdtb, ga, gd, batch, length, width, heads, *strides[:5],
+            **{**ctx.sizes, "num_warps": 8},
+        )  # fmt: skip
+        block = 64
+        _convolution_backward[runs * batch, triton.cdiv(channels, block)](
+            x, small[0], gpre, gx, gw, gcb, batch, length, width, inner, channels, strides[0],
+            PLACES=_places(length), BLOCK=block, TAPS=_TAPS, num_warps=4,
+        )  # fmt: skip
+        made = []
+        for part, shape in zip((gw, gcb, gdtb, ga, gd, gnorm), ctx.shapes, strict=True):
+            total = part.sum(1) if shape[0] > 1 or runs == 1 else part.sum((0, 1))
+            made.append(total.view(shape))
+        return gx, *made, None, None
+
+
+def between(
+    x: Tensor, w: Tensor, cb: Tensor, dtb: Tensor, a: Tensor, d: Tensor, norm: Tensor,
+    states: int, epsilon: float,
+) -> Tensor:  # fmt: skip
+    """From a mixer's in_proj to its out_proj; arguments as ``mamba2.between`` has them.
+
+    Raises:
+        ValueError: A convolution that is not of four taps, or sizes that are no power of two.
+    """
+    head = norm.shape[-1] // a.shape[-1]
+    if w.shape[-1] != _TAPS or head & (head - 1) or states & (states - 1) or min(head, states) < 16:
+        raise ValueError(
+            f"base: expected four taps, heads and states of a power of two from 16 on, got "
+            f"{w.shape[-1]}, {head} and {states}; run without fused=True"
+        )
+    made: Tensor = _Between.apply(x.contiguous(), w, cb, dtb, a, d, norm, states, epsilon)
+    return made
