@@ -194,7 +194,7 @@ def _run(args: argparse.Namespace) -> int:
 
         made = run_stacks(
             plan, args.tasks, args.rows, device=device, at_once=args.side_by_side,
-            products=args.products, seconds=args.max_seconds,
+            products=args.products, fused=not args.eager, seconds=args.max_seconds,
         )  # fmt: skip
     else:
         made = run(plan, args.tasks, args.rows, device=device, seconds=args.max_seconds)
@@ -216,11 +216,11 @@ def _check(args: argparse.Namespace) -> int:
 def _time(args: argparse.Namespace) -> int:
     from benchmarks.quality.side_by_side.measure import measure
 
-    measure(
+    found = measure(
         _plan(args), args.tasks, device=torch.device(args.device), sizes=args.runs, ways=args.ways,
         seconds=args.max_seconds, profile=args.profile, say=_say,
     )  # fmt: skip
-    return 0
+    return 1 if any("error" in figures for figures in found) else 0
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -365,6 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         "--products", choices=("bfloat16", "tf32"), default="tf32",
         help="of matrices, side by side on a GPU",
     )  # fmt: skip
+    alone.add_argument("--eager", action="store_true", help="without Triton, side by side")
     timed = command("time", _time, "how long rows take side by side, in every way")
     timed.add_argument("--runs", type=int, nargs="+", default=[32])
     timed.add_argument("--ways", nargs="+", default=["tf32 eager", "tf32", "bfloat16"])

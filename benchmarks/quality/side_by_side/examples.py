@@ -26,6 +26,10 @@ class Examples:
     positions: Tensor
     targets: Tensor
 
+    def to(self, device: torch.device) -> Examples:
+        """The same on a device."""
+        return Examples(*(t.to(device) for t in (self.ids, self.positions, self.targets)))
+
 
 @dataclass
 class Choices:
@@ -41,6 +45,12 @@ class Choices:
     batches: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     bytes: Tensor
     answers: Tensor
+
+    def to(self, device: torch.device) -> Choices:
+        """The same on a device."""
+        batches = [(i.to(device), p.to(device), t.to(device), e.to(device), c.to(device))
+                   for i, p, t, e, c in self.batches]  # fmt: skip
+        return Choices(batches, self.bytes.to(device), self.answers.to(device))
 
 
 def _positions(labels: Tensor) -> tuple[Tensor, Tensor]:

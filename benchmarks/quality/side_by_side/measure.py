@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.quality.bases.shapes import load_base
-from benchmarks.quality.side_by_side.examples import choices_of, examples_of
-from benchmarks.quality.side_by_side.mamba2 import shape_of, weights_of
+from benchmarks.quality.side_by_side.examples import Choices, Examples, choices_of, examples_of
+from benchmarks.quality.side_by_side.mamba2 import Shape, shape_of, weights_of
 from benchmarks.quality.side_by_side.runner import PRODUCTS
 from benchmarks.quality.side_by_side.train import Member, Stack
 from benchmarks.quality.side_by_side.weights import method_of
@@ -52,7 +52,8 @@ def measure(
     Returns:
         Of each way and size: milliseconds a step, seconds a row of 250 steps (training alone) and
         of scoring its validation split, seconds until the first replay, GiB, the largest relative
-        difference of a run's loss, over all steps, from the first way's of this size.
+        difference of a run's loss, over all steps, from the first way's of this size (of the worst
+        and of the median run); or the error that a way ended with.
     """
     begun = time.monotonic()
     base = load_base(plan.base)
@@ -76,48 +77,63 @@ def measure(
             Member(replace(s, seed=i // len(specs)), *starts[s.method, s.budget])
             for i, s in enumerate(chosen)
         ]
+        choices = choices_of(data, "validation", plan.recipe.limit, max(1, 131072 // size))
         first: torch.Tensor | None = None
         for way in ways:
             if time.monotonic() - begun > seconds:
                 return found
-            products, _, how = way.partition(" ")
-            torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
-            gpu = device.type == "cuda"
-            if gpu:
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(device)
-            stack = Stack(
-                shape, weights, examples, members, PRODUCTS[products],
-                fused=gpu and how != "eager",
-            )  # fmt: skip
-            trained = stack.train()
-            start = time.perf_counter()
-            choices = choices_of(data, "validation", plan.recipe.limit, max(1, 131072 // size))
-            listed = time.perf_counter()
-            stack.accuracy(choices)
-            scored = time.perf_counter()
-            losses = stack.losses.double()
-            if first is None:
-                first = losses
-            step = trained.step_seconds
-            figures = {
-                "way": way, "runs": size, "ms_a_step": round(1e3 * step, 2),
-                "row_of_250_steps": round(250 * step / size, 4),
-                "row_scored": round((scored - listed) / size, 4),
-                "choices_made": round(listed - start, 2),
-                "until_first_replay": round(trained.seconds - step * plan.recipe.steps, 2),
-                "gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 1) if gpu else None,
-                "loss_differs": float(((losses - first).abs() / first.abs()).nan_to_num().max()),
-            }  # fmt: skip
+            figures: dict[str, Any] = {"way": way, "runs": size}
+            try:
+                stack, cost = _one(way, shape, weights, examples, members, choices)
+            except Exception as error:  # the next way may work
+                figures["error"] = f"{error!r}"[:1000]
+            else:
+                if first is None:
+                    first = stack.losses.double()
+                differs = (stack.losses.double() / first - 1).abs().nan_to_num().amax(0)
+                figures |= cost | {
+                    "loss_differs": float(differs.max()), "median": float(differs.median()),
+                }  # fmt: skip
+                if profile and device.type == "cuda":
+                    figures["kernels"] = _kernels(stack)
+                del stack
             say(**figures)
             found.append(figures)
-            if profile and gpu:
-                say(kernels=_kernels(stack))
-            del stack
     return found
 
 
-def _kernels(stack: Stack, count: int = 14) -> dict[str, float]:
+def _one(
+    way: str,
+    shape: Shape,
+    weights: Mapping[str, torch.Tensor],
+    examples: Examples,
+    members: Sequence[Member],
+    choices: Choices,
+) -> tuple[Stack, dict[str, Any]]:
+    """Train and score a stack in one way; return it with what it cost."""
+    products, _, how = way.partition(" ")
+    torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
+    gpu = examples.ids.is_cuda
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    stack = Stack(
+        shape, weights, examples, members, PRODUCTS[products], fused=gpu and how != "eager"
+    )
+    trained = stack.train()
+    start = time.perf_counter()
+    stack.accuracy(choices)
+    scored, step = time.perf_counter() - start, trained.step_seconds
+    return stack, {
+        "ms_a_step": round(1e3 * step, 2),
+        "row_of_250_steps": round(250 * step / len(members), 4),
+        "row_scored": round(scored / len(members), 4),
+        "until_first_replay": round(trained.seconds - step * stack.recipe.steps, 2),
+        "gib": round(torch.cuda.max_memory_allocated() / 2**30, 1) if gpu else None,
+    }
+
+
+def _kernels(stack: Stack, count: int = 18) -> dict[str, float]:
     """Milliseconds of one step by kernel, the longest first."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ import torch
 
 from benchmarks.quality.bases.shapes import load_base
 from benchmarks.quality.methods.method import Method, Unfit
-from benchmarks.quality.side_by_side.examples import Choices, choices_of, examples_of
+from benchmarks.quality.side_by_side.examples import Choices, Examples, choices_of, examples_of
 from benchmarks.quality.side_by_side.mamba2 import shape_of, weights_of
 from benchmarks.quality.side_by_side.train import Member, Stack
 from benchmarks.quality.side_by_side.weights import method_of
@@ -58,8 +59,10 @@ class _Study:
         device: torch.device,
         products: str,
         at_once: int,
+        fused: bool,
     ) -> None:
         self.plan, self.tasks, self.device, self.at_once = plan, tasks, device, at_once
+        self.fused = fused and device.type == "cuda"
         self.base = load_base(plan.base)
         self.shape = shape_of(self.base.model)
         self.weights = {n: t.to(device) for n, t in weights_of(self.base.model).items()}
@@ -67,27 +70,43 @@ class _Study:
         self.done = {(row.spec.id, row.phase): row for row in read_rows(folder)}
         self.out = folder / f"rows-{self.base.name}-{plan.part[0]}of{plan.part[1]}.jsonl"
         self.products = products if device.type == "cuda" else "float32"
-        self.where = {**where(device), "way": "side by side", "products": self.products}
+        self.where = {
+            **where(device), "way": "side by side", "products": self.products,
+            "between projectors": "Triton" if self.fused else "PyTorch",
+        }  # fmt: skip
         self.left_out: dict[str, str] = {}
         self.made = 0
         self.task = ""
+        self._thread = ThreadPoolExecutor(1)
+        self._prepared: dict[str, Future[tuple[int, Examples, dict[str, Choices]]]] = {}
+
+    def prepare(self, task: str) -> None:
+        """Have a task's tokens made, by a thread."""
+        if task not in self._prepared:
+            self._prepared[task] = self._thread.submit(self._tokens, task)
+
+    def _tokens(self, name: str) -> tuple[int, Examples, dict[str, Choices]]:
+        """A task, still on the CPU: another thread's copies would break a graph's capture."""
+        recipe = self.plan.recipe
+        data = data_of(self.base, load_task(self.tasks, name), recipe, torch.device("cpu"))
+        if not isinstance(data, LanguageData):
+            raise ValueError(f"task: expected one of language, got {name}")
+        size = max(1, _TOKENS // self.at_once)
+        choices = {s: choices_of(data, s, recipe.limit, size) for s in ("validation", "test")}
+        return data.length, examples_of(data), choices
 
     def take(self, task: str) -> None:
         """Put a task on the device."""
-        if task == self.task:
-            return
-        data = data_of(self.base, load_task(self.tasks, task), self.plan.recipe, self.device)
-        assert isinstance(data, LanguageData)
-        self.data, self.examples, self.task = data, examples_of(data), task
-        self._choices: dict[str, Choices] = {}
+        if task != self.task:
+            self.prepare(task)
+            self.length, examples, choices = self._prepared[task].result()
+            self.examples, self.task = examples.to(self.device), task
+            self.choices = {split: made.to(self.device) for split, made in choices.items()}
 
-    def choices(self, split: str) -> Choices:
-        """What is scored."""
-        if split not in self._choices:
-            self._choices[split] = choices_of(
-                self.data, split, self.plan.recipe.limit, max(1, _TOKENS // self.at_once)
-            )
-        return self._choices[split]
+    def close(self) -> None:
+        """End the threads."""
+        self.starts.close()
+        self._thread.shutdown(cancel_futures=True)
 
     def keep(self, row: Row) -> None:
         append(self.out, row)
@@ -120,15 +139,17 @@ class _Study:
         gpu = self.device.type == "cuda"
         if gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
-        stack = Stack(self.shape, self.weights, self.examples, members, PRODUCTS[self.products])
+        stack = Stack(
+            self.shape, self.weights, self.examples, members, PRODUCTS[self.products], self.fused
+        )
         ready = time.perf_counter()
         trained = stack.train()
         runs = len(stack.members)
-        scores = {"validation": stack.accuracy(self.choices("validation"))}
+        scores = {"validation": stack.accuracy(self.choices["validation"])}
         if phase == "final":
-            scores["test"] = stack.accuracy(self.choices("test"))
+            scores["test"] = stack.accuracy(self.choices["test"])
         recipe = self.plan.recipe
-        tokens = recipe.steps * recipe.batch_size * self.data.length * runs
+        tokens = recipe.steps * recipe.batch_size * self.length * runs
         for i, member in enumerate(stack.members):
             row = Row(member.spec, phase, where=self.where)
             row.figures |= {
@@ -186,6 +207,7 @@ def run_stacks(
     device: torch.device,
     at_once: int = 32,
     products: str = "tf32",
+    fused: bool = True,
     seconds: float = float("inf"),
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> int:
@@ -200,6 +222,7 @@ def run_stacks(
         device: Where to run.
         at_once: Most runs of a stack.
         products: One of :data:`PRODUCTS`: in what matrices are multiplied, on a GPU.
+        fused: Compute what lies between projectors by the kernels of ``fused.py``, on a GPU.
         seconds: No stack begins that would, by the longest so far, end after that.
         say: Is given a line per stack.
 
@@ -208,27 +231,37 @@ def run_stacks(
     """
     begun = time.monotonic()
     torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
-    study = _Study(plan, tasks, folder, device, products, at_once)
+    study = _Study(plan, tasks, folder, device, products, at_once, fused)
     cells = plan.cells()
     longest = 0.0
-    for seed in range(plan.seeds + 1):
-        for _, method, budget in cells:
-            study.starts.ask(method.name, budget, seed)
+    groups = _groups(cells)
+    for group in groups:
+        study.prepare(group[0][0])
+        for seed in range(plan.seeds + 1):
+            for _, method, budget in group:
+                study.starts.ask(method.name, budget, seed)
     try:
-        for group in _groups(cells):
+        for group in groups:
             for phase in ("sweep", "final"):
                 wanted = list(_specs(study, group, phase))
-                for i in range(0, len(wanted), at_once):
+                for part in _parts(wanted, at_once):
                     now = time.monotonic() - begun
                     if now + longest > seconds:
                         return study.made
-                    say(f"{now:6.1f} s: " + study.run(wanted[i : i + at_once], phase))
+                    say(f"{now:6.1f} s: " + study.run(part, phase))
                     longest = max(longest, time.monotonic() - begun - now)
     finally:
-        study.starts.close()
+        study.close()
         for name, why in study.left_out.items():
             say(f"left out {name}: {why}")
     return study.made
+
+
+def _parts(specs: Sequence[Spec], most: int) -> list[Sequence[Spec]]:
+    """Specs in as few parts as can be, of about one size."""
+    count = -(-len(specs) // most)
+    edges = [i * len(specs) // count for i in range(count + 1)] if count else [0]
+    return [specs[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _groups(

@@ -35,21 +35,27 @@ class LanguageData:
 
     def __post_init__(self) -> None:
         """Tokenise the training split: its sequences are padded to one length."""
-        self._train = [self._encode(e, e.choices[e.answer]) for e in self.task.splits["train"]]
+        examples = self.task.splits["train"]
+        self._train = self._encode([(e.prompt, e.choices[e.answer]) for e in examples])
         longest = max(len(ids) for ids, _ in self._train)
         self.length = -(-longest // _MULTIPLE) * _MULTIPLE
 
     def __len__(self) -> int:
         return len(self._train)
 
-    def _encode(self, example: TextExample, choice: str) -> tuple[list[int], int]:
-        """Ids of a prompt with a choice, and how many of them are the choice's."""
-        prompt = self.tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
-        answer = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
-        answer = answer[: self.max_length // 2]
-        end = self.tokenizer.eos_token_id
-        prompt = [end, *prompt[-(self.max_length - 1 - len(answer)) :]]
-        return prompt + answer, len(answer)
+    def _encode(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], int]]:
+        """Ids of prompts with a choice each, and how many of them are the choice's."""
+        ids: dict[str, list[int]] = {}
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        if texts:
+            found = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            ids = dict(zip(texts, found, strict=True))
+        encoded = []
+        for prompt, choice in pairs:
+            answer = ids[choice][: self.max_length // 2]
+            start = ids[prompt][-(self.max_length - 1 - len(answer)) :]
+            encoded.append(([self.tokenizer.eos_token_id, *start, *answer], len(answer)))
+        return encoded
 
     def batch(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Ids [b, length] and, at the place of each answer's token, its id (elsewhere -100)."""
@@ -78,11 +84,9 @@ class LanguageData:
             ``(example, choice)`` of each row, ids and labels as :meth:`batch` gives them; no more
             than ``tokens_a_batch`` with the padding, but at least one row.
         """
-        flat = [
-            (i, j, *self._encode(example, choice))
-            for i, example in enumerate(examples)
-            for j, choice in enumerate(example.choices)
-        ]
+        places = [(i, j) for i, example in enumerate(examples) for j in range(len(example.choices))]
+        encoded = self._encode([(examples[i].prompt, examples[i].choices[j]) for i, j in places])
+        flat = [(*place, *row) for place, row in zip(places, encoded, strict=True)]
         flat.sort(key=lambda row: len(row[2]))
         start = 0
         while start < len(flat):
