@@ -24,13 +24,12 @@ from prodial_kernels.kernels.projector.operands import (
     Operands,
     ProjectionOptions,
 )
-from prodial_kernels.kernels.projector.outer_product import launch_outer_product
+from prodial_kernels.kernels.projector.outer_product import launch_outer_product, launch_tile_sums
 from prodial_kernels.kernels.projector.output_side import OutputSums, launch_output_side
 from prodial_kernels.kernels.projector.passes import device_limits, new_gradients
 from prodial_kernels.kernels.projector.pdl import supports_pdl
 from prodial_kernels.kernels.projector.prepare import launch_sum
 from prodial_kernels.kernels.projector.reduce import launch_reduce
-from prodial_kernels.kernels.projector.tile_sums import launch_tile_sums
 from prodial_kernels.kernels.projector.tiles import block_size_of, tma_ready
 from prodial_kernels.kernels.projector.weight_side import launch_weight_side
 

@@ -163,8 +163,7 @@ def test_every_launcher_is_checked_here() -> None:
     names = {module.__name__.rpartition(".")[2] for module in LAUNCHERS}
     assert names == {
         "recorder", "cross_entropy", "dequantize", "exact_scale", "gemm", "input_side", "layout",
-        "low_rank", "outer_product", "output_side", "prepare", "reduce", "tile_sums",
-        "weight_side",
+        "low_rank", "outer_product", "output_side", "prepare", "reduce", "weight_side",
         "library", "product", "quantize", "transpose",
     }  # fmt: skip
 

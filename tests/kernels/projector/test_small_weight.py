@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prodial_kernels.kernels.choices import small_weight
-from prodial_kernels.kernels.projector import outer_product, passes, reduce, small_passes, tile_sums
+from prodial_kernels.kernels.projector import outer_product, passes, reduce, small_passes
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import LinearCase, make_case
 from support.kernels.kernel_cases import assert_matches_fp64, triton_linear, watch
@@ -78,14 +78,13 @@ def test_several_splits_and_tiles(
     kernel_device: str, monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, block_size: int
 ) -> None:
     given: list[tuple[int, ...]] = []
-    module = tile_sums if block_size == 1 else outer_product
-    launch = module.launch
+    launch = outer_product.launch
 
     def see(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         given.append(grid)
         launch(kernel, grid, **arguments)
 
-    monkeypatch.setattr(module, "launch", see)
+    monkeypatch.setattr(outer_product, "launch", see)
     case = make_case(m, k, n, block_size=block_size, r=3, device=kernel_device)
     assert_matches_fp64(case, compute=torch.float16)
     # Where dX is not asked for its memory is not there, and where it is, it is the limit.

@@ -19,11 +19,11 @@ from prodial_kernels.kernels.projector import (
     exact_scale,
     gemm,
     input_side,
+    outer_product,
     output_side,
     passes,
     prepare,
     reduce,
-    tile_sums,
 )
 from support.kernels.compile_launches import compile_launch, cost_of
 from support.kernels.launch_matrix import Projector, record
@@ -95,7 +95,7 @@ def steps_of(each: Projector, arch: int) -> list[Step]:
 
     with ExitStack() as stack:
         for module in (
-            exact_scale, gemm, input_side, output_side, prepare, reduce, tile_sums,
+            exact_scale, gemm, input_side, output_side, prepare, reduce, outer_product,
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, "launch", seen(module.launch, launched)))
         for edge in ("fork", "join"):
