@@ -166,6 +166,11 @@ def test_scales_where_the_division_would_fail(device: str) -> None:
     # Y is all bias and low rank: nothing of U Wᵀ is left in it to divide out.
     case.scale.fill_(1e-7)
     assert_matches_fp64(case, compute=dtype, trained=("scale", "bias", "lora_b"))
+    # More spans of X than programs for them, so each adds up some.
+    wide = make_case(33, 1160, 24, block_size=1, device=device)
+    assert wide.scale is not None
+    wide.scale.zero_()
+    assert_matches_fp64(wide, compute=dtype, trained=("scale",))
 
 
 # numpy warns where the interpreter multiplies infinity by zero.
