@@ -249,7 +249,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     adapter = adapter_directory(args.adapter) if "adapter" in args else None
     # Before the model is loaded, which may take minutes.
     if "lm_eval" in args:
-        check_tasks(args.lm_eval)
+        check_tasks(args.lm_eval, values.get("include_path"))
     else:
         data = evaluation_data(
             values.get("data", OPTIONS["data"].default), split=values.get("split"),
@@ -260,6 +260,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         assessment = assess_with_harness(
             loaded, args.lm_eval, batch_size=args.batch_size,
             num_fewshot=values.get("num_fewshot"), limit=values.get("limit"),
+            include_path=values.get("include_path"),
         )  # fmt: skip
         for note in assessment.notes:
             _say(note)
@@ -323,7 +324,7 @@ def _check_evaluation(values: Mapping[str, object]) -> None:
         idle = [n for n in ("data", "split", "max_tokens", "seq_len") if n in values]
         why = "with `lm_eval`, whose tasks bring their own data and lengths"
     else:
-        idle = [n for n in ("num_fewshot",) if n in values]
+        idle = [n for n in ("num_fewshot", "include_path") if n in values]
         why = "without `lm_eval`"
     if idle:
         named = ", ".join(f"`{name}`" for name in idle)

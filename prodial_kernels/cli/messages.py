@@ -93,8 +93,7 @@ def unknown_flag(
         others = [name for name, parser in parsers.items() if flag in _actions(parser)]
         if others:
             where = " and ".join(f"'prodial {name}'" for name in others)
-            where += " has" if len(others) == 1 else " have"
-            return f"unknown option {flag}: 'prodial {command}' has none of that name, {where}"
+            return f"unknown option {flag}: 'prodial {command}' has none of that name, {where} has"
         by_name = {name.lstrip("-").replace("-", "_"): name for name in known}
         meant = option_meant(flag.lstrip("-"), by_name)
         hint = f"; did you mean {by_name[meant]}?" if meant is not None else ""

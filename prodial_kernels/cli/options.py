@@ -120,6 +120,10 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-fewshot", type=at_least(0), metavar="N", help="of --lm-eval: examples per question"
     )
+    parser.add_argument(
+        "--include-path", metavar="DIR",
+        help="of --lm-eval: a folder with tasks of your own, to be named there",
+    )  # fmt: skip
     parser.add_argument("--limit", type=share_or_count, metavar="N",
         help="evaluate so many examples (of each task), or, under 1, such a share of them",
     )  # fmt: skip

@@ -156,6 +156,7 @@ def assess_with_harness(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     limit: float | None = None,
+    include_path: str | os.PathLike[str] | None = None,
 ) -> Assessment:
     """Evaluate a model on tasks of lm-evaluation-harness; an adapter is merged first, in place.
 
@@ -184,6 +185,6 @@ def assess_with_harness(
             pass
         results = run_lm_eval(
             path, tasks, num_fewshot=num_fewshot, batch_size=batch_size, device=str(device),
-            limit=limit,
+            limit=limit, include_path=include_path,
         )  # fmt: skip
     return Assessment(name, "lm-evaluation-harness", results, notes)

@@ -264,7 +264,7 @@ def test_evaluate_hands_the_merged_model_to_the_harness(
     from prodial_kernels.training import evaluating
     from prodial_kernels.training.scoring import lm_eval as lm_eval_harness
 
-    monkeypatch.setattr(lm_eval_harness, "check_tasks", lambda tasks: None)
+    monkeypatch.setattr(lm_eval_harness, "check_tasks", lambda tasks, folder: None)
     seen: dict[str, Any] = {}
 
     def harness(path: Path, tasks: list[str], **options: Any) -> dict[str, dict[str, float]]:

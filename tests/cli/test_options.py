@@ -28,7 +28,8 @@ FROZEN = {
     "--memory-budget --activations --gradient-checkpointing --optimizer --loss --cuda-graph "
     "--impl --quantize --quantize-modules --experts --device --dtype",
     "evaluate": "--model --adapter --data --split --max-tokens --seq-len --batch-size --lm-eval "
-    "--num-fewshot --limit --json --impl --quantize --quantize-modules --device --dtype",
+    "--num-fewshot --include-path --limit --json --impl --quantize --quantize-modules --device "
+    "--dtype",
     "generate": "--model --adapter --prompt --chat --system --max-new-tokens --temperature --top-p "
     "--seed --json --impl --quantize --quantize-modules --device --dtype",
     "merge": "--model --adapter --output --for --force --quantize --quantize-modules --device "

@@ -21,6 +21,7 @@ def run_lm_eval(
     batch_size: int | str = 8,
     device: str | None = None,
     limit: int | float | None = None,
+    include_path: str | os.PathLike[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Evaluate a saved plain model (adapters merged) on tasks of lm-evaluation-harness.
 
@@ -31,6 +32,7 @@ def run_lm_eval(
         batch_size: Requests in a forward pass, or ``"auto"``.
         device: Such as ``"cpu"`` or ``"cuda:0"``; ``None`` for CUDA where there is any, else CPU.
         limit: Questions of each task (an integer), or their share (under 1); ``None`` for all.
+        include_path: A folder with tasks and groups of one's own, which ``tasks`` may name then.
 
     Returns:
         For each task (and group), its metrics by name, such as ``{"arc_easy": {"acc": 0.43,
@@ -53,6 +55,7 @@ def run_lm_eval(
             "its model and give the directory that this writes"
         )
     lm_eval = _library()
+    own = {} if include_path is None else {"task_manager": _task_manager(include_path)}
     try:
         output = lm_eval.simple_evaluate(
             model="hf",
@@ -65,6 +68,7 @@ def run_lm_eval(
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             limit=limit,
             log_samples=False,
+            **own,
         )
     # Unknown tasks, unreachable data sets and failing models each raise classes of their own.
     except Exception as error:
@@ -85,19 +89,13 @@ def run_lm_eval(
     }
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
+def check_tasks(tasks: Sequence[str], include_path: str | os.PathLike[str] | None = None) -> None:
     """Raise EvaluationError unless lm-evaluation-harness is installed and knows the tasks.
 
-    The message names the task that may be meant.
+    ``include_path`` is a folder with further ones. The message names the task that may be meant.
     """
     _library()
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise EvaluationError(
-            f"lm-evaluation-harness lacks a library ({error}): pip install 'lm-eval[hf]'"
-        ) from error
-    manager = TaskManager()
+    manager = _task_manager(include_path)
     for task in tasks:
         # A file describes a task of the user's own; a pattern may name several.
         if task.endswith((".yaml", ".yml")) or manager.match_tasks([task]):
@@ -106,6 +104,20 @@ def check_tasks(tasks: Sequence[str]) -> None:
             f"lm-evaluation-harness has no task {task!r}; 'lm-eval ls tasks' lists them"
             f"{did_you_mean(task, manager.all_tasks)}"
         )
+
+
+def _task_manager(include_path: str | os.PathLike[str] | None) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EvaluationError(
+            f"lm-evaluation-harness lacks a library ({error}): pip install 'lm-eval[hf]'"
+        ) from error
+    if include_path is None:
+        return TaskManager()
+    if not Path(include_path).is_dir():
+        raise EvaluationError(f"include_path {os.fspath(include_path)!r} is no folder of tasks")
+    return TaskManager(include_path=os.fspath(include_path))
 
 
 def _library() -> Any:

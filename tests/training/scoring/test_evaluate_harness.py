@@ -106,23 +106,31 @@ def test_failures_keep_their_cause(monkeypatch: pytest.MonkeyPatch, model_dir: P
 
 
 def test_misspelt_tasks_are_found_before_anything_is_loaded(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, model_dir: Path
 ) -> None:
-    install(monkeypatch, {})
+    calls = install(monkeypatch, {"results": {"of_my_own": {"acc,none": 1.0}}})
     tasks = ModuleType("lm_eval.tasks")
     known = ["arc_easy", "arc_challenge", "hellaswag"]
 
     class TaskManager:
-        all_tasks = known
+        def __init__(self, include_path: str | None = None) -> None:
+            self.all_tasks = known if include_path is None else [*known, Path(include_path).name]
 
         def match_tasks(self, names: list[str]) -> list[str]:
-            return [task for task in known for name in names if fnmatch(task, name)]
+            return [task for task in self.all_tasks for name in names if fnmatch(task, name)]
 
     tasks.TaskManager = TaskManager  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
     check_tasks(["arc_easy", "arc_*", "my_own.yaml"])
     with pytest.raises(EvaluationError, match=r"no task 'helaswag'; .*did you mean 'hellaswag'\?"):
         check_tasks(["arc_easy", "helaswag"])
+    own = model_dir / "of_my_own"
+    with pytest.raises(EvaluationError, match=r"include_path .*of_my_own' is no folder of tasks"):
+        check_tasks(["of_my_own"], own)
+    own.mkdir()
+    check_tasks(["of_my_own", "arc_easy"], own)
+    run_lm_eval(model_dir, ["of_my_own"], include_path=own)
+    assert calls[0]["task_manager"].all_tasks == [*known, "of_my_own"]
 
 
 def test_directory_without_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
