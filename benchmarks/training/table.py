@@ -15,14 +15,21 @@ def page(record: Mapping[str, Any]) -> str:
     rows = rows_of(record)
     # What the least budget is depends on what the plan of the day leaves free.
     commands = [row.command for row in rows if row.command and not row.name.endswith(LEAST)]
+    beside = (
+        " *Frozen* is the same model at the same levels with nothing to train, *PEFT* its LoRA on "
+        "the same projectors, as QLoRA where weights are stored: in bitsandbytes' NF4 but for "
+        "head, embeddings and experts, with gradient checkpointing, whole logits and the fast path off."
+        if any(row.method != PRODIAL for row in rows)
+        else " *LoRA before* is LoRA on the same projectors of mamba_ssm's blocks, whose fast path "
+        "must then be off."
+    )
     return "\n\n".join(
         [
             f"Whole steps, loss and optimiser included, both projectors with r = 16, random "
             f"weights of the real dimensions, on an {record['device']}; captured in a CUDA graph, "
             f"but for those called eager. Peaks are those of PyTorch's tensors, in GB of 10⁹ "
             f"bytes; a budget holds the CUDA context as well. `norm` is `recompute` with "
-            f"`in_proj`'s output kept. *LoRA before* is LoRA on the same projectors of "
-            f"mamba_ssm's blocks, whose fast path must then be off.",
+            f"`in_proj`'s output kept.{beside}",
             jobs_table(rows),
             *record.get("notes", ()),
             "The lines in the same order, without those of mamba_ssm's own blocks, which Python "
@@ -39,18 +46,35 @@ def rows_of(record: Mapping[str, Any]) -> list[JobRow]:
 
 
 def jobs_table(rows: Sequence[JobRow]) -> str:
-    """One line for each job that ran."""
+    """One line for each job that ran, beside its rivals where they did."""
+    own = [row for row in rows if row.method == PRODIAL]
+    rivals = {row.name: row for row in rows if row.method != PRODIAL}
+    beside = ["tokens/s: of frozen, of PEFT", "PEFT, GB"] if rivals else ["LoRA before"]
     headers = [
-        "job", "LoRA before", "ms a step", "peak, GB (planned)", "budget", "what the layers keep",
+        "job", *beside, "ms a step", "peak, GB (planned)", "budget", "what the layers keep",
     ]  # fmt: skip
     lines = [
         [
-            _title(row), _before(row), f"{row.ms:.{1 if row.ms < 100 else 0}f}",
-            gigabytes(row).replace(" GB", ""), row.memory_budget or "–", levels_text(row.levels),
+            _title(row), *(_beside(row, rivals) if rivals else [_before(row)]),
+            f"{row.ms:.{1 if row.ms < 100 else 0}f}", gigabytes(row).replace(" GB", ""),
+            row.memory_budget or "–", levels_text(row.levels),
         ]
-        for row in rows
+        for row in own
     ]  # fmt: skip
     return text_table(headers, lines)
+
+
+def _beside(row: JobRow, rivals: Mapping[str, JobRow]) -> list[str]:
+    """Tokens a second and their shares of the frozen model's and of PEFT's; what PEFT took."""
+    shares = [
+        f"{row.tokens_per_second / rival.tokens_per_second:.2f}" if rival else "–"
+        for rival in (rivals.get(f"{row.name}+{method}") for method in (FROZEN, PEFT))
+    ]
+    peft = rivals.get(f"{row.name}+{PEFT}")
+    return [
+        f"{row.tokens_per_second:,.0f}: {', '.join(shares)}",
+        "–" if peft is None else gigabytes(peft).replace(" GB", ""),
+    ]
 
 
 def beside_rivals(rows: Sequence[JobRow]) -> list[str]:
@@ -87,7 +111,8 @@ def levels_text(levels: Mapping[str, int]) -> str:
 
 def _title(row: JobRow) -> str:
     library = ", mamba_ssm" if row.library == "mamba_ssm" else ""
-    return f"{row.title}{library}{'' if row.graphed else ', eager'}"
+    experts = ", experts on the host" if row.experts == "host" else ""
+    return f"{row.title}{experts}{library}{'' if row.graphed else ', eager'}"
 
 
 def _before(row: JobRow) -> str:
