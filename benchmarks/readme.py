@@ -128,8 +128,8 @@ def smallest(folder: Path) -> str:
     if len(every) > len(shown):
         text += (
             ", beside the model frozen and with PEFT's QLoRA (of 16 bits LoRA), which loses the "
+            "fast path"
         )
-        text += "fast path"
     return f"{table.jobs_table(every)}\n\n{text}."
 
 

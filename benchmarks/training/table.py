@@ -18,7 +18,8 @@ def page(record: Mapping[str, Any]) -> str:
     beside = (
         " *Frozen* is the same model at the same levels with nothing to train, *PEFT* its LoRA on "
         "the same projectors, as QLoRA where weights are stored: in bitsandbytes' NF4 but for "
-        "head, embeddings and experts, with gradient checkpointing, whole logits and the fast path off."
+        "head, embeddings and experts, with gradient checkpointing, whole logits and the fast path "
+        "off."
         if any(row.method != PRODIAL for row in rows)
         else " *LoRA before* is LoRA on the same projectors of mamba_ssm's blocks, whose fast path "
         "must then be off."
