@@ -11,7 +11,7 @@ one, whichever is more, and no run out of memory. Exit code 1 where that is brok
 
 A budget is given as a share of the way from the least that the plan accepts to what the fastest
 run takes. Weights are made where they are trained, so loading is no part of it. Upstream's Mamba-2
-kernels have one configuration each: they tune nothing.
+kernels choose among two configurations each, before the run and within the budget, as there.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ class Row:
         limit: What the budget leaves PyTorch, in bytes; None without one.
         predicted, measured, reserved: Bytes of PyTorch's tensors, and of its segments.
         during: The measured peak of (an evaluation, the steps, an evaluation).
+        tuning, tuned: Planned and measured bytes while upstream's kernels chose; 0 where they did
+            not.
         error: Why there is no measurement.
     """
 
@@ -151,6 +153,8 @@ class Row:
     measured: int = 0
     reserved: int = 0
     during: tuple[int, ...] = ()
+    tuning: int = 0
+    tuned: int = 0
     seconds: float = 0.0
     error: str = ""
 
@@ -249,6 +253,7 @@ def run_group(cases: Sequence[Case], file: Path, until: float, tiny: bool) -> No
     import torch
 
     from benchmarks.models import upstream
+    from benchmarks.training.jobs import CONFIGURATIONS
     from benchmarks.training.random_weights import random_packed
     from benchmarks.training.sizes import transformers_config
     from prodial_kernels.training.memory.allocator import grow_segments
@@ -257,7 +262,7 @@ def run_group(cases: Sequence[Case], file: Path, until: float, tiny: bool) -> No
     place = torch.device("cpu" if tiny else "cuda")
     dtype = torch.float32 if tiny else torch.bfloat16
     if not tiny:
-        upstream.load(1)
+        upstream.load(CONFIGURATIONS)
 
     def keep(row: Row) -> None:
         with file.open("a", encoding="utf-8") as stream:
@@ -294,7 +299,7 @@ def run_group(cases: Sequence[Case], file: Path, until: float, tiny: bool) -> No
                 row.limit = run.allowed
             try:
                 measure(model, config, choice, run, row, place)
-            except (RuntimeError, ValueError, NotImplementedError) as error:
+            except Exception as error:
                 row.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             row.seconds = time.perf_counter() - started
             keep(row)
@@ -344,6 +349,7 @@ def measure(
     from prodial_kernels.training.scoring.log_likelihood import Scorer, Window
     from prodial_kernels.training.step.choose import make_step
     from prodial_kernels.training.step.graphed import WARM_UP
+    from prodial_kernels.training.step.tuning import tune
 
     cuda = place.type == "cuda"
     release(place.type, workspaces=True)
@@ -375,6 +381,11 @@ def measure(
         )  # fmt: skip
         windows = [Window(tokens[: config.seq_len + 1].long(), config.seq_len)] * config.batch_size
         if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if run is not None and run.plan.tuning_tokens:
+            tune(model, run.plan.tuning_tokens)
+            row.tuned, row.tuning = torch.cuda.max_memory_allocated(), run.plan.tuning
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         scorer.log_likelihoods(windows)
         noted()

@@ -93,7 +93,8 @@ def unknown_flag(
         others = [name for name, parser in parsers.items() if flag in _actions(parser)]
         if others:
             where = " and ".join(f"'prodial {name}'" for name in others)
-            return f"unknown option {flag}: 'prodial {command}' has none of that name, {where} has"
+            where += " has" if len(others) == 1 else " have"
+            return f"unknown option {flag}: 'prodial {command}' has none of that name, {where}"
         by_name = {name.lstrip("-").replace("-", "_"): name for name in known}
         meant = option_meant(flag.lstrip("-"), by_name)
         hint = f"; did you mean {by_name[meant]}?" if meant is not None else ""

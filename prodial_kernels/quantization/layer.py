@@ -28,6 +28,8 @@ class QuantizedLinear(nn.Module, ABC):
 
     FORMAT: ClassVar[str]
     bias: nn.Parameter | None
+    only_described: bool = False
+    """Whether ``weight`` has its shape, dtype and device alone, and no values of its own."""
 
     def __init__(
         self,
@@ -195,6 +197,9 @@ class QuantizedLinear(nn.Module, ABC):
 
         Autograd keeps a weight that is multiplied by this way; calling the layer keeps none.
         """
+        if self.only_described:
+            one = torch.empty(1, 1, dtype=self.dtype, device=self.device)
+            return one.expand(self.out_features, self.in_features)
         return self.dequantize()
 
     @torch.no_grad()

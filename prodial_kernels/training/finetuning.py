@@ -128,7 +128,7 @@ def finetune(
         MissingExtraError: transformers, tqdm, matplotlib or a tracker is not installed.
         ConfigError: An option or object that cannot be used, or both where one is needed.
         AdapterError: ``init_adapter`` is damaged, or does not belong to the model.
-        TypeError: One of the callbacks is none.
+        TypeError: ``config`` is none, or one of the callbacks.
         ValueError: Options of the adapter that contradict each other, or do not fit the model.
         DataError: The data cannot be used.
         ModelError: The model or the device cannot be used.
@@ -148,6 +148,11 @@ def finetune(
         Interrupted: Ctrl-C, SIGTERM or the like; the state is saved.
         OSError: The disk is full, or a file cannot be written; the last saved state is kept.
     """
+    if not isinstance(config, FinetuneConfig):
+        raise TypeError(
+            f"config must be a FinetuneConfig, got {type(config).__name__}; "
+            "FinetuneConfig.from_dict makes one of a dictionary"
+        )
     require_extra("finetune()")
     started = time.perf_counter()
     launch = Launch.from_environment()

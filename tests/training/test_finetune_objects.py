@@ -176,3 +176,9 @@ def test_models_that_cannot_be_trained_are_refused(tmp_path: Path) -> None:
     for model, message in ((adapted, "carries an adapter"), (tiny_mamba2().half(), r"\.float\(\)")):
         with pytest.raises(ConfigError, match=message):
             trained(tmp_path / "run", ["a b", "c d"], model=model)
+
+
+def test_a_dictionary_is_no_configuration() -> None:
+    given: Any = {"model": "embedded"}
+    with pytest.raises(TypeError, match=r"must be a FinetuneConfig, got dict; .*from_dict"):
+        finetune(given)

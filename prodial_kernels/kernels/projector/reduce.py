@@ -17,6 +17,9 @@ from prodial_kernels.kernels.replay.recorder import launch
 
 # Elements one program sums, and parts it loads at once to hide the memory's latency.
 BLOCK, PARTS = 256, 16
+# The same where there are more parts than MANY, of which a program would wait for one load after
+# another: 2 µs of a step's 80 at 84 parts (H200).
+FEW_ELEMENTS, MANY_PARTS, MANY = 64, 64, 64
 
 
 class ReduceTile(NamedTuple):
@@ -133,11 +136,15 @@ def launch_reduce(
     r = 0 if operands.lora_b is None else operands.lora_b.shape[1]
     r_pad = padded_rank(r)
     diagonal = diagonal_of(operands.blocks, options)
-    end_b = ceil_div(n * r_pad, BLOCK) if outputs.b is not None else 0
+    splits_n = _splits(outputs.b, outputs.scale, outputs.bias)
+    splits_k = _splits(inputs.a, inputs.blocks)
+    many = max(splits_n, splits_k) > MANY
+    block, parts = (FEW_ELEMENTS, MANY_PARTS) if many else (BLOCK, PARTS)
+    end_b = ceil_div(n * r_pad, block) if outputs.b is not None else 0
     has_columns = outputs.scale is not None or outputs.bias is not None
-    end_n = end_b + (ceil_div(n, BLOCK) if has_columns else 0)
-    end_a = end_n + (ceil_div(k * r, BLOCK) if inputs.a is not None else 0)
-    end = end_a + (ceil_div(k * diagonal.p, BLOCK) if inputs.blocks is not None else 0)
+    end_n = end_b + (ceil_div(n, block) if has_columns else 0)
+    end_a = end_n + (ceil_div(k * r, block) if inputs.a is not None else 0)
+    end = end_a + (ceil_div(k * diagonal.p, block) if inputs.blocks is not None else 0)
     if end == 0:
         return
     launch(
@@ -148,9 +155,8 @@ def launch_reduce(
         db_ptr=gradients.lora_b, dscale_ptr=gradients.scale, dbias_ptr=gradients.bias,
         da_ptr=gradients.lora_a, dblocks_ptr=gradients.blocks,
         N=n, K=k, R=r,
-        splits_n=_splits(outputs.b, outputs.scale, outputs.bias),
-        splits_k=_splits(inputs.a, inputs.blocks), shares=_splits(outputs.exact),
+        splits_n=splits_n, splits_k=splits_k, shares=_splits(outputs.exact),
         end_b=end_b, end_n=end_n, end_a=end_a, alpha=options.lora_scaling,
-        DIAGONAL=diagonal, TILE=ReduceTile(r_pad, BLOCK, PARTS, pdl),
+        DIAGONAL=diagonal, TILE=ReduceTile(r_pad, block, parts, pdl),
         num_warps=4, **pdl_options(pdl),
     )  # fmt: skip

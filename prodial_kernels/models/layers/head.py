@@ -242,13 +242,26 @@ def _run_to_head(
         seen.append(hidden)
         return hidden.new_zeros(1, 1, 1) if answer is None else answer
 
-    with _forward(layer, note):
+    with _forward(layer, note), _described(layer):
         output = run_model(model, input_ids, **inputs)
     if len(seen) != 1:
         raise HeadError(
             f"{type(model).__name__} called its head {len(seen)} times in a forward pass"
         )
     return seen[0], output
+
+
+@contextmanager
+def _described(layer: nn.Module) -> Iterator[None]:
+    """Let a model read a stored head's dtype off its weight, as Mamba's do, without making that."""
+    if not isinstance(layer, QuantizedLinear):
+        yield
+        return
+    layer.only_described = True
+    try:
+        yield
+    finally:
+        layer.only_described = False
 
 
 @contextmanager

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.models.loading.as_transformers import AsTransformers
+from prodial_kernels.models.loading.whole_scales import WholeScales
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.quantization import QuantizationReport, TensorFiles, load_quantized
 from prodial_kernels.quantization.loading import Piece
 from prodial_kernels.quantization.modules.selection import EVERYTHING, PROJECTORS
-from prodial_kernels.quantization.stored_config import check_stored_config
+from prodial_kernels.quantization.stored_config import WHOLE_SCALES, check_stored_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,11 +55,16 @@ def load_by_tensors(
     from transformers import GenerationConfig
 
     stored = getattr(config, "quantization_config", None)
+    files = TensorFiles(directory)
+    read: TensorFiles | WholeScales = files
     if stored is not None:
-        check_stored_config(stored if isinstance(stored, Mapping) else stored.to_dict())
+        fields = stored if isinstance(stored, Mapping) else stored.to_dict()
+        check_stored_config(fields)
+        if fields.get("quant_method") in WHOLE_SCALES:
+            read = WholeScales(files, dtype)
         del config.quantization_config
     model = model_on_meta(config, dtype)
-    tensors = AsTransformers(TensorFiles(directory), config, dtype)
+    tensors = AsTransformers(read, config, dtype)
     report = load_into(
         model, tensors, device, format, _renaming(model), modules=modules, keep_dense=keep_dense,
         experts_on_host=experts_on_host,

@@ -107,6 +107,7 @@ def _kept_by_mixer(layer: LayerShape, tokens: Tokens, *, xz: bool) -> int:
         # output; the inputs of the norms of dt, B and C (x_proj's output, or fp32 copies of it),
         # their deviations, and contiguous B and C.
         mixer = c * m * (layer.projected + 5 * inner + layer.width)
+        mixer += c * m * inner if layer.copies_convolved else 0
         read = (c if layer.fused_norm else _FP32) * m * (layer.dt_rank + 2 * state)
         norms = read + _FP32 * m * 3 + c * m * 2 * state
         return mixer + norms + 2 * low_rank + scan

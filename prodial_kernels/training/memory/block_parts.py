@@ -12,6 +12,8 @@ from prodial_kernels.linear import adapted_layers
 from prodial_kernels.quantization.modules.experts import QuantizedExperts
 from prodial_kernels.quantization.modules.selection import is_experts
 
+_BETWEEN = ("linear", "router")
+
 
 @dataclass(frozen=True)
 class AttentionShape:
@@ -95,7 +97,13 @@ def parts_of(block: nn.Module, mixer: nn.Module | None) -> BlockParts:
         else:
             continue
         seen |= {id(each) for each in module.modules()}
-    linears = {id(module) for module in block.modules() if isinstance(module, nn.Linear)}
+    # Between Zamba's shared attention and the mixer, and before experts: frozen, they keep nothing
+    # that is not counted there.
+    linears = {
+        id(module)
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] not in _BETWEEN
+    }
     return BlockParts(
         _norms(block, inside), attention, tuple(mlps), experts, _adapted(block, mixer),
         linears <= seen | inside,

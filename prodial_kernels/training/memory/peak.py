@@ -186,7 +186,7 @@ def _moments(
     layers = list(zip(model.layers, levels, strict=True))
     until = list(accumulate(_kept(layer, tokens, level) for layer, level in layers))
     gradients = _FP32 * model.trained
-    always_there = job.accumulates or job.graph
+    always_there = job.accumulates
     m, width = tokens.count, model.width
     # The last norm's input in fp32 and its output.
     head = (_FP32 + job.itemsize) * m * width

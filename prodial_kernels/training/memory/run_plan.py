@@ -217,11 +217,17 @@ def job_of(
         loss=choice.loss,
         loss_rows=chunk_rows(model.vocabulary, dtype, device),
         graph=choice.graphed,
-        accumulates=config.grad_accumulation > 1,
+        # Gradients that other processes' are added to stay between steps, too.
+        accumulates=config.grad_accumulation > 1 or _of_several(),
         full=config.method == "full",
         compute=config.compute or "same",
         tunes=any(layer.mixer == MAMBA2 for layer in model.layers) and not is_tuned(),
     )
+
+
+def _of_several() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def comparison_text(memory: dict[str, Any]) -> str:

@@ -52,6 +52,8 @@ class LayerShape:
         fp32_residual: Whether what goes from block to block is in fp32 whatever the model's dtype.
         chunk: Tokens of a chunk of Mamba-2's scan.
         scales_projection: Whether what ``in_proj`` gives is multiplied by factors of the model's.
+        copies_convolved: Whether the convolution reads a copy of its part of that, as it does where
+            a mixer has heads of Mamba-1.
         parts: What it has beside the mixer.
     """
 
@@ -73,6 +75,7 @@ class LayerShape:
     fp32_residual: bool = True
     chunk: int = 256
     scales_projection: bool = False
+    copies_convolved: bool = False
     parts: BlockParts = field(default_factory=BlockParts)
 
 
@@ -217,6 +220,11 @@ def _describe_layer(block: nn.Module, kernels: bool, width: int) -> LayerShape:
             dt_rank = mixer.x_proj.out_features - 2 * state
             # FalconMamba's norms of dt, B and C are outside the fused function.
             fused = kernels and calls_fused and not hasattr(mixer, "b_layernorm")
+        elif "x_proj_weight" in mixer._parameters:
+            # Zamba's, whose heads are Mamba-1 mixers with their weights in one tensor.
+            kind = MAMBA
+            state = mixer.A_log.shape[-1]
+            dt_rank = mixer.x_proj_weight.shape[1] - 2 * state
         elif "dt_bias" in mixer._parameters:
             kind = MAMBA2
             heads = mixer.dt_bias.shape[0]
@@ -243,6 +251,7 @@ def _describe_layer(block: nn.Module, kernels: bool, width: int) -> LayerShape:
         fp32_residual=bool(getattr(block, "residual_in_fp32", False)),
         chunk=int(getattr(mixer, "chunk_size", 256)),
         scales_projection=hasattr(mixer, "mup_vector") or hasattr(block, "mup_vector"),
+        copies_convolved=mixer is not None and "x_proj_weight" in mixer._parameters,
         parts=parts_of(block, mixer),
         trains_a=mixer is not None and _trains(mixer, "A_log"),
     )

@@ -26,8 +26,10 @@ from prodial_kernels.kernels.fp8 import transpose as fp8_transpose
 from prodial_kernels.kernels.fp8.library import launch_finish
 from prodial_kernels.kernels.fp8.product import choose_product, launch_product
 from prodial_kernels.kernels.fp8.quantize import launch_quantize
+from prodial_kernels.kernels.fp8.rounding_side import choose_rounding_side, launch_rounding_side
 from prodial_kernels.kernels.layout import launch_gate, launch_transpose
 from prodial_kernels.kernels.projector import passes
+from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import make_case
 from support.kernels.launch_matrix import Projector
@@ -152,10 +154,13 @@ def test_products_in_fp8(m: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch
         x, _ = launch_quantize(empty(m, k))
         launch_product(x, codes, scales, y, config=choose_product(DeviceLimits((9, 0), 132)))
         launch_finish(y, low, s, b, s, 1.0)
+        launch_rounding_side(
+            y, y, low, Operands(codes, scale_deviation=s, lora_b=b), ProjectionOptions("triton"),
+            config=choose_rounding_side(m, n, DeviceLimits((9, 0), 132)),
+        )  # fmt: skip
         fp8_transpose.launch_transpose(codes, scales)
-    assert_within(
-        seen, {"_quantize_kernel", "_product_kernel", "_finish_kernel", "_transpose_kernel"}
-    )
+    launched = {"_quantize_kernel", "_product_kernel", "_finish_kernel", "_rounding_side_kernel"}
+    assert_within(seen, {*launched, "_transpose_kernel"})
 
 
 def test_every_launcher_is_checked_here() -> None:
@@ -164,7 +169,7 @@ def test_every_launcher_is_checked_here() -> None:
     assert names == {
         "recorder", "cross_entropy", "dequantize", "exact_scale", "gemm", "input_side", "layout",
         "low_rank", "outer_product", "output_side", "prepare", "reduce", "weight_side",
-        "library", "product", "quantize", "transpose",
+        "library", "product", "quantize", "rounding_side", "transpose",
     }  # fmt: skip
 
 

@@ -37,13 +37,15 @@ def test_pdl_is_only_what_follows_a_launch_that_triggers_it(found: dict[str, Any
         for before, step in zip(
             [{"name": "nothing", "triggers": False}, *steps], steps, strict=False
         ):
-            assert step["pdl"] == step["waits"], (name, step)
+            assert step["pdl"] == (step["waits"] or step["beside"]), (name, step)
+            assert not (step["waits"] and step["beside"]), (name, step)
             if step["pdl"]:
                 assert not step["side"], (name, step)
                 assert before["triggers"], (
                     f"{name}: {step['name']} is a PDL launch behind {before['name']}"
                 )
-            # Else what is two launches behind would not be known to have ended.
+            # Else what is two launches behind would not be known to have ended. What waits at its
+            # end may trigger: it does not end before the launch before it.
             assert not (step["waits"] and step["triggers"]), (name, step)
 
 
@@ -62,6 +64,8 @@ def test_no_other_device_has_such_launches(found: dict[str, Any]) -> None:
         # Forward's tall tiles are behind L; and a join lies between the input side and reduce.
         ("deferred", ["gemm"]),
         ("many tokens", ["gemm", "gemm", "reduce"]),
+        ("small weight", ["gemm", "tile_sums", "reduce"]),
+        ("small weight, only s", ["gemm", "reduce"]),
     ],
 )
 def test_the_launches_that_gain_use_pdl(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prodial_kernels.kernels.choices import small_weight
-from prodial_kernels.kernels.projector import outer_product, passes, small_passes
+from prodial_kernels.kernels.projector import outer_product, passes, reduce, small_passes
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import LinearCase, make_case
 from support.kernels.kernel_cases import assert_matches_fp64, triton_linear, watch
@@ -36,6 +36,9 @@ SHAPES = [
     pytest.param((3, 67), 96, 35, 12, 17, id="P12-r17-ragged"),
     pytest.param((33,), 36, 67, 6, 64, id="P6-r64"),
     pytest.param((1,), 14, 13, 2, 2, id="M1"),
+    pytest.param((1,), 16, 24, 1, 2, id="P1-M1"),
+    pytest.param((130,), 192, 72, 1, 24, id="P1-r24-tail"),
+    pytest.param((2, 67), 201, 35, 1, 16, id="P1-r16-ragged"),
 ]
 
 
@@ -67,21 +70,45 @@ def test_every_part_alone_and_absent(kernel_device: str, calls: list[str]) -> No
     assert set(calls) == {"small forward", "small backward"}
 
 
-def test_several_splits_and_tiles(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
+@pytest.mark.parametrize(
+    ("m", "k", "n", "block_size"),
+    [(700, 24, 40, 2), (520, 136, 16, 4), (300, 200, 72, 1), (330, 400, 24, 1)],
+)
+def test_several_splits_and_tiles(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, m: int, k: int, n: int, block_size: int
+) -> None:
+    given: list[tuple[int, ...]] = []
     launch = outer_product.launch
 
     def see(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        given.append(grid[1])
+        given.append(grid)
         launch(kernel, grid, **arguments)
 
     monkeypatch.setattr(outer_product, "launch", see)
-    for m, k, n in ((700, 24, 40), (520, 136, 16)):
-        case = make_case(m, k, n, block_size=1, r=3, device=kernel_device)
-        assert_matches_fp64(case, compute=torch.float16)
-        # Where dX is not asked for its memory is not there, and where it is, it is the limit.
-        assert_matches_fp64(case, compute=torch.float16, trained=["scale", "lora_a", "lora_b"])
-    assert max(given) > 2
+    case = make_case(m, k, n, block_size=block_size, r=3, device=kernel_device)
+    assert_matches_fp64(case, compute=torch.float16)
+    # Where dX is not asked for its memory is not there, and where it is, it is the limit.
+    assert_matches_fp64(case, compute=torch.float16, trained=["scale", "lora_a", "lora_b"])
+    tiles, splits = given[-1]
+    assert tiles > 1 or block_size > 1
+    assert splits > 1
+
+
+def test_many_parts_are_added_up_by_more_programs(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduce, "MANY", 1)
+    case = make_case(300, 24, 40, block_size=1, r=3, device=kernel_device)
+    assert_matches_fp64(case, compute=torch.float16)
+
+
+def test_sums_that_fp16_does_not_hold(kernel_device: str) -> None:
+    case = make_case(600, 32, 48, block_size=1, r=4, device=kernel_device)
+    x = case.x + 60
+    case = replace(case, x=x, lora_a=case.lora_a / 64, grad_output=40 + case.grad_output)
+    f = (case.grad_output.flatten(0, -2).T @ case.x.flatten(0, -2)).abs()
+    assert f.min() > torch.finfo(torch.float16).max
+    assert_matches_fp64(case, compute=torch.float16)
 
 
 def test_two_runs_are_bit_equal(kernel_device: str) -> None:
@@ -119,7 +146,8 @@ def test_what_it_does_not_hold_is_left_to_the_others(
 @pytest.mark.parametrize(
     ("m", "n", "k", "small"),
     [
-        (25216, 768, 192, True), (25216, 192, 384, True), (25216, 1536, 384, False),
+        (25216, 768, 192, True), (25216, 192, 384, True), (25216, 384, 768, True),
+        (25216, 1536, 384, False),
         (25216, 764, 192, False), (2048, 768, 192, False), (16384, 3072, 768, False),
     ],
 )  # fmt: skip

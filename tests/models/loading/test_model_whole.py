@@ -181,7 +181,26 @@ def test_a_quantised_checkpoint_whose_configuration_does_not_say_so(
         ({"quant_method": "gptq", "bits": 4}, "'gptq', whose format is not read"),
         ({"quant_method": "awq", "bits": 4}, "'awq', whose format is not read"),
         ({"quant_method": "torchao"}, "'torchao', whose format is not read"),
-        ({"quant_method": "compressed-tensors"}, "'compressed-tensors', whose format is not"),
+        ({"quant_method": "compressed-tensors"}, "format=None (compressed-tensors)"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}}},
+            },
+            "weights.type='int' (compressed-tensors)",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {
+                    "group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "block"}}
+                },
+            },
+            "weights.strategy='block'",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo='NVFP4' (modelopt)"),
         ({"bits": 4}, "None, whose format is not read"),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},

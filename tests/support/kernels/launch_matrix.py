@@ -174,11 +174,14 @@ def matrix(quick: bool = False) -> Iterator[Projector]:
         for k, n in ((2560, 10240), (5120, 2560), (4096, 2688)):
             yield replace(plain, m=m, k=k, n=n, r=r, bias=bias)
     # Weights that are nothing beside their activations.
-    for dtype, p, r, bias, (k, n) in itertools.product(
-        both, (None, 1, 48), (None, 4, 64), (False, True),
-        ((192, 768), (384, 192)),
+    for dtype, p, r, bias, (k, n), before in itertools.product(
+        both, (None, 1, 48), (None, 4, 32, 64), (False, True),
+        ((192, 768), (384, 192), (256, 512)), (0, 3),
     ):  # fmt: skip
-        yield replace(plain, m=8192, dtype=dtype, k=k, n=n, block_size=p, r=r, bias=bias).fits()
+        yield replace(
+            plain, m=8192, dtype=dtype, k=k, n=n, block_size=p, r=r, bias=bias,
+            columns_before_x=before,
+        ).fits()  # fmt: skip
     # Rows that the copy engine cannot address.
     for p, r, (k, n), before in itertools.product(
         block_sizes, ranks, ((333, 257), (1340, 3355), (768, 3072)), (0, 3)

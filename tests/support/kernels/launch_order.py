@@ -19,6 +19,7 @@ from prodial_kernels.kernels.projector import (
     exact_scale,
     gemm,
     input_side,
+    outer_product,
     output_side,
     passes,
     prepare,
@@ -44,6 +45,10 @@ PROJECTORS = {
     "no LoRA, no blocks": replace(BF16, m=4096, k=1024, block_size=None, r=None),
     "only LoRA": replace(BF16, m=4096, k=1024, block_size=None, scale=False),
     "only s and B": replace(BF16, m=4096, k=1024, needs=(False, False, True, False, True, False)),
+    "small weight": replace(BF16, m=8192, k=192, n=768),
+    "small weight, only s": replace(
+        BF16, m=8192, k=192, n=768, needs=(False, False, True) + (False,) * 3
+    ),
     "one walk after another": replace(BF16, m=16384, k=768, block_size=96, r=64, dropout=True),
 }
 
@@ -57,7 +62,8 @@ class Step:
         side: Whether it is on the side stream.
         triggers: Whether it triggers the next launch.
         pdl: Whether it is a PDL launch to the driver.
-        waits: Whether the kernel then waits.
+        waits: Whether the kernel then waits, before it begins.
+        beside: Whether it waits at its end, and needs nothing of the launch before.
     """
 
     name: str
@@ -65,6 +71,7 @@ class Step:
     triggers: bool = False
     pdl: bool = False
     waits: bool = False
+    beside: bool = False
 
 
 def steps_of(each: Projector, arch: int) -> list[Step]:
@@ -83,11 +90,13 @@ def steps_of(each: Projector, arch: int) -> list[Step]:
         return Step(
             kernel.__name__.removeprefix("_").removesuffix("_kernel"), side is not None,
             triggers=constants.get("TRIGGERS_NEXT", False), pdl=named.get("launch_pdl", False),
-            waits=constants.get("PDL", False),
+            waits=constants.get("PDL", False), beside=constants.get("BESIDE", False),
         )  # fmt: skip
 
     with ExitStack() as stack:
-        for module in (exact_scale, gemm, input_side, output_side, prepare, reduce):
+        for module in (
+            exact_scale, gemm, input_side, output_side, prepare, reduce, outer_product,
+        ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, "launch", seen(module.launch, launched)))
         for edge in ("fork", "join"):
             watched = seen(getattr(passes, edge), lambda *_, name=edge: Step(name))

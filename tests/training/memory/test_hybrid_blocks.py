@@ -21,7 +21,13 @@ from prodial_kernels.training.memory.activations import kept, levels_of, workspa
 from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.peak import Job
 from prodial_kernels.training.memory.plan import plan_memory
-from prodial_kernels.training.memory.shapes import LayerShape, describe_model
+from prodial_kernels.training.memory.shapes import (
+    MAMBA,
+    MAMBA2,
+    OTHER,
+    LayerShape,
+    describe_model,
+)
 from support.models import FAMILIES, build
 
 MIB = 2**20
@@ -186,3 +192,19 @@ def test_every_family_has_a_plan(name: str) -> None:
         for level in ("keep", "checkpoint")
     ]
     assert 0 < sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("name", ["zamba", "zamba2", "jamba"])
+def test_every_block_is_counted_whole(name: str) -> None:
+    """Zamba's mixers hold no ``x_proj``; a layer lies between attention and mixer, or is a router.
+
+    Without them a plan at true dimensions left out 46%, 16% and 13% of a peak on an H200.
+    """
+    model = build(name)
+    apply_prodial(model, ProdialConfig(r=4))
+    layers = describe_model(model, kernels=True).layers
+    assert all(layer.parts.complete for layer in layers)
+    expected = {"zamba": {MAMBA}, "zamba2": {MAMBA2}, "jamba": {MAMBA, OTHER}}[name]
+    assert {layer.mixer for layer in layers} == expected
+    assert all(layer.state == 4 for layer in layers if layer.mixer == MAMBA)
+    assert {layer.copies_convolved for layer in layers} == {name == "zamba"}
