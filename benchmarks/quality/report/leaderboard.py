@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.methods.registry import METHODS
+from benchmarks.quality.report.claims import judged, lines_of
 from benchmarks.quality.report.statistics import (
     critical_difference,
     friedman,
@@ -35,15 +36,15 @@ def leaderboard(rows: Iterable[Row], note: str = "") -> dict[str, Any]:
         note: What a reader must know first: a toy, an unfinished study.
 
     Returns:
-        ``{"format", "note", "cells", "ranks"}``. A cell has ``base``, ``task``, ``method``,
-        ``budget``, ``learning_rate``, ``edge`` (the rate is its grid's largest or smallest),
-        ``seeds``, ``test`` and ``test_sd`` (accuracy), ``validation``, ``parameters``, ``gap``
-        (percent of the budget), ``seconds``, ``tokens_per_second``, ``peak_bytes``, ``p`` and
-        ``difference`` (against LoRA at that budget, paired by seed), ``values`` (by seed) and
+        ``{"format", "note", "cells", "ranks", "claims"}``. A cell has ``base``, ``task``,
+        ``method``, ``budget``, ``learning_rate``, ``edge`` (the rate is its grid's largest or
+        smallest), ``seeds``, ``test`` and ``test_sd`` (accuracy), ``validation``, ``parameters``,
+        ``gap`` (percent of the budget), ``seconds``, ``tokens_per_second``, ``peak_bytes``, ``p``
+        and ``difference`` (against LoRA at that budget, paired by seed), ``values`` (by seed) and
         ``where``. Others' cells may have more keys. ``ranks`` has, for each base and budget, mean
         ranks over the tasks that half of its methods have or more (of methods that have them all,
-        the others are ``left_out``), Friedman's statistic and the critical
-        difference.
+        the others are ``left_out``), Friedman's statistic and the critical difference; ``claims``
+        is what :func:`~benchmarks.quality.report.claims.judged` returns.
     """
     cells: dict[tuple[str, str, str, str], dict[str, list[Row]]] = defaultdict(
         lambda: {"sweep": [], "final": []}
@@ -82,7 +83,10 @@ def leaderboard(rows: Iterable[Row], note: str = "") -> dict[str, Any]:
             cell[name] = round(spread(values)[0], 3) if values else None
         found.append(cell)
     _compare(found)
-    return {"format": FORMAT, "note": note, "cells": found, "ranks": _ranks(found)}
+    return {
+        "format": FORMAT, "note": note, "cells": found, "ranks": _ranks(found),
+        "claims": judged(found),
+    }  # fmt: skip
 
 
 def _good(cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -198,6 +202,7 @@ def page(board: dict[str, Any]) -> str:
                 f"{group['critical_difference']:.2f}; Friedman {group['friedman']:.1f}.",
             ]
         lines.append("")
+    lines += lines_of(board["claims"])
     bad = [c for c in board["cells"] if c["status"] != "ok"]
     if bad:
         lines += ["## Not run", ""]
@@ -240,8 +245,10 @@ def write(board: dict[str, Any], folder: Path) -> list[Path]:
     cells = ",\n  ".join(json.dumps(cell, ensure_ascii=False) for cell in board["cells"])
     head = json.dumps({"format": board["format"], "note": board["note"]}, ensure_ascii=False)
     ranks = json.dumps(board["ranks"], ensure_ascii=False)
+    claims = json.dumps(board["claims"], ensure_ascii=False)
     data.write_text(
-        f'{head[:-1]}, "cells": [\n  {cells}\n ],\n "ranks": {ranks}}}\n', encoding="utf-8"
+        f'{head[:-1]}, "cells": [\n  {cells}\n ],\n "ranks": {ranks},\n "claims": {claims}}}\n',
+        encoding="utf-8",
     )
     markdown = page(board)
     written = [data, text]

@@ -46,6 +46,19 @@ def sign_flip(differences: Sequence[float]) -> float:
     return (as_large + 1) / (count + 1)
 
 
+def sign_test(won: int, lost: int) -> float:
+    """Two-sided p that so unequal counts would come of a fair coin; 1 of none.
+
+    Raises:
+        ValueError: A negative count.
+    """
+    if min(won, lost) < 0:
+        raise ValueError(f"counts: expected none below 0, got {won} and {lost}")
+    count, most = won + lost, max(won, lost)
+    tail = sum(math.comb(count, k) for k in range(most, count + 1))
+    return min(1.0, 2 * tail / 2**count)
+
+
 def mean_ranks(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """Mean rank of each method over tasks, 1 the best; equals share their ranks.
 

@@ -19,6 +19,7 @@ from benchmarks.quality.report.statistics import (
     friedman,
     mean_ranks,
     sign_flip,
+    sign_test,
 )
 from benchmarks.quality.study.row import Row, Spec
 from benchmarks.quality.tasks.signatures import make_signature
@@ -77,6 +78,11 @@ def test_sign_flips() -> None:
     many = [1.0 if i % 2 else -1.0 for i in range(20)]
     assert sign_flip(many) == 1.0
     assert sign_flip([1.0] * 20) < 1e-4
+    # Binomial: 8 of 10 or more, on either side, 112 of 1024.
+    assert sign_test(8, 2) == sign_test(2, 8) == 112 / 1024
+    assert sign_test(3, 3) == sign_test(0, 0) == 1.0
+    with pytest.raises(ValueError, match="below 0"):
+        sign_test(-1, 2)
     with pytest.raises(ValueError, match="at least one"):
         sign_flip([])
 
@@ -125,7 +131,14 @@ def test_the_leaderboard_sums_up_and_draws(tmp_path: Path) -> None:
     assert cell["gap"] == 5.0
     (group,) = board["ranks"]
     assert group["ranks"] == {"prodial": 1.0, "lora": 2.0, "bitfit": 3.0}
+    (claim,) = board["claims"]
+    assert (claim["better"], claim["worse"], claim["pairs"]) == ("prodial", "lora", 10)
+    assert claim["difference"] == pytest.approx(0.05)
+    assert (claim["won"], claim["lost"], claim["cells_won"]) == (10, 0, 2)
+    assert claim["p"] == pytest.approx(2 / 2**10, abs=1e-5)
+    assert claim["p_cells"] == 0.5
     text = page(board)
+    assert "| Table 3 | base | +5.00 | 10 : 0 | 0.0020 | 2 of 2 | 0.5000 |" in text
     assert text.splitlines()[2] == "**A toy.**"
     assert (
         "| ProDiaL relu, s, 1×1 | 105 (+5%) | 58.0 ± 1.6*↑ | 58.0 ± 1.6*↑ | 58.0 | 1.00 |" in text
