@@ -363,12 +363,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     alone.add_argument(
         "--products", choices=("bfloat16", "tf32"), default="tf32",
-        help="of matrices, side by side on a GPU",
+        help="of matrices, side by side on a GPU (bfloat16: with --eager)",
     )  # fmt: skip
     alone.add_argument("--eager", action="store_true", help="without Triton, side by side")
     timed = command("time", _time, "how long rows take side by side, in every way")
     timed.add_argument("--runs", type=int, nargs="+", default=[32])
-    timed.add_argument("--ways", nargs="+", default=["tf32 eager", "tf32", "bfloat16"])
+    timed.add_argument("--ways", nargs="+", default=["tf32 eager", "tf32", "bfloat16 eager"])
     timed.add_argument("--profile", action="store_true", help="and which kernels take the time")
     for made in (
         alone,

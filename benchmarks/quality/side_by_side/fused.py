@@ -51,7 +51,6 @@ def _scan_forward(
     x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, y_ptr, batch, length, width, heads,
     w_run, cb_run, dtb_run, a_run, d_run,
     PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
-    NARROW: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     run = sequence // batch
@@ -63,15 +62,14 @@ def _scan_forward(
     dtb_ptr += run * dtb_run
     a_ptr += run * a_run
     d_ptr += run * d_run
-    dtype = tl.bfloat16 if NARROW else tl.float32
     places = tl.arange(0, PLACES)
     states = inner + tl.arange(0, STATES)
     pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
     pre_c = _convolved(
         x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
     )
-    b = (pre_b * tl.sigmoid(pre_b)).to(dtype)
-    c = (pre_c * tl.sigmoid(pre_c)).to(dtype)
+    b = pre_b * tl.sigmoid(pre_b)
+    c = pre_c * tl.sigmoid(pre_c)
     scores = tl.dot(c, tl.trans(b))
     earlier = places[:, None] >= places[None, :]
     within = places[:, None] < length
@@ -84,8 +82,8 @@ def _scan_forward(
         _, dt = _step(x_ptr, dtb_ptr, width, length, 2 * inner + 2 * STATES, head, places)
         elapsed = tl.cumsum(dt * -tl.exp(tl.load(a_ptr + head)), 0)
         gap = tl.where(earlier, elapsed[:, None] - elapsed[None, :], -1e30)
-        mixed = (scores * tl.exp(gap)).to(dtype)
-        y = tl.dot(mixed, (x * dt[:, None]).to(dtype)) + tl.load(d_ptr + head) * x
+        mixed = scores * tl.exp(gap)
+        y = tl.dot(mixed, (x * dt[:, None])) + tl.load(d_ptr + head) * x
         tl.store(
             y_ptr + places[:, None] * inner + channel[None, :], y.to(y_ptr.dtype.element_ty),
             mask=within,
@@ -97,7 +95,6 @@ def _scan_backward(
     x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, gy_ptr, gpre_ptr, gx_ptr, gdtb_ptr, ga_ptr,
     gd_ptr, batch, length, width, heads, w_run, cb_run, dtb_run, a_run, d_run,
     PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
-    NARROW: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     run = sequence // batch
@@ -112,15 +109,14 @@ def _scan_backward(
     dtb_ptr += run * dtb_run
     a_ptr += run * a_run
     d_ptr += run * d_run
-    dtype = tl.bfloat16 if NARROW else tl.float32
     places = tl.arange(0, PLACES)
     states = inner + tl.arange(0, STATES)
     pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
     pre_c = _convolved(
         x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
     )
-    b = (pre_b * tl.sigmoid(pre_b)).to(dtype)
-    c = (pre_c * tl.sigmoid(pre_c)).to(dtype)
+    b = pre_b * tl.sigmoid(pre_b)
+    c = pre_c * tl.sigmoid(pre_c)
     scores = tl.dot(c, tl.trans(b))
     earlier = places[:, None] >= places[None, :]
     within = places[:, None] < length
@@ -141,9 +137,8 @@ def _scan_backward(
         gy = tl.load(
             gy_ptr + places[:, None] * inner + channel[None, :], mask=within, other=0.0
         ).to(tl.float32)
-        narrow = gy.to(dtype)
-        gmixed = tl.dot(narrow, tl.trans((x * dt[:, None]).to(dtype)))
-        gvalues = tl.dot(tl.trans(mixed.to(dtype)), narrow)
+        gmixed = tl.dot(gy, tl.trans(x * dt[:, None]))
+        gvalues = tl.dot(tl.trans(mixed), gy)
         tl.store(gd_ptr + sequence * heads + head, tl.sum(gy * x))
         gx = gvalues * dt[:, None] + tl.load(d_ptr + head) * gy
         gdt = tl.sum(gvalues * x, 1)
@@ -165,9 +160,8 @@ def _scan_backward(
             gpre_ptr + places[:, None] * channels + channel[None, :],
             gpre.to(gpre_ptr.dtype.element_ty), mask=within,
         )  # fmt: skip
-    narrow_scores = gscores.to(dtype)
-    gc = tl.dot(narrow_scores, b)
-    gb = tl.dot(tl.trans(narrow_scores), c)
+        gc = tl.dot(gscores, b)
+    gb = tl.dot(tl.trans(gscores), c)
     gate_b, gate_c = tl.sigmoid(pre_b), tl.sigmoid(pre_c)
     gb = gb * gate_b * (1.0 + pre_b * (1.0 - gate_b))
     gc = gc * gate_c * (1.0 + pre_c * (1.0 - gate_c))
@@ -278,7 +272,7 @@ class _Between(torch.autograd.Function):
         out = torch.empty_like(y)
         sizes = {
             "PLACES": _places(length), "HEAD": inner // heads, "STATES": states, "TAPS": _TAPS,
-            "NARROW": x.dtype == torch.bfloat16, "num_warps": 4,
+            "num_warps": 4,
         }  # fmt: skip
         strides = [_run_stride(t) for t in small]
         _scan_forward[runs * batch,](
@@ -336,8 +330,12 @@ def between(
     """From a mixer's in_proj to its out_proj; arguments as ``mamba2.between`` has them.
 
     Raises:
-        ValueError: A convolution that is not of four taps, or sizes that are no power of two.
+        ValueError: An input that is not fp32, a convolution that is not of four taps, or sizes that
+            are no power of two.
     """
+    if x.dtype != torch.float32:
+        # In bf16 a kernel read outside its memory on an H200, under Triton 3.6.
+        raise ValueError(f"x: expected float32, got {x.dtype}; run without fused=True (`--eager`)")
     head = norm.shape[-1] // a.shape[-1]
     if w.shape[-1] != _TAPS or head & (head - 1) or states & (states - 1) or min(head, states) < 16:
         raise ValueError(

@@ -160,7 +160,7 @@ class _Study:
                 "tokens_per_second": round(tokens / trained.seconds, 1),
             }
             if finite(row):
-                row.figures |= {split: round(values[i], 6) for split, values in scores.items()}
+                row.figures |= {split: values[i] for split, values in scores.items()}
             self.keep(row)
         took = time.perf_counter() - begun
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if gpu else 0.0

@@ -227,7 +227,7 @@ class Stack:
             total = nats.view(runs, size, -1).sum(2)
             scores[:, example, choice] = -total / choices.bytes[example, choice]
         right = scores.argmax(2) == choices.answers
-        return right.float().mean(1).tolist()
+        return (right.sum(1).double() / right.shape[1]).tolist()
 
 
 def _recipe_of(members: Sequence[Member]) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import math
 import os
 from collections.abc import Iterator
@@ -135,10 +136,15 @@ def append(path: Path, row: Row) -> None:
 
 
 def read_rows(folder: Path) -> Iterator[Row]:
-    """Yield the rows of every ``rows*.jsonl`` in a folder, each once; half lines are left out."""
+    """Yield the rows of every ``rows*.jsonl`` (or ``.jsonl.xz``) in a folder, each once.
+
+    Half lines are left out.
+    """
     seen = set()
-    for path in sorted(folder.glob("rows*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+    for path in sorted((*folder.glob("rows*.jsonl"), *folder.glob("rows*.jsonl.xz"))):
+        data = path.read_bytes()
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+        for line in text.splitlines():
             try:
                 row = Row.from_json(line)
             except json.JSONDecodeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks.quality import __main__ as command
 from benchmarks.quality.bases.shapes import build, save_base
+from benchmarks.quality.side_by_side.runner import run_stacks
 from benchmarks.quality.study.row import Recipe, Row, Spec, append, read_rows
 from benchmarks.quality.study.runner import Plan, chosen_rate, run
 from benchmarks.quality.tasks.task import ImageTask, TextExample, TextTask, save_task
@@ -126,6 +128,36 @@ def test_an_append_ends_what_a_kill_left(tmp_path: Path) -> None:
         ("final", {"test": 0.5}),
         ("sweep", {"test": 0.5}),
     ]
+    before = list(read_rows(tmp_path))
+    (tmp_path / "rows-a.jsonl.xz").write_bytes(lzma.compress(path.read_bytes()))
+    path.unlink()
+    assert list(read_rows(tmp_path)) == before
+
+
+def test_rows_side_by_side_are_the_same_rows(
+    language: tuple[Path, Path], rows: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+
+    def made(methods: list[str], seconds: float = float("inf")) -> int:
+        plan = Plan(str(language[0]), ["letters"], methods, ["medium"], 2, RECIPE)
+        return run_stacks(
+            plan, language[1], tmp_path, device=CPU, at_once=3, seconds=seconds, say=lines.append
+        )
+
+    assert made(["lora", "none"], 0.0) == 0
+    assert made(["none"]) == 2
+    assert made(["lora", "none"]) == 6
+    assert made(["lora", "none"]) == 0
+    # Stacks of one and one; of two, two and two.
+    assert len(lines) == 2 + 3
+    alone = {(row.spec.id, row.phase): row for row in read_rows(rows)}
+    together = {(row.spec.id, row.phase): row for row in read_rows(tmp_path)}
+    assert together.keys() == alone.keys()
+    for key, row in together.items():
+        assert row.where["way"] == "side by side"
+        for name in ("parameters", "validation", "test"):
+            assert row.figures.get(name) == pytest.approx(alone[key].figures.get(name)), key
 
 
 def test_the_best_rate_is_the_smallest_of_the_best() -> None:
