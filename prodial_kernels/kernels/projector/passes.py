@@ -185,15 +185,15 @@ def backward(
         for first, tokens in plan.token_parts:
             sw = None  # what is made next takes its place
             rows = dy.narrow(0, first, tokens)
+            sw = _unwritten_rows(du, first + tokens, rows)
             if t_parts is not None and plan.low_rank is not None and lora_b is not None:
-                sw = rows.new_empty(rows.shape)
                 launch_low_rank_parts(
                     rows, lora_b, t_parts.narrow(1, first, tokens), options, config=plan.low_rank,
                     transposed=False, scaled=sw, deviation=scale_deviation,
                     triggers_next=product.pdl,
                 )  # fmt: skip
             else:
-                sw = launch_scaled(rows, scale_deviation, triggers_next=product.pdl)
+                launch_scaled(rows, scale_deviation, sw, triggers_next=product.pdl)
             if co_resident and first == 0 and dy.is_cuda:
                 side = fork(dy.device)
             tiles = product if plan.rest is None or first + tokens < m else plan.rest
@@ -247,6 +247,17 @@ def backward(
         pdl=pdl and inputs.launched and not deferred,
     )  # fmt: skip
     return gradients._replace(x=du if needs.x else None)
+
+
+def _unwritten_rows(du: Tensor, first: int, like: Tensor) -> Tensor:
+    """A matrix like ``like`` in the rows of dU from ``first`` on, or new where those are too few.
+
+    Nothing but the products of later parts writes there, after that of this one.
+    """
+    rows = du.narrow(0, first, du.shape[0] - first).view(-1)
+    if rows.numel() < like.numel() or not tma_ready(rows):
+        return like.new_empty(like.shape)
+    return rows.narrow(0, 0, like.numel()).view(like.shape)
 
 
 def _prepare_by_parts(

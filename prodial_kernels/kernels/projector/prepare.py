@@ -330,10 +330,11 @@ def launch_sum(operands: Operands, options: ProjectionOptions, *, triggers_next:
     return v
 
 
-def launch_scaled(dy: Tensor, scale_deviation: Tensor, *, triggers_next: bool) -> Tensor:
-    """Return dY ⊙ s [M, N] of dY [M, N] and s − 1 [N]; a PDL launch may follow."""
+def launch_scaled(
+    dy: Tensor, scale_deviation: Tensor, scaled: Tensor, *, triggers_next: bool
+) -> None:
+    """Write dY ⊙ s [M, N], contiguous, of dY [M, N] and s − 1 [N]; a PDL launch may follow."""
     m, n = dy.shape
-    scaled = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
     tile = fold_tile(1)
     columns = block_programs(n, tile[1], 1)
     # dY in W's place, and s as free blocks of 1.
@@ -346,7 +347,6 @@ def launch_scaled(dy: Tensor, scale_deviation: Tensor, *, triggers_next: bool) -
         columns * ceil_div(m, tile[0]), tile, ProjectionOptions("triton"), 16,
         TRIGGERS_NEXT=triggers_next, num_warps=4,
     )  # fmt: skip
-    return scaled
 
 
 def _low_rank_job(

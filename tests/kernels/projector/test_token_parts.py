@@ -113,6 +113,30 @@ def test_gradients_match_fp64(
     recorded_calls.reset()
 
 
+@pytest.mark.parametrize("r", [None, 5])
+@pytest.mark.parametrize("k", [48, 44])
+def test_scaled_rows_lie_where_later_results_will(
+    kernel_device: str, monkeypatch: pytest.MonkeyPatch, k: int, r: int | None
+) -> None:
+    replan(
+        monkeypatch, "backward", token_parts=((0, 15), (15, 12), (27, 8)), fused_low_rank=False,
+        co_resident=False, side_processors=0,
+    )  # fmt: skip
+    within: list[bool] = []
+    watch(
+        monkeypatch, passes, "launch_gemm",
+        lambda x, _, y, *, v_transposed, **__: v_transposed or within.append(
+            x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+        ),
+    )  # fmt: skip
+    case = make_case(35, k, 24, block_size=1, r=r or 1, device=kernel_device)
+    case = case if r else replace(case, lora_a=None, lora_b=None)
+    assert_matches_fp64(case, compute=torch.float16)
+    # Behind an odd number of rows of 44 they would begin where the copy engine cannot.
+    assert within == [k == 48, k == 48, False]
+    recorded_calls.reset()
+
+
 def test_other_tiles_for_the_last_part(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rest = GemmConfig(64, 128, 64, num_warps=4, num_stages=6, flatten=True, programs=2)
     replan(
