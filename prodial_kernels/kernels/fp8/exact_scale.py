@@ -62,7 +62,6 @@ def _exact_scale_kernel(
                 wide = x.to(tl.float32)
                 if factor_ptr is not None:
                     wide *= 1 + load_deviation(factor_ptr, offs_k, offs_k, K, DIAGONAL)[None, :]
-                    wide = wide.to(x.dtype).to(tl.float32)
                 codes, scale = round_group(wide, CONVERTS)
                 # Exact: four bits and a power of two.
                 u = (codes.to(tl.float32) * scale[:, None]).to(x.dtype)

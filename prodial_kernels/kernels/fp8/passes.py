@@ -36,6 +36,10 @@ from prodial_kernels.kernels.projector.reduce import launch_reduce
 from prodial_kernels.kernels.projector.tiles import block_size_of
 from prodial_kernels.kernels.replay.recorded_calls import replayed
 
+# The padded rank up to which rounding makes the low-rank product too, whose factor takes the
+# chip's memory.
+MOST_FUSED = 32
+
 
 def forward(
     x: Tensor, scale_inv: Tensor, operands: Operands, options: ProjectionOptions
@@ -63,7 +67,7 @@ def round_input(
     lora_a, seed = operands.lora_a, operands.noise
     r_pad = 16 if lora_a is None else padded_rank(lora_a.shape[0])
     source, factor = _rotated(x, operands, options)
-    fused = lora_a if source is x and seed is None and _fuses(x.shape[0], r_pad) else None
+    fused = lora_a if source is x and seed is None and r_pad <= MOST_FUSED else None
     rounded, h = launch_quantize(
         source, factor=factor, relu=options.diagonal == "relu", inner=fused, r_pad=r_pad,
         programs=device_limits(x.device).processors,
@@ -153,7 +157,7 @@ def output_side(
     if not (needs.x or needs.blocks):
         t = None if wanted is None else launch_low_rank(dy, wanted, options, r_pad)
         return sums, OutputGradient(None, None, t)
-    fused = wanted if _fuses(m, r_pad) else None
+    fused = wanted if r_pad <= MOST_FUSED else None
     rounded, t = launch_quantize(
         dy, factor=scale_deviation, inner=fused, transposed=False, r_pad=r_pad,
         alpha=options.lora_scaling, programs=limits.processors,
@@ -194,9 +198,8 @@ def _in_one_read(n: int, operands: Operands, needs: Needs) -> bool:
         return False
     if operands.lora_b is None:
         return needs.scale
-    return (
-        operands.lora_a is not None and needs.lora_b and padded_rank(operands.lora_b.shape[1]) <= 32
-    )
+    r_pad = padded_rank(operands.lora_b.shape[1])
+    return operands.lora_a is not None and needs.lora_b and r_pad <= MOST_FUSED
 
 
 def _exact(
@@ -221,14 +224,6 @@ def _possible(needs: Needs, x: Tensor, operands: Operands) -> Needs:
     """What is asked for of what there is."""
     parts = (x, *operands[:-1])
     return Needs(*(need and part is not None for need, part in zip(needs, parts, strict=True)))
-
-
-def _fuses(m: int, r_pad: int) -> bool:
-    """Whether rounding makes the low-rank product too, whose programs take whole rows.
-
-    Of few tokens two passes share the columns out; a wide factor takes the chip's memory.
-    """
-    return m >= 8192 and r_pad <= 32
 
 
 def _rotated(

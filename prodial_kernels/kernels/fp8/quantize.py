@@ -8,7 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
-from prodial_kernels.kernels.projector.tiles import Diagonal, load_deviation, load_low_rank
+from prodial_kernels.kernels.projector.low_rank import launch_low_rank_sum
+from prodial_kernels.kernels.projector.operands import ProjectionOptions
+from prodial_kernels.kernels.projector.tiles import (
+    Diagonal,
+    load_deviation,
+    load_low_rank,
+    partial_sums,
+)
 from prodial_kernels.kernels.replay.recorder import launch
 
 # Columns that share a scale, and a side of the weight's tiles.
@@ -84,7 +91,8 @@ def _quantize_kernel(
 
     X, codes [M, K], scales [⌈K / GROUP⌉, stride_scale], L [M, R_PAD]; D, [K], is read as DIAGONAL
     says and 1 where None; I = Aᵀ with A [R, K] where TRANSPOSED, else α B with B [K, R].
-    A program owns TILE.rows rows; several share them, by groups of columns, where there is no L.
+    A program owns TILE.rows rows; where several share them, each takes some of the groups of
+    columns, and of L [shares, M, R_PAD] a part.
     """
     BLOCK_M: tl.constexpr = TILE.rows
     R_PAD: tl.constexpr = TILE.rank
@@ -101,9 +109,8 @@ def _quantize_kernel(
         x = tl.load(x_ptr + rows * stride_x + offs_k[None, :], mask=mask, other=0.0)
         wide = x.to(tl.float32)
         if factor_ptr is not None:
+            # Rounded once: 16 bits in between would take as long as the conversion.
             wide *= 1 + load_deviation(factor_ptr, offs_k, offs_k, K, DIAGONAL)[None, :]
-            # As the product in 16 bits takes it.
-            wide = wide.to(x.dtype).to(tl.float32)
         codes, scale = round_group(wide, CONVERTS)
         tl.store(codes_ptr + rows * K + offs_k[None, :], codes, mask=mask)
         tl.store(scale_ptr + group * stride_scale + offs_m, scale, mask=mask_m)
@@ -112,8 +119,9 @@ def _quantize_kernel(
             inner = load_low_rank(inner_ptr, offs_k, offs_r, K, R, alpha, x.dtype, TRANSPOSED)
             acc = tl.dot(x, inner, acc)
     if low_ptr is not None:
+        target = low_ptr + tl.program_id(1).to(tl.int64) * M * R_PAD
         tl.store(
-            low_ptr + rows * R_PAD + offs_r[None, :], acc.to(low_ptr.dtype.element_ty),
+            target + rows * R_PAD + offs_r[None, :], acc.to(low_ptr.dtype.element_ty),
             mask=mask_m[:, None],
         )  # fmt: skip
 
@@ -128,6 +136,7 @@ def launch_quantize(
     r_pad: int = 16,
     alpha: float = 1.0,
     programs: int = 132,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> tuple[Rounded, Tensor | None]:
     """Return X ⊙ D in fp8, and L = X I [M, r_pad] where ``inner`` is given.
 
@@ -140,21 +149,29 @@ def launch_quantize(
         r_pad: Padded rank of L.
         alpha: α.
         programs: Multiprocessors of the device.
+        tile: Rows, warps, stages and shares of the columns; those of the shape if None.
     """
     m, k = x.shape
     groups = ceil_div(k, GROUP)
     codes = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=x.device)
     stride = ceil_div(m, 4) * 4
     scales = torch.empty((groups, stride), dtype=torch.float32, device=x.device)
+    # More rows share what they convert of the factor.
+    rows, warps = (64, 8) if m >= 1024 else (16, 4)
+    share = max(1, min(groups, 2 * programs // max(1, ceil_div(m, rows))))
+    if inner is None:
+        share = max(1, min(groups, ceil_div(8 * programs, max(1, ceil_div(m, rows)))))
+    stages = 3
+    if tile is not None:
+        rows, warps, stages, share = tile
     low = None
     if inner is not None:
         low = torch.empty((m, r_pad), dtype=x.dtype, device=x.device)
-    # More rows share what they convert of the factor.
-    rows, warps = (64, 8) if m >= 8192 else (16, 4)
+        if share > 1:
+            low = partial_sums(share, m, r_pad, device=x.device)
     if m == 0:
-        return Rounded(codes, scales), low
+        return Rounded(codes, scales), x.new_empty(0, r_pad) if inner is not None else None
     programs_m = ceil_div(m, rows)
-    share = 1 if low is not None else max(1, min(groups, ceil_div(8 * programs, programs_m)))
     launch(
         _quantize_kernel, (programs_m, share),
         x_ptr=x, factor_ptr=factor, inner_ptr=inner, codes_ptr=codes,
@@ -162,6 +179,8 @@ def launch_quantize(
         M=m, K=k, R=0 if inner is None else inner.shape[0 if transposed else 1], alpha=alpha,
         stride_x=x.stride(0), stride_scale=stride,
         TRANSPOSED=transposed, DIAGONAL=Diagonal(1, relu), GROUP=GROUP,
-        CONVERTS=x.is_cuda, TILE=QuantizeTile(rows, r_pad, 3), num_warps=warps, num_stages=2,
+        CONVERTS=x.is_cuda, TILE=QuantizeTile(rows, r_pad, stages), num_warps=warps, num_stages=2,
     )  # fmt: skip
+    if low is not None and share > 1:
+        low = launch_low_rank_sum(low, x.dtype, ProjectionOptions("triton", alpha)).low
     return Rounded(codes, scales), low
