@@ -8,6 +8,7 @@ gradient with that of the same batch without the roundings.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -105,6 +106,9 @@ def _train(run: Run, row: LearningRow, device: str, steps: int, deadline: float)
     for number in range(steps):
         if number % part == 0:
             row.held_out.append((number, held_out_loss(model, windows.to(where))))
+            # Of a run of minutes, something is to be seen before it ends.
+            said = f"{run.method} seed {run.seed} {run.compute}: {number} steps"
+            print(f"  {said}, held-out {row.held_out[-1][1]:.4f}", file=sys.stderr, flush=True)
             if run.compute == "fp8":
                 batch = batches.batch(number).input_ids.to(where)
                 row.cosine.append((number, gradient_cosine(model, batch)))

@@ -11,6 +11,7 @@ from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.fp8.quantize import GROUP, Rounded
 from prodial_kernels.kernels.projector.tiles import (
     WalkTile,
+    load_low_rank,
     load_tile,
     store_tile,
     tiled,
@@ -73,11 +74,8 @@ def _finish_kernel(
     if deviation_ptr is not None:
         s = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     if outer_ptr is not None:
-        b = tl.load(
-            outer_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
-            mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
-        )  # fmt: skip
-        b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty).T
+        dtype: tl.constexpr = low_ptr.dtype.element_ty
+        b = load_low_rank(outer_ptr, offs_n, offs_r, N, R, alpha, dtype, False).T
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     stop = tl.minimum(first + rows_per_program, M)

@@ -14,6 +14,7 @@ from prodial_kernels.kernels.fp8.quantize import GROUP, Rounded, round_group
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.output_side import less_low_rank, over_scale
 from prodial_kernels.kernels.projector.tiles import (
+    load_low_rank,
     load_tile,
     partial_sums,
     store_tile,
@@ -91,11 +92,7 @@ def _rounding_side_kernel(
         if deviation_ptr is not None:
             factor = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if HAS_LORA:
-            b = tl.load(
-                b_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
-                mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
-            )  # fmt: skip
-            b = (b.to(tl.float32) * alpha).to(low_ptr.dtype.element_ty)
+            b = load_low_rank(b_ptr, offs_n, offs_r, N, R, alpha, low_ptr.dtype.element_ty, False)
             dy_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
             if NEED_SCALE:
                 y_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
@@ -147,7 +144,7 @@ def _rounding_side_kernel(
             along = norm
             if HAS_LORA:
                 ds, along = less_low_rank(
-                    ds, along, dy_low, y_low, b_ptr, offs_n, mask_n, R, alpha,
+                    ds, along, dy_low, y_low, b_ptr, offs_n, N, R, alpha,
                     low_ptr.dtype.element_ty, R_PAD,
                 )  # fmt: skip
             ds = over_scale(ds, norm, along, deviation_ptr, offs_n, mask_n)

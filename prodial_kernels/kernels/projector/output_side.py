@@ -13,6 +13,7 @@ from prodial_kernels.kernels.projector.exact_scale import launch_exact_scale
 from prodial_kernels.kernels.projector.operands import Kept, Needs, Operands, ProjectionOptions
 from prodial_kernels.kernels.projector.tiles import (
     WalkTile,
+    load_low_rank,
     load_tile,
     partial_sums,
     tiled,
@@ -125,7 +126,7 @@ def _output_side_kernel(
                 along = tl.sum(y_z, 0)
             if HAS_LORA:
                 ds, along = less_low_rank(
-                    ds, along, dy_low, y_low, b_ptr, offs_n, mask_n, R, alpha,
+                    ds, along, dy_low, y_low, b_ptr, offs_n, N, R, alpha,
                     low_ptr.dtype.element_ty, R_PAD,
                 )  # fmt: skip
             ds = over_scale(ds, norm, along, deviation_ptr, offs_n, mask_n)
@@ -134,17 +135,13 @@ def _output_side_kernel(
 
 @triton.jit
 def less_low_rank(
-    ds, along, dy_low, y_low, b_ptr, offs_n, mask_n, R, alpha,
+    ds, along, dy_low, y_low, b_ptr, offs_n, N, R, alpha,
     dtype: tl.constexpr, R_PAD: tl.constexpr,
 ):  # fmt: skip
     """(Σ dY ⊙ Z, Σ Y ⊙ Z) [BLOCK_N] of those with Y for Z, from dYᵀ L and Yᵀ L [BLOCK_N, R_PAD]."""
     offs_r = tl.arange(0, R_PAD)
-    b = tl.load(
-        b_ptr + offs_n.to(tl.int64)[:, None] * R + offs_r[None, :],
-        mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0,
-    )  # fmt: skip
     # As forward rounded it.
-    b = (b.to(tl.float32) * alpha).to(dtype).to(tl.float32)
+    b = load_low_rank(b_ptr, offs_n, offs_r, N, R, alpha, dtype, False).to(tl.float32)
     return ds - tl.sum(dy_low * b, 1), along - tl.sum(y_low * b, 1)
 
 
