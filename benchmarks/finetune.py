@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None, start: Callable[..., Worker] = 
         def write(rows: Sequence[LearningRow]) -> None:
             if options.output:
                 text = text_of(record, [values_of(row) for row in rows])
-                write_text(options.output / "fp8-learning.json", text)
+                write_text(options.output / "learning.json", text)
 
         good = run_learning(
             device, options.steps, options.seeds, seconds=options.seconds or 0.0,

@@ -18,12 +18,14 @@ from benchmarks.harness.text import number, text_table
 from benchmarks.models.methods import SLOW
 from benchmarks.models.rows import ModelRow
 from benchmarks.projector import tables
-from benchmarks.projector.rivals import FLOOR, OURS
+from benchmarks.projector.rivals import FLOOR, IN_FP8, OURS
 from benchmarks.projector.rows import find
 from benchmarks.report import charts, report
 from benchmarks.report.record import Record
+from benchmarks.targets import PROJECTOR_IN_FP8
 from benchmarks.training import table
 from benchmarks.training.jobs import PRODIAL
+from benchmarks.training.learning.in_fp8 import LearningRow, summary
 
 # What a reader is likely to use today; the best of the others has a column of its own.
 SHOWN = ("peft-lora", "authors")
@@ -153,6 +155,8 @@ def costs(folder: Path) -> str:
         parts.append(projectors(record))
         page = _link(path.with_suffix(".md"), folder)
         parts.append(f"Every figure, and more pictures: [`{page}`]({page}).")
+    parts += [in_fp8(Record.read(path)) for path in committed("fp8-only.json")]
+    parts += [learned(json.loads(path.read_text())) for path in committed("learning.json")]
     parts += [models(json.loads(path.read_text())) for path in committed("mixers.json")]
     return "\n\n".join(parts)
 
@@ -209,6 +213,53 @@ def projectors(record: Record) -> str:
         f"cuBLAS, and multiples of it. The last column is ProDiaL's.\n\n"
         f"{text_table(headers, lines)}\n\n{provenance(environment)}"
     )
+
+
+def in_fp8(record: Record) -> str:
+    """One line for each shape that products in fp8 are measured at."""
+    lines = []
+    for row in record.rows:
+        if row.rival != IN_FP8 or row.ratio is None:
+            continue
+        floor = find(record.rows, rival=FLOOR, **row.at)
+        ours = find(record.rows, rival=OURS, **row.at)
+        must, _ = PROJECTOR_IN_FP8.get((row.m, row.k, row.n), (None, None))
+        lines.append([
+            row.model, f"{row.m:,}", f"{row.k} → {row.n}",
+            number(floor.both_us if floor else None, 0), number(ours.ratio if ours else None),
+            number(row.ratio), number(must), number(row.memory_ratio),
+            *(f"{e:.1%}" if e else "–" for e in (row.output_error, row.unrounded_error)),
+        ])  # fmt: skip
+    headers = [
+        "projector of", "tokens", "K → N", "frozen, µs", "in 16 bits, ×", "in fp8, ×", "must",
+        "peak memory, ×", "error", "unrounded",
+    ]  # fmt: skip
+    return (
+        f'**One projector with its products in fp8** (`compute="fp8"`), likewise, on an '
+        f"{record.environment['device']}: over the frozen layer in bf16. The error is that of the "
+        f"output against its definition in fp64, which rounds X and dY to fp8 too; *unrounded* "
+        f"that against fp64 without the roundings.\n\n{text_table(headers, lines)}\n\n"
+        f"{provenance(record.environment)}"
+    )
+
+
+def learned(record: Mapping[str, Any]) -> str:
+    """What adapters learned on products in 16 bits and in fp8."""
+    rows = [LearningRow(**values) for values in record["rows"]]
+    lines, _ = summary(rows)
+    steps = max((row.held_out[-1][0] for row in rows if row.held_out), default=0)
+    cosines = [value for row in rows for _, value in row.cosine]
+    return (
+        f"**Learning with products in fp8**: {steps:,} steps of the embedded model on a text that "
+        f"it was not trained on, r = 16, bf16, nats a token on held-out text, mean and standard "
+        f"deviation over seeds, on an {record['device']}.\n\n"
+        + "\n".join(f"* {line}" for line in lines)
+        + (
+            f"\n\nCosine of the gradient with that without the roundings, over the run: "
+            f"{min(cosines):.4f} to {max(cosines):.4f}." if cosines else ""
+        )
+        + f"\n\n{provenance(record)}"
+    )  # fmt: skip
 
 
 def models(record: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from benchmarks.report.record import Record
 from benchmarks.training import table
 from benchmarks.training.jobs import JOBS, TINY_JOBS, JobRow
 from benchmarks.training.learning.curves import CurveRow
+from benchmarks.training.learning.in_fp8 import LearningRow
 
 ENVIRONMENT = {
     "device": "A GPU", "driver": "1", "commit": "abc", "date": "2026-01-02", "command": "run",
@@ -69,11 +70,34 @@ def test_what_is_committed_loads() -> None:
     kinds = {"curves": CurveRow, "finetune": JobRow} | dict.fromkeys(
         ("methods", "mixers", "trainer"), ModelRow
     )
+    kinds["learning"] = LearningRow
     for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
         if kind := kinds.get(path.stem.split("-")[0]):
             assert [kind(**row) for row in json.loads(path.read_text())["rows"]]
         else:
             assert Record.read(path).rows
+
+
+def test_one_line_for_each_projector_in_fp8() -> None:
+    rows = [row("frozen", 40), row("prodial", 60)]
+    rows.append(row("prodial-fp8", 44, output_error=0.016, unrounded_error=0.037))
+    text = readme.in_fp8(Record("fp8-only", ENVIRONMENT, rows=rows))
+    (line,) = [line for line in text.splitlines() if TABLE_SHAPES[0].model in line]
+    assert [part.strip() for part in line.split("|")][4:-1] == [
+        "40", "1.50", "1.10", "–", "1.05", "1.6%", "3.7%",
+    ]  # fmt: skip
+
+
+def test_what_was_learned_in_fp8() -> None:
+    rows = [
+        {"method": m, "seed": seed, "compute": c, "held_out": [[0, 4.0], [1000, 2.0 + seed]],
+         "cosine": [[0, 0.95]] if c == "fp8" else []}
+        for m in ("prodial", "lora") for seed in range(2) for c in ("same", "fp8")
+    ]  # fmt: skip
+    text = readme.learned({**ENVIRONMENT, "rows": rows})
+    assert "1,000 steps" in text
+    assert "prodial: held-out 2.5000" in text
+    assert "0.9500 to 0.9500" in text
 
 
 def test_one_line_for_each_projector_of_the_table() -> None:

@@ -10,7 +10,7 @@ from benchmarks.projector.rivals import concat, peft, plain
 from benchmarks.projector.rivals.layer import Layer
 from prodial_kernels.testing import LinearCase
 
-FLOOR, OURS = "frozen", "prodial"
+FLOOR, OURS, IN_FP8 = "frozen", "prodial", "prodial-fp8"
 OURS_METHOD = "ProDiaL"
 
 
@@ -44,7 +44,7 @@ class Rival:
 RIVALS = (
     Rival(FLOOR, "frozen", plain.frozen, strong=True),
     Rival(OURS, OURS_METHOD, plain.ours, strong=True),
-    Rival("prodial-fp8", "ProDiaL in fp8", plain.ours_in_fp8, approximates=OURS_METHOD),
+    Rival(IN_FP8, "ProDiaL in fp8", plain.ours_in_fp8, approximates=OURS_METHOD),
     Rival("concat", "ProDiaL", concat.concat, strong=True),
     Rival(
         "materialised-compiled", "ProDiaL", plain.adapted(plain.materialised, compiled=True),
