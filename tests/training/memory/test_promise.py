@@ -8,10 +8,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.training import promise
 from benchmarks.training.promise import CASES, MIB, TINY_CASES, Case, Row
-from benchmarks.training.sizes import SIZES
+from benchmarks.training.sizes import SIZES, transformers_config
+from prodial_kernels import ProdialConfig, apply_prodial
+from prodial_kernels.models.layers.fused_norms import fuse_norms
+from prodial_kernels.models.loading.quantized import model_on_meta
+from prodial_kernels.training.memory.peak import Job
+from prodial_kernels.training.memory.plan import plan_memory
+from prodial_kernels.training.memory.shapes import describe_model
+from prodial_kernels.training.step.chunked_loss import chunk_rows
 
 GB = 10**9
 
@@ -91,3 +99,27 @@ def test_room_is_taken_and_given_back(tmp_path: Path) -> None:
     # What is more than there is runs alone.
     with promise.room(tmp_path, 600, 100, time.time() - 1) as there:
         assert there
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "length", "level", "measured"),
+    [
+        ("zamba-7b", 1, 1024, "keep", 17_468),
+        ("zamba2-7b", 1, 1024, "keep", 11_002),
+        ("zamba2-7b", 1, 2048, "offload", 5_015),
+        ("jamba-52b", 1, 1024, "checkpoint", 26_614),
+        ("falcon-h1-7b", 1, 1024, "keep", 9_800),
+    ],
+)
+def test_peaks_that_an_h200_has_shown(
+    model: str, batch: int, length: int, level: str, measured: int
+) -> None:
+    """MiB of whole runs, everything in NF4; bf16, r = 16, torch 2.11, 2026-11-30."""
+    empty = model_on_meta(transformers_config(model), torch.bfloat16)
+    apply_prodial(empty, ProdialConfig(r=16))
+    fuse_norms(empty)
+    shape = describe_model(empty, kernels=True)
+    rows = chunk_rows(shape.vocabulary, torch.bfloat16, torch.device("cuda"))
+    job = Job(batch, length, quantize="nf4", quantize_modules="all", loss_rows=rows)
+    plan = plan_memory(shape, job, budget=None, activations=level)
+    assert Row("", {}, predicted=plan.peak.total, measured=measured * MIB).kept, str(plan)
