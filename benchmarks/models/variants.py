@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks.models.methods import METHOD_VARIANTS, with_methods
-from prodial_kernels import ProdialConfig, apply_prodial, remove_prodial
+from prodial_kernels import ProdialConfig, apply_prodial, quantize_model, remove_prodial
 
-VARIANTS = ("frozen", "prodial", "recompute", "lora", "lora-slow", "authors")
+# The package on weights that are stored in fp8 and multiplied in it. The dense ones stay beside
+# them for the other variants, so that its memory says nothing.
+IN_FP8 = "prodial-fp8"
+VARIANTS = ("frozen", "prodial", IN_FP8, "recompute", "lora", "lora-slow", "authors")
 RANK = 16
 # Of the mixer, by class: what leaves its fused function when it is False.
 _SWITCHES = ("use_fast_path", "use_mem_eff_path")
@@ -44,7 +47,8 @@ class AuthorsWeight(nn.Module):
 def adapted(model: nn.Module, variant: str) -> Iterator[None]:
     """Turn the frozen ``model`` into a variant, and back afterwards."""
     mixers: list[Any] = [module for module in model.modules() if hasattr(module, "out_proj")]
-    change = {"frozen": _frozen, "authors": _authors}.get(variant, _prodial)
+    changes = {"frozen": _frozen, "authors": _authors, IN_FP8: _prodial_in_fp8}
+    change = changes.get(variant, _prodial)
     if variant in METHOD_VARIANTS:
         change = with_methods
     with change(model, mixers, variant):
@@ -75,6 +79,8 @@ def _authors(model: nn.Module, mixers: Sequence[Any], variant: str) -> Iterator[
 @contextmanager
 def _prodial(model: nn.Module, mixers: Sequence[Any], variant: str) -> Iterator[None]:
     options: dict[str, Any] = {}
+    if variant == IN_FP8:
+        options = {"compute": "fp8"}
     if variant.startswith("lora"):
         # LoRA alone in plain PyTorch.
         options = {"train_scale": False, "train_diagonal": False, "impl": "reference"}
@@ -96,6 +102,20 @@ def _prodial(model: nn.Module, mixers: Sequence[Any], variant: str) -> Iterator[
         for mixer in mixers:
             mixer.__dict__.pop("prodial_recompute_xz", None)
         remove_prodial(model)
+
+
+@contextmanager
+def _prodial_in_fp8(model: nn.Module, mixers: Sequence[Any], variant: str) -> Iterator[None]:
+    dense = [
+        (mixer, name, getattr(mixer, name)) for mixer in mixers for name in ("in_proj", "out_proj")
+    ]
+    quantize_model(model, "fp8")
+    try:
+        with _prodial(model, mixers, variant):
+            yield
+    finally:
+        for mixer, name, linear in dense:
+            setattr(mixer, name, linear)
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def test_a_variant_is_undone(mixer: type, variant: str, monkeypatch: pytest.Monk
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         assert bool(trained) == (variant != "frozen")
         adapters = [m for m in model.modules() if isinstance(m, ProdialLinear)]
-        assert bool(adapters) == (variant in ("prodial", "recompute", "lora", "lora-slow"))
+        assert bool(adapters) == (variant not in ("frozen", "authors"))
+        assert all((m.compute == "fp8") == (variant == variants.IN_FP8) for m in adapters)
         raise KeyError
     assert {name: id(module) for name, module in model.named_modules()} == before
     if variant == "frozen":

@@ -20,8 +20,8 @@ from prodial_kernels.kernels.projector.tiles import (
 from prodial_kernels.kernels.replay.recorder import launch
 
 # What the own product takes less than cuBLAS's and a pass over Y, in TFLOP/s and bytes a
-# nanosecond on an H200: 880 against 1,180, and 4,200 (2026-11-30).
-_OWN, _LIBRARY, _BANDWIDTH = 880e12, 1180e12, 4.2e12
+# nanosecond on an H200: 790 against 1,220, and 3,700 (2026-11-30).
+_OWN, _LIBRARY, _BANDWIDTH = 790e12, 1220e12, 3.7e12
 
 
 def takes_library(m: int, n: int, k: int, limits: DeviceLimits, *, finish: bool) -> bool:
