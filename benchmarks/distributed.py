@@ -5,8 +5,8 @@
 * ``gradients``: every adapter gradient of Mamba-1, Mamba-2 and a hybrid, 8 × 512 tokens, on two
   GPUs in every way there is, beside one GPU that accumulates the same two halves; and what another
   order of sums changes on one GPU. In units of 2⁻²³ of a gradient's norm, the farthest of all;
-* ``runs``: ``prodial finetune`` on one GPU, twice, by ``torchrun`` on two, and with ``--shard``; a
-  run on two whose second process is killed, resumed on two and on one;
+* ``runs``: ``prodial finetune`` on one GPU, twice, by ``torchrun`` on two, and with ``--shard``;
+  runs on two whose first or second process is killed, resumed on two and on one;
 * ``sharded``: tokens a second of Nemotron-H-8B's dimensions, 4 × 2048 tokens a GPU, with the frozen
   weights divided as ``--shard`` does it, in other ways, and by FSDP2, beside one GPU;
 * ``scaling``: tokens a second of Mamba-1.4B and of Nemotron-H-8B's dimensions, whole on each GPU.
@@ -24,8 +24,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +40,7 @@ import torch  # noqa: E402
 from benchmarks import targets  # noqa: E402
 from benchmarks.harness.environment import ROOT, describe, device_name  # noqa: E402
 from benchmarks.harness.store import json_text, results_of, write_text  # noqa: E402
+from benchmarks.training.shared_tables import place_of  # noqa: E402
 
 PARTS = ("gradients", "runs", "sharded", "scaling")
 # These take the time that processes need to start and to compile: most of a machine's cores rest.
@@ -46,6 +48,8 @@ UNTIMED = {"gradients", "runs"}
 SIZE = 2
 SECONDS = {"gradients": 110.0, "sharded": 110.0, "runs": 110.0, "scaling": 150.0}
 """That a part may take; what it has measured by then is kept."""
+AGAIN = "one GPU, again"
+KILLED = ("second killed", "first killed")
 # Models whose gradients are taken side by side: starting and compiling take longer than computing.
 TOGETHER = ("mamba", "mamba2", "nemotron_h")
 _TIMED = ("seconds", "tokens_per_second")
@@ -74,24 +78,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cpu" if args.tiny else "cuda"
     folder = args.output or results_of(device_name(device))
     words = sys.argv[1:] if argv is None else list(argv)
-    record: Row = {
+    described = {
         **describe(device, shlex.join(["python", "-m", "benchmarks.distributed", *words])),
-        "processes": SIZE, "rows": [],
+        "processes": SIZE,
     }  # fmt: skip
+    taken: list[Row] = []
     for parts in batches(args.parts.split(",")):
         with ThreadPoolExecutor(len(parts)) as pool:
             done = {pool.submit(rows_of, part, args.model, args.tiny): part for part in parts}
             for future in as_completed(done):
                 rows, took = future.result()
                 add_ratios(rows)
-                record["rows"] += rows
+                taken += rows
                 # Whatever comes later, this is kept.
-                write_text(folder / "distributed.json", json_text(record))
+                store(folder / "distributed.json", done[future], {**described, "rows": rows})
                 print(f"{done[future]}: {took:.0f} s", flush=True)
-    print(table(record["rows"]))
-    failures = failed(record["rows"])
+    print(table(taken))
+    failures = failed(taken)
     print("\n".join(failures) or "all as it must be")
     return 1 if failures else 0
+
+
+def store(file: Path, part: str, found: Row) -> None:
+    """Put a part, with where it comes from, beside those that another command has measured."""
+    before: Row = json.loads(file.read_text())["parts"] if file.exists() else {}
+    parts = {**before, part: found}
+    write_text(file, json_text({"parts": {name: parts[name] for name in PARTS if name in parts}}))
 
 
 def batches(parts: Sequence[str]) -> list[list[str]]:
@@ -173,10 +185,7 @@ def environments(size: int = SIZE) -> list[dict[str, str]]:
 def runs(model: str, tiny: bool) -> list[Row]:
     """Rows of ``prodial finetune`` on one and on two GPUs, whole and interrupted."""
     with TemporaryDirectory() as folder:
-        try:
-            return _Runs(Path(folder), model, tiny).rows()
-        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
-            return [{"part": "runs", "error": f"{type(error).__name__}: {error}"}]
+        return [*_Runs(Path(folder), model, tiny).rows()]
 
 
 class _Runs:
@@ -186,7 +195,7 @@ class _Runs:
         self.folder = folder
         self.deadline = time.monotonic() + seconds("runs", tiny)
         self.started: list[subprocess.Popen[bytes]] = []
-        steps, sequences, length, tokens = (6, 1, 32, 64) if tiny else (40, 4, 256, 1024)
+        steps, sequences, length, tokens = (6, 1, 32, 64) if tiny else (60, 4, 256, 1024)
         self.kill_at = 4 if tiny else 15
         # Enough text, and none to look for.
         text = "\n\n".join(file.read_text() for file in sorted(ROOT.glob("benchmarks/*.py")))
@@ -195,17 +204,26 @@ class _Runs:
             "--model", model, "--data", str(folder / "text.txt"), "--steps", str(steps),
             "--batch-size", str(sequences), "--seq-len", str(length), "--eval-every", "0",
             "--eval-tokens", str(tokens), "--warmup", "4", "--lr", "0.003",
-            "--save-every", "2" if tiny else "6", "--device", "cpu" if tiny else "cuda",
+            "--loss", "chunked", "--save-every", "2" if tiny else "6",
+            "--device", "cpu" if tiny else "cuda",
         ]  # fmt: skip
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
+        """What was found, as it is found."""
         try:
-            return self._rows()
+            yield from self._rows()
+        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+            yield {"part": "runs", "error": f"{type(error).__name__}: {error}"}
         finally:
             for process in self.started:
+                if process.poll() is None:
+                    # Python says where it was.
+                    process.send_signal(signal.SIGABRT)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=2.0)
                 process.kill()
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> Iterator[Row]:
         whole = [self.start(name, gpu) for gpu, name in enumerate(("one", "again"))]
         launch = ["--nproc-per-node", str(SIZE), "--master-addr", "127.0.0.1", "--master-port"]
         port = environments()[0]["MASTER_PORT"]
@@ -213,27 +231,29 @@ class _Runs:
         whole.append(self._start([*command, *self.command("two")], {"MAMBA_DETERMINISTIC": "1"}))
         divided = [*self.options, "--grad-accumulation", "2", "--shard"]
         whole += [self.start_of_two("shard", place, *divided) for place in environments()]
-        pair = [self.start_of_two("killed", place) for place in environments()]
-        self.kill(pair[1], "killed")
-        first = pair[0].wait(timeout=self._left())
-        shutil.copytree(self.folder / "killed", self.folder / "on_one")
-        again = [self.start_of_two("killed", place, "--resume") for place in environments()]
+        pairs = {name: [self.start_of_two(name, p) for p in environments()] for name in KILLED}
+        with ThreadPoolExecutor(len(pairs)) as pool:
+            # A few steps later each of them would be over.
+            ended = [*pool.map(self.killed, pairs, pairs.values(), (1, 0))]
+        for name, (code, took) in zip(pairs, ended, strict=True):
+            yield {"part": "runs", "what": f"{name}: the other", "exit": code, "seconds": took}
+        shutil.copytree(self.folder / KILLED[0], self.folder / "on_one")
+        again = [self.start_of_two(name, p, "--resume") for name in KILLED for p in environments()]
         again.append(self.start("on_one", 0, "--resume"))
-        for process in [*whole, *again]:
+        for process in whole:
             self._end(process)
         right = self.losses("one")
-        rows: list[Row] = [
-            {"part": "runs", "what": what, **compared(self.losses(name), beside)}
-            for what, name, beside in (
-                ("one GPU, again", "again", right),
-                ("torchrun, two GPUs", "two", right),
-                ("two GPUs, --shard", "shard", right),
-                ("killed, resumed on two, beside two", "killed", self.losses("two")),
-                ("killed, resumed on one, beside two", "on_one", self.losses("two")),
-            )
-        ]
-        rows[3]["exit of the process that was left"] = first
-        return rows
+        for what, name in (
+            (AGAIN, "again"), ("torchrun, two GPUs", "two"), ("two GPUs, --shard", "shard")
+        ):  # fmt: skip
+            yield {"part": "runs", "what": what, **compared(self.losses(name), right)}
+        for process in again:
+            self._end(process)
+        for name in KILLED:
+            found = compared(self.losses(name), self.losses("two"))
+            yield {"part": "runs", "what": f"{name}, resumed on two, beside two", **found}
+        found = compared(self.losses("on_one"), self.losses("two"))
+        yield {"part": "runs", "what": "checkpoint of two, resumed on one, beside two", **found}
 
     def command(self, name: str, *more: str) -> list[str]:
         output = ["--output", str(self.folder / name)]
@@ -249,7 +269,7 @@ class _Runs:
         return self._start(["-m", "prodial_kernels", *self.command(name, *more)], environment)
 
     def _start(self, words: Sequence[str], environment: Mapping[str, str]) -> Any:
-        environment = {**os.environ, **environment}
+        environment = {**os.environ, "PYTHONFAULTHANDLER": "1", **environment}
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment)
         self.started.append(process)
         return process
@@ -261,14 +281,20 @@ class _Runs:
         if process.wait(timeout=self._left()):
             raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
 
-    def kill(self, process: subprocess.Popen[bytes], name: str) -> None:
+    def killed(
+        self, name: str, pair: Sequence[subprocess.Popen[bytes]], which: int
+    ) -> tuple[int, float]:
+        """Kill one of two processes within their run; how the other ended, after how long."""
         file = self.folder / name / "metrics.jsonl"
-        while self._left() > 0.1 and process.poll() is None:
+        while self._left() > 0.1 and pair[which].poll() is None:
             if file.exists() and f'"step": {self.kill_at},' in file.read_text():
                 break
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        pair[which].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        pair[which].wait()
+        code = pair[1 - which].wait(timeout=min(self._left(), 30.0))
+        return code, time.monotonic() - began
 
     def losses(self, name: str) -> list[Row]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
@@ -287,32 +313,28 @@ def compared(found: Sequence[Row], right: Sequence[Row]) -> Row:
 
 def failed(rows: Sequence[Row]) -> list[str]:
     """What is not as it must be, in words."""
-    said = [f"{_place(row)}: {row['error']}" for row in rows if "error" in row]
+    said = [f"{place_of(row)}: {row['error']}" for row in rows if "error" in row]
     gradients = [row for row in rows if row["part"] == "gradients" and "ulps" in row]
+    place = ("model", "dtype", "base")
     for row in gradients:
-        same = [r for r in gradients if all(r[k] == row[k] for k in ("model", "dtype", "base"))]
-        noise = max((r["ulps"] for r in same if r["way"].startswith("one GPU")), default=0.0)
+        alike = [r for r in gradients if all(r[k] == row[k] for k in place)]
+        noise = [r["ulps"] for r in alike if r["way"] == row.get("beside")]
         # A few roundings of a sum where nothing else differs.
-        most = max(targets.GRADIENT_ULPS, 2 * noise)
-        if not row["ulps"] <= most:
-            said.append(f"{row['model']} {row['dtype']} {row['way']}: {row['ulps']:.3g} ulps")
+        most = max([targets.GRADIENT_ULPS, *(2 * ulps for ulps in noise)])
+        if "beside" in row and not row["ulps"] <= most:
+            said.append(f"{place_of(row)}: {row['ulps']:.3g} ulps")
     for row in rows:
         judged = row.get("default", True)
         if judged and row.get("over_one", targets.OVER_ONE_ON_TWO) < targets.OVER_ONE_ON_TWO:
-            said.append(f"{_place(row)}: {row['over_one']:.2f} times one GPU's tokens/s")
+            said.append(f"{place_of(row)}: {row['over_one']:.2f} times one GPU's tokens/s")
     runs_of = {row["what"]: row for row in rows if row["part"] == "runs" and "what" in row}
-    if runs_of:
-        noise = runs_of["one GPU, again"]["farthest_loss"]
-        for what, row in runs_of.items():
-            if row["farthest_loss"] > max(targets.LOSS_OF_TWO, 2 * noise):
-                said.append(f"{what}: losses {row['farthest_loss']:.2g} apart")
+    noise = runs_of.get(AGAIN, {}).get("farthest_loss", 0.0)
+    for what, row in runs_of.items():
+        if row.get("farthest_loss", 0.0) > max(targets.LOSS_OF_TWO, 2 * noise):
+            said.append(f"{what}: losses {row['farthest_loss']:.2g} apart")
+        if not (row.get("exit", 1) == 1 and row.get("seconds", 0.0) < targets.SECONDS_AFTER_A_KILL):
+            said.append(f"{what}: ended with {row['exit']} after {row['seconds']:.1f} s")
     return said
-
-
-def _place(row: Row) -> str:
-    """Where in the table a row is, in words."""
-    names = ("part", "model", "dtype", "base", "way")
-    return " ".join(str(row[name]) for name in names if row.get(name))
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
@@ -329,13 +351,15 @@ def table(rows: Sequence[Row]) -> str:
     lines: list[str] = []
     for row in rows:
         if "error" in row:
-            lines.append(f"{_place(row)}: {row['error'].splitlines()[0]}")
+            lines.append(f"{place_of(row)}: {row['error'].splitlines()[0]}")
         elif row["part"] == "gradients":
             lines.append(
                 f"{row['model']:11} {row['dtype']:9} {row['base']:6} {row['way']:32} "
                 f"{row['ulps']:10.3g} {row['median_ulps']:10.3g} "
                 f"{row['equal']:3}/{row['parameters']} equal"
             )
+        elif "exit" in row:
+            lines.append(f"{row['what']:36} ended with {row['exit']} after {row['seconds']:.1f} s")
         elif row["part"] == "runs":
             lines.append(
                 f"{row['what']:36} losses {row['farthest_loss']:.2g} apart, "

@@ -23,7 +23,7 @@ from benchmarks.projector.rows import find
 from benchmarks.report import charts, report
 from benchmarks.report.record import Record
 from benchmarks.targets import PROJECTOR_IN_FP8
-from benchmarks.training import table
+from benchmarks.training import shared_tables, table
 from benchmarks.training.jobs import PRODIAL
 from benchmarks.training.learning.in_fp8 import LearningRow, summary
 
@@ -178,10 +178,32 @@ def methods(folder: Path) -> str:
     return "\n\n".join(methods_of(record) for record in records)
 
 
+def several_gpus(folder: Path) -> str:
+    """What runs on several GPUs give beside those on one."""
+    del folder
+    parts = [
+        (name, part)
+        for path in committed("distributed.json")
+        for name, part in json.loads(path.read_text())["parts"].items()
+    ]
+    texts = (
+        (shared_tables.part_text(name, part["rows"], _devices(part)), provenance(part))
+        for name, part in parts
+    )
+    return "\n\n".join(text for pair in texts for text in pair)
+
+
+def _devices(part: Mapping[str, Any]) -> str:
+    return f"{part['processes']} {part['device']}"
+
+
 PAGES: Mapping[str, Mapping[str, Callable[[Path], str]]] = {
     "README.md": {"speed": largest, "memory": smallest},
     "benchmarks/results/README.md": {"benchmarks": costs},
-    "prodial_kernels/training/README.md": {"fine-tuning": fine_tuning},
+    "prodial_kernels/training/README.md": {
+        "fine-tuning": fine_tuning,
+        "several-gpus": several_gpus,
+    },
     "prodial_kernels/models/methods/README.md": {"methods": methods},
 }
 """What is rendered: by the page, and by the name in its markers; given the folder of the page."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 
 from benchmarks.harness.startup import prepare_process
 
 prepare_process()
+STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if world.main:
                     stream.write(json.dumps(row) + "\n")
                     stream.flush()
-                    print(row, flush=True)
+                    print(f"{time.perf_counter() - STARTED:.1f} s", row, flush=True)
 
 
 if __name__ == "__main__":

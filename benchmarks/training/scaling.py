@@ -24,7 +24,7 @@ from prodial_kernels import apply_prodial
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.models.layers.recompute import prepare_blocks
 from prodial_kernels.training.data.batches import Batch
-from prodial_kernels.training.distributed.gathering import Collective, Gather
+from prodial_kernels.training.distributed.gathering import Collective, Copies, Gather
 from prodial_kernels.training.distributed.gradients import GradientSum
 from prodial_kernels.training.distributed.sharding import KEPT, DividedModel, shard_frozen
 from prodial_kernels.training.distributed.world import World
@@ -61,7 +61,7 @@ def sharded(world: World, device: torch.device, tiny: bool) -> Iterator[dict[str
     case = _Steps(device, prefix, options, tiny)
     title = {"part": "sharded", "model": name}
     if world.main:
-        row = case.timed(World(), WARM_UPS, FEWER_STEPS)
+        row = case.timed(World(), WARM_UPS, FEWER_STEPS, profiled=True)
         yield {**title, "processes": 1, "way": "", **row}
     world.wait()
     for row in _in_ways(case, world, device):
@@ -78,56 +78,26 @@ def sharded(world: World, device: torch.device, tiny: bool) -> Iterator[dict[str
 
 
 def _in_ways(case: _Steps, world: World, device: torch.device) -> Iterator[dict[str, Any]]:
-    divided, refused = _divided(case.model, device)
+    divided = shard_frozen(case.model, device)
     own, n = divided.gather, len(divided.blocks)
-    symmetric = 0 if isinstance(own, Collective) else sum(block.part for block in divided.blocks)
-    ways: list[tuple[str, Callable[[], Gather], int, bool]] = [
-        ("collective", Collective, KEPT, True),
-        ("collective, all kept", Collective, n, False),
-    ]
-    if device.type == "cuda":
-        few: Callable[[], Gather] = lambda: Collective(_group_of_ctas(8))  # noqa: E731
-        ways.insert(1, ("collective, 8 CTAs", few, KEPT, False))
+    symmetric = sum(block.part for block in divided.blocks) if isinstance(own, Copies) else 0
+    ways = [("--shard", own, KEPT), ("all kept for backward", own, n)]
     if symmetric:
-        ways.insert(1, ("copies", lambda: own, KEPT, True))
-        ways.append(("copies, all kept", lambda: own, n, False))
-    for way, gather, kept, profiled in ways:
-        found = _tried(world, partial(_of, case, world, divided, gather, kept, profiled))
+        ways.append(("by NCCL", Collective(), KEPT))
+    for way, gather, kept in ways:
+        found = _tried(world, partial(_of, case, world, divided, gather, kept))
         if "peak_gb" in found:
             # PyTorch's allocator does not count what others read.
             found["peak_gb"] += symmetric / 1e9
-        yield {"way": way, "default": way == "collective", **found}
-    if refused:
-        yield {"way": "copies", "default": False, "error": refused}
-
-
-def _divided(model: nn.Module, device: torch.device) -> tuple[DividedModel, str | None]:
-    """Divide a model so that both ways work on it, or say why only a collective does."""
-    refused = None
-    if device.type == "cuda":
-        try:
-            return shard_frozen(model, device, gather="copies"), None
-        except Exception as error:
-            # Nothing is divided yet; of a release that lacks the memory this is another error.
-            refused = f"{type(error).__name__}: {error}"
-    return shard_frozen(model, device), refused
-
-
-def _group_of_ctas(most: int) -> Any:
-    """A communicator of its own whose kernels take so many multiprocessors at most."""
-    options = distributed.ProcessGroupNCCL.Options()
-    options.config.min_ctas = 1
-    options.config.max_ctas = most
-    return distributed.new_group(backend="nccl", pg_options=options)
+        yield {"way": way, "default": way == "--shard", "gather": gather.said, **found}
 
 
 def _of(
-    case: _Steps, world: World, divided: DividedModel, gather: Callable[[], Gather], kept: int,
-    profiled: bool,
-) -> dict[str, Any]:  # fmt: skip
+    case: _Steps, world: World, divided: DividedModel, gather: Gather, kept: int
+) -> dict[str, Any]:
     divided.drop()
-    divided.gather, divided.kept = gather(), kept
-    return case.timed(world, FEWER_WARM_UPS, FEWER_STEPS, profiled=profiled)
+    divided.gather, divided.kept = gather, kept
+    return case.timed(world, FEWER_WARM_UPS, FEWER_STEPS, profiled=kept == KEPT)
 
 
 def _tried(world: World, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -222,7 +192,7 @@ class _Steps:
 
 
 def _overlap(take: Callable[[], float]) -> dict[str, float]:
-    """Of one step: how long NCCL and copies ran, and how much of that while others ran too."""
+    """Of one step: how long NCCL and copies ran, how much of that beside others; the idle time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -233,7 +203,9 @@ def _overlap(take: Callable[[], float]) -> dict[str, float]:
             copied = event.name.startswith("Memcpy")
             kind = "nccl" if "nccl" in event.name.lower() else "copies" if copied else "computed"
             spans[kind].append((event.time_range.start, event.time_range.end))
-    return overlaps(spans)
+    everything = _union([span for found in spans.values() for span in found])
+    idle = everything[-1][1] - everything[0][0] - _length(everything) if everything else 0.0
+    return {**overlaps(spans), "idle_ms": idle / 1e3}
 
 
 def overlaps(spans: dict[str, list[tuple[float, float]]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +31,15 @@ from prodial_kernels.training.step.graphed import Buckets, CudaGraphs, GraphedSt
 from prodial_kernels.training.step.loss import make_loss
 
 ULP = 2.0**-23
+AGAIN, QUARTERS = "one GPU, the same again", "one GPU, four batches"
+AT_ONCE = "one GPU, transformers' loss"
 CASES = (
     ("mamba", torch.bfloat16, None), ("mamba", torch.float32, None),
-    ("mamba2", torch.bfloat16, None), ("mamba2", torch.bfloat16, "nf4"),
-    ("mamba2", torch.float32, None),
+    ("mamba", torch.bfloat16, "nf4"),
+    ("mamba2", torch.bfloat16, None), ("mamba2", torch.float32, None),
+    ("mamba2", torch.bfloat16, "nf4"),
     ("nemotron_h", torch.bfloat16, None), ("nemotron_h", torch.float32, None),
+    ("nemotron_h", torch.bfloat16, "nf4"),
 )  # fmt: skip
 TINY_CASES = (("mamba2", torch.float32, None), ("mamba2", torch.float32, "nf4"))
 
@@ -98,8 +103,9 @@ class _Case:
         """Every way, with what it gave beside one GPU that accumulates the two halves."""
         self.step(self.halves)
         self.reference = self.taken()
-        for title, way in self.ways():
-            yield title, self.tried(way)
+        for title, way, beside in self.ways():
+            found = self.tried(way)
+            yield title, {**found, "beside": beside} if beside else found
 
     def tried(self, way: Callable[[], None]) -> dict[str, Any]:
         """What a way gave; its error where it failed, in any process."""
@@ -114,26 +120,29 @@ class _Case:
         errors = [one for one in self.world.gather(error) if one is not None]
         return {"error": errors[0]} if errors else found
 
-    def ways(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """What to compare, by what it is called, in this order."""
-        cuda = self.device.type == "cuda"
-        yield "one GPU, the same again", lambda: self.step(self.halves)
-        yield "one GPU, the batch at once", lambda: self.step(self.all)
-        yield "one GPU, four batches", lambda: self.step(self.quarters)
-        yield "two GPUs", lambda: self.step(self.halves, world=self.world)
-        yield "two GPUs, two batches each", lambda: self.step(self.quarters, world=self.world)
-        if cuda:
-            yield "two GPUs, in a CUDA graph each", self.graphed
+    def ways(self) -> Iterator[tuple[str, Callable[[], None], str]]:
+        """What to compare, by what it is called; of several GPUs, which row of one it is like."""
+        cuda, dense = self.device.type == "cuda", self._what[2] is None
         whole = self.all[0].input_ids.to(self.device)
-        yield "one GPU, transformers' loss", lambda: self.mean(self.model, whole)
-        yield "two GPUs, DDP", self.ddp
+        yield AGAIN, lambda: self.step(self.halves), ""
+        yield QUARTERS, lambda: self.step(self.quarters), ""
+        yield "one GPU, the batch at once", lambda: self.step(self.all), ""
+        yield AT_ONCE, lambda: self.mean(self.model, whole), ""
+        yield "two GPUs", lambda: self.step(self.halves, world=self.world), AGAIN
         if cuda:
-            yield "two GPUs, DDP, blocks captured", self.ddp_captured
-        if self._what[2] is None:
-            yield "two GPUs, --shard", lambda: self.shard("collective")
+            yield "two GPUs, in a CUDA graph each", self.graphed, AGAIN
+        quarters = partial(self.step, self.quarters, world=self.world)
+        yield "two GPUs, two batches each", quarters, QUARTERS
+        yield "two GPUs, DDP", self.ddp, AT_ONCE
+        if cuda:
+            yield "two GPUs, DDP, blocks captured", self.ddp_captured, AT_ONCE
+        if dense:
+            yield "two GPUs, FSDP2", self.fsdp, AT_ONCE
+            yield "two GPUs, --shard", lambda: self.shard("auto"), AGAIN
             if cuda:
-                yield "two GPUs, --shard, by copies", lambda: self.shard("copies")
-            yield "two GPUs, FSDP2 with the adapter", self.fsdp
+                yield "two GPUs, --shard by NCCL", lambda: self.shard("collective"), AGAIN
+        if dense and self._what[1] != torch.float32:
+            yield "one GPU, the same weights in fp32", self.in_fp32, ""
 
     def step(self, parts: Sequence[Batch], *, world: World | None = None) -> None:
         """Forward and backward of a step's batches, in this process or shared."""
@@ -181,13 +190,19 @@ class _Case:
         self.step(self.halves, world=self.world)
 
     def fsdp(self) -> None:
+        """All parameters divided: frozen ones as they are stored, the adapter as fp32 masters."""
         from torch.distributed.fsdp import fully_shard
 
-        self.model = self.build()
+        self.model, self._ddp = self.build(), None
         for block in blocks_of(self.model):
             fully_shard(block)
         fully_shard(self.model)
         self.mean(self.model, self.own())
+
+    def in_fp32(self) -> None:
+        """How far the roundings of 16 bits are from none: the scale of all of them."""
+        self.model, self._ddp = self.build().float(), None
+        self.step(self.halves)
 
     def own(self) -> Tensor:
         """The half of the batch that is this process's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from prodial_kernels.models.adapt.targets import find_targets
 from prodial_kernels.models.loading.load import empty_model
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training.config import ResolvedConfig
+from prodial_kernels.training.start.drawing import DrawnOn
 from prodial_kernels.training.step.optimizers import adapter_parameter_groups, make_optimizer
 
 
@@ -39,11 +41,14 @@ class PreparedMethod:
 def prepare_method(
     model: nn.Module,
     config: ResolvedConfig,
-    arrange: Callable[[nn.Module], object] = lambda model: None,
+    arrange: Callable[[nn.Module], object] | None = None,
+    *,
+    drawn_on: torch.device | None = None,
 ) -> PreparedMethod:
     """Freeze and adapt, or free, the parameters of a model on its device, and make the optimiser.
 
-    ``arrange`` may move them to other places before there is an optimiser.
+    ``arrange`` may move them to other places before there is an optimiser. Initial values are drawn
+    where the model is, or as on ``drawn_on``.
 
     Raises:
         AdapterError: The adapter to begin with is not one of this model.
@@ -55,10 +60,12 @@ def prepare_method(
         _check_dense(model)
         # Sixteen-bit weights would swallow an optimiser's small steps.
         model.float()
-    adapter = make_trainable(model, config)
+    with nullcontext() if drawn_on is None else DrawnOn(drawn_on):
+        adapter = make_trainable(model, config)
     if config.init_adapter is not None:
         load_adapter(model, config.init_adapter)
-    arrange(model)
+    if arrange is not None:
+        arrange(model)
     groups = adapter_parameter_groups(model, weight_decay=config.weight_decay, lr=config.lr)
     device = next(model.parameters()).device
     optimizer = make_optimizer(config.optimizer, groups, lr=config.lr, device=device)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import distributed
-from benchmarks.training import scaling, shared_gradients
+from benchmarks.training import scaling, shared_gradients, shared_tables
 from benchmarks.training.distributed_models import TINY
 from prodial_kernels.training.distributed.world import ONE_PROCESS
 
+AGAIN = shared_gradients.AGAIN
+
 
 def gradient(way: str, ulps: float) -> dict[str, Any]:
-    return {
+    row = {
         "part": "gradients", "model": "mamba2", "dtype": "bfloat16", "base": "dense", "way": way,
-        "ulps": ulps, "median_ulps": ulps / 2, "worst": "a", "equal": 0, "parameters": 16,
+        "ulps": ulps, "median_ulps": ulps / 2, "worst": "a", "equal": 0 if ulps else 16,
+        "parameters": 16,
     }  # fmt: skip
+    return row if way.startswith("one GPU") else {**row, "beside": AGAIN}
 
 
 def speed(processes: int, tokens: float, way: str = "") -> dict[str, Any]:
@@ -33,8 +39,9 @@ def a_run(what: str, apart: float) -> dict[str, Any]:
 
 def test_what_is_as_it_must_be() -> None:
     rows = [
-        gradient("one GPU, the same again", 40.0), gradient("two GPUs", 79.0),
-        speed(1, 100.0), speed(2, 191.0),
+        gradient(AGAIN, 40.0), gradient("two GPUs", 79.0),
+        # Another way on one GPU is not judged, and says nothing of this noise.
+        gradient("one GPU, the batch at once", 999.0), speed(1, 100.0), speed(2, 191.0),
         a_run("one GPU, again", 0.0), a_run("torchrun, two GPUs", 5e-5),
     ]  # fmt: skip
     # Another way to divide than the one that is taken need not reach it.
@@ -49,8 +56,8 @@ def test_what_is_as_it_must_be() -> None:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([gradient("one GPU, the same again", 0.1), gradient("two GPUs", 5.0)], "two GPUs: 5 ulps"),
-        ([gradient("one GPU, the same again", 0.1), gradient("two GPUs", float("nan"))], "nan"),
+        ([gradient(AGAIN, 0.1), gradient("two GPUs", 5.0)], "two GPUs: 5 ulps"),
+        ([gradient(AGAIN, 0.1), gradient("two GPUs", float("nan"))], "nan"),
         ([speed(1, 100.0), speed(2, 189.0)], "mamba-1.4b: 1.89 times one GPU"),
         ([a_run("one GPU, again", 0.0), a_run("torchrun", 2e-4)], "torchrun: losses 0.0002 apart"),
         ([{"part": "scaling", "error": "processes ended with [1, 0]"}], "ended with [1, 0]"),
@@ -65,6 +72,34 @@ def test_what_is_not(rows: list[dict[str, Any]], said: str) -> None:
     (message,) = distributed.failed(rows)
     assert said in message
     assert distributed.table(rows)
+
+
+def test_parts_of_several_commands_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "distributed.json"
+    for part, command in (("scaling", "a"), ("gradients", "b"), ("scaling", "c")):
+        distributed.store(file, part, {"command": command, "rows": []})
+    parts = json.loads(file.read_text())["parts"]
+    assert [(name, part["command"]) for name, part in parts.items()] == [
+        ("gradients", "b"), ("scaling", "c")
+    ]  # fmt: skip
+
+
+def test_tables_of_a_readme() -> None:
+    rows = [
+        gradient(AGAIN, 0.0), gradient("two GPUs", 30.0), {"part": "gradients", "error": "no\nno"}
+    ]  # fmt: skip
+    lines = shared_tables.part_text("gradients", rows, "2 GPUs").splitlines()
+    assert [line.strip("| ").split() for line in lines if line.startswith("| two")] == [
+        ["two", "GPUs", "|", "15", "(30)"]
+    ]
+    assert lines[-1] == "Failed: gradients: no."
+    speeds = [speed(1, 100.0), {**speed(2, 1500.0), "nccl_ms": 30.0, "nccl_beside_others_ms": 20.0}]
+    distributed.add_ratios(speeds)
+    shown = shared_tables.part_text("sharded", speeds, "2 GPUs")
+    assert "|    1,500 | 15.000 |      1.0 |   30 (20) |" in shown
+    assert "| torchrun |      5.0e-05 |" in shared_tables.part_text(
+        "runs", [a_run("torchrun", 5e-5)], ""
+    )
 
 
 def test_what_measures_no_time_goes_side_by_side() -> None:

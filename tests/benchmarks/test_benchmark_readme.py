@@ -72,7 +72,9 @@ def test_what_is_committed_loads() -> None:
     )
     kinds["learning"] = LearningRow
     for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
-        if kind := kinds.get(path.stem.split("-")[0]):
+        if path.stem == "distributed":
+            assert all(part["rows"] for part in json.loads(path.read_text())["parts"].values())
+        elif kind := kinds.get(path.stem.split("-")[0]):
             assert [kind(**row) for row in json.loads(path.read_text())["rows"]]
         else:
             assert Record.read(path).rows
@@ -135,6 +137,12 @@ def test_render_draws_and_replaces(
     (folder / "methods.json").write_text(json.dumps({**ENVIRONMENT, "rows": costs}))
     jobs = [trained("tiny", "6GB"), trained("1.4b-bf16", "8GB")]
     (folder / "finetune.json").write_text(json.dumps({**ENVIRONMENT, "rows": jobs}))
+    speed = {
+        "model": "m", "processes": 1, "way": "", "ms": 1.0, "tokens_per_second": 77.0,
+        "peak_gb": 1.0,
+    }  # fmt: skip
+    scaling = {**ENVIRONMENT, "processes": 2, "rows": [speed]}
+    (folder / "distributed.json").write_text(json.dumps({"parts": {"scaling": scaling}}))
     for name, parts in readme.PAGES.items():
         page = tmp_path / name
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +163,7 @@ def test_render_draws_and_replaces(
     assert "](a-gpu/full.md)" in results
     assert "| mamba-130m in_proj" in results
     assert "| tiny 2×32 bf16 " in training
+    assert "|       77 |" in training
     assert "| mamba-1.4b 4×2048 bf16 " in front
     assert "tiny" not in front
     (line,) = [line for line in front.splitlines() if line.startswith("| mamba-130m")]

@@ -2,12 +2,14 @@
 
 All frozen tensors of a block make one run of bytes, of which every process keeps an equal part.
 Gathering fills one buffer with all parts, and the block's tensors are views of it: nothing is
-packed before or unpacked after, as it must be where each tensor is divided by its rows. Nothing
-frozen has a gradient, so nothing is ever sent back.
+packed before or unpacked after, as it must be where each tensor is divided by its rows. A tensor
+that lies in this process's part as a whole is a view of that, so that it need not be copied.
+Nothing frozen has a gradient, so nothing is ever sent back.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from prodial_kernels.quantization import QuantizedLinear
 
 ALIGNMENT = 256
 """Bytes that a tensor begins at a multiple of, as the allocator gives them."""
+_UNEVEN = 1.02
+"""By how much more than its share the first process may keep, so that its last tensor is whole."""
 
 
 class Held(NamedTuple):
@@ -77,6 +81,7 @@ class Divided:
         own: This process's, uint8 [part].
         flat: All of them, uint8 [size × part], in memory only while :attr:`whole`.
         whole: Whether the block's modules hold their tensors, or will when ``arrived`` has come.
+        torn: What of ``own`` belongs to tensors that other processes keep the rest of.
         arrived: Recorded behind the transfer to ``flat``; None once it was waited for.
     """
 
@@ -87,14 +92,10 @@ class Divided:
         self.tensors = list(tensors)
         self.held = list(held)
         self._device = device
-        self._offsets: list[int] = []
-        end = 0
-        for tensor in tensors:
-            self._offsets.append(end)
-            end += _rounded(tensor.numel() * tensor.element_size())
-        self.part = _rounded(-(-end // size))
+        self._offsets, self.part = _laid_out([_size_of(tensor) for tensor in tensors], size)
         self.size = size
         self.whole = True
+        self.torn: list[slice] = []
         self.arrived: torch.cuda.Event | None = None
 
     def divide(self, own: Tensor, rank: int, gathered: Callable[[int], Tensor]) -> None:
@@ -106,18 +107,23 @@ class Divided:
             gathered: Returns a copy of the tensor of a number, for what stands in for it.
         """
         self.own = own
+        self.flat = torch.empty(self.part * self.size, dtype=torch.uint8, device=self._device)
         begin, end = rank * self.part, (rank + 1) * self.part
         for tensor, offset in zip(self.tensors, self._offsets, strict=True):
-            raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            first, last = max(begin, offset), min(end, offset + raw.numel())
+            n = _size_of(tensor)
+            first, last = max(begin, offset), min(end, offset + n)
+            here = slice(first - begin, last - begin)
             if first < last:
-                own[first - begin : last - begin].copy_(raw[first - offset : last - offset])
-        self.flat = torch.empty(self.part * self.size, dtype=torch.uint8, device=self._device)
-        for tensor, offset in zip(self.tensors, self._offsets, strict=True):
-            n = tensor.numel() * tensor.element_size()
+                raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+                own[here].copy_(raw[first - offset : last - offset])
+            if last - first == n:
+                whole = own[here]
+            else:
+                whole = self.flat[offset : offset + n]
+                self.torn += [here] if first < last else []
             # In place: tied modules and whoever else refers to it keep it. Its version is its own,
             # so that gathering is no change of what autograd has saved.
-            tensor.data = self.flat[offset : offset + n].view(tensor.dtype).view(tensor.shape)
+            tensor.data = whole.view(tensor.dtype).view(tensor.shape)
         self._absent = [
             Absent.of(tensor, partial(gathered, number))
             for number, tensor in enumerate(self.tensors)
@@ -187,6 +193,19 @@ def _places(module: nn.Module) -> list[dict[str, Any]]:
     """A module's parameters, and its buffers where these are a quantised weight."""
     stored = isinstance(module, QuantizedLinear)
     return [module._parameters, module._buffers] if stored else [module._parameters]
+
+
+def _laid_out(sizes: Sequence[int], processes: int) -> tuple[list[int], int]:
+    """Where tensors of so many bytes begin, one behind the other, and what each process keeps."""
+    ends = [*itertools.accumulate(map(_rounded, sizes))]
+    even = _rounded(-(-ends[-1] // processes)) if ends else 0
+    # A little less evenly, two tensors of the same size behind a small one need not be torn.
+    part = min((end for end in ends if even <= end <= even * _UNEVEN), default=even)
+    return [0, *ends[:-1]], part
+
+
+def _size_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _rounded(size: int) -> int:

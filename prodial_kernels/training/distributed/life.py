@@ -1,9 +1,11 @@
-"""Whether another process of this machine is still there, as Linux tells it in ``/proc``."""
+"""Whether other processes of this machine are still there, as Linux tells it in ``/proc``."""
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,35 @@ def is_alive(life: Life) -> bool:
         return False
     found = _state_of(life.pid)
     return found is not None and found[0] not in "ZX" and found[1] == life.started
+
+
+class Watch:
+    """A thread that looks after other processes, whatever this one waits for meanwhile.
+
+    Attributes:
+        gone: The first one that was found to have ended, by its number; None while all are there.
+    """
+
+    def __init__(
+        self, lives: Mapping[int, Life], call: Callable[[], object], *, every: float = 0.5
+    ) -> None:
+        """Look at ``lives``, and ``call`` once when one has ended; ``every`` so many seconds."""
+        self.gone: int | None = None
+        self._lives, self._call, self._every = lives, call, every
+        self._over = threading.Event()
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no longer: from now on it is nothing special that one ends."""
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(self._every):
+            gone = (number for number, life in self._lives.items() if not is_alive(life))
+            self.gone = next(gone, None)
+            if self.gone is not None:
+                self._call()
+                return
 
 
 def _state_of(pid: int) -> tuple[str, int] | None:

@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 from prodial_kernels.models.layers.blocks import blocks_of
 from prodial_kernels.quantization.modules.experts import QuantizedStack
 from prodial_kernels.training.distributed.divided import Divided, frozen_of, held_in
-from prodial_kernels.training.distributed.gathering import Gather, arenas, gather_named
+from prodial_kernels.training.distributed.gathering import Gather, arenas, gather_of
 from prodial_kernels.training.distributed.launch import LaunchError
 
 KEPT = 2
@@ -48,6 +48,13 @@ class DividedModel:
         for index, module in enumerate(modules):
             module.register_forward_pre_hook(partial(self._before, index), prepend=True)
             module.register_forward_hook(partial(self._after, index))
+
+    def __str__(self) -> str:
+        processes = self.blocks[0].size
+        return (
+            f"frozen weights of {len(self.blocks)} blocks divided among {processes} processes, "
+            f"gathered by {self.gather.said}"
+        )
 
     def values(self, index: int, number: int) -> Tensor:
         """Return a copy of one tensor of a block, whole; every process must call it."""
@@ -102,18 +109,16 @@ class DividedModel:
         block = self.blocks[index]
         block.allocate()
         if self._stream is None:
-            self.gather.into(block.flat, block.own)
+            self.gather.into(block.flat, block.own, block.torn)
             return
         # The memory may be of a block that has just run.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self.gather.into(block.flat, block.own)
+            self.gather.into(block.flat, block.own, block.torn)
             block.arrived = self._stream.record_event()
 
 
-def shard_frozen(
-    model: nn.Module, device: torch.device, *, gather: str | Gather = "collective"
-) -> DividedModel:
+def shard_frozen(model: nn.Module, device: torch.device, *, gather: str = "auto") -> DividedModel:
     """Divide the frozen weights of an adapted model's blocks among all processes, in place.
 
     As they are stored: a quantised weight as its few bytes, dequantised where a product reads it.
@@ -126,10 +131,10 @@ def shard_frozen(
         model: With its adapter, on the CPU or on ``device``; in one piece.
         device: Where it is to run.
         gather: How parts come together: one of
-            :data:`~prodial_kernels.training.distributed.gathering.GATHERS`, or an object.
+            :data:`~prodial_kernels.training.distributed.gathering.GATHERS`.
 
     Raises:
-        LaunchError: It has quantised experts; or ``gather`` is not possible
+        LaunchError: It has quantised experts; or copies were asked for, and are not possible
             between these devices.
         ValueError: It has no list of blocks, or there is no such ``gather``.
     """
@@ -140,7 +145,6 @@ def shard_frozen(
             "`shard` out, or quantise the projectors only (`quantize_modules` 'projectors')"
         )
     modules = blocks_of(model)
-    way = gather_named(gather) if isinstance(gather, str) else gather
     rank, size = distributed.get_rank(), distributed.get_world_size()
     frozen = frozen_of(modules, model)
     divided = [
@@ -148,7 +152,8 @@ def shard_frozen(
         for module, tensors in zip(modules, frozen, strict=True)
     ]
     parts = [block.part for block in divided]
-    places = arenas(parts, way.arena(sum(parts), device))
+    way, arena = gather_of(gather, sum(parts), device)
+    places = arenas(parts, arena)
     whole = DividedModel(model, modules, divided, way, device)
     for index, (block, place) in enumerate(zip(divided, places, strict=True)):
         block.divide(place, rank, partial(whole.values, index))

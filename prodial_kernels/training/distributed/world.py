@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, distributed
 
 from prodial_kernels.training.distributed.launch import Launch, LaunchError
-from prodial_kernels.training.distributed.life import Life, is_alive, own_life
+from prodial_kernels.training.distributed.life import Life, Watch, is_alive, own_life
 
 _FAILED = "failed"
 _SECONDS_BETWEEN_CHECKS = 0.5
@@ -49,6 +50,9 @@ class World:
         self._store = store
         self._group = group
         self._neighbours: dict[int, Life] = {}
+        self._watch: Watch | None = None
+        self._abort: Callable[[], object] | None = None
+        self._aborting = threading.Lock()
 
     @property
     def main(self) -> bool:
@@ -120,7 +124,11 @@ class World:
                 looked = now
                 failure = self._failure() or self._missing()
                 if failure is not None:
+                    self.break_off()
                     raise failure
+        if self._watch is not None and self._watch.gone is not None:
+            # It came to its end without the others' part.
+            raise self._lost(self._is_gone(self._watch.gone))
 
     def meet(self) -> None:
         """Learn which others run on this machine; raises as :meth:`gather`.
@@ -135,12 +143,38 @@ class World:
         # None has ended before all have looked: what is not seen now is elsewhere.
         self.wait()
 
+    def guard(self, abort: Callable[[], object]) -> None:
+        """From now on, call ``abort`` once a process of this machine has ended, or another failed.
+
+        It ends what a GPU waits for the others in. Until then whatever waits for the GPU would wait
+        for ever: :meth:`poll` does not, but a copy, freed memory or the end of a graph does.
+        """
+        self._abort = abort
+        self._watch = Watch(self._neighbours, self.break_off)
+
+    def unguard(self) -> None:
+        """Let the others end from here on; they owe this process nothing more."""
+        if self._watch is not None:
+            self._watch.stop()
+
+    def break_off(self) -> None:
+        """End what is under way between GPUs, if anything; the first call does it."""
+        with self._aborting:
+            abort, self._abort = self._abort, None
+            if abort is not None:
+                # Of what is broken already nothing is expected.
+                with suppress(Exception):
+                    abort()
+
     def _missing(self) -> PeerError | None:
         """A process of this machine that has ended; what it has left to say goes first."""
         for rank, life in self._neighbours.items():
             if not is_alive(life):
-                return self._lost(ProcessLookupError(f"process {rank} of {self.size} is gone"))
+                return self._lost(self._is_gone(rank))
         return None
+
+    def _is_gone(self, rank: int) -> ProcessLookupError:
+        return ProcessLookupError(f"process {rank} of {self.size} is gone")
 
     def report(self, error: BaseException) -> PeerError | None:
         """Leave an error for the others; return another one that a process has left before it."""
@@ -244,16 +278,17 @@ def joined(launch: Launch, device: torch.device) -> Iterator[World]:
     world = World(launch, PrefixStore("told", store), group)
     try:
         world.meet()
+        if own and device.type == "cuda":
+            world.guard(_abort_everybody)
         yield world
+        world.unguard()
         world.wait()
     except BaseException as error:
+        world.unguard()
         first = world.report(error)
         if own and device.type == "cuda":
             # Others may never answer what is under way.
-            with suppress(Exception):
-                everybody = distributed.group.WORLD
-                if everybody is not None:
-                    everybody.abort()
+            world.break_off()
         elif own:
             distributed.destroy_process_group()
         if first is not None and isinstance(error, Exception):
@@ -261,6 +296,12 @@ def joined(launch: Launch, device: torch.device) -> Iterator[World]:
         raise
     if own:
         distributed.destroy_process_group()
+
+
+def _abort_everybody() -> None:
+    everybody = distributed.group.WORLD
+    if everybody is not None:
+        everybody.abort()
 
 
 def take_gpu(launch: Launch, device: torch.device) -> None:

@@ -149,7 +149,8 @@ def prepare(
     torch.manual_seed(config.seed)
     method = prepare_method(
         loaded.model, config,
-        (lambda model: shard_frozen(model, device)) if config.shard else (lambda model: None),
+        (lambda model: display.say(str(shard_frozen(model, device)))) if config.shard else None,
+        drawn_on=device if config.shard else None,
     )  # fmt: skip
     if not world.main:
         # The same initial values, but dropout of its own.

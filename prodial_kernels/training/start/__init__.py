@@ -1,1 +1,1 @@
-"""What a run begins with that the configuration does not name, or that names its settings."""
+"""What a run begins with: objects in the place of names, settings and values, where drawn."""

@@ -45,3 +45,4 @@ def test_steps_are_those_of_a_model_in_one_piece(results: dict[str, Any], case: 
         assert found["values"], found
         assert found["absent"] >= 6 * 4, found
         assert found["still"] == 0 < found["kept"], found
+        assert ("all-gather" if case.startswith("coll") else "by copies") in found["said"]

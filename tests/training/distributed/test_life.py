@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -61,3 +62,36 @@ def test_waiting_for_a_process_that_is_gone_ends(sleeper, monkeypatch) -> None:
 
     with pytest.raises(worlds.PeerError, match=r"without a word \(process 1 of 2 is gone\)"):
         world.poll(kill_late)
+
+
+def test_a_gpu_waits_for_none_that_is_gone(sleeper, monkeypatch) -> None:
+    """Whatever this process does meanwhile: what it waits in is ended, and what comes is no sum."""
+    monkeypatch.setattr(worlds, "_SECONDS_FOR_A_MESSAGE", 0.1)
+    world = worlds.World(Launch(0, 2), Silent())
+    world._neighbours = {1: life_of(sleeper)}
+    ended: list[float] = []
+    arrived = threading.Event()
+
+    def abort() -> None:
+        ended.append(time.monotonic())
+        arrived.set()
+        raise RuntimeError("broken already")
+
+    world.guard(abort)
+    world.poll(lambda: True)
+    sleeper.kill()
+    assert arrived.wait(10)
+    with pytest.raises(worlds.PeerError, match="process 1 of 2 is gone"):
+        world.poll(arrived.is_set)
+    world.break_off()
+    assert len(ended) == 1
+
+
+def test_after_a_run_others_may_end(sleeper) -> None:
+    world = worlds.World(Launch(0, 2), Silent())
+    world._neighbours = {1: life_of(sleeper)}
+    world.guard(lambda: None)
+    world.unguard()
+    sleeper.kill()
+    time.sleep(0.7)
+    world.poll(lambda: True)

@@ -48,5 +48,5 @@ def test_a_module_that_two_blocks_call_and_a_weight_that_the_head_reads(outcomes
 def test_what_is_refused(outcomes) -> None:
     for process in outcomes["divided, refused"]:
         way, experts = process["returned"]
-        assert "expected one of ('collective', 'copies'), got 'pigeons'" in way
+        assert "must be one of 'auto', 'collective', 'copies', got 'pigeons'" in way
         assert "quantised experts, such as stack, cannot be divided among processes" in experts
