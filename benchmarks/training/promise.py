@@ -4,10 +4,11 @@
 random weights, plans runs of them as ``prodial finetune`` does (shapes, formats, budgets, levels,
 captured or not), holds PyTorch to each budget, and trains: an evaluation, a few steps, an
 evaluation. It adds a row a run to ``promise.jsonl``, leaves out what is there already, and writes
-``promise.md`` with the histogram. Several models are on the device at a time, each in a process
-of its own, since peaks do not depend on neighbours; one process runs all cases of one model in one
-format, which it builds once. What is kept: the measured peak within 2% or 32 MiB of the planned
-one, whichever is more, and no run out of memory. Exit code 1 where that is broken.
+``promise.json`` and, with the histogram, ``promise.md``. Several models are on the device at a
+time, each in a process of its own, since peaks do not depend on neighbours; one process runs all
+cases of one model in one format, which it builds once. What is kept: the measured peak within 2%
+or 32 MiB of the planned one, whichever is more, and no run out of memory. Exit code 1 where that
+is broken.
 
 A budget is given as a share of the way from the least that the plan accepts to what the fastest
 run takes. Weights are made where they are trained, so loading is no part of it. Upstream's Mamba-2
@@ -37,7 +38,7 @@ from benchmarks.harness.startup import prepare_process
 prepare_process()
 
 from benchmarks.harness.environment import ROOT, describe  # noqa: E402
-from benchmarks.harness.store import results_of, write_text  # noqa: E402
+from benchmarks.harness.store import json_text, results_of, write_text  # noqa: E402
 from benchmarks.harness.text import text_table  # noqa: E402
 
 MIB = 2**20
@@ -186,6 +187,19 @@ def read_rows(file: Path) -> list[Row]:
     return list({row.case: row for row in rows}.values())
 
 
+def _in_order(rows: Sequence[Row], cases: Sequence[Case]) -> list[Row]:
+    order = {str(case): place for place, case in enumerate(cases)}
+    return sorted(rows, key=lambda row: order.get(row.case, len(order)))
+
+
+def write_all(folder: Path, record: dict[str, Any], cases: Sequence[Case]) -> list[Row]:
+    """Write ``promise.json`` and ``promise.md`` of the rows on disk, and return these."""
+    rows = _in_order(read_rows(folder / "promise.jsonl"), cases)
+    write_text(folder / "promise.json", json_text({**record, "rows": list(map(asdict, rows))}))
+    write_text(folder / "promise.md", page(rows, record))
+    return rows
+
+
 def page(rows: Sequence[Row], record: dict[str, Any]) -> str:
     """The histogram, what is off, and every row."""
     good = [row for row in rows if row.measured]
@@ -197,7 +211,7 @@ def page(rows: Sequence[Row], record: dict[str, Any]) -> str:
         [
             [
                 row.case, f"{row.predicted / MIB:,.0f}", f"{row.measured / MIB:,.0f}",
-                row.error or f"{100 * row.off:+.2f}%",
+                row.error.partition(".")[0] or f"{100 * row.off:+.2f}%",
                 f"{row.limit / MIB:,.0f}" if row.limit else "–", row.moment,
             ]
             for row in rows
@@ -218,6 +232,10 @@ def page(rows: Sequence[Row], record: dict[str, Any]) -> str:
             "```",
             "",
             table,
+            "",
+            *(f"{note}\n" for note in record.get("notes", ())),
+            f"`{record['command']}`, torch {record['versions']['torch']}, transformers "
+            f"{record['versions']['transformers']}.",
             "",
         ]
     )
@@ -415,6 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     option("--models", nargs="+", metavar="NAME", help="only cases of these models")
     option("--workers", type=int, default=12, metavar="N", help="processes at a time (%(default)s)")
     option("--again", action="store_true", help="also what is on disk already")
+    option("--page", action="store_true", help="write promise.md from what is on disk, no more")
     option("--tiny", action="store_true", help="tiny models on a CPU: tries the command out")
     option("--group", help=argparse.SUPPRESS)
     option("--until", type=float, help=argparse.SUPPRESS)
@@ -426,6 +445,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = own if options.again else [case for case in own if str(case) not in known]
         run_group(left, options.output / "promise.jsonl", options.until, options.tiny)
         return 0
+    if options.page:
+        if options.output is None:
+            parser.error("--page needs --output, where promise.jsonl and promise.json are")
+        record = json.loads((options.output / "promise.json").read_text(encoding="utf-8"))
+        return int(not all(row.kept for row in write_all(options.output, record, cases)))
     started = time.time()
     until = started + options.seconds
     record = describe("cpu" if options.tiny else "cuda", "python -m benchmarks.training.promise")
@@ -456,9 +480,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for leftover in [*folder.glob("*.room"), folder / "lock"]:
             with suppress(FileNotFoundError):
                 leftover.unlink()
-    order = {str(case): place for place, case in enumerate(cases)}
-    rows = sorted(read_rows(file), key=lambda row: order.get(row.case, len(order)))
-    write_text(folder / "promise.md", page(rows, record))
+    rows = write_all(folder, record, cases)
     new = [row for row in rows if row.case in {str(case) for case in left}]
     print(page(rows, record))
     print(f"{len(new)} of {len(left)} in {time.time() - started:.0f} s")

@@ -21,6 +21,7 @@ from benchmarks.training import table
 from benchmarks.training.jobs import JOBS, TINY_JOBS, JobRow
 from benchmarks.training.learning.curves import CurveRow
 from benchmarks.training.learning.in_fp8 import LearningRow
+from benchmarks.training.promise import Row
 
 ENVIRONMENT = {
     "device": "A GPU", "driver": "1", "commit": "abc", "date": "2026-01-02", "command": "run",
@@ -70,7 +71,7 @@ def test_what_is_committed_loads() -> None:
     kinds = {"curves": CurveRow, "finetune": JobRow} | dict.fromkeys(
         ("methods", "mixers", "trainer"), ModelRow
     )
-    kinds["learning"] = LearningRow
+    kinds |= {"learning": LearningRow, "promise": Row}
     for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
         if path.stem == "distributed":
             assert all(part["rows"] for part in json.loads(path.read_text())["parts"].values())

@@ -60,7 +60,12 @@ def test_the_page_counts_and_draws(tmp_path: Path) -> None:
         Row("b", {"keep": 2}, predicted=GB, measured=int(1.05 * GB), limit=2 * GB),
         Row("c", {"keep": 2}, predicted=GB, error="OutOfMemoryError: x"),
     ]
-    text = promise.page(rows, {"device": "GPU", "date": "2026-11-30"})
+    record = {
+        "device": "GPU", "date": "2026-11-30", "command": "python …", "notes": ["Two were late."],
+        "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+    }  # fmt: skip
+    text = promise.page(rows, record)
+    assert "Two were late." in text
     assert (
         "3 runs on an GPU, 2026-11-30, 1 of them within 2% or 32 MiB of the plan; 1 failed" in text
     )
@@ -71,6 +76,9 @@ def test_the_page_counts_and_draws(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in (*rows, newer)))
     assert [row.kept for row in promise.read_rows(file)] == [True, True, False]
     assert promise.read_rows(tmp_path / "none") == []
+    (tmp_path / "promise.json").write_text(json.dumps(record))
+    assert promise.main(["--page", "--output", str(tmp_path)]) == 1
+    assert "2 of them within" in (tmp_path / "promise.md").read_text()
 
 
 def test_tiny_models_are_run_and_left_as_they_were(tmp_path: Path) -> None:
