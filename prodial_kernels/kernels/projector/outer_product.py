@@ -281,7 +281,8 @@ def launch_tile_sums(
         options: α, and how D_b is made of D_a.
         needs: Which of s, D_a, A and B.
         config: Tile sizes.
-        scratch: 16-bit, contiguous; overwritten by the parts if it holds them.
+        scratch: 16-bit, contiguous; overwritten by the parts if it holds those of half as many
+            splits as there could be, or more.
         triggers_next: Whether a PDL launch follows.
         beside: Whether to start while the launch before drains, which triggers it and makes nothing
             that is read here.
@@ -293,17 +294,22 @@ def launch_tile_sums(
     bm, bn = config.depth, config.rows
     windows, tiles = ceil_div(k, config.columns), ceil_div(n, bn)
     steps = ceil_div(m, bm)
-    each = ceil_div(steps, max(1, config.programs // (windows * tiles)))
+    splits = max(1, min(config.programs // (windows * tiles), steps))
+    # Of one split: s and B, D_a and A.
+    parts: list[tuple[int, ...] | None] = [
+        (windows, n) if needs.scale else None,
+        (tiles, k) if needs.blocks else None,
+        (tiles, r_pad, k) if needs.lora_a else None,
+        (windows, n, r_pad) if needs.lora_b else None,
+    ]
+    floats = sum(math.prod(shape) for shape in parts if shape is not None)
+    held = 0 if scratch is None else scratch.numel() // (2 * floats)
+    if 2 * held >= splits:
+        splits = min(splits, held)
+    each = ceil_div(steps, splits)
     splits = ceil_div(steps, each)
-    scale, blocks_sum, a, b = _parts(
-        [
-            (splits * windows, n) if needs.scale else None,
-            (splits * tiles, k) if needs.blocks else None,
-            (splits * tiles, r_pad, k) if needs.lora_a else None,
-            (splits * windows, n, r_pad) if needs.lora_b else None,
-        ],
-        dy.device, scratch,
-    )  # fmt: skip
+    shapes = [None if part is None else (splits * part[0], *part[1:]) for part in parts]
+    scale, blocks_sum, a, b = _parts(shapes, dy.device, scratch)
     launch(
         _tile_sums_kernel, (windows * tiles, splits),
         dy=tiled(dy, [bm, bn], config.tma), x=tiled(x, [bm, config.columns], config.tma),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prodial_kernels.kernels.choices import small_weight
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.projector import outer_product, passes, reduce, small_passes
 from prodial_kernels.kernels.replay import recorded_calls
 from prodial_kernels.testing import LinearCase, make_case
@@ -141,6 +142,21 @@ def test_what_it_does_not_hold_is_left_to_the_others(
     leaves = {name: getattr(case, name).requires_grad_() for name in LinearCase.TRAINED}
     triton_linear(replace(case, **leaves), **changes).sum().backward()
     assert set(calls) == {"kernels forward", "kernels backward"}
+
+
+def test_which_sums_a_tile_of_f_holds() -> None:
+    limits = DeviceLimits((9, 0), 132)
+
+    def choose(r_pad: int = 16, block_size: int = 1, *, tma: bool = True) -> Any:
+        return small_weight.choose_sums(
+            768, 192, r_pad=r_pad, block_size=block_size, tma=tma, limits=limits
+        )
+
+    assert (choose().rows, choose().columns) == (128, 64)
+    assert (choose(32).rows, choose(32).columns) == (64, 64)
+    assert not choose(tma=False).tma
+    assert choose(64) is None
+    assert choose(block_size=2) is None
 
 
 @pytest.mark.parametrize(
