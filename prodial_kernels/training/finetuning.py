@@ -403,10 +403,17 @@ def _tune(run: Run) -> None:
         "them for about a minute; TRITON_CACHE_AUTOTUNING=1 keeps what they choose"
     )
     autocast = run.autocast_dtype
-    with torch.autocast(run.device.type, dtype=autocast, enabled=autocast is not None):
+    seconds = None
+    with (
+        suppress(torch.OutOfMemoryError),
+        torch.autocast(run.device.type, dtype=autocast, enabled=autocast is not None),
+    ):
         seconds = tune(run.loaded.model, tokens)
     peak = size_text(torch.cuda.max_memory_allocated(run.device))
     torch.cuda.empty_cache()
+    if seconds is None:
+        run.display.say("there is no room for that now: they choose in the first step")
+        return
     run.display.say(f"they took {seconds:.0f} s, and with the weights up to {peak}")
 
 
