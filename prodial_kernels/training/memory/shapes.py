@@ -78,6 +78,10 @@ class LayerShape:
     copies_convolved: bool = False
     parts: BlockParts = field(default_factory=BlockParts)
 
+    def __hash__(self) -> int:
+        """By what tells blocks of one model apart; the rest is compared where that is equal."""
+        return hash((self.mixer, self.inner, self.projected, self.weights))
+
 
 @dataclass(frozen=True)
 class FrozenPart:
@@ -152,12 +156,16 @@ def describe_model(model: nn.Module, *, kernels: bool) -> ModelShape:
             trained_bytes += parameter.nbytes
         elif id(parameter) not in ends | stored:
             other_bytes += parameter.nbytes
+    described = (
+        _describe_layer(block, kernels, head.weight.shape[1]) for block in blocks_of(model)
+    )
+    # One object for all that are alike: a plan compares and counts them thousands of times.
+    kinds: dict[LayerShape, LayerShape] = {}
+    layers = tuple(kinds.setdefault(layer, layer) for layer in described)
     tied = head.weight is embedding.weight
     frozen = not embedding.weight.requires_grad
     return ModelShape(
-        layers=tuple(
-            _describe_layer(block, kernels, head.weight.shape[1]) for block in blocks_of(model)
-        ),
+        layers=layers,
         width=head.weight.shape[1],
         vocabulary=head.weight.shape[0],
         tied=tied,
