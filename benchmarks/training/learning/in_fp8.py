@@ -236,7 +236,8 @@ def summary(rows: Sequence[LearningRow]) -> tuple[list[str], bool]:
             seeds = sorted(last["same"].keys() & last[compute].keys())
             if len(seeds) < 2:
                 good &= compute != "fp8"
-                lines.append(f"{method}: {len(seeds)} seeds in 16 bits and {compute!r}: too few")
+                if last[compute]:
+                    lines.append(f"{method}: too few seeds in 16 bits and {compute!r}")
                 continue
             here, there = ([last[c][seed] for seed in seeds] for c in (compute, "same"))
             gaps = [a - b for a, b in zip(here, there, strict=True)]

@@ -68,6 +68,7 @@ def test_experts_and_inputs_that_wait_in_the_hosts_memory(place: Path) -> None:
         assert error < 0.02, f"{name}: {float(error):.1e}"
 
 
+@pytest.mark.slow
 def test_upstreams_kernels_tune_before_the_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
