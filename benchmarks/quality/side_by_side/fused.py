@@ -47,6 +47,21 @@ def _step(x_ptr, bias_ptr, width, length, column, head, places):
 
 
 @triton.jit
+def _scores(
+    x_ptr, w_ptr, cb_ptr, width, length, inner, places, STATES: tl.constexpr, TAPS: tl.constexpr
+):  # fmt: skip
+    """B and C before and behind their activation, [places, states] each, and C Bᵀ."""
+    states = inner + tl.arange(0, STATES)
+    pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
+    pre_c = _convolved(
+        x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
+    )
+    b = pre_b * tl.sigmoid(pre_b)
+    c = pre_c * tl.sigmoid(pre_c)
+    return pre_b, pre_c, b, c, tl.dot(c, tl.trans(b))
+
+
+@triton.jit
 def _scan_forward(
     x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, y_ptr, batch, length, width, heads,
     w_run, cb_run, dtb_run, a_run, d_run,
@@ -63,14 +78,7 @@ def _scan_forward(
     a_ptr += run * a_run
     d_ptr += run * d_run
     places = tl.arange(0, PLACES)
-    states = inner + tl.arange(0, STATES)
-    pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
-    pre_c = _convolved(
-        x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
-    )
-    b = pre_b * tl.sigmoid(pre_b)
-    c = pre_c * tl.sigmoid(pre_c)
-    scores = tl.dot(c, tl.trans(b))
+    _, _, _, _, scores = _scores(x_ptr, w_ptr, cb_ptr, width, length, inner, places, STATES, TAPS)
     earlier = places[:, None] >= places[None, :]
     within = places[:, None] < length
     for head in range(heads):
@@ -111,13 +119,9 @@ def _scan_backward(
     d_ptr += run * d_run
     places = tl.arange(0, PLACES)
     states = inner + tl.arange(0, STATES)
-    pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
-    pre_c = _convolved(
-        x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
+    pre_b, pre_c, b, c, scores = _scores(
+        x_ptr, w_ptr, cb_ptr, width, length, inner, places, STATES, TAPS
     )
-    b = pre_b * tl.sigmoid(pre_b)
-    c = pre_c * tl.sigmoid(pre_c)
-    scores = tl.dot(c, tl.trans(b))
     earlier = places[:, None] >= places[None, :]
     within = places[:, None] < length
     gscores = tl.zeros([PLACES, PLACES], tl.float32)
