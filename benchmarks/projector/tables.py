@@ -10,7 +10,7 @@ from benchmarks.harness.text import number, text_table
 from benchmarks.projector.cases import BLOCK_SIZES, block_size
 from benchmarks.projector.rivals import FLOOR, OURS
 from benchmarks.projector.rows import ProjectorRow, find
-from benchmarks.targets import HOST_LIMIT_US, MEMORY_LIMIT, PROJECTOR, VARIANT_LIMIT
+from benchmarks.targets import VARIANT_LIMIT, Limits, of_projector
 
 Rows = Sequence[ProjectorRow]
 
@@ -56,32 +56,41 @@ def list_table(rows: Rows) -> str:
     return text_table(["case", "rival", *(name for name, _ in columns)], lines)
 
 
-def targets_table(rows: Rows) -> str:
-    """One line for each shape: ProDiaL against its targets and the best other way to compute it."""
-    base: dict[tuple[int, int, int], ProjectorRow] = {}
+def targets_table(rows: Rows, device: str) -> str:
+    """One line for each shape and rank: ProDiaL against its targets on a device and the best rival.
+
+    Variants of a shape (other block sizes and ranks, part ``"variants"``) are columns of its line.
+    """
+    base: dict[tuple[int, ...], ProjectorRow] = {}
     for row in rows:
         if row.part == "table" and row.rival == OURS and row.status == "ok":
-            base.setdefault(row.case.shape, row)
+            base.setdefault((*row.case.shape, row.r), row)
+    _, host_us = of_projector(device)
     headers = [
-        "M,K,N", "frozen µs", "must", "aim", "ProDiaL", "", "best rival", "",
+        "M,K,N,r", "frozen µs", "must", "aim", "ProDiaL", "", "best rival", "",
         *(f"P={p}" for p in BLOCK_SIZES), "r ×4", "memory", "host µs",
     ]  # fmt: skip
     note = (
-        "ProDiaL and the rivals: × the frozen layer, at the first P and r of each shape. "
+        "ProDiaL and the rivals: × the frozen layer, at the first P of each shape. "
         f"P (or the next power of two that divides K) and r ×4: × that, at most {VARIANT_LIMIT}. "
-        f"Memory: peak × frozen, at most {MEMORY_LIMIT} at M = 16384. "
-        f"Host: at most {HOST_LIMIT_US:.0f} µs. '!' marks what misses."
+        "Memory: peak × frozen, at most what benchmarks/targets.py says. "
+        f"Host: at most {host_us:.0f} µs. '!' marks what misses."
     )
-    return text_table(headers, [_target_line(rows, row) for row in base.values()]) + "\n" + note
+    lines = [_target_line(rows, row, device) for row in base.values()]
+    return text_table(headers, lines) + "\n" + note
 
 
-def _target_line(rows: Rows, base: ProjectorRow) -> list[str]:
+def _target_line(rows: Rows, base: ProjectorRow, device: str) -> list[str]:
     floor = find(rows, rival=FLOOR, **base.at)
-    must, aim = PROJECTOR.get(base.case.shape, (None, None))
+    limits, host_us = of_projector(device)
+    limit = limits.get((*base.case.shape, base.r), Limits())
     best = best_rival(rows, base.at)
-    verdict = ""
-    if must is not None and aim is not None and base.ratio is not None:
-        verdict = "aim" if base.ratio <= aim else "must" if base.ratio <= must else "!"
+    reached = [
+        name
+        for name, most in (("aim", limit.aim), ("must", limit.must))
+        if most is not None and base.ratio is not None and base.ratio <= most
+    ]
+    verdict = next(iter(reached), "!" if limit.must else "")
     beaten = best is None or base.ratio is None or base.ratio < (best.ratio or 0.0)
 
     def against_base(**changed: int) -> str:
@@ -90,12 +99,12 @@ def _target_line(rows: Rows, base: ProjectorRow) -> list[str]:
         return _limited(ratio(row.ratio if row else None, base.ratio), VARIANT_LIMIT)
 
     return [
-        f"{base.m},{base.k},{base.n}", number(floor.both_us if floor else None, 1), number(must),
-        number(aim), number(base.ratio), verdict,
+        ",".join(map(str, (*base.case.shape, base.r))), number(floor.both_us if floor else None, 1),
+        number(limit.must), number(limit.aim), number(base.ratio), verdict,
         f"{best.rival} {number(best.ratio)}" if best else "–", "" if beaten else "!",
         *(against_base(p=block_size(p, base.k)) for p in BLOCK_SIZES), against_base(r=4 * base.r),
-        _limited(base.memory_ratio, MEMORY_LIMIT if base.m >= 16384 else None),
-        _limited(base.host_us, HOST_LIMIT_US, 0),
+        _limited(base.memory_ratio, limit.memory),
+        _limited(base.host_us, host_us, 0),
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def summary(record: Record) -> str:
     """The table against the targets, the exponents, and what is missing."""
     parts = []
     if any(row.part == "table" for row in record.rows):
-        parts.append(tables.targets_table(record.rows))
+        parts.append(tables.targets_table(record.rows, record.environment["device"]))
     if swept := fits(record.rows, record.sweeps):
         parts.append(fits_table(swept))
     if grown(record.modules):

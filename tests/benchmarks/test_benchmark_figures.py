@@ -14,7 +14,7 @@ from benchmarks.harness import memory, store
 from benchmarks.harness.profiling import short_name
 from benchmarks.harness.timing import Replay, Summary, interleave
 from benchmarks.projector import tables
-from benchmarks.projector.cases import TABLE_SHAPES, Case, variants_of
+from benchmarks.projector.cases import GROUPS, TABLE_SHAPES, Case, variants_of
 from benchmarks.projector.rivals import RIVALS, select
 from benchmarks.projector.roofline import Ceilings, work
 from benchmarks.projector.rows import ProjectorRow
@@ -117,12 +117,12 @@ def test_the_table_of_targets_marks_what_misses() -> None:
         row(bad, "frozen", 21, 21), row(bad, "prodial", 2.9 * 21, 21, host_us=400.0),
         row(bad, "concat", 2.5 * 21, 21),
     ]  # fmt: skip
-    head, _, first, second, *_ = tables.targets_table(rows).splitlines()
+    head, _, first, second, *_ = tables.targets_table(rows, "NVIDIA H100").splitlines()
     assert [cell.strip() for cell in head.split("|")][1:6] == [
-        "M,K,N", "frozen µs", "must", "aim", "ProDiaL",
+        "M,K,N,r", "frozen µs", "must", "aim", "ProDiaL",
     ]  # fmt: skip
     assert [cell.strip() for cell in first.split("|")][1:-1] == [
-        "2048,768,3072", "35.0", "2.10", "1.60", "1.70", "must", "concat 2.00", "", "1.20!", "–",
+        "2048,768,3072,16", "35.0", "2.10", "1.60", "1.70", "must", "concat 2.00", "", "1.20!", "–",
         "–", "1.10", "1.00", "100",
     ]  # fmt: skip
     assert [cell.strip() for cell in second.split("|")][5:9] == ["2.90", "!", "concat 2.50", "!"]
@@ -130,7 +130,16 @@ def test_the_table_of_targets_marks_what_misses() -> None:
 
 
 def test_targets_cover_the_table() -> None:
-    assert set(targets.PROJECTOR) == {case.shape for case in TABLE_SHAPES}
+    first, _ = targets.of_projector("NVIDIA H100 80GB HBM3")
+    assert set(first) == {(*case.shape, case.r) for case in TABLE_SHAPES}
+    later, host_us = targets.of_projector("NVIDIA H200")
+    assert set(first) < set(later) == {(*case.shape, case.r) for case in GROUPS["all"]}
+    rows = [row(replace(TABLE_SHAPES[4], r=64), "prodial", 12.3, 10, host_us=host_us + 1)]
+    line = tables.targets_table(rows, "NVIDIA H200").splitlines()[2]
+    assert [cell.strip() for cell in line.split("|")][1:7] == [
+        "8192,2048,8192,64", "–", "1.22", "1.15", "1.23", "!",
+    ]  # fmt: skip
+    assert "351!" in line
 
 
 def test_variants_divide() -> None:
