@@ -55,13 +55,13 @@ BUDGET_S = 290.0
 SHARE_OF_MEMORY = 0.75
 
 
-def judge(row: ModelRow) -> None:
-    """Hold the package's own variants to what they must keep."""
+def judge(row: ModelRow, device: str) -> None:
+    """Hold the package's own variants to what they must keep on a ``device`` (its name)."""
     limits = None
     if row.variant in METHODS:
         limits = targets.METHOD.get(row.case)
     elif row.variant == "prodial":
-        limits = targets.MODEL.get(row.case)
+        limits = targets.of_model(device).get(row.case)
     if limits is None or row.time_ratio is None or row.memory_ratio is None:
         row.judge([])
     else:
@@ -73,7 +73,7 @@ def cases_of(models: Sequence[str], shapes: Sequence[str] | None) -> list[ModelC
     """The models at these shapes, or at those that have a target."""
     if shapes:
         return [ModelCase(name, *shape) for name in models for shape in shapes_of(shapes)]
-    return [ModelCase(*case) for name in models for case in targets.MODEL if case[0] == name]
+    return [ModelCase(*case) for name in models for case in targets.MODEL_SHAPES if case[0] == name]
 
 
 def plan(
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def take(job: ModelJob | TuneJob, measured: Sequence[ModelRow]) -> None:
         for row in measured:
-            judge(row)
+            judge(row, record["device"])
             rows.append(row)
             print(row, flush=True)
         write_rows(output, record, rows)

@@ -88,7 +88,8 @@ PROJECTOR_IN_FP8: Mapping[tuple[int, int, int], tuple[float, float]] = {
 VARIANT_LIMIT = 1.15
 
 # A whole mamba_ssm model, by (model, batch, length): most time and memory over the frozen one's.
-MODEL: Mapping[tuple[str, int, int], tuple[float, float]] = {
+# On the H100 the first design's.
+_MODEL_ON_H100: Mapping[tuple[str, int, int], tuple[float, float]] = {
     ("mamba-130m", 4, 512): (1.25, 1.10),
     ("mamba-130m", 8, 2048): (1.20, 1.10),
     ("mamba-1.4b", 4, 512): (1.15, 1.10),
@@ -98,6 +99,23 @@ MODEL: Mapping[tuple[str, int, int], tuple[float, float]] = {
     ("mamba2-1.3b", 4, 512): (1.15, 1.10),
     ("mamba2-1.3b", 4, 2048): (1.15, 1.10),
 }
+_MODEL_ON_H200: Mapping[tuple[str, int, int], tuple[float, float]] = {
+    ("mamba-130m", 4, 512): (1.04, 1.05),
+    ("mamba-130m", 8, 2048): (1.00, 1.05),
+    ("mamba-1.4b", 4, 512): (1.03, 1.05),
+    ("mamba-1.4b", 4, 2048): (1.00, 1.05),
+    ("mamba2-130m", 4, 512): (1.06, 1.05),
+    ("mamba2-130m", 4, 2048): (1.04, 1.05),
+    ("mamba2-1.3b", 4, 512): (1.05, 1.05),
+    ("mamba2-1.3b", 4, 2048): (1.02, 1.05),
+}
+MODEL_SHAPES = tuple(_MODEL_ON_H200)
+
+
+def of_model(device: str) -> Mapping[tuple[str, int, int], tuple[float, float]]:
+    """Return what whole models may take on a ``device`` (its name), by model, batch and length."""
+    return _MODEL_ON_H200 if "H200" in device else _MODEL_ON_H100
+
 
 # MambaPEFT's methods on such a model, likewise: each of them, in the mixers' blocks. With 2,040
 # tokens those that insert a few fit into one chunk of mamba_ssm's scan, as they do not with 2,048.

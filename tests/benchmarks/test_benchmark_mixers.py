@@ -19,13 +19,13 @@ from prodial_kernels.linear import ProdialLinear
 from support.mixers import mamba_ssm_stand_ins as stand_ins
 
 
-def row(**changes: object) -> ModelRow:
+def row(device: str = "NVIDIA H100", **changes: object) -> ModelRow:
     values = {
         "model": "mamba-130m", "batch": 4, "length": 512, "variant": "prodial", "status": "ok",
         "ms": 12.0, "mib": 1000.0, "time_ratio": 1.2, "memory_ratio": 1.05,
     }  # fmt: skip
     judged = ModelRow(**{**values, **changes})
-    mixers.judge(judged)
+    mixers.judge(judged, device)
     return judged
 
 
@@ -33,6 +33,8 @@ def test_a_row_is_judged_by_both_ratios() -> None:
     assert row().ok
     assert not row(time_ratio=1.26).ok
     assert not row(memory_ratio=1.11).ok
+    assert not row("NVIDIA H200").ok
+    assert row("NVIDIA H200", time_ratio=1.04).ok
     assert row(variant="lora", time_ratio=2.0).ok
     assert row(batch=2).must == ""
     method = {"batch": 8, "length": 2048, "variant": "additional-scan"}
