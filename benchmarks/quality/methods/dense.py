@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from benchmarks.quality.methods.method import DENSE_RATES, VECTOR_RATES, Method, Unfit
+from benchmarks.quality.methods.method import DENSE_RATES, STATE_RATES, VECTOR_RATES, Method, Unfit
 
 __all__ = ["METHODS"]
 
@@ -65,7 +65,7 @@ METHODS = (
         own_size=True, group="component",
     ),
     Method(
-        "ft-ssm", "state-space parameters", _thaw(_in(*_SSM)), DENSE_RATES,
+        "ft-ssm", "state-space parameters", _thaw(_in(*_SSM)), STATE_RATES,
         own_size=True, group="component",
     ),
     Method(

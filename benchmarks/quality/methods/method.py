@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ADAPTER_RATES", "DENSE_RATES", "HEAD", "VECTOR_RATES", "Method", "Unfit"]
+__all__ = ["ADAPTER_RATES", "DENSE_RATES", "HEAD", "STATE_RATES", "VECTOR_RATES", "Method", "Unfit"]
 
 HEAD = "head"
 """The classifier of a vision base: it trains with every method, and counts for none."""
 
 ADAPTER_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-DENSE_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-VECTOR_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+DENSE_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+STATE_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+VECTOR_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class Unfit(ValueError):

@@ -36,20 +36,20 @@ class Choices:
     """All choices of a split's examples, those of like length together.
 
     Attributes:
-        batches: Of each batch: ids [b, length], positions and targets [b, k], which example and
-            which choice [b] each is.
+        batches: Of each batch: ids [s, length] and positions [s, k] of its different inputs; and
+            of each choice its targets [c, k], which input, example and choice [c] it is. Choices
+            that differ in their last token alone, which is never an input, share one.
         bytes: [examples, choices], by which a choice's nats are divided.
         answers: [examples], the right choices.
     """
 
-    batches: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    batches: list[tuple[Tensor, ...]]
     bytes: Tensor
     answers: Tensor
 
     def to(self, device: torch.device) -> Choices:
         """The same on a device."""
-        batches = [(i.to(device), p.to(device), t.to(device), e.to(device), c.to(device))
-                   for i, p, t, e, c in self.batches]  # fmt: skip
+        batches = [tuple(part.to(device) for part in batch) for batch in self.batches]
         return Choices(batches, self.bytes.to(device), self.answers.to(device))
 
 
@@ -59,6 +59,15 @@ def _positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     # The answer's tokens first, in their order.
     order = torch.argsort((labels < 0).int(), dim=1, stable=True)[:, :count]
     return (order - 1).clamp(min=0), labels.gather(1, order)
+
+
+def _different(ids: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and positions without repeats, and of each row which of them is its own."""
+    length = ids.shape[1]
+    last = ((labels >= 0) * torch.arange(1, length + 1, device=ids.device)).argmax(1)
+    inputs = ids.scatter(1, last[:, None], 0)
+    rows, source = torch.cat([inputs, positions], 1).unique(dim=0, return_inverse=True)
+    return rows[:, :length].contiguous(), rows[:, length:].contiguous(), source
 
 
 def examples_of(data: LanguageData) -> Examples:
@@ -82,7 +91,8 @@ def choices_of(data: LanguageData, split: str, limit: int, tokens_a_batch: int) 
     for rows, ids, labels in data.choice_batches(examples, tokens_a_batch):
         positions, targets = _positions(labels)
         which = torch.tensor(rows, device=data.device)
-        batches.append((ids, positions, targets, which[:, 0], which[:, 1]))
+        ids, positions, source = _different(ids, labels, positions)
+        batches.append((ids, positions, targets, source, which[:, 0], which[:, 1]))
     most = max(len(example.choices) for example in examples)
     sizes = torch.ones(len(examples), most)
     for i, example in enumerate(examples):

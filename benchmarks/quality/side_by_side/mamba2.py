@@ -164,7 +164,12 @@ def between(
     return _norm(y * F.silu(gate), norm, epsilon).to(x.dtype)
 
 
-_SMALL = ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight")
+_NORM = "norm.weight"
+_PROJECTORS = "mixer.in_proj.weight", "mixer.out_proj.weight"
+_SMALL = (
+    "mixer.conv1d.weight", "mixer.conv1d.bias", "mixer.dt_bias", "mixer.A_log", "mixer.D",
+    "mixer.norm.weight",
+)  # fmt: skip
 
 
 def forward(
@@ -195,12 +200,14 @@ def forward(
         runs, size, width = table.shape
         offset = size * torch.arange(runs, device=ids.device)[:, None, None]
         x = F.embedding(ids + offset, table.reshape(runs * size, width))
+    # Taken apart at once: by [:, layer], each layer's gradient would be as large as all layers'.
+    layers = {name: w[name].unbind(1) for name in (_NORM, *_PROJECTORS, *_SMALL)}
+    into, out = (layers[name] for name in _PROJECTORS)
     for layer in range(shape.layers):
-        normed = _norm(x, w["norm.weight"][:, layer], shape.epsilon).to(dtype)
-        projected = _linear(normed, w["mixer.in_proj.weight"][:, layer])
-        small = [w[f"mixer.{name}"][:, layer] for name in _SMALL]
-        mixed = middle(projected, *small, shape.states, shape.epsilon)
-        x = x + _linear(mixed, w["mixer.out_proj.weight"][:, layer])
+        normed = _norm(x, layers[_NORM][layer], shape.epsilon).to(dtype)
+        small = [layers[name][layer] for name in _SMALL]
+        mixed = middle(_linear(normed, into[layer]), *small, shape.states, shape.epsilon)
+        x = x + _linear(mixed, out[layer])
     x = x.gather(2, positions[..., None].expand(-1, -1, -1, x.shape[-1]))
     x = _norm(x, w["backbone.norm_f.weight"], shape.epsilon).to(dtype)
     return _linear(x, w.get(HEAD, table)).float()

@@ -216,15 +216,16 @@ class Stack:
         runs = len(self.members)
         weights = self.weights()
         scores = torch.full((runs, *choices.bytes.shape), -math.inf, device=self.device)
-        for ids, positions, targets, example, choice in choices.batches:
-            size = len(ids)
+        for ids, positions, targets, source, example, choice in choices.batches:
             logits = forward(
                 self.shape, weights, ids.expand(runs, -1, -1), positions.expand(runs, -1, -1),
                 self.dtype, self._middle,
             )  # fmt: skip
-            wanted = targets.expand(runs, -1, -1).flatten()
-            nats = F.cross_entropy(logits.flatten(0, 2), wanted, reduction="none")
-            total = nats.view(runs, size, -1).sum(2)
+            places, words = logits.shape[2:]
+            place = source[:, None] * places + torch.arange(places, device=self.device)
+            chosen = logits.flatten(1)[:, place * words + targets.clamp(min=0)]
+            nats = logits.logsumexp(3).flatten(1)[:, place] - chosen
+            total = torch.where(targets >= 0, nats, 0.0).sum(2)
             scores[:, example, choice] = -total / choices.bytes[example, choice]
         right = scores.argmax(2) == choices.answers
         return (right.sum(1).double() / right.shape[1]).tolist()

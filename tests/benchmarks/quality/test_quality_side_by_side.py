@@ -35,7 +35,7 @@ def base() -> Base:
 def task() -> TextTask:
     def examples(count: int, first: int) -> list[TextExample]:
         return [
-            TextExample("abc"[: 1 + i % 3] + "xyz"[i * first % 3], (" on", " two", " sixty"), i % 3)
+            TextExample("abc"[: 1 + i % 3] + "xyz"[i * first % 3], (" on", " of", " sixty"), i % 3)
             for i in range(count)
         ]
 
