@@ -164,7 +164,7 @@ def _scan_backward(
             gpre_ptr + places[:, None] * channels + channel[None, :],
             gpre.to(gpre_ptr.dtype.element_ty), mask=within,
         )  # fmt: skip
-        gc = tl.dot(gscores, b)
+    gc = tl.dot(gscores, b)
     gb = tl.dot(tl.trans(gscores), c)
     gate_b, gate_c = tl.sigmoid(pre_b), tl.sigmoid(pre_c)
     gb = gb * gate_b * (1.0 + pre_b * (1.0 - gate_b))
