@@ -7,6 +7,7 @@ are those of ``mamba2.py``, which is what tests and :func:`check` hold them to.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 __all__ = ["between"]
 
 _TAPS = 4
+_PARTS = 4
+"""Programs that a sequence's heads are dealt to in backward."""
 
 
 @triton.jit
@@ -47,64 +50,93 @@ def _step(x_ptr, bias_ptr, width, length, column, head, places):
 
 
 @triton.jit
-def _scores(
+def _states(
     x_ptr, w_ptr, cb_ptr, width, length, inner, places, STATES: tl.constexpr, TAPS: tl.constexpr
 ):  # fmt: skip
-    """B and C before and behind their activation, [places, states] each, and C Bᵀ."""
+    """B and C before their activation, [places, states] each."""
     states = inner + tl.arange(0, STATES)
     pre_b = _convolved(x_ptr, w_ptr, cb_ptr, width, length, inner + states, states, places, TAPS)
     pre_c = _convolved(
         x_ptr, w_ptr, cb_ptr, width, length, inner + STATES + states, STATES + states, places, TAPS
     )
-    b = pre_b * tl.sigmoid(pre_b)
-    c = pre_c * tl.sigmoid(pre_c)
-    return pre_b, pre_c, b, c, tl.dot(c, tl.trans(b))
+    return pre_b, pre_c
+
+
+@triton.jit
+def _square(places, PLACES: tl.constexpr):
+    """Offsets of [places, places]."""
+    return places[:, None] * PLACES + places[None, :]
+
+
+@triton.jit
+def _scores_forward(
+    x_ptr, w_ptr, cb_ptr, scores_ptr, batch, length, width, inner, w_run, cb_run,
+    PLACES: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """C Bᵀ of a sequence, which its heads share."""
+    sequence = tl.program_id(0).to(tl.int64)
+    run = sequence // batch
+    places = tl.arange(0, PLACES)
+    pre_b, pre_c = _states(
+        x_ptr + sequence * length * width, w_ptr + run * w_run, cb_ptr + run * cb_run, width,
+        length, inner, places, STATES, TAPS,
+    )  # fmt: skip
+    scores = tl.dot(pre_c * tl.sigmoid(pre_c), tl.trans(pre_b * tl.sigmoid(pre_b)))
+    tl.store(scores_ptr + sequence * PLACES * PLACES + _square(places, PLACES), scores)
+
+
+@triton.jit
+def _decay(elapsed, places):
+    """[places, places]: what is left of an earlier place; 0 of a later one."""
+    gap = tl.where(
+        places[:, None] >= places[None, :], elapsed[:, None] - elapsed[None, :], -1e30
+    )
+    return tl.exp(gap)
 
 
 @triton.jit
 def _scan_forward(
-    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, y_ptr, batch, length, width, heads,
+    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, scores_ptr, y_ptr, batch, length, width, heads,
     w_run, cb_run, dtb_run, a_run, d_run,
     PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
+    """One head of a sequence."""
     sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     run = sequence // batch
     inner = heads * HEAD
     x_ptr += sequence * length * width
     y_ptr += sequence * length * inner
-    w_ptr += run * w_run
-    cb_ptr += run * cb_run
-    dtb_ptr += run * dtb_run
-    a_ptr += run * a_run
-    d_ptr += run * d_run
     places = tl.arange(0, PLACES)
-    _, _, _, _, scores = _scores(x_ptr, w_ptr, cb_ptr, width, length, inner, places, STATES, TAPS)
-    earlier = places[:, None] >= places[None, :]
-    within = places[:, None] < length
-    for head in range(heads):
-        channel = head * HEAD + tl.arange(0, HEAD)
-        pre = _convolved(
-            x_ptr, w_ptr, cb_ptr, width, length, inner + channel, channel, places, TAPS
-        )
-        x = pre * tl.sigmoid(pre)
-        _, dt = _step(x_ptr, dtb_ptr, width, length, 2 * inner + 2 * STATES, head, places)
-        elapsed = tl.cumsum(dt * -tl.exp(tl.load(a_ptr + head)), 0)
-        gap = tl.where(earlier, elapsed[:, None] - elapsed[None, :], -1e30)
-        mixed = scores * tl.exp(gap)
-        y = tl.dot(mixed, (x * dt[:, None])) + tl.load(d_ptr + head) * x
-        tl.store(
-            y_ptr + places[:, None] * inner + channel[None, :], y.to(y_ptr.dtype.element_ty),
-            mask=within,
-        )  # fmt: skip
+    channel = head * HEAD + tl.arange(0, HEAD)
+    pre = _convolved(
+        x_ptr, w_ptr + run * w_run, cb_ptr + run * cb_run, width, length, inner + channel, channel,
+        places, TAPS,
+    )  # fmt: skip
+    x = pre * tl.sigmoid(pre)
+    raw, dt = _step(
+        x_ptr, dtb_ptr + run * dtb_run, width, length, 2 * inner + 2 * STATES, head, places
+    )
+    elapsed = tl.cumsum(dt * -tl.exp(tl.load(a_ptr + run * a_run + head)), 0)
+    scores = tl.load(scores_ptr + sequence * PLACES * PLACES + _square(places, PLACES))
+    y = tl.dot(scores * _decay(elapsed, places), x * dt[:, None])
+    y += tl.load(d_ptr + run * d_run + head) * x
+    tl.store(
+        y_ptr + places[:, None] * inner + channel[None, :], y.to(y_ptr.dtype.element_ty),
+        mask=places[:, None] < length,
+    )  # fmt: skip
 
 
 @triton.jit
 def _scan_backward(
-    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, gy_ptr, gpre_ptr, gx_ptr, gdtb_ptr, ga_ptr,
-    gd_ptr, batch, length, width, heads, w_run, cb_run, dtb_run, a_run, d_run,
-    PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, scores_ptr, gy_ptr, gscores_ptr, gpre_ptr, gx_ptr,
+    gdtb_ptr, ga_ptr, gd_ptr, batch, length, width, heads, w_run, cb_run, dtb_run, a_run, d_run,
+    PARTS: tl.constexpr, PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr,
+    TAPS: tl.constexpr,
 ):  # fmt: skip
+    """Every PARTS-th head of a sequence; ``gscores`` are their sums."""
     sequence = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     run = sequence // batch
     inner = heads * HEAD
     channels = inner + 2 * STATES
@@ -118,14 +150,11 @@ def _scan_backward(
     a_ptr += run * a_run
     d_ptr += run * d_run
     places = tl.arange(0, PLACES)
-    states = inner + tl.arange(0, STATES)
-    pre_b, pre_c, b, c, scores = _scores(
-        x_ptr, w_ptr, cb_ptr, width, length, inner, places, STATES, TAPS
-    )
-    earlier = places[:, None] >= places[None, :]
     within = places[:, None] < length
+    square = _square(places, PLACES)
+    scores_ptr += sequence * PLACES * PLACES
     gscores = tl.zeros([PLACES, PLACES], tl.float32)
-    for head in range(heads):
+    for head in tl.range(part, heads, PARTS, num_stages=1):
         channel = head * HEAD + tl.arange(0, HEAD)
         pre = _convolved(
             x_ptr, w_ptr, cb_ptr, width, length, inner + channel, channel, places, TAPS
@@ -134,24 +163,21 @@ def _scan_backward(
         x = pre * gate
         raw, dt = _step(x_ptr, dtb_ptr, width, length, 2 * inner + 2 * STATES, head, places)
         rate = -tl.exp(tl.load(a_ptr + head))
-        elapsed = tl.cumsum(dt * rate, 0)
-        gap = tl.where(earlier, elapsed[:, None] - elapsed[None, :], -1e30)
-        decay = tl.exp(gap)
-        mixed = scores * decay
+        decay = _decay(tl.cumsum(dt * rate, 0), places)
+        mixed = tl.load(scores_ptr + square) * decay
         gy = tl.load(
             gy_ptr + places[:, None] * inner + channel[None, :], mask=within, other=0.0
         ).to(tl.float32)
         gmixed = tl.dot(gy, tl.trans(x * dt[:, None]))
+        gscores += gmixed * decay
+        turned = gmixed * mixed
+        gelapsed = tl.sum(turned, 1) - tl.sum(turned, 0)
+        # The sum over this and later places.
+        later = tl.sum(gelapsed, 0) - tl.cumsum(gelapsed, 0) + gelapsed
         gvalues = tl.dot(tl.trans(mixed), gy)
         tl.store(gd_ptr + sequence * heads + head, tl.sum(gy * x))
         gx = gvalues * dt[:, None] + tl.load(d_ptr + head) * gy
-        gdt = tl.sum(gvalues * x, 1)
-        gscores += gmixed * decay
-        turned = gmixed * mixed
-        gelapsed = tl.sum(turned, 1) - tl.sum(tl.trans(turned), 1)
-        # The sum over this and later places.
-        later = tl.sum(gelapsed, 0) - tl.cumsum(gelapsed, 0) + gelapsed
-        gdt += later * rate
+        gdt = tl.sum(gvalues * x, 1) + later * rate
         tl.store(ga_ptr + sequence * heads + head, tl.sum(later * dt) * rate)
         graw = tl.where(places < length, gdt * tl.sigmoid(raw), 0.0)
         tl.store(gdtb_ptr + sequence * heads + head, tl.sum(graw))
@@ -164,12 +190,33 @@ def _scan_backward(
             gpre_ptr + places[:, None] * channels + channel[None, :],
             gpre.to(gpre_ptr.dtype.element_ty), mask=within,
         )  # fmt: skip
-    gc = tl.dot(gscores, b)
-    gb = tl.dot(tl.trans(gscores), c)
+    tl.store(gscores_ptr + (sequence * PARTS + part) * PLACES * PLACES + square, gscores)
+
+
+@triton.jit
+def _scores_backward(
+    x_ptr, w_ptr, cb_ptr, gscores_ptr, gpre_ptr, batch, length, width, inner, w_run, cb_run,
+    PARTS: tl.constexpr, PLACES: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C before their activation."""
+    sequence = tl.program_id(0).to(tl.int64)
+    run = sequence // batch
+    places = tl.arange(0, PLACES)
+    square = _square(places, PLACES)
+    gscores = tl.zeros([PLACES, PLACES], tl.float32)
+    for part in tl.static_range(PARTS):
+        gscores += tl.load(gscores_ptr + (sequence * PARTS + part) * PLACES * PLACES + square)
+    pre_b, pre_c = _states(
+        x_ptr + sequence * length * width, w_ptr + run * w_run, cb_ptr + run * cb_run, width,
+        length, inner, places, STATES, TAPS,
+    )  # fmt: skip
     gate_b, gate_c = tl.sigmoid(pre_b), tl.sigmoid(pre_c)
-    gb = gb * gate_b * (1.0 + pre_b * (1.0 - gate_b))
-    gc = gc * gate_c * (1.0 + pre_c * (1.0 - gate_c))
-    target = gpre_ptr + places[:, None] * channels + states[None, :]
+    gb = tl.dot(tl.trans(gscores), pre_c * gate_c) * gate_b * (1.0 + pre_b * (1.0 - gate_b))
+    gc = tl.dot(gscores, pre_b * gate_b) * gate_c * (1.0 + pre_c * (1.0 - gate_c))
+    channels = inner + 2 * STATES
+    target = gpre_ptr + sequence * length * channels + places[:, None] * channels
+    target += inner + tl.arange(0, STATES)[None, :]
+    within = places[:, None] < length
     tl.store(target, gb.to(gpre_ptr.dtype.element_ty), mask=within)
     tl.store(target + STATES, gc.to(gpre_ptr.dtype.element_ty), mask=within)
 
@@ -274,26 +321,29 @@ class _Between(torch.autograd.Function):
         small = [t.float().contiguous() for t in (w, cb, dtb, a, d, norm)]
         y = torch.empty(runs, batch, length, inner, dtype=x.dtype, device=x.device)
         out = torch.empty_like(y)
-        sizes = {
-            "PLACES": _places(length), "HEAD": inner // heads, "STATES": states, "TAPS": _TAPS,
-            "num_warps": 4,
-        }  # fmt: skip
+        places = _places(length)
+        sizes = {"PLACES": places, "STATES": states, "TAPS": _TAPS}
         strides = [_run_stride(t) for t in small]
-        _scan_forward[runs * batch,](
-            x, *small[:5], y, batch, length, width, heads, *strides[:5], **sizes
+        scores = torch.empty(runs, batch, places, places, device=x.device)
+        _scores_forward[runs * batch,](
+            x, *small[:2], scores, batch, length, width, inner, *strides[:2], **sizes, num_warps=4
         )
+        _scan_forward[runs * batch, heads](
+            x, *small[:5], scores, y, batch, length, width, heads, *strides[:5], **sizes,
+            HEAD=inner // heads, num_warps=4,
+        )  # fmt: skip
         _norm_forward[runs * batch * length,](
             x, y, small[5], out, batch * length, width, inner, epsilon, strides[5],
             BLOCK=triton.next_power_of_2(inner), num_warps=4,
         )  # fmt: skip
-        ctx.save_for_backward(x, y, *small)
+        ctx.save_for_backward(x, y, scores, *small)
         ctx.sizes, ctx.strides, ctx.epsilon = sizes, strides, epsilon
         ctx.shapes = [t.shape for t in (w, cb, dtb, a, d, norm)]
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        x, y, *small = ctx.saved_tensors
+        x, y, scores, *small = ctx.saved_tensors
         gout = gradients[0].contiguous()
         runs, batch, length, width = x.shape
         heads, inner = small[3].shape[-1], small[5].shape[-1]
@@ -311,9 +361,15 @@ class _Between(torch.autograd.Function):
             x, y, small[5], gout, gx, gy, gnorm, batch, length, width, inner, ctx.epsilon,
             strides[5], BLOCK=triton.next_power_of_2(inner), num_warps=4,
         )  # fmt: skip
-        _scan_backward[runs * batch,](
-            x, *small[:5], gy, gpre, gx, gdtb, ga, gd, batch, length, width, heads, *strides[:5],
-            **{**ctx.sizes, "num_warps": 8},
+        parts = math.gcd(heads, _PARTS)
+        gscores = torch.empty(runs, batch, parts, *scores.shape[2:], device=x.device)
+        _scan_backward[runs * batch, parts](
+            x, *small[:5], scores, gy, gscores, gpre, gx, gdtb, ga, gd, batch, length, width, heads,
+            *strides[:5], **ctx.sizes, PARTS=parts, HEAD=inner // heads, num_warps=8,
+        )  # fmt: skip
+        _scores_backward[runs * batch,](
+            x, *small[:2], gscores, gpre, batch, length, width, inner, *strides[:2], **ctx.sizes,
+            PARTS=parts, num_warps=8,
         )  # fmt: skip
         block = 64
         _convolution_backward[runs * batch, triton.cdiv(channels, block)](
