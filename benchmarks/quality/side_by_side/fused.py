@@ -15,11 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["between"]
+__all__ = ["LAUNCH", "between"]
 
 _TAPS = 4
+_ANY = ["batch", "dtb_run", "a_run", "d_run"]
+"""Numbers that are multiples of 16 in one stack and not in the next: no reason to compile again."""
+_STEP = 16
+"""Widths are handed over in units of so many values, or fewer, so that loads take several."""
 _PARTS = 4
 """Programs that a sequence's heads are dealt to in backward."""
+LAUNCH = {
+    "scores": {"num_warps": 4}, "scan": {"num_warps": 4}, "norm": {"num_warps": 4},
+    "scan backward": {"num_warps": 8}, "scores backward": {"num_warps": 8},
+    "convolution backward": {"num_warps": 4}, "norm backward": {"num_warps": 4},
+}  # fmt: skip
+"""Options of each kernel's launch."""
 
 
 @triton.jit
@@ -68,12 +78,13 @@ def _square(places, PLACES: tl.constexpr):
     return places[:, None] * PLACES + places[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _scores_forward(
-    x_ptr, w_ptr, cb_ptr, scores_ptr, batch, length, width, inner, w_run, cb_run,
-    PLACES: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+    x_ptr, w_ptr, cb_ptr, scores_ptr, batch, length, units, inner, w_run, cb_run,
+    PLACES: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """C Bᵀ of a sequence, which its heads share."""
+    width = units * STEP
     sequence = tl.program_id(0).to(tl.int64)
     run = sequence // batch
     places = tl.arange(0, PLACES)
@@ -88,19 +99,19 @@ def _scores_forward(
 @triton.jit
 def _decay(elapsed, places):
     """[places, places]: what is left of an earlier place; 0 of a later one."""
-    gap = tl.where(
-        places[:, None] >= places[None, :], elapsed[:, None] - elapsed[None, :], -1e30
-    )
+    gap = tl.where(places[:, None] >= places[None, :], elapsed[:, None] - elapsed[None, :], -1e30)
     return tl.exp(gap)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _scan_forward(
-    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, scores_ptr, y_ptr, batch, length, width, heads,
+    x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, scores_ptr, y_ptr, batch, length, units, heads,
     w_run, cb_run, dtb_run, a_run, d_run,
     PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """One head of a sequence."""
+    width = units * STEP
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     run = sequence // batch
@@ -114,7 +125,7 @@ def _scan_forward(
         places, TAPS,
     )  # fmt: skip
     x = pre * tl.sigmoid(pre)
-    raw, dt = _step(
+    _, dt = _step(
         x_ptr, dtb_ptr + run * dtb_run, width, length, 2 * inner + 2 * STATES, head, places
     )
     elapsed = tl.cumsum(dt * -tl.exp(tl.load(a_ptr + run * a_run + head)), 0)
@@ -127,14 +138,15 @@ def _scan_forward(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _scan_backward(
     x_ptr, w_ptr, cb_ptr, dtb_ptr, a_ptr, d_ptr, scores_ptr, gy_ptr, gscores_ptr, gpre_ptr, gx_ptr,
-    gdtb_ptr, ga_ptr, gd_ptr, batch, length, width, heads, w_run, cb_run, dtb_run, a_run, d_run,
+    gdtb_ptr, ga_ptr, gd_ptr, batch, length, units, heads, w_run, cb_run, dtb_run, a_run, d_run,
     PARTS: tl.constexpr, PLACES: tl.constexpr, HEAD: tl.constexpr, STATES: tl.constexpr,
-    TAPS: tl.constexpr,
+    TAPS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Every PARTS-th head of a sequence; ``gscores`` are their sums."""
+    width = units * STEP
     sequence = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     run = sequence // batch
@@ -193,12 +205,14 @@ def _scan_backward(
     tl.store(gscores_ptr + (sequence * PARTS + part) * PLACES * PLACES + square, gscores)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _scores_backward(
-    x_ptr, w_ptr, cb_ptr, gscores_ptr, gpre_ptr, batch, length, width, inner, w_run, cb_run,
+    x_ptr, w_ptr, cb_ptr, gscores_ptr, gpre_ptr, batch, length, units, inner, w_run, cb_run,
     PARTS: tl.constexpr, PLACES: tl.constexpr, STATES: tl.constexpr, TAPS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of B and C before their activation."""
+    width = units * STEP
     sequence = tl.program_id(0).to(tl.int64)
     run = sequence // batch
     places = tl.arange(0, PLACES)
@@ -221,11 +235,12 @@ def _scores_backward(
     tl.store(target + STATES, gc.to(gpre_ptr.dtype.element_ty), mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _convolution_backward(
-    x_ptr, w_ptr, gpre_ptr, gx_ptr, gw_ptr, gcb_ptr, batch, length, width, inner, channels, w_run,
-    PLACES: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
+    x_ptr, w_ptr, gpre_ptr, gx_ptr, gw_ptr, gcb_ptr, batch, length, units, inner, channels, w_run,
+    PLACES: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    width = units * STEP
     sequence = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = channel < channels
@@ -258,8 +273,19 @@ def _convolution_backward(
 
 @triton.jit
 def _norm_forward(
-    x_ptr, y_ptr, w_ptr, out_ptr, rows_a_run, width, inner, epsilon, w_run, BLOCK: tl.constexpr
+    x_ptr,
+    y_ptr,
+    w_ptr,
+    out_ptr,
+    rows_a_run,
+    units,
+    inner,
+    epsilon,
+    w_run,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
+    width = units * STEP
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < inner
@@ -272,11 +298,12 @@ def _norm_forward(
     tl.store(out_ptr + row * inner + column, out.to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _norm_backward(
-    x_ptr, y_ptr, w_ptr, gout_ptr, gx_ptr, gy_ptr, gw_ptr, batch, length, width, inner, epsilon,
-    w_run, BLOCK: tl.constexpr,
+    x_ptr, y_ptr, w_ptr, gout_ptr, gx_ptr, gy_ptr, gw_ptr, batch, length, units, inner, epsilon,
+    w_run, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
+    width = units * STEP
     sequence = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < inner
@@ -321,20 +348,21 @@ class _Between(torch.autograd.Function):
         small = [t.float().contiguous() for t in (w, cb, dtb, a, d, norm)]
         y = torch.empty(runs, batch, length, inner, dtype=x.dtype, device=x.device)
         out = torch.empty_like(y)
-        places = _places(length)
-        sizes = {"PLACES": places, "STATES": states, "TAPS": _TAPS}
-        strides = [_run_stride(t) for t in small]
+        places, step = _places(length), math.gcd(width, _STEP)
+        sizes = {"PLACES": places, "STATES": states, "TAPS": _TAPS, "STEP": step}
+        strides, units = [_run_stride(t) for t in small], width // step
         scores = torch.empty(runs, batch, places, places, device=x.device)
         _scores_forward[runs * batch,](
-            x, *small[:2], scores, batch, length, width, inner, *strides[:2], **sizes, num_warps=4
-        )
+            x, *small[:2], scores, batch, length, units, inner, *strides[:2], **sizes,
+            **LAUNCH["scores"],
+        )  # fmt: skip
         _scan_forward[runs * batch, heads](
-            x, *small[:5], scores, y, batch, length, width, heads, *strides[:5], **sizes,
-            HEAD=inner // heads, num_warps=4,
+            x, *small[:5], scores, y, batch, length, units, heads, *strides[:5], **sizes,
+            HEAD=inner // heads, **LAUNCH["scan"],
         )  # fmt: skip
         _norm_forward[runs * batch * length,](
-            x, y, small[5], out, batch * length, width, inner, epsilon, strides[5],
-            BLOCK=triton.next_power_of_2(inner), num_warps=4,
+            x, y, small[5], out, batch * length, units, inner, epsilon, strides[5],
+            BLOCK=triton.next_power_of_2(inner), STEP=step, **LAUNCH["norm"],
         )  # fmt: skip
         ctx.save_for_backward(x, y, scores, *small)
         ctx.sizes, ctx.strides, ctx.epsilon = sizes, strides, epsilon
@@ -348,7 +376,8 @@ class _Between(torch.autograd.Function):
         runs, batch, length, width = x.shape
         heads, inner = small[3].shape[-1], small[5].shape[-1]
         channels = small[1].shape[-1]
-        strides = ctx.strides
+        strides, step = ctx.strides, ctx.sizes["STEP"]
+        units = width // step
 
         def partial(*shape: int) -> Tensor:
             return torch.empty(runs, batch, *shape, device=x.device)
@@ -358,23 +387,26 @@ class _Between(torch.autograd.Function):
         gw, gcb = partial(channels, _TAPS), partial(channels)
         gdtb, ga, gd, gnorm = partial(heads), partial(heads), partial(heads), partial(inner)
         _norm_backward[runs * batch,](
-            x, y, small[5], gout, gx, gy, gnorm, batch, length, width, inner, ctx.epsilon,
-            strides[5], BLOCK=triton.next_power_of_2(inner), num_warps=4,
+            x, y, small[5], gout, gx, gy, gnorm, batch, length, units, inner, ctx.epsilon,
+            strides[5], BLOCK=triton.next_power_of_2(inner), STEP=step,
+            **LAUNCH["norm backward"],
         )  # fmt: skip
         parts = math.gcd(heads, _PARTS)
         gscores = torch.empty(runs, batch, parts, *scores.shape[2:], device=x.device)
         _scan_backward[runs * batch, parts](
-            x, *small[:5], scores, gy, gscores, gpre, gx, gdtb, ga, gd, batch, length, width, heads,
-            *strides[:5], **ctx.sizes, PARTS=parts, HEAD=inner // heads, num_warps=8,
+            x, *small[:5], scores, gy, gscores, gpre, gx, gdtb, ga, gd, batch, length, units, heads,
+            *strides[:5], **ctx.sizes, PARTS=parts, HEAD=inner // heads,
+            **LAUNCH["scan backward"],
         )  # fmt: skip
         _scores_backward[runs * batch,](
-            x, *small[:2], gscores, gpre, batch, length, width, inner, *strides[:2], **ctx.sizes,
-            PARTS=parts, num_warps=8,
+            x, *small[:2], gscores, gpre, batch, length, units, inner, *strides[:2], **ctx.sizes,
+            PARTS=parts, **LAUNCH["scores backward"],
         )  # fmt: skip
         block = 64
         _convolution_backward[runs * batch, triton.cdiv(channels, block)](
-            x, small[0], gpre, gx, gw, gcb, batch, length, width, inner, channels, strides[0],
-            PLACES=_places(length), BLOCK=block, TAPS=_TAPS, num_warps=4,
+            x, small[0], gpre, gx, gw, gcb, batch, length, units, inner, channels, strides[0],
+            PLACES=_places(length), BLOCK=block, TAPS=_TAPS, STEP=step,
+            **LAUNCH["convolution backward"],
         )  # fmt: skip
         made = []
         for part, shape in zip((gw, gcb, gdtb, ga, gd, gnorm), ctx.shapes, strict=True):

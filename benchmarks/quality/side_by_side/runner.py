@@ -108,10 +108,10 @@ class _Study:
         self.starts.close()
         self._thread.shutdown(cancel_futures=True)
 
-    def keep(self, row: Row) -> None:
-        append(self.out, row)
-        self.done[row.spec.id, row.phase] = row
-        self.made += 1
+    def keep(self, *rows: Row) -> None:
+        append(self.out, *rows)
+        self.done |= {(row.spec.id, row.phase): row for row in rows}
+        self.made += len(rows)
 
     def members(self, specs: Sequence[Spec], phase: str) -> list[Member]:
         """The runs of specs that can be stacked; rows of methods that do not exist are made."""
@@ -150,6 +150,7 @@ class _Study:
             scores["test"] = stack.accuracy(self.choices["test"])
         recipe = self.plan.recipe
         tokens = recipe.steps * recipe.batch_size * self.length * runs
+        rows = []
         for i, member in enumerate(stack.members):
             row = Row(member.spec, phase, where=self.where)
             row.figures |= {
@@ -161,7 +162,8 @@ class _Study:
             }
             if finite(row):
                 row.figures |= {split: values[i] for split, values in scores.items()}
-            self.keep(row)
+            rows.append(row)
+        self.keep(*rows)
         took = time.perf_counter() - begun
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30 if gpu else 0.0
         return (
@@ -223,7 +225,7 @@ def run_stacks(
         at_once: Most runs of a stack.
         products: One of :data:`PRODUCTS`: in what matrices are multiplied, on a GPU.
         fused: Compute what lies between projectors by the kernels of ``fused.py``, on a GPU.
-        seconds: No stack begins that would, by the longest so far, end after that.
+        seconds: No stack begins that would, at the pace of the last one, end after that.
         say: Is given a line per stack.
 
     Raises:
@@ -233,7 +235,7 @@ def run_stacks(
     torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
     study = _Study(plan, tasks, folder, device, products, at_once, fused)
     cells = plan.cells()
-    longest = 0.0
+    pace = {"sweep": 0.0, "final": 0.0}  # seconds a row
     groups = _groups(cells)
     for group in groups:
         study.prepare(group[0][0])
@@ -246,10 +248,10 @@ def run_stacks(
                 wanted = list(_specs(study, group, phase))
                 for part in _parts(wanted, at_once):
                     now = time.monotonic() - begun
-                    if now + longest > seconds:
+                    if now + pace[phase] * len(part) > seconds:
                         return study.made
                     say(f"{now:6.1f} s: " + study.run(part, phase))
-                    longest = max(longest, time.monotonic() - begun - now)
+                    pace[phase] = (time.monotonic() - begun - now) / len(part)
     finally:
         study.close()
         for name, why in study.left_out.items():

@@ -101,13 +101,19 @@ class Stack:
         ]
         self._own = set().union(*(group[0].method.touches for group in self._groups))
         recipe, runs = self.recipe, len(self.members)
-        orders = [order_of(len(examples.ids), recipe.batch_size, m.spec.seed) for m in self.members]
-        batches = [[next(order) for order in orders] for _ in range(recipe.steps)]
-        self._batches = torch.tensor(batches, device=self.device)  # [steps, runs, batch]
+        seeds = [m.spec.seed for m in self.members]
+        orders = {seed: self._order(seed) for seed in sorted(set(seeds))}
+        batches = torch.stack([orders[seed] for seed in seeds], 1)
+        self._batches = batches.to(self.device)  # [steps, runs, batch]
         shares = [share_of_rate(step, recipe) for step in range(recipe.steps)]
         self._shares = torch.tensor(shares, device=self.device)
         self._step = torch.zeros(1, dtype=torch.long, device=self.device)
         self.losses = torch.zeros(recipe.steps, runs, device=self.device)
+
+    def _order(self, seed: int) -> Tensor:
+        """Which examples a seed's runs see, [steps, batch]."""
+        order = order_of(len(self.examples.ids), self.recipe.batch_size, seed)
+        return torch.tensor([next(order) for _ in range(self.recipe.steps)])
 
     def weights(self) -> dict[str, Tensor]:
         """All weights; those that any run changes have the dimension of runs."""

@@ -121,15 +121,16 @@ def finite(row: Row) -> bool:
     return True
 
 
-def append(path: Path, row: Row) -> None:
-    """Append a row in one write, behind a whole line; on disk when this returns."""
+def append(path: Path, *rows: Row) -> None:
+    """Append rows in one write, behind a whole line; on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(file).st_size
         # A kill may have left half a line.
         whole = size == 0 or os.pread(file, 1, size - 1) == b"\n"
-        os.write(file, (("" if whole else "\n") + row.to_json() + "\n").encode())
+        lines = "".join(row.to_json() + "\n" for row in rows)
+        os.write(file, (("" if whole else "\n") + lines).encode())
         os.fsync(file)
     finally:
         os.close(file)
