@@ -87,7 +87,7 @@ def choices_of(data: LanguageData, split: str, limit: int, tokens_a_batch: int) 
         tokens_a_batch: Most tokens, with padding, of a batch.
     """
     examples = data.task.splits[split][: limit or None]
-    batches = []
+    batches: list[tuple[Tensor, ...]] = []
     for rows, ids, labels in data.choice_batches(examples, tokens_a_batch):
         positions, targets = _positions(labels)
         which = torch.tensor(rows, device=data.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from benchmarks.quality.side_by_side.weights import method_of
 from benchmarks.quality.study.row import Recipe, Spec
 from benchmarks.quality.study.train import data_of, run_row
 from benchmarks.quality.tasks.task import TextExample, TextTask
+from support.kernels.uninterpreted import run_uninterpreted
 from support.tiny_model import byte_tokenizer
 
 CPU = torch.device("cpu")
@@ -102,3 +105,8 @@ def test_the_kernels_compute_what_lies_between_projectors(own: bool) -> None:
         assert mine is not None
         worst = (mine - exact).abs().max()
         assert worst <= 4 * (eager - exact).abs().max() + 1e-6 * exact.abs().max()
+
+
+def test_the_kernels_compile(tmp_path: Path) -> None:
+    """The interpreter takes Python that the compiler refuses."""
+    run_uninterpreted(tmp_path, "../quality/compile_between.py")

@@ -1,4 +1,4 @@
-"""Running a script of this folder where Triton compiles, whatever the tests around it do."""
+"""Running a script of this folder, or beside it, where Triton compiles, whatever tests do."""
 
 from __future__ import annotations
 
