@@ -150,7 +150,7 @@ def dequantize_nf4(
     """
     tensors = (codes, absmax, table, *(nested or (None, None, None)))
     options = (blocksize, nested_blocksize if nested else 0)
-    return _written(_launch_nf4, tensors, out, (shape, dtype, *options))
+    return written(_launch_nf4, tensors, out, (shape, dtype, *options))
 
 
 def dequantize_nf4_some(
@@ -192,7 +192,7 @@ def dequantize_int8(
     step: float,
 ) -> Tensor:
     """Return ``(codes · scale) · step``: [N, K] int8, [N] fp32 -> [N, K]."""
-    return _written(_launch_eight_bit, (codes, scale), out, (codes.shape, dtype, step, False, True))
+    return written(_launch_eight_bit, (codes, scale), out, (codes.shape, dtype, step, False, True))
 
 
 def dequantize_fp8(
@@ -203,15 +203,16 @@ def dequantize_fp8(
     ``scale`` is [⌈N / 128⌉, ⌈K / 128⌉], or [N, 1].
     """
     tensors, by_rows = (codes.view(torch.uint8), scale), [*scale.shape] == [len(codes), 1]
-    return _written(_launch_eight_bit, tensors, out, (codes.shape, dtype, 1.0, True, by_rows))
+    return written(_launch_eight_bit, tensors, out, (codes.shape, dtype, 1.0, True, by_rows))
 
 
-def _written(
+def written(
     function: Function,
     tensors: tuple[Tensor | None, ...],
     out: Tensor | None,
     options: tuple[Hashable, ...],
 ) -> Tensor:
+    """Call what launches a kernel that writes a weight: into ``out``, or a new one for None."""
     if out is not None:
         function(*tensors, out, *options)
         return out

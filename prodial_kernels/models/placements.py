@@ -14,7 +14,7 @@ from torch import nn
 from prodial_kernels.config import PLACEMENTS, ProdialConfig
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import module_paths
-from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.quantization.foreign import is_linear
 
 _PARTS = ("mixer", "attention", "mlp")
 # Inside a mixer: narrow, and not what "projector" means.
@@ -101,7 +101,7 @@ def _layers(model: nn.Module) -> dict[nn.Module, tuple[str, str]]:
     return {
         module: (paths[0], _part_of(model, paths[0]))
         for module, paths in module_paths(model).items()
-        if isinstance(module, nn.Linear | QuantizedLinear) and module is not head
+        if is_linear(module) and module is not head
     }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prodial_kernels._checks import check_choice
 from prodial_kernels.quantization.fp8 import FP8Linear
+from prodial_kernels.quantization.groups.layer import GroupedLinear
 from prodial_kernels.quantization.int8 import Int8Linear, row_chunks
 from prodial_kernels.quantization.layer import QuantizedLinear
 from prodial_kernels.quantization.names import SIGNS, foreign_format
@@ -19,6 +20,8 @@ _CLASSES: dict[str, type[QuantizedLinear]] = {
     cls.FORMAT: cls for cls in (NF4Linear, Int8Linear, FP8Linear)
 }
 FORMATS = tuple(_CLASSES)
+# What is read and not made: the layouts of other libraries are repacked into it.
+_READ: dict[str, type[QuantizedLinear]] = {**_CLASSES, GroupedLinear.FORMAT: GroupedLinear}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -104,7 +107,7 @@ def from_state_dict(
             f"no quantised weight under prefix {prefix!r}: expected one of {', '.join(SIGNS)} "
             f"beside weight, found {', '.join(sorted(entries)[:8]) or 'nothing'}"
         )
-    return _CLASSES[format].from_entries(entries, entries.get("bias"), dtype)
+    return _READ[format].from_entries(entries, entries.get("bias"), dtype)
 
 
 @torch.no_grad()

@@ -106,17 +106,21 @@ class FP8Linear(QuantizedLinear):
         codes, scale_inv = packed
         # As bytes, because not every device indexes the type.
         values = codes.view(torch.uint8)[rows].view(torch.float8_e4m3fn).float()
+        if self.by_rows:
+            return values.mul_(scale_inv[rows]).to(dtype)
         scales = scale_inv[rows.div(TILE, rounding_mode="floor")]
         return values.mul_(scales.repeat_interleave(TILE, 1)[:, : self.in_features]).to(dtype)
 
     @property
     def row_multiple(self) -> int:
         """See the base class: rows of a tile."""
-        return TILE
+        return 1 if self.by_rows else TILE
 
     def cut(self, packed: tuple[Tensor, ...], start: int, stop: int) -> tuple[Tensor, ...]:
         """See the base class."""
         codes, scale_inv = packed
+        if self.by_rows:
+            return codes[start:stop], scale_inv[start:stop]
         return codes[start:stop], scale_inv[start // TILE : -(-stop // TILE)]
 
     def launch(self, packed: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -93,7 +93,7 @@ class Int8Linear(QuantizedLinear):
     def gather(self, packed: tuple[Tensor, ...], rows: Tensor, dtype: torch.dtype) -> Tensor:
         """See the base class."""
         codes, scb = packed
-        return (codes[rows] * scb[rows, None]).mul_(_STEP).to(dtype)
+        return (codes[rows] * scb[rows, None]).mul_(self.step).to(dtype)
 
     @property
     def row_multiple(self) -> int:

@@ -22,7 +22,8 @@ _OF_ADAPTER = re.compile(
 _MOVED = re.compile(rf"(.+\.)(?:base_layer\.)?{OFFSET}(\w+)")
 
 SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8",
-         "weight_scale_rows": "int8", "weight_scale_inv": "fp8"}  # fmt: skip
+         "weight_scale_rows": "int8", "weight_scale_inv": "fp8",
+         "weight_group_scales": "groups"}  # fmt: skip
 """The entry of a state dict by which a layer in a format is recognised."""
 
 # Entries that other libraries write beside a weight, which can then not be read as dense.

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from prodial_kernels.quantization import FORMATS, QuantizedLinear
+from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.int8 import Int8Linear
 from prodial_kernels.quantization.modules.experts import QuantizedStack
 from prodial_kernels.quantization.nf4 import NF4Linear
+from support.grouped_weights import STORED, stored
+from support.kernels.same_bits import assert_same_bits, bits
 from support.kernels.uninterpreted import run_uninterpreted
 
 LAYERS = {layer.FORMAT: layer for layer in (NF4Linear, Int8Linear, FP8Linear)}
 SHAPES = [(72, 96), (1, 1), (7, 9), (130, 257), (33, 128), (3, 4100)]
 # The interpreter truncates to bf16 where it should round.
 DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-
-
-def assert_same_bits(layer: QuantizedLinear, dtype: torch.dtype) -> None:
-    """Compare what the CPU's code and the kernel make of one layer."""
-    defined = layer.cpu().dequantize(dtype=dtype)
-    if torch.cuda.is_available():
-        found = layer.cuda().dequantize(dtype=dtype).cpu()
-    else:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("prodial_kernels.quantization.layer.takes_kernels", lambda *_: True)
-            found = layer.dequantize(dtype=dtype)
-    assert torch.equal(bits(found), bits(defined))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    # A NaN of one sign is as good as one of the other.
-    return tensor.nan_to_num(nan=1.5).view(torch.int16 if tensor.itemsize == 2 else torch.int32)
 
 
 def weights(shape: tuple[int, int]) -> Tensor:
@@ -112,6 +98,14 @@ def test_a_scale_for_every_row(shape: tuple[int, int], dtype: torch.dtype) -> No
     assert_same_bits(Int8Linear(codes, scales, None, dtype, step=1.0), dtype)
     e4m3 = codes.float().to(torch.float8_e4m3fn)
     assert_same_bits(FP8Linear(e4m3, scales[:, None], None, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [each for each in STORED if each.get("dtype") != torch.bfloat16], ids=str
+)
+def test_codes_in_groups(arguments: dict[str, Any], dtype: torch.dtype) -> None:
+    assert_same_bits(stored(**arguments), dtype)
 
 
 def test_what_they_compile_to(tmp_path: Path) -> None:

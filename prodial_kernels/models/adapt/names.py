@@ -99,6 +99,9 @@ def _own_state(module: nn.Module, dtype: torch.dtype | None) -> dict[str, object
     if isinstance(stored, QuantizedLinear):
         # From the registries: with an offset, the attribute is another tensor.
         bias = {**module._parameters, **module._buffers}.get("bias")
+        if bias is None and stored is not module:
+            # hqq's is an attribute.
+            bias = stored.bias
         return {"weight": stored} if bias is None else {"weight": stored, "bias": bias}
     if isinstance(module, QuantizedEmbedding):
         return {"weight": vars(module)["table"]}

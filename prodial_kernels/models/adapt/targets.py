@@ -16,7 +16,7 @@ from prodial_kernels.models.placements import placed, resolve_placements
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import has_hooks, module_paths
 from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.quantization.foreign import from_foreign, is_foreign
+from prodial_kernels.quantization.foreign import from_foreign, is_foreign, is_linear
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,9 +89,7 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
         matches = [name for path in module_names if (name := config.target_of(path)) is not None]
         if matches:
             targets.append(target_of(model, module, module_names, matches[0]))
-    linears: dict[nn.Module, tuple[str, ...]] = {
-        m: names for m, names in paths.items() if isinstance(m, nn.Linear | QuantizedLinear)
-    }
+    linears = {m: names for m, names in paths.items() if is_linear(m)}
     _check_names_used(model, config, targets, linears.values())
     if not config.allow_partial:
         _check_every_layer(targets, linears)

@@ -26,8 +26,8 @@ from prodial_kernels.models.loading.mamba_ssm_format import (
     published_vocabulary,
     renamed,
 )
-from prodial_kernels.models.loading.whole_scales import WholeScales
 from prodial_kernels.quantization import TensorFiles
+from prodial_kernels.quantization.groups.checkpoints import Tensors
 from prodial_kernels.quantization.saving import RESCALING
 
 if TYPE_CHECKING:
@@ -106,9 +106,7 @@ def rescaled(config: PretrainedConfig) -> bool:
 class AsTransformers(Mapping[str, Tensor]):
     """Name -> tensor, by transformers' names, with the values that it would have after loading."""
 
-    def __init__(
-        self, tensors: TensorFiles | WholeScales, config: PretrainedConfig, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, tensors: Tensors, config: PretrainedConfig, dtype: torch.dtype) -> None:
         """Look up the names.
 
         Args:

@@ -105,7 +105,8 @@ def dtypes_of_dense(tensors: TensorFiles) -> tuple[torch.dtype | None, frozenset
     And the names of those that are stored wider, as transformers keeps a few parameters of some
     models in fp32 (zamba's A_log, the router of nemotron_h). Quantised layers do not count.
     """
-    quantised = {
+    quantised = {name.rpartition(".")[0] for name in tensors if foreign_format(name) is not None}
+    quantised |= {
         name.removesuffix(f".{sign}") for name in tensors for sign in SIGNS if name.endswith(sign)
     }
     stored = {

@@ -15,6 +15,7 @@ from prodial_kernels.models.loading.as_transformers import AsTransformers
 from prodial_kernels.models.loading.whole_scales import WholeScales
 from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.quantization import QuantizationReport, TensorFiles, load_quantized
+from prodial_kernels.quantization.groups.checkpoints import GROUPED, GroupedLayers
 from prodial_kernels.quantization.loading import Piece
 from prodial_kernels.quantization.modules.selection import EVERYTHING, PROJECTORS
 from prodial_kernels.quantization.stored_config import WHOLE_SCALES, check_stored_config
@@ -56,12 +57,14 @@ def load_by_tensors(
 
     stored = getattr(config, "quantization_config", None)
     files = TensorFiles(directory)
-    read: TensorFiles | WholeScales = files
+    read: TensorFiles | WholeScales | GroupedLayers = files
     if stored is not None:
         fields = stored if isinstance(stored, Mapping) else stored.to_dict()
         check_stored_config(fields)
+        if fields.get("quant_method") in GROUPED:
+            read = GroupedLayers(files, fields, dtype)
         if fields.get("quant_method") in WHOLE_SCALES:
-            read = WholeScales(files, dtype)
+            read = WholeScales(read, dtype)
         del config.quantization_config
     model = model_on_meta(config, dtype)
     tensors = AsTransformers(read, config, dtype)

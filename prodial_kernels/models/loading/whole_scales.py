@@ -3,7 +3,8 @@
 Their layers hold ``weight`` [N, K] in e4m3, ``weight_scale`` (one number, [1], or [N, 1]) that it
 is multiplied by, and often ``input_scale``, to which an engine rounds the inputs. Here inputs are
 not rounded, so that and the scales of attention's cache are left out; one scale is read as those
-of all 128×128 tiles, which is the same weight bit for bit. Experts are read dense, one by one: they
+of all 128×128 tiles, which is the same weight bit for bit. compressed-tensors has int8 in the same
+way. Experts are read dense, one by one: they
 are stored again where a run stores experts.
 """
 
@@ -14,10 +15,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from prodial_kernels.quantization import TensorFiles
 from prodial_kernels.quantization.fp8 import TILE
+from prodial_kernels.quantization.groups.checkpoints import Tensors
 from prodial_kernels.quantization.layer import check_scales
 
+_ROWS = ".weight_scale_rows"
 _SCALE, _TILES = ".weight_scale", ".weight_scale_inv"
 _LEFT_OUT = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
 
@@ -25,7 +27,7 @@ _LEFT_OUT = (".input_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale"
 class WholeScales(Mapping[str, Tensor]):
     """Name -> tensor as a checkpoint in 128×128 tiles would have them."""
 
-    def __init__(self, tensors: TensorFiles, dtype: torch.dtype) -> None:
+    def __init__(self, tensors: Tensors, dtype: torch.dtype) -> None:
         """Look up the names; ``dtype`` is that of experts' weights, which become dense."""
         self._tensors, self._dtype = tensors, dtype
         self._names: dict[str, str] = {}
@@ -35,7 +37,10 @@ class WholeScales(Mapping[str, Tensor]):
             if not name.endswith(_SCALE):
                 self._names[name] = name
             elif not _of_expert(name):
-                self._names[name.removesuffix(_SCALE) + _TILES] = name
+                path = name.removesuffix(_SCALE)
+                weight = f"{path}.weight"
+                int8 = weight in tensors and tensors.dtype(weight) == "I8"
+                self._names[path + (_ROWS if int8 else _TILES)] = name
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor.
@@ -47,8 +52,11 @@ class WholeScales(Mapping[str, Tensor]):
         layer = own.rpartition(".")[0]
         if name.endswith(_TILES) and own != name:
             return _tiles(self._scale(layer), self._tensors[f"{layer}.weight"])
+        if name.endswith(_ROWS) and own != name:
+            scale = self._scale(layer).float().reshape(-1)
+            return scale.expand(len(self._tensors[f"{layer}.weight"])).contiguous()
         tensor = self._tensors[own]
-        if _of_expert(own) and tensor.dtype == torch.float8_e4m3fn:
+        if _of_expert(own) and tensor.dtype in (torch.float8_e4m3fn, torch.int8):
             scale = self._scale(layer).float()
             scale = scale if scale.numel() > 1 else scale.reshape(1)
             return tensor.float().mul_(scale).to(self._dtype)

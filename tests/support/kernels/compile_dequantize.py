@@ -13,6 +13,7 @@ from prodial_kernels.kernels.dequantize import (
     dequantize_nf4,
     dequantize_nf4_some,
 )
+from prodial_kernels.kernels.dequantize_groups import dequantize_groups
 from support.kernels.compile_kernels import check_all, ptx_of
 from support.kernels.compile_launches import broken_rules, cost_of
 from support.kernels.launch_recorder import Launch
@@ -45,6 +46,14 @@ def record(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     dequantize_int8(empty(n, k, dtype=torch.int8), empty(n), None, dtype=dtype, step=1 / 127)
     tiles = [-(-size // 128) for size in (n, k)]
     dequantize_fp8(empty(n, k, dtype=torch.float8_e4m3fn), empty(*tiles), None, dtype=dtype)
+    codes, scales = empty(n, -(-k // 2), dtype=torch.uint8), empty(n, -(-k // 128), dtype=dtype)
+    for zeros, order in (
+        (empty(*scales.shape, dtype=torch.uint8), None),
+        (scales, empty(k, dtype=torch.int32)),
+    ):
+        dequantize_groups(
+            codes, scales, zeros, order, None, dtype=dtype, k=k, width=4, columns=128, zero=0
+        )
 
 
 def problems(launch: Launch) -> list[str]:
@@ -64,5 +73,5 @@ def problems(launch: Launch) -> list[str]:
 
 if __name__ == "__main__":
     sys.exit(
-        check_all(record, problems, dtypes=(torch.bfloat16, torch.float16), shapes=SHAPES, each=6)
+        check_all(record, problems, dtypes=(torch.bfloat16, torch.float16), shapes=SHAPES, each=8)
     )
