@@ -26,13 +26,15 @@ SIGNS = {"weight.quant_state.bitsandbytes__nf4": "nf4", "SCB": "int8",
          "weight_group_scales": "groups"}  # fmt: skip
 """The entry of a state dict by which a layer in a format is recognised."""
 
+_BY_LOADING = "without a quantization_config that says so (prodial and load_model read it with one)"
 # Entries that other libraries write beside a weight, which can then not be read as dense.
 _OTHERS = {
     "weight.quant_state.bitsandbytes__fp4": "bitsandbytes' FP4; the 4-bit format read is nf4",
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
-    "g_idx": "GPTQ",
-    "weight_packed": "compressed-tensors",
+    # Read where a quantization_config says of which bits and version they are.
+    "qweight": f"GPTQ or AWQ {_BY_LOADING}",
+    "qzeros": f"GPTQ or AWQ {_BY_LOADING}",
+    "g_idx": f"GPTQ {_BY_LOADING}",
+    "weight_packed": f"compressed-tensors {_BY_LOADING}",
     "weight_scale": "compressed-tensors, modelopt or fbgemm",
     "weight_zero_point": "compressed-tensors",
     "input_scale": "compressed-tensors or modelopt",

@@ -27,6 +27,8 @@ _OF_LAYER = {
     ".weight_packed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point",
                        "weight_g_idx", "input_scale", "output_scale"),
 }  # fmt: skip
+# What is there beside codes alone.
+_BESIDE = {"qzeros": "qweight", "g_idx": "qweight", "weight_shape": "weight_packed"}
 
 
 class Tensors(Protocol):
@@ -54,6 +56,9 @@ class GroupedLayers(Mapping[str, Tensor]):
             tensors: The checkpoint's.
             config: Its ``quantization_config``, checked by ``check_stored_config``.
             dtype: Of experts' weights, which become dense.
+
+        Raises:
+            ValueError: A layer without its codes.
         """
         self._tensors, self._config, self._dtype = tensors, config, dtype
         self._layers: dict[str, str] = {}
@@ -66,6 +71,10 @@ class GroupedLayers(Mapping[str, Tensor]):
             for path, suffix in self._layers.items()
             for entry in _OF_LAYER[suffix]
         }
+        for name in tensors:
+            path, _, leaf = name.rpartition(".")
+            if leaf in _BESIDE and path not in self._layers:
+                raise ValueError(f"{path}: the checkpoint lacks its entry {_BESIDE[leaf]}")
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         # From a name that is shown to the layer; None for what is handed on.
         self._names: dict[str, str | None] = {}

@@ -178,8 +178,8 @@ def test_a_quantised_checkpoint_whose_configuration_does_not_say_so(
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq', whose format is not read"),
-        ({"quant_method": "awq", "bits": 4}, "'awq', whose format is not read"),
+        ({"quant_method": "gptq", "bits": 5}, "bits=5 (gptq)"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv' (awq)"),
         ({"quant_method": "torchao"}, "'torchao', whose format is not read"),
         ({"quant_method": "compressed-tensors"}, "format=None (compressed-tensors)"),
         (

@@ -1,0 +1,175 @@
+"""GPTQ, AWQ and compressed-tensors checkpoints: read bit for bit by tensors, trained on, merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prodial_kernels.models.loading.load import ModelError, load_model
+from prodial_kernels.quantization import QuantizedLinear
+from prodial_kernels.training import FinetuneConfig, finetune
+from support.grouped_weights import awq, case, compressed, gptq
+from support.models import build
+from support.tiny_model import byte_tokenizer, write_text, write_tiny_model
+
+CPU = torch.device("cpu")
+PROJECTORS = ("in_proj.weight", "out_proj.weight")
+
+
+def packed(method: str, kind: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
+    if method == "gptq":
+        return {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True, "sym": False,
+                "checkpoint_format": "gptq", "pack_dtype": "int32",
+                "meta": {"quantizer": ["gptqmodel:7.7.0"]}}  # fmt: skip
+    if method == "awq":
+        return {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True,
+                "version": "gemm", "modules_to_not_convert": None}  # fmt: skip
+    own = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 8,
+           "actorder": None, "block_structure": None, "dynamic": False, **weights}  # fmt: skip
+    group = {"targets": ["Linear"], "weights": own, "input_activations": None}
+    return {"quant_method": "compressed-tensors", "format": kind, "ignore": ["lm_head"],
+            "quantization_status": "compressed", "config_groups": {"group_0": group}}  # fmt: skip
+
+
+def pack(folder: Path, config: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Tensor]:
+    """Store layers of a checkpoint as a method does; return the weights that they stand for."""
+    file, method = folder / "model.safetensors", config["quant_method"]
+    tensors, exact = load_file(file), {}
+    for name in [n for n in tensors if n.endswith(layers)]:
+        weight, path = tensors.pop(name), name.removesuffix(".weight")
+        of = case(*weight.shape, group=8, shuffled=method == "gptq")
+        of.scales *= 0.02 / of.scales.float().mean()
+        pack_one = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed}[method]
+        tensors |= {f"{path}.{entry}": t.contiguous() for entry, t in pack_one(of).items()}
+        # A product of 16 bits is exact in fp32.
+        exact[name] = of.weight(torch.float32)
+    write(folder, tensors, config)
+    return exact
+
+
+def write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> None:
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def read(folder: Path, **options: Any) -> Any:
+    return load_model(str(folder), device=CPU, dtype=torch.float32, **options).model
+
+
+def stored_layers(model: Any) -> dict[str, QuantizedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
+def test_a_model_is_read_trained_on_and_merged(method: str, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    if method == "awq":
+        # Eight rows in a word, which in_proj of this model has not.
+        exact = pack(folder, packed(method), PROJECTORS[1:])
+    else:
+        exact = pack(folder, packed(method), PROJECTORS)
+    stored = stored_layers(read(folder))
+    assert {f"{name}.weight" for name in stored} == exact.keys()
+    for name, layer in stored.items():
+        assert layer.FORMAT == "groups"
+        assert torch.equal(layer.weight, exact[f"{name}.weight"])
+    text = write_text(tmp_path / "text.txt")
+    config = FinetuneConfig(
+        model=str(folder), data=str(text), steps=2, batch_size=2, seq_len=32, eval_tokens=64,
+        output=str(tmp_path / "run"), device="cpu", warmup=0,
+    )  # fmt: skip
+    result = finetune(config, progress=False)
+    assert result.after["loss"] != result.before["loss"]
+    assert result.agreement.relative < 1e-4
+    merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
+    assert {t.dtype for n, t in merged.items() if n in exact} == {torch.float32}
+
+
+def test_experts_are_read_dense_and_stored_again(tmp_path: Path) -> None:
+    model: Any = build("nemotron_h", hidden_size=32)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    if not any(".experts." in name and name.endswith("up_proj.weight") for name in written):
+        pytest.skip("this transformers writes experts as one tensor")
+    exact = pack(tmp_path, packed("compressed-tensors"), ("up_proj.weight", "down_proj.weight"))
+    experts = next(m for n, m in read(tmp_path).named_modules() if n.endswith(".experts"))
+    of_experts = [name for name in exact if ".experts.1.up_proj" in name]
+    assert torch.equal(experts.up_proj[1], exact[of_experts[0]])
+    stored = read(tmp_path, quantize="nf4", quantize_modules="all")
+    kinds = {type(m).__name__ for n, m in stored.named_modules() if n.endswith(".experts")}
+    assert kinds == {"QuantizedExperts"}
+
+
+def test_groups_of_several_formats(tmp_path: Path) -> None:
+    """int4, int8 by rows and FP8 in one checkpoint, as llm-compressor writes mixed ones."""
+    folder = write_tiny_model(tmp_path / "model")
+    exact = pack(folder, packed("compressed-tensors"), ("layers.0.mixer.in_proj.weight",))
+    tensors = load_file(folder / "model.safetensors")
+    for path, most, codes in (
+        ("backbone.layers.0.mixer.out_proj", 448, torch.float8_e4m3fn),
+        ("backbone.layers.1.mixer.out_proj", 127, torch.int8),
+    ):
+        weight = tensors[f"{path}.weight"].float()
+        scale = (weight.abs().amax(1, keepdim=True) / most).bfloat16()
+        rounded = weight / scale.float()
+        rounded = rounded.round() if codes == torch.int8 else rounded
+        tensors[f"{path}.weight"] = rounded.clamp(-most, most).to(codes)
+        tensors[f"{path}.weight_scale"] = scale
+        exact[f"{path}.weight"] = tensors[f"{path}.weight"].float() * scale.float()
+    config = packed("compressed-tensors", "mixed-precision")
+    groups = config["config_groups"]
+    groups["group_0"]["format"] = "pack-quantized"
+    plain = {"strategy": "channel", "symmetric": True, "group_size": None, "num_bits": 8}
+    groups["a"] = {"format": "float-quantized", "weights": {**plain, "type": "float"}}
+    groups["b"] = {"format": "int-quantized", "weights": {**plain, "type": "int"}}
+    write(folder, tensors, config)
+    stored = stored_layers(read(folder))
+    assert {layer.FORMAT for layer in stored.values()} == {"groups", "int8", "fp8"}
+    for name, layer in stored.items():
+        assert torch.equal(layer.weight, exact[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (packed("gptq") | {"bits": 5}, "bits=5"),
+        (packed("gptq") | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
+        (packed("gptq") | {"pack_dtype": "int16"}, "pack_dtype='int16'"),
+        (packed("awq") | {"version": "gemv"}, "version='gemv'"),
+        (packed("awq") | {"zero_point": False}, "zero_point=False"),
+        (packed("compressed-tensors", actorder="group"), "weights.actorder='group'"),
+        (packed("compressed-tensors", strategy="tensor_group"), "strategy='tensor_group'"),
+        (packed("compressed-tensors", "nvfp4-pack-quantized"), "format='nvfp4-pack-quantized'"),
+    ],
+)
+def test_what_is_not_read_is_named(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    pack(folder, config, PROJECTORS[1:])
+    with pytest.raises(ModelError, match=message) as caught:
+        read(folder)
+    assert "Use the dense checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", ["qzeros", "scales", "qweight"])
+def test_an_entry_that_is_missing_or_damaged(entry: str, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "model")
+    pack(folder, packed("gptq"), PROJECTORS[1:])
+    tensors = load_file(folder / "model.safetensors")
+    name = f"backbone.layers.0.mixer.out_proj.{entry}"
+    tensors[name] = tensors[name][:-1].contiguous()
+    write(folder, tensors, packed("gptq"))
+    with pytest.raises(ModelError, match=r"layers\.0\.mixer\.out_proj: "):
+        read(folder)
+    del tensors[name]
+    write(folder, tensors, packed("gptq"))
+    with pytest.raises(ModelError, match=f"lacks its entry {entry}"):
+        read(folder)
