@@ -14,9 +14,9 @@ from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.int8 import Int8Linear
 from prodial_kernels.quantization.modules.experts import QuantizedStack
 from prodial_kernels.quantization.nf4 import NF4Linear
-from support.grouped_weights import STORED, stored
-from support.kernels.same_bits import assert_same_bits, bits
 from support.kernels.uninterpreted import run_uninterpreted
+from support.stored.grouped_weights import STORED, stored
+from support.stored.same_bits import assert_same_bits, bits
 
 LAYERS = {layer.FORMAT: layer for layer in (NF4Linear, Int8Linear, FP8Linear)}
 SHAPES = [(72, 96), (1, 1), (7, 9), (130, 257), (33, 128), (3, 4100)]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.grouped_weights import STORED, stored
-from support.kernels.same_bits import assert_same_bits
+from support.stored.grouped_weights import STORED, stored
+from support.stored.same_bits import assert_same_bits
 
 pytestmark = pytest.mark.gpu
 

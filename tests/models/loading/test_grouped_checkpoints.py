@@ -14,8 +14,8 @@ from torch import Tensor
 from prodial_kernels.models.loading.load import ModelError, load_model
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training import FinetuneConfig, finetune
-from support.grouped_weights import awq, case, compressed, gptq
 from support.models import build
+from support.stored.grouped_weights import awq, case, compressed, gptq
 from support.tiny_model import byte_tokenizer, write_text, write_tiny_model
 
 CPU = torch.device("cpu")

@@ -22,8 +22,8 @@ from prodial_kernels import (
 from prodial_kernels.linear import adapted_layers
 from prodial_kernels.models.adapt.named_layer import NamedProdialLinear
 from prodial_kernels.quantization.foreign import from_foreign, is_foreign
-from support.foreign_bases import CONFIG, check_adapting, with_projectors
 from support.models import token_ids
+from support.stored.foreign_bases import CONFIG, check_adapting, with_projectors
 
 # Edges: the last tile smaller, also such that the number of tiles divides the size.
 SHAPES = [(256, 128), (300, 257), (192, 256), (130, 64)]

@@ -3,11 +3,13 @@
 gptqmodel wants a newer torch than is tested with, and hqq and AutoAWQ are built when they are
 installed, so none is a dependency of the tests: layers are stand-ins that hold what these classes
 hold (gptqmodel 7.7.0, AutoAWQ 0.2.9, hqq 0.2.8, compressed-tensors 0.20.1), packed bit by bit in
-``support/grouped_weights.py``. Where a library is installed, its own packing is compared too.
+``support/stored/grouped_weights.py``. Where a library is installed, its own packing is compared
+too.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +28,8 @@ from prodial_kernels.quantization.groups.layouts import (
     from_gptq,
     from_hqq,
 )
-from support.foreign_bases import check_adapting, with_projectors
-from support.grouped_weights import Case, awq, case, compressed, gptq, hqq
+from support.stored.foreign_bases import check_adapting, with_projectors
+from support.stored.grouped_weights import Case, awq, case, compressed, gptq, hqq
 
 F16 = torch.float16
 
@@ -280,44 +282,40 @@ def test_a_model_that_was_quantised(library: str, tmp_path: Path) -> None:
 # --- The libraries themselves, where they are installed. ----------------------------------------
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_as_compressed_tensors_unpacks_it(bits: int, symmetric: bool) -> None:
+def test_as_compressed_tensors_unpacks_it() -> None:
     base = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    of = case(24, 96, bits, symmetric=symmetric, dtype=torch.bfloat16)
-    weights = quantization.QuantizationArgs(
-        num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=32
-    )
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-    entries = compressed(of, symmetric=symmetric)
-    theirs = base.PackedQuantizationCompressor.decompress(entries, scheme)["weight"]
-    same(from_compressed_tensors(entries, bits), theirs)
+    for bits, symmetric in product(range(2, 9), (True, False)):
+        of = case(24, 96, bits, symmetric=symmetric, dtype=torch.bfloat16)
+        weights = quantization.QuantizationArgs(
+            num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=32
+        )
+        scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+        entries = compressed(of, symmetric=symmetric)
+        theirs = base.PackedQuantizationCompressor.decompress(entries, scheme)["weight"]
+        same(from_compressed_tensors(entries, bits), theirs)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_as_hqq_dequantises_it(bits: int, axis: int) -> None:
+def test_as_hqq_dequantises_it() -> None:
     quantize = pytest.importorskip("hqq.core.quantize")
-    for group, dtype in ((64, F16), (None, torch.bfloat16), (32, torch.float32)):
+    forms = ((64, F16), (None, torch.bfloat16), (32, torch.float32))
+    for bits, axis, (group, dtype) in product((8, 4, 3, 2, 1), (0, 1), forms):
         config = quantize.BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis)
         layer = quantize.HQQLinear(nn.Linear(128, 192), config, compute_dtype=dtype, device="cpu")
         same(from_foreign(layer), layer.dequantize())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("shuffled", [True, False])
-def test_as_gptqmodel_dequantises_it(bits: int, shuffled: bool) -> None:
-    torch_kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
-    of = case(64, 96, bits, shuffled=shuffled)
-    layer = torch_kernel.TorchLinear(
-        bits=bits, group_size=32, sym=False, desc_act=shuffled, in_features=96, out_features=64
-    )
-    for name, tensor in gptq(of, 2).items():
-        setattr(layer, name, tensor)
-    layer.train()
-    own = super(torch_kernel.TorchLinear, layer).dequantize_weight()
-    same(from_foreign(layer), own.t())
+def test_as_gptqmodel_dequantises_it() -> None:
+    kernel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch").TorchLinear
+    for bits, shuffled in product((2, 3, 4, 8), (True, False)):
+        of = case(64, 96, bits, shuffled=shuffled)
+        layer = kernel(
+            bits=bits, group_size=32, sym=False, desc_act=shuffled, in_features=96, out_features=64
+        )
+        for name, tensor in gptq(of, 2).items():
+            setattr(layer, name, tensor)
+        layer.train()
+        same(from_foreign(layer), super(kernel, layer).dequantize_weight().t())
 
 
 def test_as_awq_dequantises_it() -> None:

@@ -12,7 +12,7 @@ from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.groups.layer import GroupedLinear
 from prodial_kernels.quantization.groups.words import from_words, pack, to_words, unpack
 from prodial_kernels.quantization.int8 import Int8Linear
-from support.grouped_weights import STORED, case, stored, words
+from support.stored.grouped_weights import STORED, case, stored, words
 
 EXACT = [each for each in STORED if each.get("zeros") != "floats"]
 
