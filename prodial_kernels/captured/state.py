@@ -17,7 +17,7 @@ _requires_grad = attrgetter("requires_grad")
 # Attributes that choose what a module computes, here and in PEFT.
 _OPTIONS = (
     "training", "adapter_enabled", "_disable_adapters", "_active_adapter", "scaling", "impl",
-    "lora_dropout", "lora_alpha", "p", "prodial_recompute_xz",
+    "lora_dropout", "lora_alpha", "p", "prodial_recompute_xz", "prodial_keep_output",
 )  # fmt: skip
 
 

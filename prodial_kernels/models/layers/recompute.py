@@ -11,7 +11,9 @@
   (:mod:`~prodial_kernels.models.layers.host_memory`).
 
 Everything takes part in training mode with gradients only, and gives the same gradients bit for
-bit where the kernels do.
+bit where the kernels do. What runs again keeps ``out_proj``'s output for its scale's gradient,
+which else costs that product a third time; in Mamba-1's fused block the gradients of that scale and
+of B are then of the output as it was given, else of one whose input is rounded once more.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from prodial_kernels.models.layers.blocks import (
 from prodial_kernels.models.layers.fused_norms import KERNEL_ON, FusedNorms, fuse_norms, is_fused
 from prodial_kernels.models.layers.host_memory import HostStore, Sent
 from prodial_kernels.models.mixers.arguments import cache_among, named_arguments, split_first
-from prodial_kernels.models.mixers.mamba1_block import RECOMPUTE_XZ
+from prodial_kernels.models.mixers.mamba1_block import KEEP_OUTPUT, RECOMPUTE_XZ
 from prodial_kernels.models.patch_point import AdaptedMixer, Changes, Undo, View
 
 KEEP, NORM, RECOMPUTE = "keep", "norm", "recompute"
@@ -180,15 +182,14 @@ def _changes(block: nn.Module, level: str, index: int, store: HostStore) -> list
     if level == KEEP:
         return []
     if level == CHECKPOINT:
-        return [AdaptedMixer(block, {"forward": checkpointed_forward})]
+        return _running_again(block)
     if level == OFFLOAD:
         if hasattr(block, "fused_add_norm"):
             raise ValueError(
                 f"block {index}, a {type(block).__name__}, takes two inputs, of which the residual "
                 f"would stay on the device; level {level!r} does little for it: use 'checkpoint'"
             )
-        again = AdaptedMixer(block, {"forward": checkpointed_forward})
-        return [SetAttribute(block, _STORE, store), again]
+        return [SetAttribute(block, _STORE, store), *_running_again(block)]
     separate, mixer = has_separate_norm(block), mixer_of(block)
     changes: list[Undo] = []
     if level == RECOMPUTE and mixer is not None:
@@ -201,6 +202,13 @@ def _changes(block: nn.Module, level: str, index: int, store: HostStore) -> list
             f"computed again; level {level!r} does nothing for it: use 'keep' or 'checkpoint'"
         )
     return changes
+
+
+def _running_again(block: nn.Module) -> list[Undo]:
+    """Let a block run again in backward, where it keeps what spares a third run of ``out_proj``."""
+    mixer = mixer_of(block)
+    again: Undo = AdaptedMixer(block, {"forward": checkpointed_forward})
+    return [again] if mixer is None else [SetAttribute(mixer, KEEP_OUTPUT, True), again]
 
 
 class _Input:

@@ -38,7 +38,7 @@ from prodial_kernels.models.mixers.branch import branch_of
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.inserted.tokens import AFFIX, inserted_tokens
 from prodial_kernels.models.mixers.inserted.upstream import with_inserted
-from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, fused_mamba
+from prodial_kernels.models.mixers.mamba1_block import KEEP_OUTPUT, MAMBA_PARTS, fused_mamba
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
 from prodial_kernels.models.mixers.projection import (
     NoProjection,
@@ -139,7 +139,8 @@ def ssd_forward(mixer: nn.Module, upstream: Forward, *args: Any, **kwargs: Any) 
     offloaded = any(hasattr(child, "_hf_hook") for child in mixer.children())
     alone = is_explicit(projector.projector) and branch_of(projector.projector) is None
     if fused is not None and alone and not offloaded:
-        replaced = partial(_scan_and_project, fused, projector.projector)
+        keeping = Keeping(output=getattr(mixer, KEEP_OUTPUT, False))
+        replaced = partial(_scan_and_project, fused, projector.projector, keeping)
         run = rebound(upstream, **{FUSED_SSD: replaced})
         return with_inserted(mixer, upstream, view, args, kwargs, run)
     output = with_inserted(mixer, upstream, view, args, kwargs)
@@ -262,12 +263,12 @@ def _of_mamba_ssm(upstream: Forward) -> Callable[..., Tensor] | None:
 
 
 def _scan_and_project(
-    fused: Callable[..., Tensor], projector: Any, *args: Any, **kwargs: Any
+    fused: Callable[..., Tensor], projector: Any, keeping: Keeping, *args: Any, **kwargs: Any
 ) -> Tensor:
     # As transformers does, leave out what this version of the function does not know.
     known = inspect.signature(fused).parameters
     kwargs = {name: value for name, value in kwargs.items() if name in known}
-    return scan_and_project(fused, projector, Keeping(output=False), *args, **kwargs)
+    return scan_and_project(fused, projector, keeping, *args, **kwargs)
 
 
 class _DeferredProjector(NoProjection):

@@ -12,8 +12,8 @@ The order of the work is upstream's ``MambaInnerFn``: in_proj, the scan of
 Kept: xz, what the scan keeps, and either the block's input X or its output Y. X is recomputed where
 the norm before the block allows it; then Y, of the same size, is kept for the gradient of
 out_proj's scale, which otherwise costs that product once more. With ``recompute_xz`` xz is
-recomputed too, and Y not kept. The first operands of in_proj's backward are prefetched beside the
-product of ``out_proj`` and the scan (``ops/prefetch.py``).
+recomputed too, and Y not kept; with ``keep_output`` it always is. The first operands of in_proj's
+backward are prefetched beside the product of ``out_proj`` and the scan (``ops/prefetch.py``).
 """
 
 from __future__ import annotations
@@ -73,6 +73,10 @@ MAMBA_PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "A_log", "D
 RECOMPUTE_XZ = "prodial_recompute_xz"
 """Attribute of a mixer; True trades a product of each projector per step for memory: xz, and Y."""
 
+KEEP_OUTPUT = "prodial_keep_output"
+"""Attribute of a mixer, Mamba-2's as well; True keeps Y whatever else is kept, as blocks that run
+again in backward can: what they keep is there for their own backward only."""
+
 
 class Options(NamedTuple):
     """What of the block is not a tensor.
@@ -83,6 +87,7 @@ class Options(NamedTuple):
         out_proj: Of that projection.
         recompute_xz: Whether backward recomputes xz.
         recompute_hidden: Recomputes the block's input in backward; None to keep it.
+        keep_output: Whether Y is kept in any case.
         runs: (first, length) of what of in_proj's output the inserted tokens overwrite.
     """
 
@@ -91,6 +96,7 @@ class Options(NamedTuple):
     out_proj: ProjectionOptions
     recompute_xz: bool
     recompute_hidden: Callable[[], Tensor] | None
+    keep_output: bool = False
     runs: tuple[tuple[int, int], ...] = ()
 
 
@@ -110,7 +116,7 @@ def fused_mamba(mixer: Any, hidden: Tensor) -> Tensor:
     hidden = hidden.to(in_proj.weight.dtype)
     options = Options(
         in_options, scan_options, out_options, getattr(mixer, RECOMPUTE_XZ, False),
-        norm_recomputation(hidden),
+        norm_recomputation(hidden), getattr(mixer, KEEP_OUTPUT, False),
     )  # fmt: skip
     inserted, columns, longer = inserted_tokens(mixer), None, None
     if inserted is not None:
@@ -167,9 +173,9 @@ class MambaBlock(torch.autograd.Function):
         And last the tokens, [2E, k], that overwrite columns of xz; None for none.
         """
         scan, in_proj, out_proj, branch = _operands(tensors)
+        room = options.recompute_hidden is not None and not options.recompute_xz
         keeps_y = (
-            options.recompute_hidden is not None
-            and not options.recompute_xz
+            (room or options.keep_output)
             and takes_output(out_proj, options.out_proj)
             and ctx.needs_input_grad[_SCALE_OF_OUT_PROJ]
         )
@@ -227,7 +233,8 @@ class MambaBlock(torch.autograd.Function):
             d_branch: Sequence[Tensor | None] = [None] * N_BRANCH
             if gated is not None:
                 d_branch = branch_gradients(dy, gated.mT, beside, branch, dgated)
-            del gated
+            # Of a block that has run again, y has no other owner.
+            del gated, y
             if dgated is None:
                 return (*[None] * _OUT_PROJ, *d_out_proj, None, *d_branch, None)
             if prefetch is not None:

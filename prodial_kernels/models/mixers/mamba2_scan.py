@@ -146,7 +146,8 @@ class ScanAndProject(torch.autograd.Function):
             if needs.input:
                 x = _out_proj_input(ctx.module, ctx.kept, saved).to(operands.weight.dtype)
             dx, *adapter = project_backward(dy, x, Kept(output, h), operands, ctx.options, needs)
-            del x
+            # Of a block that has run again, the output has no other owner.
+            del x, output
         through: tuple[Tensor | None, ...] = (None,) * len(below)
         if dx is not None:
             if prefetch is not None:

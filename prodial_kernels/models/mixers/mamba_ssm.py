@@ -28,7 +28,12 @@ from prodial_kernels.models.mixers.branch import branch_of
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.models.mixers.inserted.tokens import inserted_tokens
 from prodial_kernels.models.mixers.inserted.upstream import with_inserted
-from prodial_kernels.models.mixers.mamba1_block import MAMBA_PARTS, RECOMPUTE_XZ, fused_mamba
+from prodial_kernels.models.mixers.mamba1_block import (
+    KEEP_OUTPUT,
+    MAMBA_PARTS,
+    RECOMPUTE_XZ,
+    fused_mamba,
+)
 from prodial_kernels.models.mixers.mamba2_scan import Keeping, difference, scan_and_project
 from prodial_kernels.models.mixers.projection import (
     NoProjection,
@@ -148,7 +153,8 @@ def mamba2_forward(mixer: Any, upstream: Method, *args: Any, **kwargs: Any) -> T
         return mixer.out_proj(with_inserted(mixer, upstream, view, args, kwargs))
     recomputed = in_proj if isinstance(in_proj, _RecomputedInput) else None
     keeping = Keeping(
-        output=recomputed is not None and not getattr(mixer, RECOMPUTE_XZ, False),
+        output=(recomputed is not None and not getattr(mixer, RECOMPUTE_XZ, False))
+        or getattr(mixer, KEEP_OUTPUT, False),
         prefetch=None if recomputed is None else recomputed.prefetch,
     )
     fused = partial(scan_and_project, global_of(upstream, _MAMBA2[0]), mixer.out_proj, keeping)

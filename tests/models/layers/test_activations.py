@@ -14,12 +14,15 @@ from prodial_kernels import ProdialConfig, apply_prodial
 from prodial_kernels.models.layers.blocks import Calling, blocks_of, mixer_of
 from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, RECOMPUTE, apply_levels
+from prodial_kernels.ops import projection
+from prodial_kernels.ops.operators import linear_forward
 from prodial_kernels.training.memory.activations import kept, levels_of
 from prodial_kernels.training.memory.part_bytes import Tokens
 from prodial_kernels.training.memory.shapes import describe_model
 from support.kernels import rms_norm_kernel
 from support.live_storages import LiveStorages, bytes_kept
 from support.mixers import cuda_stand_ins, mamba_ssm_stand_ins
+from support.mixers.adapted_families import install_mamba_ssm
 from support.models import FAMILIES, build, randomise_adapters, token_ids
 
 
@@ -136,6 +139,42 @@ def test_recomputing_in_bfloat16_on_the_fused_path_changes_no_bit(
         assert cuda_stand_ins.calls["scan_fwd"] == (4 if level == CHECKPOINT else 2)
     mixers = [mixer_of(block) for block in blocks_of(model)]
     assert not any(hasattr(mixer, "prodial_recompute_xz") for mixer in mixers)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_block_that_runs_again_multiplies_by_each_projector_twice(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``out_proj`` gives is at hand for its scale's gradient, and is not made once more."""
+    if name == "mamba":
+        cuda_stand_ins.install(monkeypatch)
+    else:
+        install_mamba_ssm(monkeypatch, name)
+    model = build(name).half()
+    apply_prodial(model, ProdialConfig(r=3, impl="triton"))
+    randomise_adapters(model)
+    block, x = blocks_of(model.train())[1], torch.randn(1, 16, 16)
+    products = []
+
+    def counted(*given: Any) -> Any:
+        products.append(1)
+        return linear_forward(*given)
+
+    monkeypatch.setattr(projection, "linear_forward", counted)
+    found = {}
+    for level, times in ((KEEP, 3), (CHECKPOINT, 4)):
+        products.clear()
+        model.zero_grad(set_to_none=True)
+        with apply_levels(model, [level] * len(blocks_of(model))):
+            block(x.clone().requires_grad_()).float().square().mean().backward()
+        assert len(products) == times, level
+        found[level] = {n: p.grad for n, p in block.named_parameters() if p.grad is not None}
+    if name == "mamba":
+        # Of the output as it was given, and not of one whose input was rounded once more.
+        for part in ("scale", "b"):
+            one, other = (found[level].pop(f"mixer.out_proj.prodial_{part}") for level in found)
+            torch.testing.assert_close(one, other, rtol=5e-3, atol=1e-4)
+    assert_equal(found[CHECKPOINT], found[KEEP])
 
 
 def test_a_checkpoint_is_kept_in_the_dtype_that_the_norm_reads() -> None:
