@@ -8,6 +8,7 @@ compared with whole models on an H100 (bf16, r = 16): see
 
 from __future__ import annotations
 
+from prodial_kernels.kernels.choices.backward_plan import choose_backward
 from prodial_kernels.kernels.choices.tile_sizes import padded_rank
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, NORM, OFFLOAD, RECOMPUTE
 from prodial_kernels.ops.layout import direct_length
@@ -18,7 +19,7 @@ from prodial_kernels.training.memory.shapes import MAMBA, MAMBA2, OTHER, LayerSh
 _FP32 = 4
 # Tokens that mamba_ssm's selective scan covers with one saved state.
 _SCAN_CHUNK = 2048
-# Splits of the tokens over which the projector's kernels sum gradients of the adapter.
+# Most splits of the tokens over which the projector's kernels sum gradients towards their input.
 _SPLITS = 32
 
 
@@ -235,16 +236,39 @@ def _prefetched(layer: LayerShape, tokens: Tokens) -> int:
 
 
 def _weight_workspace(layer: LayerShape, tokens: Tokens, n: int, k: int) -> int:
-    """A folded weight [n, k], the dequantised one, and partial sums of its adapter's gradients.
+    """What is scaled for dX, the dequantised weight, and sums in parts of its adapter's gradients.
 
-    In fp8 the transposed codes, X or dY as it was rounded, with a scale for 128 elements, and the
+    Scaled is s ⊙ W, whole or in panels, or a part of dY, as backward's plan has it. In fp8 the
+    transposed codes, X or dY as it was rounded, with a scale for 128 elements, and the
     parts of T.
     """
     r_pad = padded_rank(layer.rank) if layer.rank else 0
-    partial = _SPLITS * _FP32 * r_pad * (n + k)
     if layer.rank and tokens.in_fp8:
+        partial = _SPLITS * _FP32 * r_pad * (n + k)
         t_parts = tokens.count * _FP32 * r_pad * n // 128 if r_pad <= 32 else 0
         return n * k + tokens.count * max(n, k) * 33 // 32 + t_parts + partial
-    folded = tokens.itemsize * n * k if layer.rank else 0
     unpacked = tokens.itemsize * n * k if tokens.dense_weight else 0
-    return folded + unpacked + partial
+    if not layer.rank:
+        return unpacked
+    channel_first = layer.mixer == MAMBA
+    plan = choose_backward(
+        tokens.count, n, k, r_pad, wants_t=True, output_side=True, through_weight=True, bias=False,
+        channel_first=False, limits=tokens.limits, scales="weight" if channel_first else "either",
+    )  # fmt: skip
+    if _prefetched(layer, tokens):
+        scaled = n * k
+    elif plan.token_parts:
+        # Rows of dX that are not written yet hold it where there are enough; behind the last, none.
+        scaled = max(
+            rows * n
+            for first, rows in plan.token_parts
+            if (tokens.count - first - rows) * k < rows * n
+        )
+    else:
+        scaled = n * max(width for _, width in plan.panels)
+    walk = plan.output_side
+    outputs = max(1, walk.items // -(-n // walk.block_n))
+    if channel_first and not layer.fused:
+        # On separate kernels a backward takes more than what is counted: a bound, as measured.
+        outputs = _SPLITS
+    return unpacked + tokens.itemsize * scaled + _FP32 * r_pad * (outputs * n + _SPLITS * k)

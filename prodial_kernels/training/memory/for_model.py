@@ -29,7 +29,7 @@ from prodial_kernels.training.memory.plan import (
     MemoryPlanError,
     plan_memory,
 )
-from prodial_kernels.training.memory.run_plan import device_constants, why_unknown
+from prodial_kernels.training.memory.run_plan import device_constants, limits_of, why_unknown
 from prodial_kernels.training.memory.shapes import describe_model
 from prodial_kernels.training.method import on_meta
 from prodial_kernels.training.sizes import parse_budget
@@ -188,6 +188,7 @@ def plan(
         loss_rows=chunk_rows(shape.vocabulary, compute, torch.device("cuda")),
         accumulates=grad_accumulation > 1,
         whole_evaluation=True,
+        limits=limits_of(device),
     )
     limit = None if budget is None else parse_budget(str(budget))
     constants = device_constants(device) if here else DeviceMemory()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prodial_kernels.kernels.choices.tile_sizes import padded_rank
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits, padded_rank
 from prodial_kernels.quantization.modules.routing import GROUP_BYTES
 from prodial_kernels.training.memory.block_parts import (
     AttentionShape,
@@ -21,6 +21,8 @@ from prodial_kernels.training.memory.block_parts import (
 
 _FP32 = 4
 _INDEX = 8
+HOPPER = DeviceLimits((9, 0), 132)
+"""Of an H100 or H200, which plans are for where no device is at hand."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Tokens:
         dense_weight: Whether a projector's weight is dequantised for every product.
         everything: Whether every other linear layer's is too, and that of experts.
         in_fp8: Whether projectors multiply in fp8, by their weights as they are stored.
+        limits: Of the device, by which a projector's backward chooses what it makes.
     """
 
     batch: int
@@ -42,6 +45,7 @@ class Tokens:
     dense_weight: bool = False
     everything: bool = False
     in_fp8: bool = False
+    limits: DeviceLimits = HOPPER
 
     @property
     def count(self) -> int:

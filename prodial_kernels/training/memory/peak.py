@@ -12,13 +12,15 @@ from functools import lru_cache
 from itertools import accumulate
 
 from prodial_kernels._checks import COMPUTES, check_choice
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
+from prodial_kernels.models.layers.head import PART_ELEMENTS
 from prodial_kernels.models.layers.recompute import CHECKPOINT
 from prodial_kernels.quantization import FORMATS
 from prodial_kernels.quantization.modules.counting import host_bytes, stored_bytes
 from prodial_kernels.quantization.modules.routing import GROUP_BYTES
 from prodial_kernels.quantization.modules.selection import EVERYTHING
 from prodial_kernels.training.memory.activations import kept, sent, workspace
-from prodial_kernels.training.memory.part_bytes import Tokens
+from prodial_kernels.training.memory.part_bytes import HOPPER, Tokens
 from prodial_kernels.training.memory.shapes import MAMBA2, FrozenPart, ModelShape
 from prodial_kernels.training.step.tuning import LEAST_TOKENS, TIMING_BYTES
 
@@ -49,6 +51,7 @@ class Job:
         whole_evaluation: Whether an evaluation holds whole logits, whatever the loss.
         compute: What frozen weights are multiplied in: ``"same"`` or ``"fp8"``.
         tunes: Whether upstream's kernels choose among configurations before the first step.
+        limits: Of the device.
     """
 
     batch: int
@@ -66,6 +69,7 @@ class Job:
     whole_evaluation: bool = False
     compute: str = "same"
     tunes: bool = False
+    limits: DeviceLimits = HOPPER
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -85,6 +89,13 @@ class Job:
     def stores_everything(self) -> bool:
         """Whether all weights that can be stored are."""
         return self.quantize is not None and self.quantize_modules == EVERYTHING
+
+    def tokens(self, batch: int, length: int) -> Tokens:
+        """So many sequences of so many tokens, as what a block keeps is counted for."""
+        return Tokens(
+            batch, length, self.itemsize, self.quantize is not None, self.stores_everything,
+            self.compute == "fp8", self.limits,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,10 +176,7 @@ def tuning_of(model: ModelShape, job: Job, peak: int, *, library_workspace: int)
     there = sum(line.bytes for line in always) + 2 * library_workspace
     length = job.length
     while True:
-        tokens = Tokens(
-            1, length + model.inserted, job.itemsize, job.quantize is not None,
-            job.stores_everything, job.compute == "fp8",
-        )  # fmt: skip
+        tokens = job.tokens(1, length + model.inserted)
         most = max(_workspace(layer, tokens, CHECKPOINT) for layer in layers)
         total = there + most + TIMING_BYTES
         if total <= peak or length <= LEAST_TOKENS:
@@ -179,10 +187,7 @@ def tuning_of(model: ModelShape, job: Job, peak: int, *, library_workspace: int)
 def _moments(
     model: ModelShape, job: Job, levels: tuple[str, ...], evaluation_batch: int
 ) -> Iterator[tuple[str, list[PlanLine], bool]]:
-    tokens = Tokens(
-        job.batch, job.length + model.inserted, job.itemsize, job.quantize is not None,
-        job.stores_everything, job.compute == "fp8",
-    )  # fmt: skip
+    tokens = job.tokens(job.batch, job.length + model.inserted)
     layers = list(zip(model.layers, levels, strict=True))
     until = list(accumulate(_kept(layer, tokens, level) for layer, level in layers))
     gradients = _FP32 * model.trained
@@ -302,9 +307,19 @@ def _loss(model: ModelShape, job: Job, m: int) -> int:
         # The logits, a copy without the last position, their softmax; later two gradients.
         return 3 * _FP32 * m * vocabulary
     if job.loss == "chunked":
-        # Their softmax and gradient take the place of the logits.
-        return min(m, job.loss_rows) * vocabulary * c + hidden_gradient
+        # Their softmax and gradient take the place of the logits. By a head that is stored, a part
+        # of it, and the chunk's gradient, which parts are added to in fp32.
+        rows, part = min(m, job.loss_rows), _head_part(model, job)
+        sums = (_FP32 + c) * rows * model.width if part else 0
+        return rows * vocabulary * c + part + sums + hidden_gradient
     return 2 * min(m, _liger_rows(m, model)) * vocabulary * c + hidden_gradient
+
+
+def _head_part(model: ModelShape, job: Job) -> int:
+    """Of a stored head, what is dense at a time."""
+    if not (job.stores_everything and model.stores_ends):
+        return 0
+    return job.itemsize * min(PART_ELEMENTS, model.vocabulary * model.width)
 
 
 def _liger_rows(m: int, model: ModelShape) -> int:
@@ -324,5 +339,5 @@ def _evaluation(model: ModelShape, job: Job, batch: int) -> int:
     if job.loss == "full" or job.whole_evaluation:
         logits = (c + _FP32) * m * model.vocabulary + _FP32 * job.length * model.vocabulary
     else:
-        logits = min(m, job.loss_rows) * model.vocabulary * c
+        logits = min(m, job.loss_rows) * model.vocabulary * c + _head_part(model, job)
     return max(block, logits + c * m * model.width)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.models.layers.fused_norms import fuse_norms
 from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, OFFLOAD
 from prodial_kernels.models.mixers.cuda_functions import kernels_available
 from prodial_kernels.training.config import ResolvedConfig
 from prodial_kernels.training.memory.allocator import SETTING, VARIABLE, segments_grow
 from prodial_kernels.training.memory.device import MeasuredMemory, usable_bytes
+from prodial_kernels.training.memory.part_bytes import HOPPER
 from prodial_kernels.training.memory.peak import Job
 from prodial_kernels.training.memory.plan import (
     AUTO,
@@ -222,7 +224,16 @@ def job_of(
         full=config.method == "full",
         compute=config.compute or "same",
         tunes=any(layer.mixer == MAMBA2 for layer in model.layers) and not is_tuned(),
+        limits=limits_of(device),
     )
+
+
+def limits_of(device: torch.device) -> DeviceLimits:
+    """What kernels' choices need to know of a device; of one that is not CUDA's, a Hopper's."""
+    if device.type != "cuda":
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceLimits((properties.major, properties.minor), properties.multi_processor_count)
 
 
 def _of_several() -> bool:
