@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prodial_kernels.kernels.choices.partition import ceil_div
 from prodial_kernels.kernels.fp8.quantize import GROUP, round_group
+from prodial_kernels.kernels.projector.exact_scale import asks_anew
 from prodial_kernels.kernels.projector.tiles import Diagonal, load_deviation, partial_sums
 from prodial_kernels.kernels.replay.recorder import launch
 
@@ -36,12 +37,7 @@ def _exact_scale_kernel(
     BLOCK_N: tl.constexpr = TILE.block_n
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    split = tl.arange(0, TILE.splits)
-    part = tl.load(
-        partial_scale_ptr + split.to(tl.int64)[:, None] * N + offs_n[None, :],
-        mask=(split < splits)[:, None] & mask_n[None, :], other=0.0,
-    )  # fmt: skip
-    if tl.max(tl.max(tl.where(part != part, 1, 0), 0), 0) > 0:
+    if asks_anew(partial_scale_ptr, offs_n, mask_n, splits, N, TILE.splits):
         groups = tl.cdiv(K, GROUP)
         for group in tl.range(tl.program_id(1), groups, tl.num_programs(1), num_stages=1):
             offs_k = group * GROUP + tl.arange(0, GROUP)

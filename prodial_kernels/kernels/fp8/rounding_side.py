@@ -12,7 +12,7 @@ from prodial_kernels.kernels.choices.partition import ceil_div, split_tokens
 from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits, walked_tiles
 from prodial_kernels.kernels.fp8.quantize import GROUP, Rounded, round_group
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
-from prodial_kernels.kernels.projector.output_side import less_low_rank, over_scale
+from prodial_kernels.kernels.projector.output_side import store_scale_sums
 from prodial_kernels.kernels.projector.tiles import (
     load_low_rank,
     load_tile,
@@ -93,9 +93,8 @@ def _rounding_side_kernel(
             factor = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         if HAS_LORA:
             b = load_low_rank(b_ptr, offs_n, offs_r, N, R, alpha, low_ptr.dtype.element_ty, False)
-            dy_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
-            if NEED_SCALE:
-                y_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
+        dy_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
+        y_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
         if NEED_SCALE:
             dy_y = tl.zeros((KEPT, BLOCK_N), dtype=tl.float32)
             y_y = tl.zeros((KEPT, BLOCK_N), dtype=tl.float32)
@@ -141,14 +140,10 @@ def _rounding_side_kernel(
         if NEED_SCALE:
             ds = tl.sum(dy_y, 0)
             norm = tl.sum(y_y, 0)
-            along = norm
-            if HAS_LORA:
-                ds, along = less_low_rank(
-                    ds, along, dy_low, y_low, b_ptr, offs_n, N, R, alpha,
-                    low_ptr.dtype.element_ty, R_PAD,
-                )  # fmt: skip
-            ds = over_scale(ds, norm, along, deviation_ptr, offs_n, mask_n)
-            tl.store(partial_scale_ptr + part, ds, mask=mask_n)
+            store_scale_sums(
+                partial_scale_ptr + part, ds, norm, norm, dy_low, y_low, low_ptr, b_ptr,
+                deviation_ptr, offs_n, mask_n, N, R, alpha,
+            )  # fmt: skip
 
 
 class RoundingSide(NamedTuple):

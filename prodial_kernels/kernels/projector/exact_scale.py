@@ -60,12 +60,7 @@ def _exact_scale_kernel(
     column = tl.program_id(0) * BLOCK_N
     offs_n = column + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    split = tl.arange(0, TILE.splits)
-    part = tl.load(
-        partial_scale_ptr + split.to(tl.int64)[:, None] * N + offs_n[None, :],
-        mask=(split < splits)[:, None] & mask_n[None, :], other=0.0,
-    )  # fmt: skip
-    if tl.max(tl.max(tl.where(part != part, 1, 0), 0), 0) > 0:
+    if asks_anew(partial_scale_ptr, offs_n, mask_n, splits, N, TILE.splits):
         spans = tl.cdiv(K, SPAN)
         ds = tl.zeros((BLOCK_N,), dtype=tl.float32)
         # Not pipelined, whatever becomes of the loop inside: of one token nothing is left of it.
@@ -96,6 +91,17 @@ def _exact_scale_kernel(
                 wd = apply_diagonal(w, wd, factor, P)
             ds += tl.sum(acc * wd, 1)
         tl.store(exact_ptr + tl.program_id(1).to(tl.int64) * N + offs_n, ds, mask=mask_n)
+
+
+@triton.jit
+def asks_anew(partial_scale_ptr, offs_n, mask_n, splits, N, SPLITS: tl.constexpr):
+    """Whether ds_part [splits, N] has a NaN in one of the columns; SPLITS: at least ``splits``."""
+    split = tl.arange(0, SPLITS)
+    part = tl.load(
+        partial_scale_ptr + split.to(tl.int64)[:, None] * N + offs_n[None, :],
+        mask=(split < splits)[:, None] & mask_n[None, :], other=0.0,
+    )  # fmt: skip
+    return tl.max(tl.max(tl.where(part != part, 1, 0), 0), 0) > 0
 
 
 def launch_exact_scale(

@@ -62,10 +62,8 @@ def _output_side_kernel(
         start = split * tiles_per_split
         stop = tl.minimum(start + tiles_per_split, tiles_m)
 
-        if HAS_LORA:
-            dy_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
-            if NEED_SCALE:
-                y_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
+        dy_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
+        y_low = tl.zeros((BLOCK_N, R_PAD), dtype=tl.float32)
         if NEED_SCALE:
             # Z here is still Y − bias.
             dy_z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -124,35 +122,35 @@ def _output_side_kernel(
             along = norm
             if HAS_BIAS:
                 along = tl.sum(y_z, 0)
-            if HAS_LORA:
-                ds, along = less_low_rank(
-                    ds, along, dy_low, y_low, b_ptr, offs_n, N, R, alpha,
-                    low_ptr.dtype.element_ty, R_PAD,
-                )  # fmt: skip
-            ds = over_scale(ds, norm, along, deviation_ptr, offs_n, mask_n)
-            tl.store(partial_scale_ptr + part, ds, mask=mask_n)
+            store_scale_sums(
+                partial_scale_ptr + part, ds, norm, along, dy_low, y_low, low_ptr, b_ptr,
+                deviation_ptr, offs_n, mask_n, N, R, alpha,
+            )  # fmt: skip
 
 
 @triton.jit
-def less_low_rank(
-    ds, along, dy_low, y_low, b_ptr, offs_n, N, R, alpha,
-    dtype: tl.constexpr, R_PAD: tl.constexpr,
+def store_scale_sums(
+    target, ds, norm, along, dy_low, y_low, low_ptr, b_ptr, deviation_ptr, offs_n, mask_n,
+    N, R, alpha,
 ):  # fmt: skip
-    """(Σ dY ⊙ Z, Σ Y ⊙ Z) [BLOCK_N] of those with Y for Z, from dYᵀ L and Yᵀ L [BLOCK_N, R_PAD]."""
-    offs_r = tl.arange(0, R_PAD)
-    # As forward rounded it.
-    b = load_low_rank(b_ptr, offs_n, offs_r, N, R, alpha, dtype, False).to(tl.float32)
-    return ds - tl.sum(dy_low * b, 1), along - tl.sum(y_low * b, 1)
+    """Store Σ dY ⊙ Z / s [BLOCK_N], or NaN where the rounding of Y has spoiled Z.
 
-
-@triton.jit
-def over_scale(ds, norm, along, deviation_ptr, offs_n, mask_n):
-    """Σ dY ⊙ Z / s [BLOCK_N], or NaN where the rounding of Y has spoiled Z; norm: Σ Y²."""
+    From Σ dY ⊙ Z, Σ Y² and Σ Y ⊙ Z with Y − bias for Z, and dYᵀ L and Yᵀ L [BLOCK_N, R_PAD] where
+    there is an L.
+    """
+    if low_ptr is not None:
+        offs_r = tl.arange(0, dy_low.shape[1])
+        # As forward rounded it.
+        b = load_low_rank(b_ptr, offs_n, offs_r, N, R, alpha, low_ptr.dtype.element_ty, False)
+        b = b.to(tl.float32)
+        ds -= tl.sum(dy_low * b, 1)
+        along -= tl.sum(y_low * b, 1)
     scale = 1 + tl.load(deviation_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     # ⟨Y, Z⟩ ≥ 0.4 |Y|², so |Z| ≥ 0.4 |Y|: ops/README.md. What 1 was added to is 0 or at
     # least 2^-24, and so never takes the quotient out of fp32's range.
     spoiled = (tl.abs(along) < 0.4 * norm) | (scale == 0)
-    return tl.where(spoiled, float("nan"), ds / tl.where(spoiled, 1.0, scale))
+    quotient = tl.where(spoiled, float("nan"), ds / tl.where(spoiled, 1.0, scale))
+    tl.store(target, quotient, mask=mask_n)
 
 
 @triton.jit
