@@ -1,13 +1,11 @@
 """Mamba-2 with a dimension of runs: tokens [runs, batch, length], each run with weights of its own.
 
-Transformers' model in plain PyTorch, for sequences short enough to be one chunk of the scan. A
-weight has a leading dimension of runs, or of 1 where all runs share it; a layer's weights have one
-of layers behind that.
+Transformers' model in plain PyTorch, for sequences short enough to be one chunk of the scan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EMBEDDINGS", "HEAD", "Shape", "between", "forward", "shape_of", "weights_of"]
+from benchmarks.quality.side_by_side.stacked import Weights, layers_of, linear, rms_norm, wide
+
+__all__ = ["EMBEDDINGS", "HEAD", "Shape", "between", "forward", "shape_of"]
 
 EMBEDDINGS = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
-_LAYERS = "backbone.layers."
-Weights = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,55 +47,14 @@ def shape_of(model: Any) -> Shape:
     return Shape(config.num_hidden_layers, config.state_size, config.layer_norm_epsilon)
 
 
-def split_name(name: str) -> tuple[str, int | None]:
-    """A parameter's name within its layer, and the layer; others have none."""
-    if name.startswith(_LAYERS):
-        layer, _, rest = name.removeprefix(_LAYERS).partition(".")
-        return rest, int(layer)
-    return name, None
-
-
-def weights_of(model: Any) -> dict[str, Tensor]:
-    """The plain model's weights by name within a layer: [1, layers, …], or [1, …] of the rest."""
-    found: dict[str, list[Tensor]] = {}
-    alone: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        short, layer = split_name(name)
-        if layer is None:
-            alone[short] = parameter.detach()[None]
-        else:
-            found.setdefault(short, []).append(parameter.detach())
-    return alone | {name: torch.stack(tensors)[None] for name, tensors in found.items()}
-
-
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Of x [runs, b, l, i] and weight [runs or 1, o, i] -> [runs, b, l, o]."""
-    if len(weight) == 1:
-        return F.linear(x, weight[0].to(x.dtype))
-    runs, batch, length, width = x.shape
-    y = torch.bmm(x.reshape(runs, batch * length, width), weight.to(x.dtype).transpose(1, 2))
-    return y.view(runs, batch, length, -1)
-
-
-def _wide(vector: Tensor) -> Tensor:
-    """[runs or 1, n] -> [runs or 1, 1, 1, n]."""
-    return vector[:, None, None]
-
-
-def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm in fp32 (or fp64); weight [runs or 1, n]."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(x, x.shape[-1:], eps=epsilon) * _wide(weight)
-
-
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Causal, by channel: x [runs, b, l, c], weight [runs or 1, c, 1, k], bias [runs or 1, c]."""
     width = weight.shape[-1]
     padded = F.pad(x, (0, 0, width - 1, 0))
     length = x.shape[2]
-    y = _wide(bias).to(x.dtype)
+    y = wide(bias).to(x.dtype)
     for k in range(width):
-        y = torch.addcmul(y, padded[:, :, k : k + length], _wide(weight[:, :, 0, k]).to(x.dtype))
+        y = torch.addcmul(y, padded[:, :, k : k + length], wide(weight[:, :, 0, k]).to(x.dtype))
     return y
 
 
@@ -118,12 +75,12 @@ def _scan(
     Returns:
         [runs, b, l, h, p].
     """
-    elapsed = torch.cumsum(dt * -torch.exp(_wide(A_log)), 2).transpose(2, 3)  # [runs, b, h, l]
+    elapsed = torch.cumsum(dt * -torch.exp(wide(A_log)), 2).transpose(2, 3)  # [runs, b, h, l]
     decay = (elapsed[..., :, None] - elapsed[..., None, :]).masked_fill(later, -torch.inf).exp()
     scores = torch.matmul(C, B.transpose(2, 3))[:, :, None] * decay.to(x.dtype)
     values = (x * dt.to(x.dtype)[..., None]).transpose(2, 3)
     y = torch.matmul(scores, values).transpose(2, 3)
-    return torch.addcmul(y, x, _wide(D)[..., None].to(x.dtype))
+    return torch.addcmul(y, x, wide(D)[..., None].to(x.dtype))
 
 
 def between(
@@ -157,11 +114,11 @@ def between(
     gate, mixed, dt = x.split([inner, inner + 2 * states, heads], dim=-1)
     mixed = F.silu(_convolve(mixed, weight, bias))
     values, B, C = mixed.split([inner, states, states], dim=-1)
-    step = F.softplus(dt + _wide(dt_bias))
+    step = F.softplus(dt + wide(dt_bias))
     length = x.shape[2]
     later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     y = _scan(values.unflatten(-1, (heads, -1)), step, A_log, B, C, D, later).flatten(3)
-    return _norm(y * F.silu(gate), norm, epsilon).to(x.dtype)
+    return rms_norm(y * F.silu(gate), norm, epsilon).to(x.dtype)
 
 
 _NORM = "norm.weight"
@@ -200,14 +157,13 @@ def forward(
         runs, size, width = table.shape
         offset = size * torch.arange(runs, device=ids.device)[:, None, None]
         x = F.embedding(ids + offset, table.reshape(runs * size, width))
-    # Taken apart at once: by [:, layer], each layer's gradient would be as large as all layers'.
-    layers = {name: w[name].unbind(1) for name in (_NORM, *_PROJECTORS, *_SMALL)}
+    layers = layers_of(w, (_NORM, *_PROJECTORS, *_SMALL))
     into, out = (layers[name] for name in _PROJECTORS)
     for layer in range(shape.layers):
-        normed = _norm(x, layers[_NORM][layer], shape.epsilon).to(dtype)
+        normed = rms_norm(x, layers[_NORM][layer], shape.epsilon).to(dtype)
         small = [layers[name][layer] for name in _SMALL]
-        mixed = middle(_linear(normed, into[layer]), *small, shape.states, shape.epsilon)
-        x = x + _linear(mixed, out[layer])
+        mixed = middle(linear(normed, into[layer]), *small, shape.states, shape.epsilon)
+        x = x + linear(mixed, out[layer])
     x = x.gather(2, positions[..., None].expand(-1, -1, -1, x.shape[-1]))
-    x = _norm(x, w["backbone.norm_f.weight"], shape.epsilon).to(dtype)
-    return _linear(x, w.get(HEAD, table)).float()
+    x = rms_norm(x, w["backbone.norm_f.weight"], shape.epsilon).to(dtype)
+    return linear(x, w.get(HEAD, table)).float()

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from benchmarks.quality.bases.shapes import load_base
-from benchmarks.quality.side_by_side.examples import Choices, Examples, choices_of, examples_of
-from benchmarks.quality.side_by_side.mamba2 import Shape, shape_of, weights_of
+from benchmarks.quality.side_by_side.language import Language, language_of
+from benchmarks.quality.side_by_side.mamba2 import shape_of
 from benchmarks.quality.side_by_side.runner import PRODUCTS
+from benchmarks.quality.side_by_side.stacked import weights_of
 from benchmarks.quality.side_by_side.train import Member, Stack
 from benchmarks.quality.side_by_side.weights import method_of
 from benchmarks.quality.study.language import LanguageData
@@ -61,7 +62,6 @@ def measure(
     weights = {name: tensor.to(device) for name, tensor in weights_of(base.model).items()}
     data = data_of(base, load_task(tasks, plan.tasks[0]), plan.recipe, device)
     assert isinstance(data, LanguageData)
-    examples = examples_of(data)
     specs = [
         Spec(base.name, task, method.name, budget, rate, 0, plan.recipe)
         for task, method, budget in plan.cells()
@@ -77,14 +77,16 @@ def measure(
             Member(replace(s, seed=i // len(specs)), *starts[s.method, s.budget])
             for i, s in enumerate(chosen)
         ]
-        choices = choices_of(data, "validation", plan.recipe.limit, max(1, 131072 // size))
+        task = language_of(
+            shape, data, plan.recipe.limit, max(1, 131072 // size), splits=("validation",)
+        )
         first: torch.Tensor | None = None
         for way in ways:
             if time.monotonic() - begun > seconds:
                 return found
             figures: dict[str, Any] = {"way": way, "runs": size}
             try:
-                stack, cost = _one(way, shape, weights, examples, members, choices)
+                stack, cost = _one(way, task, weights, members)
             except Exception as error:  # the next way may work
                 figures["error"] = f"{error!r}"[:1000]
             else:
@@ -104,25 +106,22 @@ def measure(
 
 def _one(
     way: str,
-    shape: Shape,
+    task: Language,
     weights: Mapping[str, torch.Tensor],
-    examples: Examples,
     members: Sequence[Member],
-    choices: Choices,
 ) -> tuple[Stack, dict[str, Any]]:
     """Train and score a stack in one way; return it with what it cost."""
     products, _, how = way.partition(" ")
     torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
-    gpu = examples.ids.is_cuda
+    gpu = task.device.type == "cuda"
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    stack = Stack(
-        shape, weights, examples, members, PRODUCTS[products], fused=gpu and how != "eager"
-    )
+    own = replace(task, dtype=PRODUCTS[products], fused=gpu and how != "eager")
+    stack = Stack(own, weights, members)
     trained = stack.train()
     start = time.perf_counter()
-    stack.accuracy(choices)
+    stack.accuracy("validation")
     scored, step = time.perf_counter() - start, trained.step_seconds
     return stack, {
         "ms_a_step": round(1e3 * step, 2),

@@ -14,15 +14,20 @@ import torch
 
 from benchmarks.quality.bases.shapes import load_base
 from benchmarks.quality.methods.method import Method, Unfit
-from benchmarks.quality.side_by_side.examples import Choices, Examples, choices_of, examples_of
-from benchmarks.quality.side_by_side.mamba2 import shape_of, weights_of
+from benchmarks.quality.side_by_side import vim
+from benchmarks.quality.side_by_side.language import language_of
+from benchmarks.quality.side_by_side.learner import Learner
+from benchmarks.quality.side_by_side.mamba2 import shape_of
+from benchmarks.quality.side_by_side.stacked import weights_of
 from benchmarks.quality.side_by_side.train import Member, Stack
+from benchmarks.quality.side_by_side.vision import vision_of
 from benchmarks.quality.side_by_side.weights import method_of
 from benchmarks.quality.study.language import LanguageData
 from benchmarks.quality.study.row import Row, Spec, append, finite, read_rows
 from benchmarks.quality.study.runner import SWEEP_SEED, Plan, chosen_rate
 from benchmarks.quality.study.train import data_of, where
-from benchmarks.quality.tasks.task import load_task
+from benchmarks.quality.study.vision import VisionData
+from benchmarks.quality.tasks.task import ImageTask, load_task
 
 __all__ = ["PRODUCTS", "run_stacks"]
 
@@ -37,10 +42,10 @@ class _Starts:
         self._model = model
         # One: the random numbers of a start come from the process's generator.
         self._thread = ThreadPoolExecutor(1)
-        self._made: dict[tuple[str, str, int], Future[Any]] = {}
+        self._made: dict[tuple[str, str, int, int | None], Future[Any]] = {}
 
-    def ask(self, method: str, budget: str, seed: int) -> Future[Any]:
-        key = method, budget, seed
+    def ask(self, method: str, budget: str, seed: int, classes: int | None) -> Future[Any]:
+        key = method, budget, seed, classes
         if key not in self._made:
             self._made[key] = self._thread.submit(method_of, self._model, *key)
         return self._made[key]
@@ -65,7 +70,8 @@ class _Study:
         self.plan, self.tasks, self.device, self.at_once = plan, tasks, device, at_once
         self.fused = fused and device.type == "cuda"
         self.base = load_base(plan.base)
-        self.shape = shape_of(self.base.model)
+        self.vision = self.base.kind == "vision"
+        self.shape = vim.shape_of(self.base.model) if self.vision else shape_of(self.base.model)
         self.weights = {n: t.to(device) for n, t in weights_of(self.base.model).items()}
         self.starts = _Starts(self.base.model)
         self.done = {(row.spec.id, row.phase): row for row in read_rows(folder)}
@@ -73,36 +79,50 @@ class _Study:
         self.products = products if device.type == "cuda" else "float32"
         self.where = {
             **where(device), "way": "side by side", "products": self.products,
-            "between projectors": "Triton" if self.fused else "PyTorch",
+            "between projectors": self._between(),
         }  # fmt: skip
         self.left_out: dict[str, str] = {}
         self.made = 0
         self.task = ""
         self._thread = ThreadPoolExecutor(1)
-        self._prepared: dict[str, Future[tuple[int, Examples, dict[str, Choices]]]] = {}
+        self._prepared: dict[str, Future[Learner]] = {}
+        self._classes: dict[str, int | None] = {}
+
+    def _between(self) -> str:
+        if self.vision and self.device.type == "cuda":
+            return "mamba-ssm"
+        return "Triton" if self.fused else "PyTorch"
+
+    def classes(self, task: str) -> int | None:
+        """Of a vision task."""
+        if self.vision and task not in self._classes:
+            found = load_task(self.tasks, task)
+            self._classes[task] = len(found.classes) if isinstance(found, ImageTask) else None
+        return self._classes.get(task)
 
     def prepare(self, task: str) -> None:
         """Have a task's tokens made, by a thread."""
         if task not in self._prepared:
-            self._prepared[task] = self._thread.submit(self._tokens, task)
+            self._prepared[task] = self._thread.submit(self._learner, task)
 
-    def _tokens(self, name: str) -> tuple[int, Examples, dict[str, Choices]]:
+    def _learner(self, name: str) -> Learner:
         """A task, still on the CPU: another thread's copies would break a graph's capture."""
         recipe = self.plan.recipe
         data = data_of(self.base, load_task(self.tasks, name), recipe, torch.device("cpu"))
-        if not isinstance(data, LanguageData):
-            raise ValueError(f"task: expected one of language, got {name}")
-        size = max(1, _TOKENS // self.at_once)
-        choices = {s: choices_of(data, s, recipe.limit, size) for s in ("validation", "test")}
-        return data.length, examples_of(data), choices
+        if isinstance(self.shape, vim.Shape):
+            assert isinstance(data, VisionData)
+            return vision_of(self.shape, data, recipe.limit)
+        assert isinstance(data, LanguageData)
+        return language_of(
+            self.shape, data, recipe.limit, max(1, _TOKENS // self.at_once),
+            dtype=PRODUCTS[self.products], fused=self.fused,
+        )  # fmt: skip
 
     def take(self, task: str) -> None:
         """Put a task on the device."""
         if task != self.task:
             self.prepare(task)
-            self.length, examples, choices = self._prepared[task].result()
-            self.examples, self.task = examples.to(self.device), task
-            self.choices = {split: made.to(self.device) for split, made in choices.items()}
+            self.learner, self.task = self._prepared[task].result().to(self.device), task
 
     def close(self) -> None:
         """End the threads."""
@@ -121,7 +141,9 @@ class _Study:
             if spec.method in self.left_out:
                 continue
             try:
-                method, start = self.starts.ask(spec.method, spec.budget, spec.seed).result()
+                classes = self.classes(spec.task)
+                asked = self.starts.ask(spec.method, spec.budget, spec.seed, classes)
+                method, start = asked.result()
             except Unfit as error:
                 self.keep(Row(spec, phase, "unfit", where=self.where, note=str(error)))
             except NotImplementedError as error:
@@ -141,17 +163,15 @@ class _Study:
         if gpu:
             _make_room(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
-        stack = Stack(
-            self.shape, self.weights, self.examples, members, PRODUCTS[self.products], self.fused
-        )
+        stack = Stack(self.learner, self.weights, members)
         ready = time.perf_counter()
         trained = stack.train()
         runs = len(stack.members)
-        scores = {"validation": stack.accuracy(self.choices["validation"])}
+        scores = {"validation": stack.accuracy("validation")}
         if phase == "final":
-            scores["test"] = stack.accuracy(self.choices["test"])
+            scores["test"] = stack.accuracy("test")
         recipe = self.plan.recipe
-        tokens = recipe.steps * recipe.batch_size * self.length * runs
+        tokens = recipe.steps * recipe.batch_size * self.learner.length * runs
         rows = []
         for i, member in enumerate(stack.members):
             row = Row(member.spec, phase, where=self.where)
@@ -239,7 +259,8 @@ def run_stacks(
         say: Is given a line per stack.
 
     Raises:
-        ValueError: The base is no Mamba-2, or the task no language task.
+        ValueError: The base is neither a Mamba-2 nor a ``VisionMamba``, or the task is of the
+            other kind.
     """
     begun = time.monotonic()
     torch.backends.cuda.matmul.allow_tf32 = products == "tf32"
@@ -249,9 +270,10 @@ def run_stacks(
     groups = _groups(cells)
     for group in groups:
         study.prepare(group[0][0])
+        classes = study.classes(group[0][0])
         for seed in range(plan.seeds + 1):
             for _, method, budget in group:
-                study.starts.ask(method.name, budget, seed)
+                study.starts.ask(method.name, budget, seed, classes)
     try:
         for group in groups:
             for phase in ("sweep", "final"):

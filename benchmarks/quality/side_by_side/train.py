@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality.side_by_side.examples import Choices, Examples
-from benchmarks.quality.side_by_side.mamba2 import EMBEDDINGS, HEAD, Shape, between, forward
+from benchmarks.quality.side_by_side.learner import Learner
 from benchmarks.quality.side_by_side.weights import Method, Start
 from benchmarks.quality.study.row import Recipe, Spec
 from benchmarks.quality.study.train import order_of, share_of_rate
@@ -58,34 +55,22 @@ class Stack:
 
     def __init__(
         self,
-        shape: Shape,
+        learner: Learner,
         base: Mapping[str, Tensor],
-        examples: Examples,
         members: Sequence[Member],
-        dtype: torch.dtype = torch.float32,
-        fused: bool | None = None,
     ) -> None:
         """Prepare runs.
 
         Args:
-            shape: Of the base.
-            base: Its weights, on the device.
-            examples: To train on, there too.
+            learner: The task, on the device.
+            base: The base's weights, there too.
             members: The runs, in any order.
-            dtype: Of products of matrices.
-            fused: Whether Triton kernels compute what lies between projectors; None: on a GPU.
 
         Raises:
             ValueError: No members, or of several recipes.
         """
         self.recipe = _recipe_of(members)
-        self.shape, self.base, self.examples, self.dtype = shape, base, examples, dtype
-        self.device = examples.ids.device
-        self._middle: Callable[..., Tensor] = between
-        if fused or (fused is None and self.device.type == "cuda"):
-            from benchmarks.quality.side_by_side.fused import between as kernels
-
-            self._middle = kernels
+        self.learner, self.base, self.device = learner, base, learner.device
         self.members = sorted(members, key=lambda m: (m.spec.method, m.spec.budget))
         groups = itertools.groupby(self.members, key=lambda m: (m.spec.method, m.spec.budget))
         self._groups = [list(group) for _, group in groups]
@@ -112,7 +97,7 @@ class Stack:
 
     def _order(self, seed: int) -> Tensor:
         """Which examples a seed's runs see, [steps, batch]."""
-        order = order_of(len(self.examples.ids), self.recipe.batch_size, seed)
+        order = order_of(self.learner.count, self.recipe.batch_size, seed)
         return torch.tensor([next(order) for _ in range(self.recipe.steps)])
 
     def weights(self) -> dict[str, Tensor]:
@@ -134,23 +119,11 @@ class Stack:
     def _of_group(self, name: str, own: Mapping[str, Tensor], runs: int) -> Tensor:
         if name in own:
             return own[name]
-        if name == HEAD and name not in self.base:
+        if name not in self.base:
             # Tied, but for runs that train an untied one.
-            return self._of_group(EMBEDDINGS, own, runs)
+            return self._of_group(self.learner.tied[name], own, runs)
         plain = self.base[name]
         return plain.expand(runs, *plain.shape[1:])
-
-    def _loss(self) -> Tensor:
-        """Mean nats a token of each run's answers, [runs]."""
-        chosen = self._batches.index_select(0, self._step)[0]
-        ids, positions, targets = (
-            part[chosen]
-            for part in (self.examples.ids, self.examples.positions, self.examples.targets)
-        )
-        logits = forward(self.shape, self.weights(), ids, positions, self.dtype, self._middle)
-        nats = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
-        counts = (targets >= 0).sum((1, 2))
-        return nats.view(len(self.members), -1).sum(1) / counts
 
     def _gradients(self, losses: Tensor) -> Sequence[Tensor | None]:
         if not losses.requires_grad:
@@ -160,7 +133,8 @@ class Stack:
 
     def _update(self) -> None:
         """One step of all runs, without anything that the host decides."""
-        losses = self._loss()
+        chosen = self._batches.index_select(0, self._step)[0]
+        losses = self.learner.losses(self.weights(), chosen)
         gradients = self._gradients(losses)
         self.losses.index_copy_(0, self._step, losses.detach()[None])
         share = self._shares[self._step]
@@ -217,24 +191,9 @@ class Stack:
         torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def accuracy(self, choices: Choices) -> list[float]:
-        """Of each run: the share of examples whose right choice is the likeliest."""
-        runs = len(self.members)
-        weights = self.weights()
-        scores = torch.full((runs, *choices.bytes.shape), -math.inf, device=self.device)
-        for ids, positions, targets, source, example, choice in choices.batches:
-            logits = forward(
-                self.shape, weights, ids.expand(runs, -1, -1), positions.expand(runs, -1, -1),
-                self.dtype, self._middle,
-            )  # fmt: skip
-            places, words = logits.shape[2:]
-            place = source[:, None] * places + torch.arange(places, device=self.device)
-            chosen = logits.flatten(1)[:, place * words + targets.clamp(min=0)]
-            nats = logits.logsumexp(3).flatten(1)[:, place] - chosen
-            total = torch.where(targets >= 0, nats, 0.0).sum(2)
-            scores[:, example, choice] = -total / choices.bytes[example, choice]
-        right = scores.argmax(2) == choices.answers
-        return (right.sum(1).double() / right.shape[1]).tolist()
+    def accuracy(self, split: str) -> list[float]:
+        """Of each run: the share of a split's examples that it gets right."""
+        return self.learner.accuracy(self.weights(), len(self.members), split)
 
 
 def _recipe_of(members: Sequence[Member]) -> Recipe:

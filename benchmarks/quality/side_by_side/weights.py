@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.methods.registry import adapt
-from benchmarks.quality.side_by_side.mamba2 import HEAD, split_name, weights_of
+from benchmarks.quality.side_by_side.mamba2 import HEAD
+from benchmarks.quality.side_by_side.stacked import split_name, weights_of
 from prodial_kernels import ProdialLinear
 from prodial_kernels.ops.reference import effective_weight
 
@@ -83,7 +84,9 @@ def _flat(model: Any) -> tuple[dict[str, torch.Size], Tensor]:
     return shapes, torch.cat(values) if values else torch.zeros(0)
 
 
-def method_of(model: Any, name: str, budget: str, seed: int) -> tuple[Method, Start]:
+def method_of(
+    model: Any, name: str, budget: str, seed: int, classes: int | None = None
+) -> tuple[Method, Start]:
     """Adapt a copy of a model as one row would, and read from it how its weights are made.
 
     Args:
@@ -91,6 +94,7 @@ def method_of(model: Any, name: str, budget: str, seed: int) -> tuple[Method, St
         name: Of the method.
         budget: Its budget.
         seed: Of the adapter's start.
+        classes: Of a vision task: the model gets a new head for them, which trains along.
 
     Returns:
         What is the same for every run of this method and budget, and the start of this seed.
@@ -103,7 +107,7 @@ def method_of(model: Any, name: str, budget: str, seed: int) -> tuple[Method, St
     adapted = copy.deepcopy(model)
     # Not the GPU's, which may be capturing a graph.
     torch.default_generator.manual_seed(seed)
-    figures = adapt(adapted, name, budget)
+    figures = adapt(adapted, name, budget, classes)
     parts, values = _flat(adapted)
     known = weights_of(model)
     method = Method(parts, {}, {}, {})

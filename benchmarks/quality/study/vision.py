@@ -18,13 +18,13 @@ __all__ = ["VisionData"]
 
 @dataclass
 class VisionData:
-    """A task's images on a device."""
+    """A task's images on a device; ``splits`` has uint8 images and classes of each."""
 
     task: ImageTask
     device: torch.device
 
     def __post_init__(self) -> None:
-        self._splits = {
+        self.splits = {
             split: (
                 torch.from_numpy(images).to(self.device),
                 torch.from_numpy(labels).to(self.device),
@@ -34,11 +34,11 @@ class VisionData:
         self.length = 1
 
     def __len__(self) -> int:
-        return len(self._splits["train"][1])
+        return len(self.splits["train"][1])
 
     def batch(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images [b, 3, h, w] in [-1, 1] and classes [b]."""
-        images, labels = self._splits["train"]
+        images, labels = self.splits["train"]
         chosen = torch.tensor(index, device=self.device)
         return as_input(images[chosen]), labels[chosen]
 
@@ -50,7 +50,7 @@ class VisionData:
     @torch.no_grad()
     def accuracy(self, model: Any, split: str, limit: int = 0) -> float:
         """Share of a split's (first ``limit``) images that are given their class."""
-        images, labels = (part[: limit or None] for part in self._splits[split])
+        images, labels = (part[: limit or None] for part in self.splits[split])
         images_a_batch = 256 if self.device.type == "cuda" else 32
         right = 0
         for i in range(0, len(labels), images_a_batch):

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.quality.bases.shapes import Base, build
 from benchmarks.quality.methods.registry import METHODS, SETS
-from benchmarks.quality.side_by_side.examples import choices_of, examples_of
+from benchmarks.quality.side_by_side import vim
 from benchmarks.quality.side_by_side.fused import between as fused
-from benchmarks.quality.side_by_side.mamba2 import between, forward, shape_of, weights_of
+from benchmarks.quality.side_by_side.language import language_of
+from benchmarks.quality.side_by_side.learner import Learner
+from benchmarks.quality.side_by_side.mamba2 import between, forward, shape_of
+from benchmarks.quality.side_by_side.stacked import weights_of
 from benchmarks.quality.side_by_side.train import Member, Stack
+from benchmarks.quality.side_by_side.vision import vision_of
 from benchmarks.quality.side_by_side.weights import method_of
+from benchmarks.quality.study.language import LanguageData
 from benchmarks.quality.study.row import Recipe, Spec
-from benchmarks.quality.study.train import data_of, run_row
-from benchmarks.quality.tasks.task import TextExample, TextTask
+from benchmarks.quality.study.train import Data, data_of, run_row
+from benchmarks.quality.study.vision import VisionData
+from benchmarks.quality.tasks.task import ImageTask, TextExample, TextTask
 from support.kernels.uninterpreted import run_uninterpreted
 from support.tiny_model import byte_tokenizer
 
@@ -66,9 +73,16 @@ def test_every_method_gives_the_losses_of_rows_alone(base: Base, task: TextTask)
             spec = Spec("toy", "letters", name, budget, rate, seed, RECIPE)
             members.append(Member(spec, *method_of(base.model, name, budget, seed)))
     assert len(members) > 40
-    stack = Stack(shape_of(base.model), weights_of(base.model), examples_of(data), members)
+    assert isinstance(data, LanguageData)
+    learner = language_of(shape_of(base.model), data, 0, 64, splits=("validation",))
+    compare(base, data, learner, members)
+
+
+def compare(base: Base, data: Data, learner: Learner, members: list[Member]) -> None:
+    """Hold a stack's rows to those of ``run_row``."""
+    stack = Stack(learner, weights_of(base.model), members)
     trained = stack.train()
-    accuracy = stack.accuracy(choices_of(data, "validation", 0, 64))
+    accuracy = stack.accuracy("validation")
     for i, member in enumerate(stack.members):
         row = run_row(base, data, member.spec, "sweep", CPU)
         where = f"{member.spec.method} seed {member.spec.seed}"
@@ -77,6 +91,33 @@ def test_every_method_gives_the_losses_of_rows_alone(base: Base, task: TextTask)
             assert trained.losses[i] == pytest.approx(expected, rel=2e-4), where
         assert accuracy[i] == pytest.approx(row.figures["validation"], abs=1e-6), where
         assert member.start.figures["parameters"] == row.figures["parameters"], where
+
+
+def test_every_method_gives_the_losses_of_vision_rows_alone() -> None:
+    model = build("vim-toy", 5).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("out_proj.weight"):
+                parameter.mul_(8)
+    base = Base("toy", "vision", model, None, {})
+    generator = np.random.default_rng(0)
+    splits = {
+        split: (
+            generator.integers(0, 256, (count, 1, 32, 32), dtype=np.uint8),
+            generator.integers(0, 3, count),
+        )
+        for split, count in (("train", 14), ("validation", 9), ("test", 1))
+    }
+    task = ImageTask("shapes", {}, ("a", "b", "c"), splits)
+    recipe = Recipe(steps=3, batch_size=4)
+    data = data_of(base, task, recipe, CPU)
+    assert isinstance(data, VisionData)
+    members = []
+    for name in (*SETS["core"], "ft-both", "ft-ssm", "ft-embeddings", "t-centric"):
+        budget = "own" if METHODS[name].own_size else "small"
+        spec = Spec("toy", "shapes", name, budget, METHODS[name].rates[1], 1, recipe)
+        members.append(Member(spec, *method_of(model, name, budget, 1, 3)))
+    compare(base, data, vision_of(vim.shape_of(model), data, 0), members)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own weights", "shared weights"])
