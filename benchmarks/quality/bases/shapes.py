@@ -101,6 +101,7 @@ SHAPES: dict[str, Shape] = {
     "mamba2-10m": replace(_mamba2(384, 8, 64, 32, 128), learning_rate=3e-3),
     "hybrid-29m": _hybrid(384, 12, [3, 8], 32, 64),
     "vim-tiny": _vision(192, 24, 4),
+    "vim-3m": _vision(192, 12, 4),
     "mamba1-toy": _mamba1(32, 2, 4),
     "mamba2-toy": _mamba2(32, 2, 8, 16, 16),
     "hybrid-toy": _hybrid(48, 2, [1], 16, 8),
