@@ -356,6 +356,11 @@ def test_learning_in_fp8_is_judged_by_the_spread_of_seeds() -> None:
     lost = rows(0.0)
     lost[3].error = "TimeoutError"
     assert "over 2 seeds" in summary(lost)[0][0]
+    assert "lowest" not in lines[0]
+    risen = rows(0.0)
+    for row in risen:
+        row.held_out.insert(0, (5, 1 + row.seed / 10 + (row.compute == "fp8") * 0.5))
+    assert "after 5 steps: 1.1000 ± 0.1000 in 16 bits, by seed +0.5000" in summary(risen)[0][0]
 
 
 def test_learning_in_fp8_takes_each_seed_in_pairs() -> None:

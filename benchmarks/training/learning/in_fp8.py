@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -31,6 +31,8 @@ from prodial_kernels.training.run.loop import LoopOptions, learning_rate
 from prodial_kernels.training.step.choose import decide, facts_of, make_step
 
 METHODS = ("prodial", "lora")
+Curves = Mapping[int, Sequence[tuple[int, float]]]
+"""By seed, (steps taken, held-out loss)."""
 # "same": 16 bits (fp32 on a CPU); "fp8"; "stored": weights in fp8, products in 16 bits.
 COMPUTES = ("same", "fp8", "stored")
 HELD_OUT_WINDOWS = {"cuda": 64, "cpu": 2}
@@ -224,14 +226,15 @@ def summary(rows: Sequence[LearningRow]) -> tuple[list[str], bool]:
     """Lines on each method, and whether fp8 is within the seeds' spread of 16 bits everywhere."""
     lines, good = [], True
     for method in METHODS:
-        last = {
+        curves = {
             compute: {
-                row.seed: row.held_out[-1][1]
+                row.seed: row.held_out
                 for row in rows
                 if row.error is None and (row.method, row.compute) == (method, compute)
             }
             for compute in COMPUTES
         }
+        last = {c: {s: at[-1][1] for s, at in curves[c].items()} for c in COMPUTES}
         for compute in COMPUTES[1:]:
             seeds = sorted(last["same"].keys() & last[compute].keys())
             if len(seeds) < 2:
@@ -249,5 +252,23 @@ def summary(rows: Sequence[LearningRow]) -> tuple[list[str], bool]:
                 f"{fmean(here):.4f} ± {stdev(here):.4f} {compute!r}, over {len(seeds)} seeds; by "
                 f"seed {fmean(gaps):+.4f} ± {stdev(gaps):.4f}: "
                 f"{'within' if within else 'NOT within'} the spread of seeds"
+                f"{_at_the_lowest(curves['same'], curves[compute], seeds)}"
             )
     return lines, good
+
+
+def _at_the_lowest(there: Curves, here: Curves, seeds: Sequence[int]) -> str:
+    """The same difference where the loss in 16 bits is lowest, if that is not the end.
+
+    On a text of little length runs end above it, and further apart from each other.
+    """
+    means = [fmean(there[seed][i][1] for seed in seeds) for i in range(len(there[seeds[0]]))]
+    lowest = means.index(min(means))
+    if lowest == len(means) - 1:
+        return ""
+    gaps = [here[seed][lowest][1] - there[seed][lowest][1] for seed in seeds]
+    spread = stdev(there[seed][lowest][1] for seed in seeds)
+    return (
+        f". At the lowest, after {there[seeds[0]][lowest][0]} steps: {means[lowest]:.4f} ± "
+        f"{spread:.4f} in 16 bits, by seed {fmean(gaps):+.4f} ± {stdev(gaps):.4f}"
+    )
