@@ -21,7 +21,13 @@ import torch
 
 from prodial_kernels.kernels.choices.tile_sizes import COMPILED_FOR
 from support.kernels.compile_kernels import ARCHITECTURES
-from support.kernels.compile_launches import CHECKED, PRODUCTS
+from support.kernels.compile_launches import (
+    BLACKWELL,
+    CHECKED,
+    HOPPER,
+    IN_TENSOR_MEMORY,
+    PRODUCTS,
+)
 from support.kernels.uninterpreted import run_uninterpreted
 
 # Bytes a thread may spill, where that was measured to be faster than what does not spill: on an
@@ -88,11 +94,13 @@ def test_launches_fit_the_device(tmp_path: Path) -> None:
     of_each = {arch: [cost for cost in costs if cost["arch"] == arch] for arch in CHECKED}
     kernels = {cost["kernel"] for cost in costs}
     assert kernels > PRODUCTS
-    for arch, cover in CHECKED.items():
+    for arch in CHECKED:
         assert {cost["kernel"] for cost in of_each[arch]} == kernels, arch
-        assert len(of_each[arch]) >= (len(kernels) if cover == "kernels" else 15)
-    # Else the pattern that finds them has gone stale with a new compiler.
-    assert any(cost["wgmma"] for cost in of_each[90])
+    assert min(len(of_each[HOPPER]), len(of_each[BLACKWELL])) >= 30
+    # Else the patterns that find them have gone stale with a new compiler.
+    assert any(cost["wgmma"] for cost in of_each[HOPPER])
+    own = {cost["kernel"] for cost in of_each[BLACKWELL] if cost["tcgen05"]}
+    assert own == IN_TENSOR_MEMORY
     assert_all_fit(costs)
 
 

@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,12 +34,14 @@ WGMMA = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\}\s*,\s*(\S)")
 
 # The kernels whose time goes into products of matrices.
 PRODUCTS = {"_gemm_kernel", "_input_side_kernel", "_output_side_kernel", "_weight_side_kernel"}
-# What the tests cover of each architecture's launches, see :func:`covering`; beside a device, whose
-# host has many cores, they cover "products" of its own. sm_86, sm_89 and sm_120 multiply by the
-# instruction of sm_80 and get the same launches: the largest of each kernel is enough there.
-CHECKED = {
-    90: "values", 80: "values", 100: "values", 86: "kernels", 89: "kernels", 120: "kernels",
-}  # fmt: skip
+# Those that Blackwell multiplies by its own instruction (tcgen05), of some size or other.
+IN_TENSOR_MEMORY = PRODUCTS | {"_prepare_kernel", "_tile_sums_kernel", "_outer_product_kernel"}
+# What the tests compile for, see :func:`select_for_all`. Beside a device, whose host has many
+# cores, they cover "products" of its own.
+HOPPER, BLACKWELL = 90, 100
+# These get the same launches and multiply by the same instruction (mma.sync).
+ALIKE = (80, 86, 89, 120)
+CHECKED = (HOPPER, BLACKWELL, *ALIKE)
 
 
 COVERS = ("kernels", "values", "products", "pairs", "triples", "all")
@@ -61,6 +63,7 @@ class Cost:
         scratch: Bytes of global scratch memory, for which Triton would need an allocator.
         wgmma: Asynchronous warp-group products (Hopper).
         register_a: Of these, those with operand A in registers.
+        tcgen05: Products in tensor memory (Blackwell).
         error: Why it did not compile, else empty.
     """
 
@@ -75,6 +78,7 @@ class Cost:
     scratch: int = 0
     wgmma: int = 0
     register_a: int = 0
+    tcgen05: int = 0
     error: str = ""
 
 
@@ -96,6 +100,7 @@ def cost_of(launch: Launch) -> Cost:
         return cost
     operands = WGMMA.findall(compiled.asm["ptx"])
     cost.wgmma, cost.register_a = len(operands), operands.count("{")
+    cost.tcgen05 = compiled.asm["ptx"].count("tcgen05.mma")
     cost.shared = compiled.metadata.shared
     cost.scratch = compiled.metadata.global_scratch_size
     cost.registers, cost.local = resources(compiled.asm["cubin"])
@@ -146,15 +151,19 @@ def weight(launch: Launch) -> int:
     return sum(sizes) + 16 * len(flags)
 
 
-def covering(launches: Iterable[Launch], cover: str) -> list[Launch]:
+def covering(
+    launches: Iterable[Launch], cover: str, covered: Set[tuple[object, ...]] = frozenset()
+) -> list[Launch]:
     """Choose launches so that every value of every constant of a kernel occurs.
 
     What is too much for a device is seldom one constant alone, so ``"pairs"`` and ``"triples"``
     ask for values together, see :func:`covered_by`; ``"products"`` asks for pairs in the kernels
     that multiply matrices, and ``"kernels"`` for each kernel once. Greedy: the launch that brings
-    the most comes first, among equals the one that holds the most on the chip.
+    the most comes first, among equals the one that holds the most on the chip. What is ``covered``
+    already is not asked for.
     """
-    left = [(covered_by(launch, cover), weight(launch), launch) for launch in launches]
+    new = ((covered_by(launch, cover) - covered, launch) for launch in launches)
+    left = [(values, weight(launch), launch) for values, launch in new if values]
     chosen = []
     while left:
         left.sort(key=lambda item: (len(item[0]), item[1]))
@@ -213,29 +222,55 @@ def select(arch: int, cover: str, quick: bool = False) -> list[Launch]:
     return launches if cover == "all" else covering(launches, cover)
 
 
+def covering_together(of_each: dict[int, list[Launch]]) -> list[Launch]:
+    """Choose launches of every kernel for every architecture that cover all values together."""
+    chosen: list[Launch] = []
+    covered = set[tuple[object, ...]]()
+
+    def gain(launch: Launch) -> tuple[int, int]:
+        return len(covered_by(launch, "values") - covered), weight(launch)
+
+    for launches in of_each.values():
+        for kernel in {launch.kernel: None for launch in launches}:
+            best = max((launch for launch in launches if launch.kernel == kernel), key=gain)
+            chosen.append(best)
+            covered |= covered_by(best, "values")
+    return chosen + covering(next(iter(of_each.values())), "values", covered)
+
+
 def select_for_all() -> list[Launch]:
     """The launches that the tests compile, for each of ``CHECKED``.
 
-    The launchers know Hopper and the rest, so the whole matrix is recorded on the first of either;
-    on the others, only the projectors whose launches cover every pair of constants there.
+    Every value of every constant is compiled on Hopper, among those that are alike, and on
+    Blackwell where a kernel multiplies by an instruction that no other has; each kernel is compiled
+    for every architecture. The launchers know Hopper and the rest, so the whole matrix is recorded
+    on the first of either; on the others, only the projectors whose launches cover every pair of
+    constants there.
 
     Raises:
         RuntimeError: A device of the rest launches something else than the first.
     """
-    hopper, first, *others = CHECKED
-    chosen = covering(select(hopper, "all", quick=True), CHECKED[hopper])
+    first, *others = *ALIKE, BLACKWELL
     rest = select(first, "all", quick=True)
-    chosen += covering(rest, CHECKED[first])
     telling = list({launch.origin: None for launch in covering(rest, "pairs")})
     covered = set[tuple[object, ...]]().union(*(covered_by(launch, "pairs") for launch in rest))
+    of_each = {first: rest}
     for arch in others:
         recorder = Recorder()
         with recorder.on(DEVICES[arch]):
-            launches = record(recorder, iter(telling))
-        if set().union(*(covered_by(launch, "pairs") for launch in launches)) != covered:
+            of_each[arch] = record(recorder, iter(telling))
+        if set().union(*(covered_by(launch, "pairs") for launch in of_each[arch])) != covered:
             raise RuntimeError(f"sm_{arch} launches otherwise than sm_{first}: record its matrix")
-        chosen += covering(launches, CHECKED[arch])
-    return chosen
+    blackwell = of_each.pop(BLACKWELL)
+    own, others_too = [], []
+    for launch in blackwell:
+        (own if launch.kernel in IN_TENSOR_MEMORY else others_too).append(launch)
+    return [
+        *covering(select(HOPPER, "all", quick=True), "values"),
+        *covering_together(of_each),
+        *covering(own, "values"),
+        *covering(others_too, "kernels"),
+    ]
 
 
 def compile_all(launches: list[Launch], jobs: int) -> list[Cost]:
