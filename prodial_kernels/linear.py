@@ -24,6 +24,7 @@ from prodial_kernels.quantization import (
     quantization_error,
     quantize_linear,
 )
+from prodial_kernels.quantization.convert import STORED
 from prodial_kernels.quantization.fp8 import FP8Linear
 from prodial_kernels.quantization.names import ADDED as ADDED
 from prodial_kernels.quantization.names import OFFSET as OFFSET
@@ -351,11 +352,18 @@ class ProdialLinear(nn.Module):
     def to_quantized(self, format: str) -> tuple[QuantizedLinear, QuantizationError]:
         """Return :meth:`to_linear` in a storage format, and what quantising W' lost.
 
+        With ``"stored"``, in the one that the base layer is stored in; ValueError where weights
+        are not made in that.
+
         A merge into a quantised layer is never exact: W' falls between the format's values even
         where W was one of them.
         """
         merged = self.to_linear()
-        quantized = quantize_linear(merged, format)
+        base = self.base_layer
+        if format == STORED and isinstance(base, QuantizedLinear):
+            quantized = base.rounded(merged.weight.detach()).train(self.training)
+        else:
+            quantized = quantize_linear(merged, format)
         return quantized, quantization_error(merged.weight, quantized)
 
     def enable_adapter(self, enabled: bool = True) -> None:

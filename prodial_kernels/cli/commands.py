@@ -331,19 +331,42 @@ def _check_evaluation(values: Mapping[str, object]) -> None:
         raise ConfigError(f"{named} would have no effect {why}; leave it out")
 
 
+_WHERE = ("device", "dtype")
+
+
+def _check_stored(values: Mapping[str, Any]) -> None:
+    idle = [name for name in ("target", "quantize", "quantize_modules") if name in values]
+    if idle:
+        named = ", ".join("`for`" if name == "target" else f"`{name}`" for name in idle)
+        raise ConfigError(
+            f"{named} would have no effect with `stored`, which writes what the checkpoint has; "
+            "leave it out"
+        )
+
+
 def _merge(args: argparse.Namespace) -> int:
-    from prodial_kernels.training.adapted import merge_to_directory, notes_for_gguf
+    from prodial_kernels.training.adapted import (
+        merge_stored,
+        merge_to_directory,
+        notes_for_gguf,
+    )
 
     _quiet_transformers()
     values = vars(args)
     adapter = adapter_directory(args.adapter)
+    if "stored" in args:
+        _check_stored(values)
     notes = notes_for_gguf(values.get("model"), adapter) if "target" in args else []
     # Of a large model it takes minutes.
     print(f"merging {args.adapter} into its model, and checking what is written", file=sys.stderr)
-    agreement = merge_to_directory(
-        values.get("model"), adapter, args.output,
-        replace="force" in args, **_placement(values),
-    )  # fmt: skip
+    places = (values.get("model"), adapter, args.output)
+    if "stored" in args:
+        where = {name: value for name, value in _placement(values).items() if name in _WHERE}
+        result = merge_stored(*places, replace="force" in args, **where)
+        print(result.report)
+        print(f"wrote {args.output}; rounded and unmerged {result.agreement}")
+        return 0
+    agreement = merge_to_directory(*places, replace="force" in args, **_placement(values))
     print(f"wrote {args.output}; merged and unmerged {agreement}")
     if "target" in args:
         command = shlex.join(["python", "convert_hf_to_gguf.py", args.output])

@@ -171,6 +171,11 @@ def add_merge_options(parser: argparse.ArgumentParser) -> None:
     _add_adapter(parser, required=True)
     parser.add_argument("--output", metavar="DIR", required=True, help="directory to write")
     parser.add_argument(
+        "--stored", action="store_true",
+        help="of a quantised checkpoint: write the merged weights in its own format and layout, "
+        "rounded, and all else as it is (the default writes a dense model)",
+    )  # fmt: skip
+    parser.add_argument(
         "--for", choices=("gguf",), dest="target",
         help="gguf: first check that llama.cpp's converter takes the model, and say what becomes "
         "of it (what is written is the same)",

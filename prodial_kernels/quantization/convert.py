@@ -20,6 +20,8 @@ _CLASSES: dict[str, type[QuantizedLinear]] = {
     cls.FORMAT: cls for cls in (NF4Linear, Int8Linear, FP8Linear)
 }
 FORMATS = tuple(_CLASSES)
+STORED = "stored"
+"""In the place of a format: the one that a layer is stored in, in the same groups and dtypes."""
 # What is read and not made: the layouts of other libraries are repacked into it.
 _READ: dict[str, type[QuantizedLinear]] = {**_CLASSES, GroupedLinear.FORMAT: GroupedLinear}
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prodial_kernels.quantization.int8 import NEGLIGIBLE, row_chunks
+from prodial_kernels.quantization.int8 import NEGLIGIBLE, fitting_scales, row_chunks
 from prodial_kernels.quantization.layer import QuantizedLinear, check_scales
 
 TILE = 128
@@ -50,6 +50,28 @@ class FP8Linear(QuantizedLinear):
             codes[rows] = (part * _spread(scale, part)).to(torch.float8_e4m3fn)
             scales.append(1.0 / scale)
         return cls(codes, torch.cat(scales), bias, weight.dtype)
+
+    @torch.no_grad()
+    def rounded(self, weight: Tensor) -> FP8Linear:
+        """See the base class; one scale for the whole weight stays one."""
+        stored = self.weight_scale_inv
+        if self.by_rows:
+            largest = weight.abs().amax(1, keepdim=True).float()
+        else:
+            parts = [weight[rows].abs().float()[None] for rows in row_chunks(weight, TILE)]
+            largest = torch.cat([F.max_pool2d(p, TILE, ceil_mode=True)[0] for p in parts])
+        if stored.numel() > 1 and bool((stored == stored.view(-1)[0]).all()):
+            largest = largest.amax().expand_as(largest)
+        fresh = torch.where(largest > NEGLIGIBLE, largest / _LARGEST, 1.0)
+        # Where values are a little larger than the largest code, rounding is to it in any case.
+        scales = fitting_scales(stored, fresh, 1.0 + 2**-6, 2**-4)
+        codes = torch.empty_like(self.codes)
+        for rows in row_chunks(weight, TILE):
+            part = weight[rows].float()
+            tiles = slice(rows.start // TILE, -(-rows.stop // TILE))
+            own = scales[rows] if self.by_rows else _spread(scales[tiles], part)
+            codes[rows] = (part / own).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        return FP8Linear(codes, scales, self.bias, weight.dtype)
 
     @classmethod
     def from_entries(

@@ -55,6 +55,20 @@ class Int8Linear(QuantizedLinear):
             codes[rows] = (weight[rows] * factor[rows, None]).round_().to(torch.int8)
         return cls(codes, scb, bias, weight.dtype)
 
+    @torch.no_grad()
+    def rounded(self, weight: Tensor) -> Int8Linear:
+        """See the base class; one scale for all rows stays one."""
+        largest = weight.abs().amax(1).float()
+        if len(self.SCB) > 1 and bool((self.SCB[0] == self.SCB).all()):
+            largest = largest.amax().expand_as(largest)
+        fresh = torch.where(largest > NEGLIGIBLE, largest / 127 / self.step, 1.0)
+        scb = fitting_scales(self.SCB, fresh, 1.0 + 1 / 254, 0.5)
+        codes = torch.empty_like(self.codes)
+        for rows in row_chunks(weight):
+            exact = weight[rows].float() / (scb[rows, None] * self.step)
+            codes[rows] = exact.round_().clamp_(-127, 127).to(torch.int8)
+        return Int8Linear(codes, scb, self.bias, weight.dtype, self.step)
+
     @classmethod
     def from_entries(
         cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None
@@ -122,3 +136,27 @@ def row_chunks(matrix: Tensor, multiple: int = 1) -> list[slice]:
     """Slices of rows with at most ``CHUNK`` elements where a ``multiple`` of rows allows it."""
     rows = max(1, CHUNK // max(1, matrix.shape[1]) // multiple) * multiple
     return [slice(start, start + rows) for start in range(0, matrix.shape[0], rows)]
+
+
+def fitting_scales(stored: Tensor, fresh: Tensor, most: float, least: float) -> Tensor:
+    """Choose between scales that are there and new ones that values just fit.
+
+    Args:
+        stored: The scales that are there, fp32.
+        fresh: The new ones; kept are those of ``stored`` that are at least ``fresh / most`` and at
+            most ``fresh / least``.
+        most: See ``fresh``.
+        least: Likewise.
+
+    Returns:
+        Scales that have the dtype in which ``stored`` are exact: bf16, fp16, or bare exponents.
+    """
+    if not (stored.contiguous().view(torch.int32) & 0x7FFFFF).any():
+        fresh = torch.exp2(torch.log2(fresh).ceil())
+    else:
+        for dtype in (torch.bfloat16, torch.float16):
+            if torch.equal(stored.to(dtype).float(), stored):
+                fresh = fresh.to(dtype).float()
+                break
+    keep = (fresh <= stored * most) & (fresh >= stored * least)
+    return torch.where(keep, stored, fresh)

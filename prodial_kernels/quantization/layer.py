@@ -63,6 +63,17 @@ class QuantizedLinear(nn.Module, ABC):
         """
 
     @abstractmethod
+    def rounded(self, weight: Tensor) -> QuantizedLinear:
+        """Return a layer that stores ``weight`` [N, K] as this one stores its own, with its bias.
+
+        To the nearest codes; scales stay where they fit the new values, and have the dtype that
+        they have here. So a weight that this layer holds comes out in the same codes.
+
+        Raises:
+            ValueError: Weights are not made in this variant of the format.
+        """
+
+    @abstractmethod
     def entries(self) -> dict[str, Tensor]:
         """Return what :meth:`from_entries` takes back."""
 

@@ -122,6 +122,16 @@ class NF4Linear(QuantizedLinear):
             codes=torch.cat(packed)[:, None], absmax=absmax, quant_map=table, nested=nested,
         )  # fmt: skip
 
+    def rounded(self, weight: Tensor) -> NF4Linear:
+        """See the base class; its scales are made anew."""
+        if (self.blocksize, self.nested_blocksize) != (BLOCKSIZE, NESTED_BLOCKSIZE):
+            raise ValueError(
+                f"NF4 with a scale for {self.blocksize} weights (nested {self.nested_blocksize}) "
+                f"is read and not made; what is made has {BLOCKSIZE} ({NESTED_BLOCKSIZE})"
+            )
+        double = self.nested_absmax is not None
+        return NF4Linear.quantize(weight, self.bias, double_quantization=double)
+
     @classmethod
     def from_entries(
         cls, entries: Mapping[str, Tensor], bias: Tensor | None, dtype: torch.dtype | None

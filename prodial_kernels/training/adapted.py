@@ -5,35 +5,41 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prodial_kernels.checkpoint import load_adapter, read_adapter
 from prodial_kernels.embedded import embedded_model_path
 from prodial_kernels.files.written import PlaceError, check_place, clear_leftovers, own_files
-from prodial_kernels.models.adapt.inject import merge_prodial
+from prodial_kernels.models.adapt.inject import merge_prodial, merge_quantized
 from prodial_kernels.models.loading.load import (
     EMBEDDED,
     LoadedModel,
     ModelError,
     is_stored_quantized,
     load_model,
+    model_directory,
     read_config,
     resolve_device,
     resolve_dtype,
 )
+from prodial_kernels.models.loading.stored_again import write_stored_again
 from prodial_kernels.models.methods.planning import kept_methods
-from prodial_kernels.quantization import FORMATS
+from prodial_kernels.quantization import FORMATS, QuantizationReport, QuantizedLinear
+from prodial_kernels.quantization.convert import STORED
 from prodial_kernels.quantization.modules.selection import stores_everything
 from prodial_kernels.training.gguf import gguf_notes
 from prodial_kernels.training.merging import (
     Agreement,
     check_written_model,
+    compare_logits,
     logits_of,
     round_as_stored,
     write_model,
+    written_directory,
 )
 from prodial_kernels.training.run.directory import run_around
 from prodial_kernels.training.run.implementation import check_implementation, set_implementation
@@ -134,21 +140,11 @@ def merge_to_directory(
             base model or a run, or is or holds the working directory.
         OSError: The disk is full, or the place cannot be written.
     """
-    # Links are followed first: what they lead to is what would be replaced.
-    path = Path(output).expanduser().resolve()
-    unmerged = kept_methods(read_adapter(adapter).config.methods)
-    if unmerged:
-        raise ValueError(
-            f"{', '.join(unmerged)} cannot be merged: its effect is no weight's, and a plain model "
-            f"cannot have it; load the model with the adapter in {adapter} instead"
-        )
-    # Before the model is loaded, which may take minutes.
-    _check_output(path, model, Path(adapter).expanduser(), replace=replace)
+    path, loaded = _loaded_to_merge(
+        model, adapter, output, replace=replace, device=device, dtype=dtype, quantize=quantize,
+        quantize_modules=quantize_modules,
+    )  # fmt: skip
     with StopSignals():
-        loaded = load_adapted(
-            model, adapter, device=device, dtype=dtype, quantize=quantize,
-            quantize_modules=quantize_modules,
-        )  # fmt: skip
         first = next(loaded.model.parameters())
         tokens = _probe_tokens(loaded)
         expected = logits_of(loaded.model, tokens)
@@ -159,6 +155,68 @@ def merge_to_directory(
             return check_written_model(
                 written, tokens, expected, device=device_of, dtype=dtype_of, rounded=rounded
             )
+
+
+@dataclass(frozen=True)
+class StoredMerge:
+    """What :func:`merge_stored` wrote.
+
+    Attributes:
+        report: What rounding each merged weight to its stored format lost.
+        agreement: Of the written model with the adapted one; rounding is in it, and is no fault.
+    """
+
+    report: QuantizationReport
+    agreement: Agreement
+
+
+def merge_stored(
+    model: str | None,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    replace: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> StoredMerge:
+    """Fold an adapter into a quantised checkpoint, and write it in the same format and layout.
+
+    A merged weight is rounded to the nearest codes; everything else, ``config.json`` included, is
+    the checkpoint's own. What is written is loaded again and compared with what was rounded. The
+    arguments and errors are those of :func:`merge_to_directory`, and:
+
+    Raises:
+        ValueError: The checkpoint is not quantised, not in safetensors, stores a layer in a way
+            that is read and not made, or has no place for what was trained.
+    """
+    base = model or read_adapter(adapter).base_model
+    if base is not None and not is_stored_quantized(base):
+        raise ValueError(
+            f"{base} is stored dense, and is merged to a dense model: leave `stored` out"
+        )
+    path, loaded = _loaded_to_merge(
+        model, adapter, output, replace=replace, device=device, dtype=dtype
+    )
+    with StopSignals():
+        tokens = _probe_tokens(loaded)
+        expected = logits_of(loaded.model, tokens)
+        first = next(loaded.model.parameters())
+        device_of, dtype_of = first.device, first.dtype
+        report = merge_quantized(loaded.model, STORED)
+        merged = logits_of(loaded.model, tokens)
+        changed = {
+            name: layer
+            for name, layer in loaded.model.named_modules()
+            if isinstance(layer, QuantizedLinear) and name in report.errors
+        }
+        directory = model_directory(base or EMBEDDED)
+
+        def save(place: Path) -> None:
+            write_stored_again(loaded.model, changed, directory, place)
+
+        with written_directory(path, save, replace=replace) as written:
+            check_written_model(written, tokens, merged, device=device_of, dtype=dtype_of)
+        return StoredMerge(report, compare_logits(merged, expected, dtype=dtype_of))
 
 
 def notes_for_gguf(model: str | None, adapter: str | Path) -> list[str]:
@@ -175,6 +233,24 @@ def notes_for_gguf(model: str | None, adapter: str | Path) -> list[str]:
     if base is None:
         raise ModelError(f"the adapter in {adapter} names no base model; give it as the model")
     return gguf_notes(read_config(base))
+
+
+def _loaded_to_merge(
+    model: str | None, adapter: str | Path, output: str | Path, *, replace: bool, **options: Any
+) -> tuple[Path, LoadedModel]:
+    """Check where a merged model is to be written, and load the adapted one."""
+    # Links are followed first: what they lead to is what would be replaced.
+    path = Path(output).expanduser().resolve()
+    unmerged = kept_methods(read_adapter(adapter).config.methods)
+    if unmerged:
+        raise ValueError(
+            f"{', '.join(unmerged)} cannot be merged: its effect is no weight's, and a plain model "
+            f"cannot have it; load the model with the adapter in {adapter} instead"
+        )
+    # Before the model is loaded, which may take minutes.
+    _check_output(path, model, Path(adapter).expanduser(), replace=replace)
+    with StopSignals():
+        return path, load_adapted(model, adapter, **options)
 
 
 def _check_output(path: Path, model: str | None, adapter: Path, *, replace: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +93,24 @@ def write_model(
         PlaceError: ``path`` is to be replaced, and holds something that no earlier call wrote.
         OSError: The disk is full, or the place cannot be written.
     """
+
+    def save(directory: Path) -> None:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+
+    with written_directory(path, save, replace=replace) as temporary:
+        yield temporary
+
+
+@contextmanager
+def written_directory(
+    path: Path, save: Callable[[Path], None], *, replace: bool = False
+) -> Iterator[Path]:
+    """Let ``save`` write a directory, whole or not at all; as :func:`write_model`."""
     clear_leftovers(path)
     with atomic_directory(path, own_files=own_files if replace else None) as temporary:
         with safetensors_errors(path):
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
+            save(temporary)
         mark_written(temporary)
         yield temporary
 

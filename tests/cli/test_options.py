@@ -32,8 +32,8 @@ FROZEN = {
     "--dtype",
     "generate": "--model --adapter --prompt --chat --system --max-new-tokens --temperature --top-p "
     "--seed --json --impl --quantize --quantize-modules --device --dtype",
-    "merge": "--model --adapter --output --for --force --quantize --quantize-modules --device "
-    "--dtype",
+    "merge": "--model --adapter --output --stored --for --force --quantize --quantize-modules "
+    "--device --dtype",
     "inspect": f"--json --adapter --list --method {ADAPTER}",
     "convert": "--to --output --model",
 }

@@ -47,6 +47,7 @@ from prodial_kernels.quantization import (
     QuantizationReport,
     QuantizedLinear,
 )
+from prodial_kernels.quantization.convert import STORED
 from prodial_kernels.quantization.model import make_dense
 from prodial_kernels.quantization.saving import (
     release_saving,
@@ -237,12 +238,15 @@ def merge_prodial(model: ModelT, *, keep: bool = False) -> ModelT:
 def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
     """Merge as :func:`merge_prodial` does, into layers stored in ``format``, in place.
 
+    With ``"stored"``, each into the format that the layer is stored in, in the same groups and
+    dtypes, and dense where it is dense.
+
     One dense weight exists at a time. W' lies between the values that a format has, even where W
     was one of them, so this loses part of what was trained: compare before it is used.
 
     Args:
         model: An adapted model, on a dense or a quantised base.
-        format: ``"nf4"``, ``"int8"`` or ``"fp8"``.
+        format: ``"nf4"``, ``"int8"``, ``"fp8"`` or ``"stored"``.
 
     Returns:
         What quantising each W' lost.
@@ -250,7 +254,7 @@ def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
     Raises:
         ValueError: As for :func:`merge_prodial`, or an unknown format.
     """
-    check_choice("format", format, FORMATS)
+    check_choice("format", format, (*FORMATS, STORED))
     model = unwrapped(model)
     state = state_of(model, taking_out="merge_quantized")
     _check_mergeable(model, state)
@@ -259,8 +263,10 @@ def merge_quantized(model: nn.Module, format: str) -> QuantizationReport:
     errors: dict[str, QuantizationError] = {}
     before = after = 0
 
-    def quantized(path: str, adapted: ProdialLinear) -> QuantizedLinear:
+    def quantized(path: str, adapted: ProdialLinear) -> nn.Module:
         nonlocal before, after
+        if format == STORED and not isinstance(adapted.base_layer, QuantizedLinear):
+            return adapted.to_linear()
         layer, errors[path] = adapted.to_quantized(format)
         before += layer.in_features * layer.out_features * layer.dtype.itemsize
         after += layer.packed_bytes

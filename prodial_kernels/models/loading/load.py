@@ -189,6 +189,15 @@ def _take_end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
                 setattr(settings, name, getattr(tokenizer, name))
 
 
+def model_directory(name: str) -> Path:
+    """Return where the files are of the model that :func:`load_model` loads, fetched if need be."""
+    source = model_source(name)
+    if isinstance(source, Path):
+        return source
+    with without_retries(source) as options:
+        return fetched(source, **options)
+
+
 def is_stored_quantized(name: str) -> bool:
     """Whether the checkpoint that :func:`load_model` would load says that it is quantised.
 

@@ -69,7 +69,7 @@ def load_by_tensors(
     model = model_on_meta(config, dtype)
     tensors = AsTransformers(read, config, dtype)
     report = load_into(
-        model, tensors, device, format, _renaming(model), modules=modules, keep_dense=keep_dense,
+        model, tensors, device, format, renaming(model), modules=modules, keep_dense=keep_dense,
         experts_on_host=experts_on_host,
     )  # fmt: skip
     model.name_or_path = model.config.name_or_path = str(directory)
@@ -126,7 +126,7 @@ def _compute_buffers(model: Any) -> None:
     model.apply(model._init_weights)
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str | Piece]:
+def renaming(model: PreTrainedModel) -> Callable[[str], str | Piece]:
     """How transformers turns names of this model's checkpoints into its own.
 
     Experts that a checkpoint holds one by one, and gate and up apart, are parts of a tensor.

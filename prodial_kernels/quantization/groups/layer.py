@@ -109,12 +109,9 @@ class GroupedLinear(QuantizedLinear):
 
     @torch.no_grad()
     def rounded(self, weight: Tensor, *, keep: bool = True) -> GroupedLinear:
-        """Return a layer stored as this one is, near ``weight`` [N, K], with this one's bias.
+        """See the base class: of each group, with the scales that make the smaller error.
 
-        Args:
-            weight: Finite, on this layer's device.
-            keep: Whether this layer's scales and zero points are kept where none of the weight's
-                own make a smaller error.
+        ``keep``: whether this layer's scales are among those that are tried.
         """
         codes, scales, zeros = rounded(self, weight, keep=keep)
         return GroupedLinear(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.quantization.groups.layer import GroupedLinear, packed_codes
-from prodial_kernels.quantization.groups.words import WIDTHS, from_words
+from prodial_kernels.quantization.groups.words import WIDTHS, from_words, to_words, unpack
 from prodial_kernels.quantization.layer import check_scales
 
 _WORD = 32
@@ -181,6 +181,50 @@ def from_hqq(
     )  # fmt: skip
 
 
+def to_gptq(layer: GroupedLinear, version: int) -> dict[str, Tensor]:
+    """What :func:`from_gptq` reads, but for ``g_idx``, which stays what it was."""
+    zeros = _zeros(layer)
+    if version == 1:
+        zeros = (zeros - 1) & ((1 << layer.bits) - 1)
+    return {
+        "qweight": to_words(_codes(layer), layer.bits).t().contiguous(),
+        "qzeros": to_words(zeros.t(), layer.bits),
+        "scales": layer.scales.t().contiguous(),
+    }
+
+
+def to_awq(layer: GroupedLinear) -> dict[str, Tensor]:
+    """What :func:`from_awq` reads."""
+    return {
+        "qweight": to_words(_interleaved(_codes(layer).t()), 4),
+        "qzeros": to_words(_interleaved(_zeros(layer).t()), 4),
+        "scales": layer.scales.t().contiguous(),
+    }
+
+
+def to_compressed_tensors(layer: GroupedLinear) -> dict[str, Tensor]:
+    """What :func:`from_compressed_tensors` reads, but for ``weight_shape``, which stays."""
+    entries = {
+        "weight_packed": to_words(_codes(layer), layer.bits),
+        "weight_scale": layer.scales,
+    }
+    if layer.zeros is not None:
+        words = to_words(layer.zeros.t(), layer.bits)
+        entries["weight_zero_point"] = words.t().contiguous()
+    return entries
+
+
+def _codes(layer: GroupedLinear) -> Tensor:
+    return unpack(layer.codes, layer.width, layer.in_features)
+
+
+def _zeros(layer: GroupedLinear) -> Tensor:
+    """Zero points [N, S] uint8, also where they are one number."""
+    if layer.zeros is not None:
+        return layer.zeros
+    return torch.full_like(layer.scales, layer.zero, dtype=torch.uint8)
+
+
 def _grouped(
     codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, columns: int, order: Tensor | None,
     bias: Tensor | None, dtype: torch.dtype | None,
@@ -213,6 +257,11 @@ def _in_order(codes: Tensor) -> Tensor:
     """[m, N] as AWQ's words hold them -> in the order of the rows of the weight."""
     places = torch.tensor(_AWQ_PLACES, device=codes.device).argsort()
     return codes.reshape(len(codes), -1, 8)[:, :, places].flatten(1)
+
+
+def _interleaved(codes: Tensor) -> Tensor:
+    """The inverse of :func:`_in_order`."""
+    return codes.reshape(len(codes), -1, 8)[:, :, list(_AWQ_PLACES)].flatten(1)
 
 
 def _unstacked(packed: Tensor, bits: int) -> Tensor:

@@ -64,6 +64,9 @@ def rounded(
         else:
             scale = (high - low) * share / most
             zero = -low * share / scale.clamp(min=NEGLIGIBLE)
+            if not like.zeros.is_floating_point():
+                # Not 0, which GPTQ's first version, storing them less one, cannot hold.
+                zero = zero.round().clamp(1, most)
         best.offer(torch.where(scale > NEGLIGIBLE, scale, 1.0), zero)
     return _by_rows(best.codes, members, n, k), best.scales, best.zeros
 
@@ -88,8 +91,6 @@ class _Best:
         stored = scale.to(self.scales.dtype)
         exact = stored.float()
         if self.zeros is not None:
-            if not self.zeros.is_floating_point():
-                zero = zero.round().clamp(0, self._most)
             zero = zero.to(self.zeros.dtype).float()
         codes = self._values / torch.where(exact.abs() > 0, exact, 1.0)[..., None]
         codes = codes.add_(zero[..., None]).round_().clamp_(0, self._most)

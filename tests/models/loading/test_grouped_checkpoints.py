@@ -2,62 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from prodial_kernels.models.loading.load import ModelError, load_model
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training import FinetuneConfig, finetune
 from support.models import build
-from support.stored.grouped_weights import awq, case, compressed, gptq
+from support.stored.checkpoints import PROJECTORS, pack, packed, write
 from support.tiny_model import byte_tokenizer, write_text, write_tiny_model
 
 CPU = torch.device("cpu")
-PROJECTORS = ("in_proj.weight", "out_proj.weight")
-
-
-def packed(method: str, kind: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
-    if method == "gptq":
-        return {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True, "sym": False,
-                "checkpoint_format": "gptq", "pack_dtype": "int32",
-                "meta": {"quantizer": ["gptqmodel:7.7.0"]}}  # fmt: skip
-    if method == "awq":
-        return {"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True,
-                "version": "gemm", "modules_to_not_convert": None}  # fmt: skip
-    own = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 8,
-           "actorder": None, "block_structure": None, "dynamic": False, **weights}  # fmt: skip
-    group = {"targets": ["Linear"], "weights": own, "input_activations": None}
-    return {"quant_method": "compressed-tensors", "format": kind, "ignore": ["lm_head"],
-            "quantization_status": "compressed", "config_groups": {"group_0": group}}  # fmt: skip
-
-
-def pack(folder: Path, config: dict[str, Any], layers: tuple[str, ...]) -> dict[str, Tensor]:
-    """Store layers of a checkpoint as a method does; return the weights that they stand for."""
-    file, method = folder / "model.safetensors", config["quant_method"]
-    tensors, exact = load_file(file), {}
-    for name in [n for n in tensors if n.endswith(layers)]:
-        weight, path = tensors.pop(name), name.removesuffix(".weight")
-        of = case(*weight.shape, group=8, shuffled=method == "gptq")
-        of.scales *= 0.02 / of.scales.float().mean()
-        pack_one = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed}[method]
-        tensors |= {f"{path}.{entry}": t.contiguous() for entry, t in pack_one(of).items()}
-        # A product of 16 bits is exact in fp32.
-        exact[name] = of.weight(torch.float32)
-    write(folder, tensors, config)
-    return exact
-
-
-def write(folder: Path, tensors: dict[str, Tensor], quantization: dict[str, Any]) -> None:
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = quantization
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def read(folder: Path, **options: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +14,16 @@ from prodial_kernels.models.loading.load import ModelError, load_model
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.training import FinetuneConfig, finetune
 from support.models import build
+from support.stored.checkpoints import CONFIGS, pack_whole
 from support.tiny_model import byte_tokenizer, write_text, write_tiny_model
 
 CPU = torch.device("cpu")
-WEIGHTS = {"num_bits": 8, "type": "float"}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "modelopt": {
-        "quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"],
-        "producer": {"name": "modelopt", "version": "0.33.0"}, "kv_cache_scheme": None,
-        "config_groups": {"group_0": {"weights": WEIGHTS | {"dynamic": False}}},
-    },
-    "compressed-tensors": {
-        "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
-        "quantization_status": "compressed", "sparsity_config": {}, "transform_config": {},
-        "config_groups": {
-            "group_0": {
-                "weights": WEIGHTS | {"strategy": "channel", "symmetric": True, "group_size": None},
-                "input_activations": WEIGHTS | {"strategy": "token", "dynamic": True},
-            }
-        },
-    },
-}  # fmt: skip
-
-
-def pack(folder: Path, method: str, layers: tuple[str, ...]) -> dict[str, Tensor]:
-    """Store layers of a checkpoint as ``method`` does; return the weights that they stand for."""
-    file = folder / "model.safetensors"
-    tensors, exact = load_file(file), {}
-    for name in [n for n in tensors if n.endswith(layers)]:
-        weight, path = tensors[name].float(), name.removesuffix(".weight")
-        rows = method == "compressed-tensors"
-        scale = weight.abs().amax(1, keepdim=True) if rows else weight.abs().max()
-        scale = scale / 448
-        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
-        tensors[f"{path}.weight_scale"] = scale.bfloat16() if rows else scale
-        tensors[f"{path}.input_scale"] = torch.tensor(0.5)
-        exact[name] = tensors[name].float() * tensors[f"{path}.weight_scale"].float()
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = CONFIGS[method]
-    (folder / "config.json").write_text(json.dumps(config))
-    return exact
 
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_model_is_read_trained_on_and_merged(method: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
-    exact = pack(folder, method, ("in_proj.weight", "out_proj.weight"))
+    exact = pack_whole(folder, method, ("in_proj.weight", "out_proj.weight"))
     model = load_model(str(folder), device=CPU, dtype=torch.float32).model
     stored = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     assert {f"{name}.weight" for name in stored} == exact.keys()
@@ -88,7 +50,7 @@ def test_experts_are_read_dense_and_stored_again(tmp_path: Path) -> None:
     apart = [name for name in written if ".experts." in name]
     if not any(name.endswith("up_proj.weight") for name in apart):
         pytest.skip("this transformers writes experts as one tensor")
-    exact = pack(tmp_path, "modelopt", ("up_proj.weight", "down_proj.weight"))
+    exact = pack_whole(tmp_path, "modelopt", ("up_proj.weight", "down_proj.weight"))
     options: dict[str, Any] = {"device": CPU, "dtype": torch.float32}
     dense: Any = load_model(str(tmp_path), **options).model
     experts = next(m for n, m in dense.named_modules() if n.endswith(".experts"))
@@ -111,7 +73,7 @@ def test_experts_are_read_dense_and_stored_again(tmp_path: Path) -> None:
 )
 def test_other_scales_are_refused(scale: Tensor | None, reason: str, tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path / "model")
-    exact = pack(folder, "modelopt", ("in_proj.weight",))
+    exact = pack_whole(folder, "modelopt", ("in_proj.weight",))
     file, path = folder / "model.safetensors", next(iter(exact)).removesuffix(".weight")
     tensors = load_file(file)
     del tensors[f"{path}.weight_scale"]
