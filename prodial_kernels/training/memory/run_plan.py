@@ -229,11 +229,10 @@ def job_of(
 
 
 def limits_of(device: torch.device) -> DeviceLimits:
-    """What kernels' choices need to know of a device; of one that is not CUDA's, a Hopper's."""
+    """What kernels' choices need to know of a device, with as many multiprocessors as an H200's."""
     if device.type != "cuda":
         return HOPPER
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits((properties.major, properties.minor), properties.multi_processor_count)
+    return HOPPER._replace(capability=torch.cuda.get_device_capability(device))
 
 
 def _of_several() -> bool:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,8 +45,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(cuda, "max_memory_allocated", lambda device: 3 * GIB)
     monkeypatch.setattr(cuda, "max_memory_reserved", lambda device: 4 * GIB)
     monkeypatch.setattr(cuda, "get_device_capability", lambda device: (9, 0))
-    hopper = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
-    monkeypatch.setattr(cuda, "get_device_properties", lambda device: hopper)
     monkeypatch.setattr(cuda, "current_device", lambda: 3)
 
     def set_fraction(fraction: float, device: torch.device) -> None:
