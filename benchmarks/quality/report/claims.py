@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ def judged(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         For each claim and base with data: ``claim``, ``source``, ``better``, ``worse``, ``base``,
-        ``pairs`` (a task, budget and seed each), ``difference`` (their mean, of accuracies),
+        ``pairs`` (a task, budget and seed each), ``difference`` (their mean, of accuracies) with
+        ``error``, the standard error over pairs, and ``error_cells``, over tasks at a budget;
         ``won`` and ``lost`` (equals count for neither) with ``p`` of the sign test, ``p_flip`` by
         flipping signs; ``cells_won`` of ``cells`` (a task at a budget, mean over seeds) with
         ``p_cells`` of the sign test, for which tasks, not seeds, are the sample; ``by_task``, mean
@@ -87,12 +89,18 @@ def _verdict(
     return {
         "claim": claim.text, "source": claim.source, "better": claim.better,
         "worse": claim.worse, "base": base, "pairs": len(pairs),
-        "difference": round(spread(pairs)[0], 5), "won": won, "lost": lost,
+        "difference": round(spread(pairs)[0], 5), "error": _error(pairs),
+        "error_cells": _error(means), "won": won, "lost": lost,
         "p": round(sign_test(won, lost), 6), "p_flip": round(sign_flip(pairs), 5),
         "cells": len(means), "cells_won": cells_won,
         "p_cells": round(sign_test(cells_won, cells_lost), 6),
         "by_task": {task: round(spread(values)[0], 5) for task, values in sorted(by_task.items())},
     }  # fmt: skip
+
+
+def _error(values: Sequence[float]) -> float:
+    """Of their mean."""
+    return round(spread(values)[1] / math.sqrt(len(values)), 5)
 
 
 def lines_of(verdicts: Sequence[dict[str, Any]]) -> list[str]:
@@ -101,15 +109,16 @@ def lines_of(verdicts: Sequence[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         "## Claims", "",
-        "Differences of test accuracy in points, paired by task, budget and seed; p is two-sided, "
-        "of the sign test over pairs, and over tasks at a budget (means over seeds), which says "
-        "more of other tasks.", "",
+        "Differences of test accuracy in points, paired by task, budget and seed, with their "
+        "standard error over tasks at a budget (means over seeds), which says more of other tasks "
+        "than seeds do; p is two-sided, of the sign test over pairs, and over tasks.", "",
         "| claim | of | base | difference | pairs won : lost | p | tasks won | p |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]  # fmt: skip
     for v in verdicts:
         lines.append(
-            f"| {v['claim']} | {v['source']} | {v['base']} | {100 * v['difference']:+.2f} | "
+            f"| {v['claim']} | {v['source']} | {v['base']} | {100 * v['difference']:+.2f} ± "
+            f"{100 * v['error_cells']:.2f} | "
             f"{v['won']} : {v['lost']} | {v['p']:.4f} | {v['cells_won']} of {v['cells']} | "
             f"{v['p_cells']:.4f} |"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks.quality.analysis.transform import analyse, projector_weights, transform
 from benchmarks.quality.bases.shapes import build
+from benchmarks.quality.report.claims import judged
 from benchmarks.quality.report.leaderboard import leaderboard, page, write
 from benchmarks.quality.report.plots import groups_within
 from benchmarks.quality.report.statistics import (
@@ -138,7 +140,7 @@ def test_the_leaderboard_sums_up_and_draws(tmp_path: Path) -> None:
     assert claim["p"] == pytest.approx(2 / 2**10, abs=1e-5)
     assert claim["p_cells"] == 0.5
     text = page(board)
-    assert "| Table 3 | base | +5.00 | 10 : 0 | 0.0020 | 2 of 2 | 0.5000 |" in text
+    assert "| Table 3 | base | +5.00 ± 0.00 | 10 : 0 | 0.0020 | 2 of 2 | 0.5000 |" in text
     assert text.splitlines()[2] == "**A toy.**"
     assert (
         "| ProDiaL relu, s, 1×1 | 105 (+5%) | 58.0 ± 1.6*↑ | 58.0 ± 1.6*↑ | 58.0 | 1.00 |" in text
@@ -149,6 +151,21 @@ def test_the_leaderboard_sums_up_and_draws(tmp_path: Path) -> None:
     assert {path.suffix for path in paths} == {".json", ".md", ".png"}
     assert json.loads((tmp_path / "leaderboard.json").read_text()) == board
     assert (tmp_path / "ranks-base-medium.png").stat().st_size > 5000
+
+
+def test_a_difference_has_its_standard_errors() -> None:
+    def cell(method: str, task: str, values: list[float]) -> dict[str, Any]:
+        by_seed = {str(seed): value for seed, value in enumerate(values)}
+        return {"base": "b", "method": method, "task": task, "budget": "medium", "status": "ok",
+                "values": by_seed}  # fmt: skip
+
+    cells = [cell("lora", task, [0.5, 0.5]) for task in ("one", "two")]
+    cells += [cell("prodial", "one", [0.5, 0.52]), cell("prodial", "two", [0.54, 0.56])]
+    (claim,) = judged(cells)
+    # Differences 0, 2, 4 and 6 points; 1 and 5 by task.
+    assert claim["difference"] == pytest.approx(0.03)
+    assert claim["error"] == pytest.approx(math.sqrt(20 / 3) / 2 / 100, abs=1e-5)
+    assert claim["error_cells"] == pytest.approx(0.02)
 
 
 def test_a_task_that_was_only_begun_is_left_out_of_ranks() -> None:
