@@ -26,10 +26,12 @@ _PARTS = 4
 """Programs that a sequence's heads are dealt to in backward."""
 LAUNCH = {
     "scores": {"num_warps": 4}, "scan": {"num_warps": 4}, "norm": {"num_warps": 4},
-    "scan backward": {"num_warps": 8}, "scores backward": {"num_warps": 8},
+    "scan backward": {"num_warps": 4}, "scores backward": {"num_warps": 4},
     "convolution backward": {"num_warps": 4}, "norm backward": {"num_warps": 4},
 }  # fmt: skip
-"""Options of each kernel's launch."""
+"""Options of each kernel's launch. On an H200 that others used too, at 81 runs of 16 × 64 tokens, a
+layer's forward and backward took 4.14 ms so, 4.68 with 8 warps for the scan's backward and 4.76
+with 16; twice as many parts 4.43; the other kernels' made 0.3 ms at most."""
 
 
 @triton.jit
