@@ -11,10 +11,18 @@ PEFT's files are not touched: the name is added to the running process (:mod:`.r
 import prodial_kernels.peft.available  # noqa: F401  first: it says what to install
 from prodial_kernels.peft.config import ProdialPeftConfig
 from prodial_kernels.peft.convert import load_peft, to_peft
+from prodial_kernels.peft.hotswap import hotswap_adapter
 from prodial_kernels.peft.layer import ProdialPeftLinear
 from prodial_kernels.peft.register import register
 from prodial_kernels.peft.tuner import ProdialTuner
 
 register(ProdialPeftConfig, ProdialTuner)
 
-__all__ = ["ProdialPeftConfig", "ProdialPeftLinear", "ProdialTuner", "load_peft", "to_peft"]
+__all__ = [
+    "ProdialPeftConfig",
+    "ProdialPeftLinear",
+    "ProdialTuner",
+    "hotswap_adapter",
+    "load_peft",
+    "to_peft",
+]
