@@ -20,7 +20,7 @@ from prodial_kernels.captured.state import BlockState
 RECOMPUTED_FROM = 16
 """Number of blocks from which on the first ones are recomputed in backward."""
 
-RECOMPUTED = 2
+RECOMPUTED = 3
 """How many: they make room for what the first backward makes beside what all blocks keep."""
 
 Origin = tuple[int, int] | int
@@ -129,7 +129,7 @@ class Program:
         With ``together``, consecutive blocks of which each takes only results of the one before and
         tensors without a gradient make one section.
 
-        The first two of many blocks are recomputed in backward. The graphs' memory is theirs alone,
+        The first of many blocks are recomputed in backward. The graphs' memory is theirs alone,
         so what backward needs at its start, when everything is kept, cannot be what the loss has
         needed before, as in an eager step; what those blocks do not keep is that.
         """

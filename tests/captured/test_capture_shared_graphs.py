@@ -210,6 +210,7 @@ def test_the_first_of_many_blocks_are_recomputed(
     monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     monkeypatch.setattr(program, "RECOMPUTED_FROM", LAYERS)
+    monkeypatch.setattr(program, "RECOMPUTED", 2)
     model = adapted(dropout=dropout)
     plain = copy.deepcopy(model)
     engine = warmed(model)
@@ -231,6 +232,7 @@ def test_what_blocks_hold_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Program(records=records, order=[0, 1, 2])
     assert known.held() == 400
     monkeypatch.setattr(program, "RECOMPUTED_FROM", 3)
+    monkeypatch.setattr(program, "RECOMPUTED", 2)
     assert known.held() == 200
     known.order = [0, 2]
     assert known.held() == 0
