@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from prodial_kernels.linear import ProdialLinear, adapted_layers
 from prodial_kernels.models.adapt.named_layer import NamedProdialLinear
+from prodial_kernels.quantization.foreign import is_foreign
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of configurations of transformers: the list of modules that are stored dense.
@@ -52,12 +54,28 @@ def note_dense_layers(model: nn.Module) -> None:
     It is saved with the model; without this, dense weights would be read as codes.
     """
     quantization: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantization is None:
+        return
     dense = [path for path, module in model.named_modules() if _is_dense(module)]
-    for option in _DENSE_MODULES:
-        if hasattr(quantization, option):
-            setattr(quantization, option, dense)
+    known = [option for option in _DENSE_MODULES if hasattr(quantization, option)]
+    for option in known:
+        setattr(quantization, option, dense)
+    # compressed-tensors' own configuration is within that of transformers.
+    inner: Any = getattr(quantization, "quantization_config", None)
+    if hasattr(inner, "ignore"):
+        inner.ignore = list(dict.fromkeys((*(inner.ignore or ()), *dense)))
+    elif not known:
+        warnings.warn(
+            f"a {type(quantization).__name__} cannot say which layers are dense, so what "
+            "save_pretrained writes of this model does not load: save the adapter and use "
+            "'prodial merge', which writes a dense model or, with --stored, a quantised one",
+            stacklevel=4,
+        )
 
 
 def _is_dense(module: nn.Module) -> bool:
-    # torchao leaves the class as it is, and puts a tensor of its own in the weight's place.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    # torchao leaves the class as it is, and puts a tensor of its own in the weight's place;
+    # compressed-tensors does so too, and takes the weight away until the model is called.
+    weight = module._parameters.get("weight")
+    plain = type(module) is nn.Linear and type(weight) is nn.Parameter
+    return plain and not is_foreign(module)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prodial_kernels import ProdialConfig, apply_prodial
+from prodial_kernels import ProdialConfig, apply_prodial, merge_prodial
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.foreign import from_foreign, is_foreign
 from prodial_kernels.quantization.groups.layer import GroupedLinear
@@ -28,6 +28,7 @@ from prodial_kernels.quantization.groups.layouts import (
     from_gptq,
     from_hqq,
 )
+from support.models import randomise_adapters, token_ids
 from support.stored.foreign_bases import check_adapting, with_projectors
 from support.stored.grouped_weights import Case, awq, case, compressed, gptq, hqq
 
@@ -260,8 +261,7 @@ def test_transformers_fp8_layers_of_compressed_tensors() -> None:
     assert torch.equal(from_foreign(layer, torch.float32).dequantize(), exact)
 
 
-@pytest.mark.parametrize("library", ["gptq", "awq", "compressed-tensors", "hqq"])
-def test_a_model_that_was_quantised(library: str, tmp_path: Path) -> None:
+def quantised_model(library: str) -> Any:
     def replaced(linear: nn.Linear) -> nn.Module:
         bias = None if linear.bias is None else linear.bias.detach()
         # AWQ packs eight rows in a word.
@@ -273,10 +273,60 @@ def test_a_model_that_was_quantised(library: str, tmp_path: Path) -> None:
             return compressed_linear(of, bias)
         return gptqmodels(of, name or "TorchLinear", bias)
 
-    model = with_projectors(replaced)
+    return with_projectors(replaced)
+
+
+LIBRARIES = ("gptq", "awq", "compressed-tensors", "hqq")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_model_that_was_quantised(library: str, tmp_path: Path) -> None:
+    model = quantised_model(library)
     found = {type(from_foreign(m)) for m in model.modules() if is_foreign(m)}
     assert found == {GroupedLinear}
     check_adapting(model, tmp_path)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_pefts_method_takes_it(library: str, tmp_path: Path) -> None:
+    from peft import PeftModel, get_peft_model
+
+    from prodial_kernels.peft import ProdialPeftConfig
+
+    model, twin = quantised_model(library), quantised_model(library)
+    apply_prodial(twin, ProdialConfig(r=2))
+    wrapped = get_peft_model(model, ProdialPeftConfig(r=2))
+    randomise_adapters(wrapped)
+    randomise_adapters(twin)
+    trained = wrapped.eval()(input_ids=token_ids(), use_cache=False).logits
+    expected = twin.eval()(input_ids=token_ids(), use_cache=False).logits
+    torch.testing.assert_close(trained, expected, rtol=1e-6, atol=1e-6)
+    wrapped.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantised_model(library), str(tmp_path)).eval()
+    assert torch.equal(again(input_ids=token_ids(), use_cache=False).logits, trained)
+    merged = again.merge_and_unload()(input_ids=token_ids(), use_cache=False).logits
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_layers_are_ignored_by_compressed_tensors_later() -> None:
+    model = quantised_model("compressed-tensors")
+    inner = SimpleNamespace(ignore=["lm_head"])
+    model.config.quantization_config = SimpleNamespace(quantization_config=inner)
+    before = {path for path, module in model.named_modules() if is_foreign(module)}
+    apply_prodial(model, ProdialConfig(r=2))
+    merge_prodial(model)
+    assert before < {*inner.ignore}
+    assert inner.ignore[0] == "lm_head"
+
+
+def test_what_gptqs_configuration_cannot_say_is_said() -> None:
+    from transformers import GPTQConfig
+
+    model = quantised_model("gptq")
+    model.config.quantization_config = GPTQConfig(bits=4)
+    apply_prodial(model, ProdialConfig(r=2))
+    with pytest.warns(UserWarning, match="GPTQConfig cannot say which layers are dense"):
+        merge_prodial(model)
 
 
 # --- The libraries themselves, where they are installed. ----------------------------------------
