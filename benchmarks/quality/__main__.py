@@ -359,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     alone = command("run", _run, "run the rows that are missing")
     alone.add_argument(
         "--side-by-side", type=int, default=0, metavar="RUNS",
-        help="train so many runs at once in one model (Mamba-2 or VisionMamba; 0: one by one)",
+        help="train so many runs at once in one model (Mamba and VisionMamba; 0: one by one)",
     )  # fmt: skip
     alone.add_argument(
         "--products", choices=("bfloat16", "tf32"), default="tf32",

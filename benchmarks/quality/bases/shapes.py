@@ -98,6 +98,7 @@ def _vision(width: int, depth: int, patch: int, states: int = 16) -> Shape:
 SHAPES: dict[str, Shape] = {
     "mamba1-31m": _mamba1(512, 16, 16),
     "mamba2-31m": _mamba2(512, 16, 64, 64, 128),
+    "mamba1-10m": replace(_mamba1(384, 8, 16), learning_rate=3e-3),
     "mamba2-10m": replace(_mamba2(384, 8, 64, 32, 128), learning_rate=3e-3),
     "hybrid-29m": _hybrid(384, 12, [3, 8], 32, 64),
     "vim-tiny": _vision(192, 24, 4),

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.quality.side_by_side import mamba1, mamba2
 from benchmarks.quality.side_by_side.examples import Choices, Examples, choices_of, examples_of
-from benchmarks.quality.side_by_side.mamba2 import EMBEDDINGS, HEAD, Shape, between, forward
-from benchmarks.quality.side_by_side.stacked import Weights
+from benchmarks.quality.side_by_side.stacked import EMBEDDINGS, HEAD, Weights
 from benchmarks.quality.study.language import LanguageData
 
 __all__ = ["Language", "language_of"]
@@ -27,11 +27,11 @@ class Language:
         examples: To train on.
         choices: Of the splits that are scored.
         length: Tokens of a training example, with padding.
-        dtype: Of products of matrices.
-        fused: Whether Triton kernels compute what lies between projectors.
+        dtype: Of products of Mamba-2's matrices; Mamba-1's are in fp32.
+        fused: Whether Triton kernels compute what lies between Mamba-2's projectors.
     """
 
-    shape: Shape
+    shape: mamba1.Shape | mamba2.Shape
     examples: Examples
     choices: dict[str, Choices]
     length: int
@@ -41,7 +41,7 @@ class Language:
 
     def __post_init__(self) -> None:
         self.count = len(self.examples.ids)
-        self._middle: Callable[..., Tensor] = between
+        self._middle: Callable[..., Tensor] = mamba2.between
         if self.fused:
             from benchmarks.quality.side_by_side.fused import between as kernels
 
@@ -57,11 +57,16 @@ class Language:
         choices = {split: made.to(device) for split, made in self.choices.items()}
         return replace(self, examples=self.examples.to(device), choices=choices)
 
+    def _logits(self, weights: Weights, ids: Tensor, positions: Tensor) -> Tensor:
+        if isinstance(self.shape, mamba1.Shape):
+            return mamba1.forward(self.shape, weights, ids, positions)
+        return mamba2.forward(self.shape, weights, ids, positions, self.dtype, self._middle)
+
     def losses(self, weights: Weights, chosen: Tensor) -> Tensor:
         """Mean nats a token of each run's answers, [runs], of examples ``chosen`` [runs, batch]."""
         part = self.examples
         ids, positions, targets = (t[chosen] for t in (part.ids, part.positions, part.targets))
-        logits = forward(self.shape, weights, ids, positions, self.dtype, self._middle)
+        logits = self._logits(weights, ids, positions)
         nats = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
         return nats.view(len(chosen), -1).sum(1) / (targets >= 0).sum((1, 2))
 
@@ -70,10 +75,7 @@ class Language:
         choices = self.choices[split]
         scores = torch.full((runs, *choices.bytes.shape), -math.inf, device=self.device)
         for ids, positions, targets, source, example, choice in choices.batches:
-            logits = forward(
-                self.shape, weights, ids.expand(runs, -1, -1), positions.expand(runs, -1, -1),
-                self.dtype, self._middle,
-            )  # fmt: skip
+            logits = self._logits(weights, ids.expand(runs, -1, -1), positions.expand(runs, -1, -1))
             places, words = logits.shape[2:]
             place = source[:, None] * places + torch.arange(places, device=self.device)
             found = logits.flatten(1)[:, place * words + targets.clamp(min=0)]
@@ -85,7 +87,7 @@ class Language:
 
 
 def language_of(
-    shape: Shape,
+    shape: mamba1.Shape | mamba2.Shape,
     data: LanguageData,
     limit: int,
     tokens_a_batch: int,
@@ -102,8 +104,8 @@ def language_of(
         limit: Most examples of a split that are scored; 0 for all.
         tokens_a_batch: Most tokens of a batch that is scored, of each run.
         splits: That are scored.
-        dtype: Of products of matrices.
-        fused: Whether Triton kernels compute what lies between projectors.
+        dtype: Of products of Mamba-2's matrices; Mamba-1's are in fp32.
+        fused: Whether Triton kernels compute what lies between Mamba-2's projectors.
     """
     choices = {split: choices_of(data, split, limit, tokens_a_batch) for split in splits}
     return Language(shape, examples_of(data), choices, data.length, dtype, fused)

@@ -13,12 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality.side_by_side.stacked import Weights, layers_of, linear, rms_norm, wide
+from benchmarks.quality.side_by_side.stacked import (
+    Weights,
+    answered,
+    embedded,
+    layers_of,
+    linear,
+    rms_norm,
+    wide,
+)
 
-__all__ = ["EMBEDDINGS", "HEAD", "Shape", "between", "forward", "shape_of"]
-
-EMBEDDINGS = "backbone.embeddings.weight"
-HEAD = "lm_head.weight"
+__all__ = ["Shape", "between", "forward", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -150,13 +155,7 @@ def forward(
     Returns:
         [runs, b, k, vocabulary], fp32.
     """
-    table = w[EMBEDDINGS]
-    if len(table) == 1:
-        x = F.embedding(ids, table[0])
-    else:
-        runs, size, width = table.shape
-        offset = size * torch.arange(runs, device=ids.device)[:, None, None]
-        x = F.embedding(ids + offset, table.reshape(runs * size, width))
+    x = embedded(w, ids)
     layers = layers_of(w, (_NORM, *_PROJECTORS, *_SMALL))
     into, out = (layers[name] for name in _PROJECTORS)
     for layer in range(shape.layers):
@@ -164,6 +163,4 @@ def forward(
         small = [layers[name][layer] for name in _SMALL]
         mixed = middle(linear(normed, into[layer]), *small, shape.states, shape.epsilon)
         x = x + linear(mixed, out[layer])
-    x = x.gather(2, positions[..., None].expand(-1, -1, -1, x.shape[-1]))
-    x = rms_norm(x, w["backbone.norm_f.weight"], shape.epsilon).to(dtype)
-    return linear(x, w.get(HEAD, table)).float()
+    return answered(w, x, positions, shape.epsilon, dtype)

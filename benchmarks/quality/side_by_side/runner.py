@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.bases.shapes import load_base
+from benchmarks.quality.bases.shapes import Base, load_base
 from benchmarks.quality.methods.method import Method, Unfit
-from benchmarks.quality.side_by_side import vim
+from benchmarks.quality.side_by_side import mamba1, mamba2, vim
 from benchmarks.quality.side_by_side.language import language_of
 from benchmarks.quality.side_by_side.learner import Learner
-from benchmarks.quality.side_by_side.mamba2 import shape_of
 from benchmarks.quality.side_by_side.stacked import weights_of
 from benchmarks.quality.side_by_side.train import Member, Stack
 from benchmarks.quality.side_by_side.vision import vision_of
@@ -54,6 +53,12 @@ class _Starts:
         self._thread.shutdown(cancel_futures=True)
 
 
+def _shape_of(base: Base) -> mamba1.Shape | mamba2.Shape | vim.Shape:
+    if base.kind == "vision":
+        return vim.shape_of(base.model)
+    return (mamba1 if base.model.config.model_type == "mamba" else mamba2).shape_of(base.model)
+
+
 class _Study:
     """What one call works with."""
 
@@ -68,10 +73,15 @@ class _Study:
         fused: bool,
     ) -> None:
         self.plan, self.tasks, self.device, self.at_once = plan, tasks, device, at_once
-        self.fused = fused and device.type == "cuda"
         self.base = load_base(plan.base)
         self.vision = self.base.kind == "vision"
-        self.shape = vim.shape_of(self.base.model) if self.vision else shape_of(self.base.model)
+        self.shape = _shape_of(self.base)
+        self.mamba2 = isinstance(self.shape, mamba2.Shape)
+        if products == "bfloat16" and not self.mamba2:
+            raise ValueError(
+                f"products: of {self.base.name} they are 'tf32' or 'float32', got 'bfloat16'"
+            )
+        self.fused = fused and self.mamba2 and device.type == "cuda"
         self.weights = {n: t.to(device) for n, t in weights_of(self.base.model).items()}
         self.starts = _Starts(self.base.model)
         self.done = {(row.spec.id, row.phase): row for row in read_rows(folder)}
@@ -89,7 +99,7 @@ class _Study:
         self._classes: dict[str, int | None] = {}
 
     def _between(self) -> str:
-        if self.vision and self.device.type == "cuda":
+        if not self.mamba2 and self.device.type == "cuda":
             return "mamba-ssm"
         return "Triton" if self.fused else "PyTorch"
 
@@ -259,8 +269,8 @@ def run_stacks(
         say: Is given a line per stack.
 
     Raises:
-        ValueError: The base is neither a Mamba-2 nor a ``VisionMamba``, or the task is of the
-            other kind.
+        ValueError: The base is no Mamba-1, Mamba-2 or ``VisionMamba``, the task of the other
+            kind, or products in bf16 are asked of another than Mamba-2.
     """
     begun = time.monotonic()
     torch.backends.cuda.matmul.allow_tf32 = products == "tf32"

@@ -13,8 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Weights", "layers_of", "linear", "rms_norm", "split_name", "weights_of", "wide"]
+__all__ = [
+    "EMBEDDINGS",
+    "HEAD",
+    "Weights",
+    "answered",
+    "embedded",
+    "layers_of",
+    "linear",
+    "rms_norm",
+    "split_name",
+    "weights_of",
+    "wide",
+]
 
+EMBEDDINGS = "backbone.embeddings.weight"
+HEAD = "lm_head.weight"
 _LAYERS = "backbone.layers.", "layers."
 Weights = Mapping[str, Tensor]
 
@@ -67,3 +81,26 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm in fp32 (or fp64); weight [runs or 1, n]."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.rms_norm(x, x.shape[-1:], eps=epsilon) * wide(weight)
+
+
+def embedded(w: Weights, ids: Tensor) -> Tensor:
+    """Of tokens [runs, b, l], [runs, b, l, d]."""
+    table = w[EMBEDDINGS]
+    if len(table) == 1:
+        return F.embedding(ids, table[0])
+    runs, size, width = table.shape
+    offset = size * torch.arange(runs, device=ids.device)[:, None, None]
+    return F.embedding(ids + offset, table.reshape(runs * size, width))
+
+
+def answered(
+    w: Weights, x: Tensor, positions: Tensor, epsilon: float, dtype: torch.dtype
+) -> Tensor:
+    """Logits of a language model at ``positions`` [runs, b, k] of x [runs, b, l, d], in fp32.
+
+    The head is the table of embeddings where the weights have none of its own; ``dtype`` is that
+    of its products.
+    """
+    x = x.gather(2, positions[..., None].expand(-1, -1, -1, x.shape[-1]))
+    x = rms_norm(x, w["backbone.norm_f.weight"], epsilon).to(dtype)
+    return linear(x, w.get(HEAD, w[EMBEDDINGS])).float()

@@ -1,28 +1,23 @@
 """``VisionMamba`` with a dimension of runs: images [runs, batch, 3, h, w], weights of each run.
 
-Between a mixer's projectors, runs are groups of channels: on a GPU that is what mamba-ssm's
-selective scan and causal-conv1d take, elsewhere the package's own scan runs once for each run.
+The mixers' two scans are those of :mod:`.selective`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.quality.side_by_side.selective import parts_of, scanned
 from benchmarks.quality.side_by_side.stacked import Weights, layers_of, linear, rms_norm, wide
 from prodial_kernels import VisionMamba
-from prodial_kernels.models.mixers.vim_scan import selective_scan
 
 __all__ = ["Shape", "forward", "shape_of"]
 
-_PARTS = ("conv1d{}.weight", "conv1d{}.bias", "x_proj{}.weight", "dt_proj{}.weight",
-          "dt_proj{}.bias", "A{}_log", "D{}")  # fmt: skip
-# By direction; the second reads backwards.
-_DIRECTIONS = tuple(tuple(f"mixer.{part.format(end)}" for part in _PARTS) for end in ("", "_b"))
+# The second reads backwards.
+_DIRECTIONS = (parts_of(), parts_of("_b"))
 _NORM, _INTO, _OUT = "norm.weight", "mixer.in_proj.weight", "mixer.out_proj.weight"
 
 
@@ -59,62 +54,6 @@ def _patches(shape: Shape, images: Tensor, weight: Tensor, bias: Tensor) -> Tens
     return linear(tokens, weight.flatten(2)) + wide(bias)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``silu`` of the causal convolution: x [b, c, l], weight [c, k], bias [c]."""
-    if x.is_cuda:
-        from causal_conv1d import causal_conv1d_fn
-
-        made: Tensor = causal_conv1d_fn(x, weight, bias, activation="silu")
-        return made
-    channels, width = weight.shape
-    padded = F.pad(x, (width - 1, 0))
-    return F.silu(F.conv1d(padded, weight[:, None], bias, groups=channels))
-
-
-def _scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
-) -> Tensor:
-    """The gated scan of all runs.
-
-    Args:
-        u: [b, runs, e, l].
-        dt: Likewise, before ``bias`` and softplus.
-        A: [runs, e, n], negative.
-        B: [b, runs, n, l].
-        C: Likewise.
-        D: [runs, e].
-        z: As ``u``.
-        bias: [runs, e].
-
-    Returns:
-        As ``u``.
-    """
-    if u.is_cuda:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-        made: Tensor = selective_scan_fn(
-            u.flatten(1, 2), dt.flatten(1, 2), A.flatten(0, 1), B, C, D.flatten(), z.flatten(1, 2),
-            bias.flatten(), delta_softplus=True,
-        )  # fmt: skip
-        return made.view_as(u)
-    step = F.softplus(dt + bias[..., None])
-    over_runs: Callable[..., Tensor] = torch.vmap(
-        selective_scan, in_dims=(1, 1, 0, 1, 1), out_dims=1
-    )
-    return (over_runs(u, step, A, B, C) + D[..., None] * u) * F.silu(z)
-
-
-def _direction(xz: Tensor, parts: list[Tensor]) -> Tensor:
-    """One direction of a mixer: xz [b, runs, 2e, l] -> [b, runs, e, l]; parts [runs, …]."""
-    weight, bias, x_proj, dt_proj, dt_bias, A_log, D = parts
-    x, z = xz.chunk(2, dim=2)
-    u = _convolve(x.flatten(1, 2), weight.flatten(0, 1).squeeze(1), bias.flatten()).view_as(x)
-    rank, states = dt_proj.shape[-1], A_log.shape[-1]
-    dt, B, C = (x_proj @ u).split([rank, states, states], dim=2)
-    A = -torch.exp(A_log)
-    return _scan(u, dt_proj @ dt, A, B.contiguous(), C.contiguous(), D, z.contiguous(), dt_bias)
-
-
 def forward(shape: Shape, w: Weights, images: Tensor) -> Tensor:
     """Logits [runs, b, classes] of images [runs, b, 3, h, w], in fp32.
 
@@ -135,10 +74,7 @@ def forward(shape: Shape, w: Weights, images: Tensor) -> Tensor:
         xz = linear(normed, layers[_INTO][layer]).permute(1, 0, 3, 2).contiguous()
         mixed = torch.zeros((), device=x.device)
         for i, direction in enumerate(_DIRECTIONS):
-            parts = [layers[name][layer] for name in direction]
-            own = [part.expand(runs, *part.shape[1:]) for part in parts]
-            y = _direction(xz.flip(-1) if i else xz, own)
-            mixed = mixed + (y.flip(-1) if i else y)
+            mixed = mixed + scanned(xz, [layers[name][layer] for name in direction], bool(i))
         mixed = (mixed / len(_DIRECTIONS)).permute(1, 0, 3, 2)
         x = x + linear(mixed, layers[_OUT][layer])
     x = rms_norm(x[:, :, middle : middle + 1], w["norm_f.weight"], shape.epsilon)

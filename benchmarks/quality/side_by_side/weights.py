@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.methods.registry import adapt
-from benchmarks.quality.side_by_side.mamba2 import HEAD
-from benchmarks.quality.side_by_side.stacked import split_name, weights_of
+from benchmarks.quality.side_by_side.stacked import HEAD, split_name, weights_of
 from prodial_kernels import ProdialLinear
 from prodial_kernels.ops.reference import effective_weight
 

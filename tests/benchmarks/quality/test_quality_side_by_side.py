@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch
 
 from benchmarks.quality.bases.shapes import Base, build
 from benchmarks.quality.methods.registry import METHODS, SETS
-from benchmarks.quality.side_by_side import vim
+from benchmarks.quality.side_by_side import mamba1, mamba2, vim
 from benchmarks.quality.side_by_side.fused import between as fused
 from benchmarks.quality.side_by_side.language import language_of
 from benchmarks.quality.side_by_side.learner import Learner
-from benchmarks.quality.side_by_side.mamba2 import between, forward, shape_of
+from benchmarks.quality.side_by_side.mamba2 import between
 from benchmarks.quality.side_by_side.stacked import weights_of
 from benchmarks.quality.side_by_side.train import Member, Stack
 from benchmarks.quality.side_by_side.vision import vision_of
@@ -31,9 +32,9 @@ CPU = torch.device("cpu")
 RECIPE = Recipe(steps=6, batch_size=4, max_length=16)
 
 
-@pytest.fixture(scope="module")
-def base() -> Base:
-    model = build("mamba2-toy", 264).eval()
+@pytest.fixture(scope="module", params=["mamba1-toy", "mamba2-toy"])
+def base(request: pytest.FixtureRequest) -> Base:
+    model = build(request.param, 264).eval()
     with torch.no_grad():
         # Of random weights out_proj is near zero, where methods could not be told apart.
         for layer in model.backbone.layers:
@@ -57,7 +58,11 @@ def task() -> TextTask:
 def test_the_plain_model_is_the_same(base: Base) -> None:
     ids = torch.randint(0, 264, (3, 2, 11), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(11).expand(3, 2, 11)
-    mine = forward(shape_of(base.model), weights_of(base.model), ids, positions)
+    weights = weights_of(base.model)
+    if base.model.config.model_type == "mamba":
+        mine = mamba1.forward(mamba1.shape_of(base.model), weights, ids, positions)
+    else:
+        mine = mamba2.forward(mamba2.shape_of(base.model), weights, ids, positions)
     with torch.no_grad():
         theirs = base.model(input_ids=ids.flatten(0, 1), use_cache=False).logits
     torch.testing.assert_close(mine.flatten(0, 1), theirs, rtol=1e-4, atol=1e-5)
@@ -65,16 +70,22 @@ def test_the_plain_model_is_the_same(base: Base) -> None:
 
 def test_every_method_gives_the_losses_of_rows_alone(base: Base, task: TextTask) -> None:
     data = data_of(base, task, RECIPE, CPU)
-    names = [*SETS["core"], *SETS["placement"], *SETS["component"], "t-free", "t-centric"]
+    names = list(SETS["core"])
+    shape: Any = mamba1 if base.model.config.model_type == "mamba" else mamba2
+    if shape is mamba1:
+        names += ["ft-both", "ft-ssm"]
+    else:
+        names += [*SETS["placement"], *SETS["component"], "t-free", "t-centric"]
     members = []
     for name in names:
         budget = "own" if METHODS[name].own_size else "small"
-        for seed, rate in ((1, METHODS[name].rates[1]), (2, METHODS[name].rates[3])):
+        seeds = ((1, METHODS[name].rates[1]), (2, METHODS[name].rates[3]))
+        for seed, rate in seeds[: 1 + (shape is mamba2)]:
             spec = Spec("toy", "letters", name, budget, rate, seed, RECIPE)
             members.append(Member(spec, *method_of(base.model, name, budget, seed)))
-    assert len(members) > 40
+    assert len(members) > 15
     assert isinstance(data, LanguageData)
-    learner = language_of(shape_of(base.model), data, 0, 64, splits=("validation",))
+    learner = language_of(shape.shape_of(base.model), data, 0, 64, splits=("validation",))
     compare(base, data, learner, members)
 
 
