@@ -19,24 +19,66 @@ from prodial_kernels.kernels.projector.tiles import (
 )
 from prodial_kernels.kernels.replay.recorder import launch
 
-# What the own product takes less than cuBLAS's and a pass over Y, in TFLOP/s and bytes a
-# nanosecond on an H200: 790 against 1,220, and 3,700 (2026-11-30).
-_OWN, _LIBRARY, _BANDWIDTH = 790e12, 1220e12, 3.7e12
+# What products reach on an H200, in FLOP/s, and a pass over Y in bytes a second (2026-12-01): the
+# own one and the pipelined one with all terms, cuBLAS's without.
+_OWN, _PIPELINED, _LIBRARY, _BANDWIDTH = 790e12, 1030e12, 1220e12, 3.7e12
+
+# The newest Triton whose Gluon is known, which changes from release to release.
+_NEWEST_GLUON = (3, 9)
+
+# The padded rank up to which the pipelined product adds a low-rank one: more takes its registers.
+_MOST_PIPELINED = 32
 
 
 def takes_library(m: int, n: int, k: int, limits: DeviceLimits, *, finish: bool) -> bool:
-    """Whether Y [m, n] of operands with k columns is cuBLAS's product.
+    """Whether Y [m, n] of operands with k columns is cuBLAS's product rather than the own one.
 
-    It has this one on Hopper, from CUDA 12.9 on, and for sizes that its blocks divide.
     ``finish``: a pass over Y comes after it, which the own product does without.
     """
+    if not _has_library(m, n, k, limits):
+        return False
+    return _library_spares(m, n, k, _OWN, finish=finish) > 0
+
+
+def takes_pipelined(
+    m: int, n: int, k: int, limits: DeviceLimits, *, finish: bool, r_pad: int = 16
+) -> bool:
+    """Whether it is the product of ``pipelined.py``, rather than any other.
+
+    ``finish`` as in :func:`takes_library`, ``r_pad`` the padded rank of what is added.
+    """
+    whole = not n % GROUP and pipelined_unroll(k) and r_pad <= _MOST_PIPELINED
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    # Of fewer tiles than multiprocessors the own product makes twice as many.
+    tiles = ceil_div(m, GROUP) * (n // GROUP)
+    if version > _NEWEST_GLUON or limits.capability != (9, 0) or not whole:
+        return False
+    if tiles < limits.processors:
+        return False
+    if not _has_library(m, n, k, limits):
+        return True
+    return _library_spares(m, n, k, _PIPELINED, finish=finish) < 0
+
+
+def pipelined_unroll(k: int) -> int:
+    """How many groups of k columns the pipelined product multiplies without a gap; 0 for never."""
+    if k % GROUP:
+        return 0
+    return next((unroll for unroll in (8, 6, 4) if k // GROUP % unroll == 0), 0)
+
+
+def _has_library(m: int, n: int, k: int, limits: DeviceLimits) -> bool:
+    """Whether cuBLAS has the product: on Hopper, from CUDA 12.9 on, of whole blocks."""
     version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
     if limits.capability != (9, 0) or version < (12, 9) or not m:
         return False
-    if m % 4 or n % GROUP or k % GROUP:
-        return False
+    return not (m % 4 or n % GROUP or k % GROUP)
+
+
+def _library_spares(m: int, n: int, k: int, rate: float, *, finish: bool) -> float:
+    """Seconds that cuBLAS's product and a pass over Y take less than one of ``rate`` FLOP/s."""
     pass_over_y = 4.0 * m * n / _BANDWIDTH if finish else 0.0
-    return 2.0 * m * n * k * (1 / _OWN - 1 / _LIBRARY) > pass_over_y
+    return 2.0 * m * n * k * (1 / rate - 1 / _LIBRARY) - pass_over_y
 
 
 def library_product(x: Rounded, codes: Tensor, scale_inv: Tensor, dtype: torch.dtype) -> Tensor:

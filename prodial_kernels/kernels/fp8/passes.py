@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.kernels.choices.tile_sizes import (
+    DeviceLimits,
     choose_input_side,
     choose_output_side,
     padded_rank,
 )
 from prodial_kernels.kernels.fp8.exact_scale import launch_exact_scale
-from prodial_kernels.kernels.fp8.library import launch_finish, library_product, takes_library
+from prodial_kernels.kernels.fp8.library import (
+    launch_finish,
+    library_product,
+    takes_library,
+    takes_pipelined,
+)
 from prodial_kernels.kernels.fp8.product import choose_product, launch_product
 from prodial_kernels.kernels.fp8.quantize import GROUP, Rounded, launch_quantize
 from prodial_kernels.kernels.fp8.rounding_side import choose_rounding_side, launch_rounding_side
@@ -53,10 +59,15 @@ def forward(
     m, n = x.shape[0], codes.shape[0]
     rounded, h = round_input(x, operands, options)
     y = x.new_empty(m, n)
-    launch_product(
-        rounded, codes, scale_inv, y, config=choose_product(device_limits(x.device)),
-        scale_deviation=scale_deviation, low=h, outer=lora_b, alpha=options.lora_scaling, bias=bias,
-    )  # fmt: skip
+    added: Any = {
+        "scale_deviation": scale_deviation, "low": h, "outer": lora_b, "alpha": options.lora_scaling
+    }  # fmt: skip
+    limits = device_limits(x.device)
+    if _pipelines(m, operands, limits, towards_input=False):
+        _launch_pipelined(rounded, codes, scale_inv, y, limits, **added)
+    else:
+        config = choose_product(limits)
+        launch_product(rounded, codes, scale_inv, y, config=config, bias=bias, **added)
     return y, h
 
 
@@ -102,9 +113,34 @@ def backward(
     if gradient.rounded is not None and gradient.transposed is not None:
         du = dy.new_empty(x.shape)
         weight, scales = gradient.transposed
-        config = choose_product(device_limits(dy.device))
-        launch_product(gradient.rounded, weight, scales, du, config=config)
+        limits = device_limits(dy.device)
+        if _pipelines(dy.shape[0], operands, limits, towards_input=True):
+            _launch_pipelined(gradient.rounded, weight, scales, du, limits)
+        else:
+            config = choose_product(limits)
+            launch_product(gradient.rounded, weight, scales, du, config=config)
     return input_side(x, du, gradient.t, sums, operands, options, needs)
+
+
+def _pipelines(m: int, operands: Operands, limits: DeviceLimits, *, towards_input: bool) -> bool:
+    """Whether the product of :func:`forward`, or :func:`backward`, is the pipelined one."""
+    n, k = operands.weight.shape
+    if towards_input:
+        return takes_pipelined(m, k, n, limits, finish=False)
+    r_pad = 16 if operands.lora_b is None else padded_rank(operands.lora_b.shape[1])
+    finish = _finishes(operands)
+    taken = takes_pipelined(m, n, k, limits, finish=finish, r_pad=r_pad)
+    return taken and operands.bias is None
+
+
+def _launch_pipelined(
+    x: Rounded, codes: Tensor, scale_inv: Tensor, y: Tensor, limits: DeviceLimits, **added: Any
+) -> None:
+    """Imported where it is taken: Gluon is still an experiment of Triton's."""
+    from prodial_kernels.kernels.fp8.pipelined import choose_pipelined, launch_pipelined_product
+
+    config = choose_pipelined(codes.shape[1], limits)
+    launch_pipelined_product(x, codes, scale_inv, y, config=config, **added)
 
 
 class OutputGradient(NamedTuple):
@@ -292,6 +328,8 @@ def by_library(m: int, operands: Operands, device: torch.device, *, towards_inpu
     """Whether :func:`forward`, or :func:`backward` where ``towards_input``, takes the library's."""
     n, k = operands.weight.shape
     limits = device_limits(device)
+    if _pipelines(m, operands, limits, towards_input=towards_input):
+        return False
     if towards_input:
         return takes_library(m, k, n, limits, finish=False)
     return takes_library(m, n, k, limits, finish=_finishes(operands))

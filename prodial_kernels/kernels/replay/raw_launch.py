@@ -16,7 +16,6 @@ from functools import cache, partial
 from typing import Any
 
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Maps kept for one descriptor: a model's activations come back to the same addresses.
 MAPS = 1024
@@ -60,19 +59,19 @@ class RawLaunch:
 
         maps = [i for i, value in enumerate(self._arguments) if _is_map(value)]
         metas = getattr(compiled.metadata, "tensordesc_meta", None) or []
-        descriptors = [value for value in arguments if isinstance(value, TensorDescriptor)]
+        descriptors = [value for value in arguments if is_descriptor(value)]
         if not len(maps) == len(metas) == len(descriptors):
             raise UnsupportedLaunch(
                 f"{len(descriptors)} tensor descriptors became {len(maps)} tensor maps"
             )
-        opened = [v for v in arguments if isinstance(v, Tensor | TensorDescriptor)]
+        opened = [v for v in arguments if isinstance(v, Tensor) or is_descriptor(v)]
         at = [i for i, value in enumerate(self._arguments) if isinstance(value, Tensor)]
         pointers = [i for i, value in enumerate(opened) if isinstance(value, Tensor)]
         if [id(self._arguments[i]) for i in at] != [id(opened[i]) for i in pointers]:
             raise UnsupportedLaunch("Triton's launcher rearranged the tensors")
         # (position in the arguments, number among the open ones).
         self._pointers = list(zip(at, pointers, strict=True))
-        numbers = [i for i, value in enumerate(opened) if isinstance(value, TensorDescriptor)]
+        numbers = [i for i, value in enumerate(opened) if is_descriptor(value)]
         self._descriptors = [
             (position, number, _TensorMaps(descriptor, meta))
             for position, number, descriptor, meta in zip(
@@ -98,7 +97,7 @@ class RawLaunch:
 class _TensorMaps(dict[int, Any]):
     """The driver's tensor map of one descriptor by address: for the rest it is the same bytes."""
 
-    def __init__(self, descriptor: TensorDescriptor, meta: Any) -> None:
+    def __init__(self, descriptor: Any, meta: Any) -> None:
         super().__init__()
         self._descriptor = copy.copy(descriptor)
         self._descriptor.base = None
@@ -111,6 +110,11 @@ class _TensorMaps(dict[int, Any]):
         at.base = _Address(address)
         made = self[address] = _encoder()(at, self._meta)
         return made
+
+
+def is_descriptor(value: object) -> bool:
+    """Whether an argument is a tensor descriptor: Triton's, or Gluon's, which is another class."""
+    return type(value).__name__ == "TensorDescriptor"
 
 
 class _Address:

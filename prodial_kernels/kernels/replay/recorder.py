@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from prodial_kernels.kernels.replay.raw_launch import RawLaunch, UnsupportedLaunch
+from prodial_kernels.kernels.replay.raw_launch import RawLaunch, UnsupportedLaunch, is_descriptor
 from prodial_kernels.kernels.replay.recording import FORK, JOIN, MAIN, SIDE, Output, Recording
 from prodial_kernels.kernels.replay.streams import SideStream, side_stream
 from prodial_kernels.kernels.replay.workspace import Lifetime, pack
@@ -136,7 +135,7 @@ class Recorder(TorchDispatchMode):
             return
         operands = []
         for argument in arguments:
-            if isinstance(argument, TensorDescriptor):
+            if is_descriptor(argument):
                 argument = argument.base
             if isinstance(argument, Tensor):
                 operands.append(self._operand(argument))

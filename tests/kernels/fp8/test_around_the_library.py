@@ -14,7 +14,7 @@ import torch
 
 from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.fp8 import passes
-from prodial_kernels.kernels.fp8.library import takes_library
+from prodial_kernels.kernels.fp8.library import takes_library, takes_pipelined
 from prodial_kernels.kernels.fp8.rounding_side import RoundingSideConfig, launch_rounding_side
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
 from prodial_kernels.ops.fp8.rounding import round_to_fp8
@@ -96,5 +96,18 @@ def test_which_product_is_taken() -> None:
         assert not takes_library(8192, 8192, 2048, ada, finish=True)
         for m, n, k in ((8190, 8192, 2048), (8192, 8200, 2048), (8192, 8192, 2056), (0, 128, 128)):
             assert not takes_library(m, n, k, hopper, finish=False)
+        # With the pass over Y; without it cuBLAS's is faster, and of many columns along K anyway.
+        assert takes_pipelined(8192, 8192, 2048, hopper, finish=True)
+        assert takes_pipelined(16384, 3072, 768, hopper, finish=True, r_pad=32)
+        assert not takes_pipelined(8192, 8192, 2048, hopper, finish=False)
+        assert not takes_pipelined(8192, 2048, 4096, hopper, finish=True)
+        # Of whole tiles and groups, enough of them; on Hopper.
+        for m, n, k, r_pad in (
+            (8192, 8200, 2048, 16), (8192, 8192, 640, 16), (8192, 8192, 2048, 64),
+            (64, 2048, 2048, 16), (0, 2048, 2048, 16),
+        ):  # fmt: skip
+            assert not takes_pipelined(m, n, k, hopper, finish=True, r_pad=r_pad)
+        assert not takes_pipelined(8192, 8192, 2048, ada, finish=True)
     with mock.patch.object(torch.version, "cuda", "12.8"):
         assert not takes_library(8192, 8192, 2048, hopper, finish=False)
+        assert takes_pipelined(8192, 8192, 2048, hopper, finish=False)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.backends.nvidia.compiler import get_ptxas
 
 from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.fp8.exact_scale import launch_exact_scale
-from prodial_kernels.kernels.fp8.library import launch_finish
+from prodial_kernels.kernels.fp8.library import launch_finish, pipelined_unroll
+from prodial_kernels.kernels.fp8.pipelined import choose_pipelined, launch_pipelined_product
 from prodial_kernels.kernels.fp8.product import choose_product, launch_product
 from prodial_kernels.kernels.fp8.quantize import Rounded, launch_quantize
 from prodial_kernels.kernels.fp8.rounding_side import choose_rounding_side, launch_rounding_side
 from prodial_kernels.kernels.fp8.transpose import launch_transpose
 from prodial_kernels.kernels.projector.operands import Operands, ProjectionOptions
-from support.kernels.compile_launches import broken_rules, cost_of, covering
-from support.kernels.launch_recorder import DEVICES, Recorder
+from support.kernels.compile_launches import broken_rules, compile_launch, cost_of, covering
+from support.kernels.launch_recorder import DEVICES, Launch, Recorder
 
 CODES = torch.float8_e4m3fn
 
@@ -44,12 +48,34 @@ def record(m: int, k: int, n: int, r: int, limits: DeviceLimits, dtype: torch.dt
     if limits.capability == (9, 0):
         # After a library's product, which Hopper alone has.
         launch_finish(dy, low, s, b, s, 0.5)
+        if pipelined_unroll(k) and r <= 32:
+            pipelined = choose_pipelined(k, limits)
+            del added["bias"]
+            launch_pipelined_product(operand, codes, scales, dy, config=pipelined, **added)
     if n % 128 == 0 and r <= 32:
         operands, options = Operands(codes, blocks, s, a, b), ProjectionOptions("triton", 0.5)
         tile = choose_rounding_side(m, n, limits)
         launch_rounding_side(dy, dy, low, operands, options, config=tile)
     launch_transpose(codes, scales)
     launch_exact_scale(dy, x, codes, scales, empty(8, n), factor=blocks, relu=True)
+
+
+def serialized(launch: Launch) -> list[str]:
+    """Where the assembler lets a pipelined product wait for the one before, which is all its gain.
+
+    It says so (C7510 to C7514) and goes on.
+    """
+    if launch.kernel != "_pipelined_product_kernel":
+        return []
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+        source.write(compile_launch(launch).asm["ptx"])
+        source.flush()
+        said = subprocess.run(
+            [get_ptxas(launch.device.arch).path, "-v", f"--gpu-name=sm_{launch.device.arch}a",
+             source.name, "-o", "/dev/null"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    return [line for line in said.splitlines() if "serialized" in line]
 
 
 def main() -> int:
@@ -67,7 +93,7 @@ def main() -> int:
                 record(2048, 768, 3072, 32, limits, torch.float16)
         # Every two values of constants that a kernel is given together.
         for launch in covering(recorder.launches, "pairs"):
-            for problem in broken_rules(cost_of(launch)):
+            for problem in (*broken_rules(cost_of(launch)), *serialized(launch)):
                 failed = 1
                 print(f"{launch.title}: {problem}")
     return failed

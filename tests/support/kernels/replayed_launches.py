@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from prodial_kernels.kernels.fp8 import pipelined
+from prodial_kernels.kernels.fp8.quantize import Rounded
 from prodial_kernels.kernels.projector import (
     exact_scale,
     gemm,
@@ -28,6 +32,7 @@ from support.kernels.stand_in_driver import STREAM, DriverLaunch, StandInDriver
 KERNELS = (
     exact_scale._exact_scale_kernel, gemm._gemm_kernel, input_side._input_side_kernel,
     output_side._output_side_kernel, prepare._prepare_kernel, reduce._reduce_kernel,
+    pipelined._pipelined_product_kernel,
 )  # fmt: skip
 M, K, N, R = 256, 96, 192, 16
 
@@ -64,12 +69,36 @@ def both_ways(channel_first: bool, p: int, driver: StandInDriver) -> tuple[Call,
     return forward, Call(given, list(results), driver.taken())
 
 
-def check(channel_first: bool, p: int, driver: StandInDriver) -> None:
+def product_in_gluon(
+    codes: Tensor, scales: Tensor, weight: Tensor, scale_inv: Tensor, low: Tensor, b: Tensor
+) -> list[Tensor]:
+    """The pipelined product in fp8, whose tensor descriptors are Gluon's."""
+    y = low.new_empty(codes.shape[0], weight.shape[0])
+    pipelined.launch_pipelined_product(
+        Rounded(codes, scales), weight, scale_inv, y,
+        config=pipelined.PipelinedConfig(unroll=4, programs=132), low=low, outer=b,
+    )  # fmt: skip
+    return [y]
+
+
+def in_gluon(driver: StandInDriver) -> tuple[Call, ...]:
+    """Run it once, on operands of its own."""
+    fp8 = torch.float8_e4m3fn
+    given: list[Tensor | None] = [
+        torch.empty(M, 512, dtype=fp8), torch.empty(4, M), torch.empty(256, 512, dtype=fp8),
+        torch.empty(2, 4), torch.empty(M, R, dtype=torch.bfloat16), torch.empty(256, R),
+    ]  # fmt: skip
+    return (
+        Call(given, list(recorded_calls.replayed(product_in_gluon, given, ())), driver.taken()),
+    )
+
+
+def check(run: Callable[[StandInDriver], tuple[Call, ...]], driver: StandInDriver) -> None:
     """The second call is recorded, those after it are a recording's, each on other addresses."""
-    both_ways(channel_first, p, driver)
+    run(driver)
     driver.learn(KERNELS)
     # All are held, so that no address comes back.
-    runs = [both_ways(channel_first, p, driver) for _ in range(3)]
+    runs = [run(driver) for _ in range(3)]
     for jit, *by_replay in zip(*runs, strict=True):
         for other in by_replay:
             check_same(jit, other)
@@ -104,10 +133,11 @@ def main() -> int:
     ):
         driver = StandInDriver(Path(folder))
         for channel_first, p in ((False, 1), (True, 12)):
-            check(channel_first, p, driver)
+            check(partial(both_ways, channel_first, p), driver)
+        check(in_gluon, driver)
         assert not recorded_calls.obstacles(), recorded_calls.obstacles()
         counts = recorded_calls.counts()
-        assert (counts["replayed"], counts["run"]) == (4, 0), counts
+        assert (counts["replayed"], counts["run"]) == (5, 0), counts
     return 0
 
 
