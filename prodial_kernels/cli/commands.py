@@ -366,7 +366,9 @@ def _merge(args: argparse.Namespace) -> int:
         print(result.report)
         print(f"wrote {args.output}; rounded and unmerged {result.agreement}")
         return 0
-    agreement = merge_to_directory(*places, replace="force" in args, **_placement(values))
+    agreement = merge_to_directory(
+        *places, replace="force" in args, target=values.get("target"), **_placement(values)
+    )
     print(f"wrote {args.output}; merged and unmerged {agreement}")
     if "target" in args:
         command = shlex.join(["python", "convert_hf_to_gguf.py", args.output])

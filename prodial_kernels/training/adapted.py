@@ -31,7 +31,7 @@ from prodial_kernels.models.methods.planning import kept_methods
 from prodial_kernels.quantization import FORMATS, QuantizationReport, QuantizedLinear
 from prodial_kernels.quantization.convert import STORED
 from prodial_kernels.quantization.modules.selection import stores_everything
-from prodial_kernels.training.gguf import gguf_notes
+from prodial_kernels.training.gguf import gguf_notes, rename_for_converter
 from prodial_kernels.training.merging import (
     Agreement,
     check_written_model,
@@ -110,6 +110,7 @@ def merge_to_directory(
     dtype: str = "auto",
     quantize: str | None = None,
     quantize_modules: str | None = None,
+    target: str | None = None,
 ) -> Agreement:
     """Fold an adapter into its base model and write a plain model in transformers' format.
 
@@ -127,6 +128,7 @@ def merge_to_directory(
             they are no wider than the checkpoint's.
         quantize: As for :func:`load_adapted`.
         quantize_modules: Likewise.
+        target: ``"gguf"`` writes the names that llama.cpp's converter knows.
 
     Raises:
         AdapterError: The adapter is damaged, or does not belong to the model.
@@ -151,7 +153,10 @@ def merge_to_directory(
         device_of, dtype_of = first.device, first.dtype
         merge_prodial(loaded.model)
         rounded = round_as_stored(loaded, tokens, expected, dtype=dtype)
-        with write_model(loaded.model, loaded.tokenizer, path, replace=replace) as written:
+        rename = rename_for_converter if target == "gguf" else None
+        with write_model(
+            loaded.model, loaded.tokenizer, path, replace=replace, rename=rename
+        ) as written:
             return check_written_model(
                 written, tokens, expected, device=device_of, dtype=dtype_of, rounded=rounded
             )

@@ -76,6 +76,7 @@ def write_model(
     path: Path,
     *,
     replace: bool = False,
+    rename: Callable[[Path], None] | None = None,
 ) -> Iterator[Path]:
     """Write a plain model and its tokenizer in transformers' format, whole or not at all.
 
@@ -87,6 +88,7 @@ def write_model(
         tokenizer: Its tokenizer.
         path: The directory to write.
         replace: Whether an empty directory or an earlier written model at ``path`` is replaced.
+        rename: Changes names in what transformers has written, before it is checked.
 
     Raises:
         FileExistsError: ``path`` exists and is not to be replaced.
@@ -97,6 +99,8 @@ def write_model(
     def save(directory: Path) -> None:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        if rename is not None:
+            rename(directory)
 
     with written_directory(path, save, replace=replace) as temporary:
         yield temporary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from prodial_kernels.cli.commands import main
-from prodial_kernels.training.gguf import GGUFError, gguf_notes
+from prodial_kernels.training.gguf import GGUFError, gguf_notes, rename_for_converter
 from support.models import FAMILIES, build, token_ids
 from support.tiny_run import run
 
@@ -29,10 +30,14 @@ def test_families_without_an_architecture_are_refused(name: str) -> None:
     assert not [known for known in gguf.MODEL_ARCH_NAMES.values() if known.startswith("zamba")]
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("zamba")])
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n not in ("zamba", "zamba2", "bamba")])
 def test_every_other_family_is_taken(name: str) -> None:
-    notes = gguf_notes(config_of(name))
-    expected = {"falcon_mamba": ["ssm.dt_b_c_rms"], "nemotron_h": ["limits dt to 0.001"]}
+    notes = gguf_notes(config_of(name, **({"use_bias": False} if name == "mamba" else {})))
+    expected = {
+        "falcon_mamba": ["ssm.dt_b_c_rms"],
+        "granitemoehybrid": ["renames the kinds of layers"],
+        "nemotron_h": ["limits dt to 0.001"],
+    }
     assert len(notes) == len(expected.get(name, []))
     for note, words in zip(notes, expected.get(name, []), strict=True):
         assert words in note
@@ -43,6 +48,29 @@ def test_another_inner_width_is_refused(name: str) -> None:
     options = {"num_heads": 8} if name == "mamba2" else {}
     with pytest.raises(GGUFError, match="64 here, of 16"):
         gguf_notes(config_of(name, expand=4, **options))
+
+
+def test_what_llama_cpp_does_not_load_or_computes_otherwise_is_refused() -> None:
+    for name, option in (("mamba", "use_bias"), ("jamba", "mamba_proj_bias")):
+        with pytest.raises(GGUFError, match=rf"have biases \({option}\)"):
+            gguf_notes(config_of(name, **{option: True}))
+    with pytest.raises(GGUFError, match=r"rotates 0\.5 of each head"):
+        gguf_notes(config_of("bamba", mamba_proj_bias=False))
+
+
+def test_written_under_the_names_that_the_converter_knows(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = config_of("granitemoehybrid")
+    config.save_pretrained(tmp_path)
+    tokenizer = {"tokenizer_class": "TokenizersBackend", "eos_token": "é"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    rename_for_converter(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert written["layer_types"] == ["mamba", "attention", "mamba"]
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == config.layer_types
+    again = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert again == {**tokenizer, "tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def test_limits_of_dt_have_no_field() -> None:
@@ -59,6 +87,9 @@ def test_merge_says_it(place: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     merge = ["merge", "--adapter", str(tmp_path / "run"), "--for", "gguf", "--output", output]
     assert main(merge) == 0
     assert f"convert_hf_to_gguf.py '{output}'" in capsys.readouterr().err
+    tokenizer = json.loads(Path(output, "tokenizer_config.json").read_text(encoding="utf-8"))
+    # What transformers of the 4th version knows, which is what the converter asks for.
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
 
     config_of("zamba2").save_pretrained(tmp_path / "zamba2")
     other = ["--output", str(tmp_path / "other"), "--model", str(tmp_path / "zamba2")]
