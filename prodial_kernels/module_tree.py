@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -61,3 +61,11 @@ def replace_each(
             )
         place(model, names, make(names[0], layer))
         del layer
+
+
+def is_emptied_by_zero(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps a part of a parameter in every process, and nothing here.
+
+    Such a parameter has no elements; its attributes (deepspeed 0.19) say how many it had.
+    """
+    return tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())

@@ -136,7 +136,11 @@ WHOLE_JOBS = (
     Job("bamba-9b-all", "bamba-9b", 1, 2048, memory_budget="10GB", **_WHOLE),
     Job("zamba2-7b-all", "zamba2-7b", 1, 2048, memory_budget="8GB", **_WHOLE),
     Job(
-        "1.4b-bf16-lean", "mamba-1.4b", 4, 2048, activations="offload", must=(310, 5),
+        "1.4b-bf16-filled", "mamba-1.4b", 4, 2048, activations="offload", memory_budget="6.15GB",
+        must=(310, 5),
+    ),
+    Job(
+        "1.4b-bf16-lean", "mamba-1.4b", 4, 2048, activations="offload", must=(None, 5),
         aim=(None, 4.5),
     ),
 )  # fmt: skip

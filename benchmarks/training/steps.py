@@ -86,7 +86,9 @@ class JobTask:
         config, plan = plan_of(self.job, place, dtype, **options)
         held = ExitStack()
         with ExitStack() as stack:
-            stack.enter_context(limited(place, None if plan is None else plan.allowed))
+            # The plan is not of the frozen model, whose own blocks may take more.
+            held_to = None if plan is None or self.job.method == FROZEN else plan.allowed
+            stack.enter_context(limited(place, held_to))
             training = Training(self.job, config, plan, place, dtype, started, alone)
             held = stack.pop_all()
         return PreparedJob(self, training, held)

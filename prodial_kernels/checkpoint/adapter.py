@@ -30,6 +30,7 @@ from prodial_kernels.checkpoint.fingerprint import (
     all_finite,
     check_has_values,
     check_layers,
+    check_not_emptied,
     check_values,
     describe_base,
     describe_layers,
@@ -340,6 +341,8 @@ def _check_fits(
             check_layers(saved.base["layers"], describe_layers(contents.linears), origin)
     state = base_state(model)
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, tensor in own.items():
+        check_not_emptied(name, tensor)
     names = [name for name in saved.tensors if not is_adapter_tensor(name)]
     missing = sorted((shapes.keys() | contents.beside.keys()) - saved.tensors.keys())
     extra = sorted(saved.tensors.keys() - shapes.keys() - own.keys())

@@ -14,6 +14,7 @@ from prodial_kernels._checks import some_of
 from prodial_kernels.checkpoint.error import AdapterError
 from prodial_kernels.checkpoint.hashing import hash_tensor
 from prodial_kernels.checkpoint.sharded import whole
+from prodial_kernels.module_tree import is_emptied_by_zero
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.modules.experts import QuantizedStack
 
@@ -126,8 +127,19 @@ def check_layers(saved: Mapping[str, Any], current: Mapping[str, Any], origin: s
         raise AdapterError(f"{origin} does not fit this model: {difference}")
 
 
+def check_not_emptied(name: str, tensor: Tensor) -> None:
+    """Raise AdapterError for a parameter that DeepSpeed's ZeRO-3 has divided."""
+    if is_emptied_by_zero(tensor):
+        raise AdapterError(
+            f"{name} is divided among processes by DeepSpeed's ZeRO-3; in every process, enter "
+            "deepspeed.zero.GatheredParameters(list(model.parameters())), and call save_adapter "
+            "within it in the first one. Adapters are loaded before deepspeed.initialize"
+        )
+
+
 def check_has_values(name: str, tensor: Tensor) -> None:
-    """Raise AdapterError for a tensor on the meta device."""
+    """Raise AdapterError for a tensor on the meta device, or one that ZeRO-3 has divided."""
+    check_not_emptied(name, tensor)
     if tensor.is_meta:
         raise AdapterError(
             f"{name} is on the meta device and has no values; load the weights first"

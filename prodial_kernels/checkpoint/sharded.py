@@ -28,7 +28,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(target: Tensor, source: Tensor) -> None:
-    """Copy ``source``, which every process has whole, into a tensor or this process's part."""
+    """Copy ``source``, which every process has whole, into a tensor or this process's part.
+
+    A parameter that DeepSpeed trains (ZeRO-1 and 2) has a master in its optimiser, from which the
+    next step would overwrite it: the master gets the values too.
+    """
     if is_sharded(target):
         from torch.distributed.tensor import distribute_tensor
 
@@ -40,6 +44,8 @@ def fill(target: Tensor, source: Tensor) -> None:
             src_data_rank=None,
         )
     target.copy_(source)
+    if master := getattr(target, "set_full_hp_param", None):
+        master(source)
 
 
 def by_the_first(write: Callable[[], None]) -> None:

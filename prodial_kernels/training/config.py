@@ -98,8 +98,8 @@ class FinetuneConfig:
             more. None: what is free, as far as it can be.
         activations: ``"keep"``: what the fused operations need; ``"recompute"``: less (the norm,
             and Mamba-1's in_proj output, are computed again); ``"checkpoint"``: one residual each;
-            ``"offload"``: that one in the host's memory; ``"auto"``: the first that fits, layer by
-            layer, and on a CPU ``"keep"``.
+            ``"offload"``: that one in the host's memory, with a ``memory_budget`` for as few layers
+            as necessary; ``"auto"``: the first that fits, layer by layer, and on a CPU ``"keep"``.
         loss: ``"liger"`` is liger-kernel's, on CUDA.
         impl: See :func:`prodial_kernels.resolve_impl`.
         dtype: Trained parameters are float32 in either case.

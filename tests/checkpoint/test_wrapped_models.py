@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from prodial_kernels import (
     remove_prodial,
     save_adapter,
 )
-from prodial_kernels.checkpoint import read_adapter
+from prodial_kernels.checkpoint import AdapterError, read_adapter
 from prodial_kernels.models.adapt.inject import get_prodial_config
 from support.saved_adapters import CONFIG, Model, state, trained
 
@@ -129,3 +130,34 @@ def test_a_sharded_model_is_saved_whole_and_not_merged(tmp_path: Path) -> None:
         assert {name: value for name, value in state(again).items() if "prodial" in name} == {
             name: value for name, value in expected.items() if "prodial" in name
         }
+
+
+def test_what_zero_has_taken_away_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed's third stage leaves empty parameters (0.19.8), as these stand-ins are."""
+    model = trained(CONFIG)
+    save_adapter(model, tmp_path / "before")
+    for parameter in model.parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), parameter.new_empty(0)
+    with pytest.raises(
+        AdapterError, match=r"prodial_blocks is divided .* ZeRO-3.*GatheredParameters"
+    ):
+        save_adapter(model, tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+    with pytest.raises(AdapterError, match=r"ZeRO-3.*loaded before deepspeed.initialize"):
+        load_adapter(model, tmp_path / "before")
+    with pytest.raises(ValueError, match=r"ZeRO-3, and a part of a weight cannot be merged"):
+        merge_prodial(model)
+
+
+def test_a_master_that_zero_keeps_is_loaded_too(tmp_path: Path) -> None:
+    """Else the next step of ZeRO-1 or 2 would write the old values over the loaded ones."""
+    model = trained(CONFIG)
+    save_adapter(model, tmp_path)
+    other = trained(CONFIG, seed=5)
+    masters = {}
+    for name, parameter in other.named_parameters():
+        if parameter.requires_grad:
+            parameter.set_full_hp_param = partial(masters.__setitem__, name)
+    load_adapter(other, tmp_path)
+    assert masters
+    assert all(masters[name].equal(p) for name, p in model.named_parameters() if name in masters)

@@ -40,7 +40,7 @@ from prodial_kernels.models.methods.low_rank import bare_layer
 from prodial_kernels.models.methods.offsets import SsmParameter, find_ssm, make_offsets
 from prodial_kernels.models.methods.planning import KEPT, kept_methods, plan_methods
 from prodial_kernels.models.placements import resolve_placements
-from prodial_kernels.module_tree import place, replace_each
+from prodial_kernels.module_tree import is_emptied_by_zero, place, replace_each
 from prodial_kernels.quantization import (
     FORMATS,
     QuantizationError,
@@ -392,6 +392,13 @@ def _check_mergeable(model: nn.Module, state: AdaptedState) -> None:
                 f"{path}.{shards[0]} is sharded (a DTensor), and a part of a weight cannot be "
                 "merged; call save_adapter in every process, then load_adapter and merge_prodial "
                 "on a model in one piece, or 'prodial merge'"
+            )
+        emptied = [name for name, p in layer.named_parameters() if is_emptied_by_zero(p)]
+        if emptied:
+            raise ValueError(
+                f"{path}.{emptied[0]} is divided among processes by DeepSpeed's ZeRO-3, and a part "
+                "of a weight cannot be merged; save the adapter (prodial_kernels/checkpoint's "
+                "README says how), then merge on a model in one piece, or by 'prodial merge'"
             )
         with torch.no_grad():
             merged = layer.adapted_weight()

@@ -13,7 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prodial_kernels._checks import check_choice
-from prodial_kernels.models.layers.recompute import CHECKPOINT, KEEP, LEVEL_TEXTS, LEVELS
+from prodial_kernels.models.layers.recompute import (
+    CHECKPOINT,
+    KEEP,
+    LEVEL_TEXTS,
+    LEVELS,
+    OFFLOAD,
+)
 from prodial_kernels.training.config import ACTIVATIONS
 from prodial_kernels.training.memory.activations import levels_of, sent
 from prodial_kernels.training.memory.part_bytes import Tokens
@@ -168,8 +174,10 @@ def plan_memory(
 
     In order: everything kept; the norms computed again; in_proj's output too; one residual a
     layer; that residual in the host's memory. A level is used for as many layers as needed, the
-    first ones, whose activations live longest. With ``job.quantize="auto"`` the weights are stored
-    in NF4 only if none of this is enough.
+    first ones, whose activations live longest. ``"offload"`` within a strict budget leaves out the
+    last but one of these: what does not fit waits in the host's memory, and what there is room for
+    is kept on the device as the levels before have it. With ``job.quantize="auto"`` the weights are
+    stored in NF4 only if none of this is enough.
 
     Args:
         model: What :func:`~prodial_kernels.training.memory.shapes.describe_model` returns.
@@ -187,7 +195,8 @@ def plan_memory(
     check_choice("activations", activations, ACTIVATIONS)
     device = device or DeviceMemory()
     smallest = None
-    for plan in _candidates(model, job, budget, activations, device):
+    filled = strict and budget is not None
+    for plan in _candidates(model, job, budget, activations, device, filled):
         if plan.fits:
             return plan
         if smallest is None or plan.needed < smallest.needed:
@@ -238,10 +247,21 @@ def what_would_fit(
     )
 
 
-def level_plans(model: ModelShape, activations: str) -> Iterator[tuple[str, ...]]:
-    """Yield levels for all layers, from the fastest to the smallest."""
+def level_plans(
+    model: ModelShape, activations: str, *, filled: bool = False
+) -> Iterator[tuple[str, ...]]:
+    """Yield levels for all layers, from the fastest to the smallest.
+
+    ``filled``: a budget is to be filled, so that ``"offload"`` is for the layers that need it.
+    """
     available = [levels_of(layer) for layer in model.layers]
-    if activations != AUTO:
+    if activations == OFFLOAD and filled:
+        # Beside the layers' own work it takes no longer than a checkpoint on the device.
+        available = [
+            tuple(level for level in own if level != CHECKPOINT or OFFLOAD not in own)
+            for own in available
+        ]
+    elif activations != AUTO:
         # Of each layer's levels the smallest that is not beyond the one wanted.
         allowed = LEVELS[: LEVELS.index(activations) + 1]
         yield tuple([own for own in levels if own in allowed][-1] for levels in available)
@@ -267,15 +287,16 @@ def describe_levels(levels: Sequence[str]) -> str:
 
 
 def _candidates(
-    model: ModelShape, job: Job, budget: int | None, activations: str, device: DeviceMemory
-) -> Iterator[MemoryPlan]:
+    model: ModelShape, job: Job, budget: int | None, activations: str, device: DeviceMemory,
+    filled: bool,
+) -> Iterator[MemoryPlan]:  # fmt: skip
     formats = (None, "nf4") if job.quantize == AUTO else (job.quantize,)
     for quantize in formats:
         for experts in ("device", "host") if job.experts == AUTO else (job.experts,):
             decided = replace(job, quantize=quantize, experts=experts)
             if experts == "host" and job.experts == AUTO and not _streamed(model, decided):
                 continue
-            for levels in level_plans(model, activations):
+            for levels in level_plans(model, activations, filled=filled):
                 yield _plan(model, decided, levels, budget, device)
 
 

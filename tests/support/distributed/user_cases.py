@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +152,56 @@ def fsdp_on_disk(place: Path) -> dict[str, Any]:
         return result
 
 
+def zero(place: Path) -> dict[str, Any]:
+    """DeepSpeed's three stages: gradients, then an adapter saved from and loaded into an engine."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    deepspeed.init_distributed("gloo", verbose=False)
+    result: dict[str, Any] = {}
+    for stage in (1, 2, 3):
+        model = adapted()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        partition = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(trained.values(), lr=0.0),
+            config={
+                "train_batch_size": 4, "train_micro_batch_size_per_gpu": 2,
+                "zero_optimization": partition, "zero_allow_untested_optimizer": True,
+            },
+        )  # fmt: skip
+        engine.backward(engine(input_ids=own(), labels=own()).loss)
+        result[f"gradients {stage}"] = differences(
+            {name: safe_get_full_grad(p).clone() for name, p in trained.items()}
+        )
+        engine.step()
+        folder = place / f"zero{stage}"
+        if stage == 3:
+            result["save"] = message(partial(save_adapter, model, folder))
+            result["load"] = message(partial(load_adapter, model, place / "zero2"))
+            with deepspeed.zero.GatheredParameters(list(model.parameters())):
+                if distributed.get_rank() == 0:
+                    save_adapter(model, folder, base_model="tiny")
+            continue
+        if distributed.get_rank() == 0:
+            save_adapter(model, folder, base_model="tiny")
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        with torch.no_grad():
+            for parameter in trained.values():
+                parameter.zero_()
+        distributed.barrier()
+        load_adapter(model, folder)
+        engine.backward(engine(input_ids=own(), labels=own()).loss)
+        engine.step()
+        result[f"kept {stage}"] = all(p.equal(before[name]) for name, p in trained.items())
+    return result
+
+
 CASES = {
     "ddp": ddp,
     "accelerate": with_accelerate,
     "fsdp": fsdp,
     "fsdp_on_disk": fsdp_on_disk,
 }
+if find_spec("deepspeed"):
+    CASES["zero"] = zero

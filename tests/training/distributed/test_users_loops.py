@@ -41,3 +41,20 @@ def test_what_cannot_be_done_with_a_divided_model_says_how(outcomes) -> None:
         assert "cannot be merged; call save_adapter in every process" in said["merge"]
         for call in ("apply", "load"):
             assert "call apply_prodial or load_adapter first, then fully_shard" in said[call]
+
+
+def test_deepspeed(outcomes, place: Path) -> None:
+    """ZeRO 1 to 3; without the library, ``tests/checkpoint`` holds what is refused."""
+    pytest.importorskip("deepspeed")
+    for process in outcomes["zero"]:
+        said = process["returned"]
+        for stage in (1, 2, 3):
+            assert max(said[f"gradients {stage}"].values()) <= ROUNDING, stage
+        assert said["kept 1"]
+        assert said["kept 2"]
+        assert "enter deepspeed.zero.GatheredParameters" in said["save"]
+        assert "loaded before deepspeed.initialize" in said["load"]
+    first, *others = (
+        load_file(place / f"zero{stage}" / "adapter_model.safetensors") for stage in (1, 2, 3)
+    )
+    assert all(first[name].equal(other[name]) for other in others for name in first)

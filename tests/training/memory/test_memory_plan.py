@@ -294,6 +294,24 @@ def test_levels_are_tried_from_fast_to_small() -> None:
     assert all(first > second for first, second in pairwise(sizes))
 
 
+def test_only_what_does_not_fit_waits_in_the_hosts_memory() -> None:
+    model, job = shape("mamba-130m"), Job(4, 512)
+    plans = [
+        plan_memory(model, job, budget=budget, activations=OFFLOAD, strict=strict)
+        for budget, strict in ((None, True), (10 * GIB, False), (10 * GIB, True))
+    ]
+    assert [set(plan.levels) for plan in plans] == [{OFFLOAD}, {OFFLOAD}, {KEEP}]
+    # Room for a few layers more than at the least.
+    budget = plans[0].needed + 40 * MIB
+    plan = plan_memory(model, job, budget=budget, activations=OFFLOAD)
+    assert plan.fits
+    assert set(plan.levels) == {RECOMPUTE, OFFLOAD}
+    assert plan.levels[-1] == RECOMPUTE
+    # Fewer layers run again than with their checkpoints on the device.
+    usual = plan_memory(model, job, budget=budget)
+    assert usual.levels.count(CHECKPOINT) + usual.levels.count(OFFLOAD) == 24
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("8GiB", 8 * GIB), ("6GB", 6 * 10**9), ("900 MiB", 900 * MIB), ("1.5gib", 3 * GIB // 2),
