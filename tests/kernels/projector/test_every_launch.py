@@ -11,17 +11,18 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from prodial_kernels.testing import LinearCase, assert_all_accurate, make_case
 from support.kernels.kernel_cases import dropout_mask, gradients_of, triton_linear
 from support.kernels.launch_matrix import Projector, matrix
 from support.kernels.uninterpreted import run_uninterpreted
+from support.once import once
 
 PARTS = 28
 # Workers share the device, so what fp64 computes on the way to a result is kept small, and memory
@@ -34,17 +35,16 @@ MOST_CACHED = 2 * 2**30
 def projectors(tmp_path_factory: pytest.TempPathFactory) -> list[Projector]:
     """The projectors that cover the launches of this device, found once for all workers."""
     major, minor = torch.cuda.get_device_capability()
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", f"pid{os.getpid()}")
-    folder = tmp_path_factory.getbasetemp().parent
-    found = folder / f"projectors-{run}.json"
-    with FileLock(f"{found}.lock"):
-        if not found.exists():
-            run_uninterpreted(
-                folder, "compile_launches.py", "--arch", str(10 * major + minor),
-                "--cover", os.environ.get("PRODIAL_LAUNCHES", "triples"),
-                "--projectors", str(found),
-            )  # fmt: skip
-        return [Projector.from_json(values) for values in json.loads(found.read_text())]
+
+    def find(folder: Path) -> None:
+        run_uninterpreted(
+            folder, "compile_launches.py", "--arch", str(10 * major + minor),
+            "--cover", os.environ.get("PRODIAL_LAUNCHES", "triples"),
+            "--projectors", str(folder / "found.json"),
+        )  # fmt: skip
+
+    found = once(tmp_path_factory, "projectors", find) / "found.json"
+    return [Projector.from_json(values) for values in json.loads(found.read_text())]
 
 
 def in_fp64(case: LinearCase, trained: Sequence[str]) -> dict[str, Tensor]:
