@@ -98,6 +98,23 @@ def _the_collector_sees_what_the_module_makes() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_waits_for_the_disk() -> Iterator[None]:
+    """Written files are safe from a kill at once; a power failure, no test has.
+
+    Thousands of files are written, and each would be waited for: a minute of two workers. The
+    processes that tests start do wait.
+    """
+    upstream = os.fsync
+
+    def no_wait(descriptor: int) -> None:
+        os.fstat(descriptor)  # an error where upstream has one
+
+    os.fsync = no_wait
+    yield
+    os.fsync = upstream
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     if torch.cuda.is_available():
