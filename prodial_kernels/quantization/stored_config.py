@@ -33,7 +33,8 @@ _LAYOUTS: dict[str, dict[str, tuple[Any, ...]]] = {
         "is_marlin_format": (False, None), "adapter": (None, {}),
     },
     "awq": {
-        "bits": (4,), "w_bit": (4,), "zero_point": (True,), "version": ("gemm", "GEMM", None),
+        # Without zero points of their own, gptqmodel stores the middle as that of every group.
+        "bits": (4,), "w_bit": (4,), "zero_point": (True, False), "version": ("gemm", "GEMM", None),
         "pack_dtype": ("int32", None), "method": ("awq", None), "adapter": (None, {}),
         "checkpoint_format": ("gemm", "GEMM", None), "format": ("gemm", "GEMM", None),
     },

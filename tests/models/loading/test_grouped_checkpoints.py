@@ -104,7 +104,7 @@ def test_groups_of_several_formats(tmp_path: Path) -> None:
         (packed("gptq") | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
         (packed("gptq") | {"pack_dtype": "int16"}, "pack_dtype='int16'"),
         (packed("awq") | {"version": "gemv"}, "version='gemv'"),
-        (packed("awq") | {"zero_point": False}, "zero_point=False"),
+        (packed("awq") | {"bits": 8}, "bits=8"),
         (packed("compressed-tensors", actorder="group"), "weights.actorder='group'"),
         (packed("compressed-tensors", strategy="tensor_group"), "strategy='tensor_group'"),
         (packed("compressed-tensors", "nvfp4-pack-quantized"), "format='nvfp4-pack-quantized'"),
