@@ -2,7 +2,7 @@
 
 A tensor core's sums of 128 columns have to be scaled and added up by other units. In ``product.py``
 a program waits for the one and then does the other, and only its neighbour on the multiprocessor
-fills the time; two such programs read more than L2 delivers (64×128 tiles: 10 TB/s at 870 TFLOP/s).
+fills the time; two such programs read about all that L2 delivers (64×128 tiles: 10 TB/s by count).
 Here one program of 128×128 tiles keeps a product under way at all times: while group k + 1 is
 multiplied, group k is scaled, and while a tile begins, the one before is finished and stored.
 Triton's own pipelining waits for a product before its result is read, whatever stands between.
