@@ -17,6 +17,7 @@ from prodial_kernels.module_patterns import matches_name
 from prodial_kernels.module_tree import has_hooks, module_paths
 from prodial_kernels.quantization import QuantizedLinear
 from prodial_kernels.quantization.foreign import from_foreign, is_foreign, is_linear
+from prodial_kernels.quantization.modules.experts import QuantizedStack
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -86,6 +87,9 @@ def find_targets(model: nn.Module, config: ProdialConfig) -> list[Target]:
     paths = module_paths(model)
     targets = []
     for module, module_names in paths.items():
+        if isinstance(module, QuantizedStack):
+            # Of a mixture's experts in one tensor, which dense is a parameter and has no such path.
+            continue
         matches = [name for path in module_names if (name := config.target_of(path)) is not None]
         if matches:
             targets.append(target_of(model, module, module_names, matches[0]))
