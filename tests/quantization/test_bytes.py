@@ -9,7 +9,7 @@ import torch
 from prodial_kernels.quantization import from_state_dict, quantize_linear
 from prodial_kernels.quantization.blockwise import dynamic_map
 from prodial_kernels.quantization.nf4 import NF4_TABLE, NF4Linear
-from support.stored_weights import NF4_STATE, assert_same_bytes, dense, stored, waves
+from support.stored.dense_weights import NF4_STATE, assert_same_bytes, dense, stored, waves
 
 # What bitsandbytes 0.50.2 stores and reads for waves(6, 22): two blocks of 64 and 4 weights.
 NF4_BYTES = (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.quantization import FORMATS, from_state_dict, quantize_linear
 from prodial_kernels.quantization.nf4 import NF4Linear
-from support.stored_weights import NF4_STATE, assert_same_bytes, dense, stored, waves
+from support.stored.dense_weights import NF4_STATE, assert_same_bytes, dense, stored, waves
 
 
 @pytest.mark.parametrize("format", FORMATS)

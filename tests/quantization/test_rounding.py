@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prodial_kernels.quantization import FORMATS, int8, nf4, quantization_error, quantize_linear
 from support.live_storages import LiveStorages
-from support.stored_weights import assert_same_bytes, dense, stored
+from support.stored.dense_weights import assert_same_bytes, dense, stored
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Whole and ragged blocks of 64 and of 128×128, odd counts, a single weight.

@@ -12,7 +12,7 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from prodial_kernels.quantization import FORMATS, from_state_dict, quantize_linear
-from support.stored_weights import assert_same_bytes, dense, stored
+from support.stored.dense_weights import assert_same_bytes, dense, stored
 
 
 @pytest.mark.parametrize("bias", [True, False])
