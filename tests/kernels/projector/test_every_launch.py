@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from prodial_kernels.testing import LinearCase, assert_all_accurate, make_case
+from support.distributed.once import once
 from support.kernels.kernel_cases import dropout_mask, gradients_of, triton_linear
 from support.kernels.launch_matrix import Projector, matrix
 from support.kernels.uninterpreted import run_uninterpreted
-from support.once import once
 
 PARTS = 28
 # Workers share the device, so what fp64 computes on the way to a result is kept small, and memory

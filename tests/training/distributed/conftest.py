@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.once import once
+from support.distributed.once import once
 from support.tiny_model import subprocess_environment, write_text, write_tiny_model
 
 
