@@ -40,8 +40,11 @@ elif find_spec("mamba_ssm"):
 # What takes long for few tests. Files go to workers in order, most tests first; these would be the
 # last, and each would keep one worker busy when the other has nothing left.
 BEGIN_WITH = (
-    "test_compile_only.py", "distributed/test_runs.py", "test_capture_ddp.py",
-    "test_resume_kill.py", "test_pdl.py", "test_replay.py", "test_planning.py",
+    "test_compile_only.py", "distributed/test_runs.py", "search/test_search.py",
+    "test_projector_in_fp8.py", "test_capture_ddp.py", "test_resume_kill.py", "test_replay.py",
+    "test_pdl.py", "test_compiled_mixers.py", "test_functional_compile.py", "test_dequantize.py",
+    "test_benchmark_finetune.py", "search/test_work.py", "test_captured_methods.py",
+    "test_quality_rows.py", "test_quality_side_by_side.py", "test_planning.py",
 )  # fmt: skip
 
 
