@@ -23,6 +23,8 @@ from prodial_kernels.training.run.metrics import read_metrics
 from prodial_kernels.training.step.eager import EagerStep, StepResult
 from prodial_kernels.training.step.out_of_memory import GuardedStep, OutOfMemory, out_of_memory
 from support import tiny_run
+from support.models import build
+from support.tiny_model import byte_tokenizer, write_text
 
 SHORT: dict[str, Any] = {
     "steps": 4, "batch_size": 2, "eval_every": 0, "eval_tokens": 64, "save_every": 0,
@@ -89,6 +91,34 @@ def test_the_state_is_saved_and_a_resumed_run_loses_nothing(
     resumed = run(place, tmp_path / "run", resume=True, **options)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert resumed.after == whole.after
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a tiny mixture of experts: its folder and a text."""
+    folder: Path = tmp_path_factory.mktemp("mixture")
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    build("nemotron_h", vocab_size=264, **ids).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    write_text(folder / "text.txt")
+    return folder
+
+
+def test_with_everything_stored_and_most_of_it_in_the_hosts_memory(
+    mixture: Path, tmp_path: Path
+) -> None:
+    """The merged model is what the run ended with, and a resumed run loses nothing."""
+    options: dict[str, Any] = {
+        "quantize": "nf4", "quantize_modules": "all", "experts": "host", "activations": "offload",
+        "target_modules": ("in_proj", "out_proj"),
+    }  # fmt: skip
+    whole = run(mixture, tmp_path / "whole", **options)
+    with exhausted(EagerStep, "accumulate", call=3), pytest.raises(OutOfMemory, match="is saved"):
+        run(mixture, tmp_path / "run", **options)
+    resumed = run(mixture, tmp_path / "run", resume=True, **options)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert resumed.after == whole.after
+    assert 0 < resumed.agreement.relative < 1e-5
 
 
 def test_a_run_may_be_resumed_with_less_memory(place: Path, tmp_path: Path) -> None:
