@@ -244,7 +244,9 @@ def _weight_workspace(layer: LayerShape, tokens: Tokens, n: int, k: int) -> int:
     """
     r_pad = padded_rank(layer.rank) if layer.rank else 0
     if layer.rank and tokens.in_fp8:
-        partial = _SPLITS * _FP32 * r_pad * (n + k)
+        # A split of the tokens is 16 of them at least.
+        outputs = min(_SPLITS, -(-tokens.count // 16))
+        partial = _FP32 * r_pad * (outputs * n + _SPLITS * k)
         t_parts = tokens.count * _FP32 * r_pad * n // 128 if r_pad <= 32 else 0
         return n * k + tokens.count * max(n, k) * 33 // 32 + t_parts + partial
     unpacked = tokens.itemsize * n * k if tokens.dense_weight else 0
