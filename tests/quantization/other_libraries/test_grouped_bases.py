@@ -276,10 +276,7 @@ def quantised_model(library: str) -> Any:
     return with_projectors(replaced)
 
 
-LIBRARIES = ("gptq", "awq", "compressed-tensors", "hqq")
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", ["gptq", "awq", "compressed-tensors", "hqq"])
 def test_a_model_that_was_quantised(library: str, tmp_path: Path) -> None:
     model = quantised_model(library)
     found = {type(from_foreign(m)) for m in model.modules() if is_foreign(m)}
@@ -287,7 +284,7 @@ def test_a_model_that_was_quantised(library: str, tmp_path: Path) -> None:
     check_adapting(model, tmp_path)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", ["gptq", "compressed-tensors"])
 def test_pefts_method_takes_it(library: str, tmp_path: Path) -> None:
     from peft import PeftModel, get_peft_model
 
