@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prodial_kernels.cli import commands
-from prodial_kernels.search import SearchConfig, SearchResult, search
+from prodial_kernels.search import SearchConfig, SearchResult, search, searching
 from prodial_kernels.search.directory import SearchError
 from prodial_kernels.search.trials import Trials
 from prodial_kernels.training import FinetuneConfig, finetune
@@ -36,6 +36,11 @@ def config(place: Path, output: Path, *, run: dict[str, Any] | None = None, **ow
 @pytest.fixture(scope="module")
 def found(place: Path) -> SearchResult:
     return search(config(place, place / "search"), progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _only_that_search_is_drawn(found: SearchResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "plot_search", lambda result, path: path.touch())
 
 
 def tried(result: SearchResult) -> list[tuple[Any, ...]]:
