@@ -22,8 +22,10 @@ from prodial_kernels import prodial_linear
 from prodial_kernels.kernels.choices.tile_sizes import DeviceLimits
 from prodial_kernels.kernels.cross_entropy import cross_entropy_
 from prodial_kernels.kernels.dequantize import dequantize_fp8, dequantize_int8, dequantize_nf4
+from prodial_kernels.kernels.dequantize_groups import dequantize_groups
 from prodial_kernels.kernels.fp8 import transpose as fp8_transpose
 from prodial_kernels.kernels.fp8.library import launch_finish
+from prodial_kernels.kernels.fp8.pipelined import PipelinedConfig, launch_pipelined_product
 from prodial_kernels.kernels.fp8.product import choose_product, launch_product
 from prodial_kernels.kernels.fp8.quantize import launch_quantize
 from prodial_kernels.kernels.fp8.rounding_side import choose_rounding_side, launch_rounding_side
@@ -130,12 +132,17 @@ def test_stored_weights_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
         dequantize_int8(empty(n, k, dtype=torch.int8), empty(n), None, dtype=half, step=1.0)
         codes = empty(n, k, dtype=torch.float8_e4m3fn)
         dequantize_fp8(codes, empty(n // 128, k // 128), None, dtype=half)
+        dequantize_groups(
+            empty(n, k // 2, dtype=torch.uint8), empty(n, k // 64), None, None, None, dtype=half,
+            k=k, width=4, columns=64, zero=8,
+        )  # fmt: skip
         rows = 2**24
         cross_entropy_(
             empty(rows, 300), empty(rows, dtype=torch.int64), empty(rows), scale=1.0, ignored=-100,
             gradient=True,
         )  # fmt: skip
-    assert_within(seen, {"_nf4_kernel", "_eight_bit_kernel", "_cross_entropy_kernel"})
+    stored = {"_nf4_kernel", "_eight_bit_kernel", "_groups_kernel"}
+    assert_within(seen, {*stored, "_cross_entropy_kernel"})
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(2**26, 4096, 128), (1, 2**24, 256), (128, 256, 2**24)])
@@ -153,6 +160,10 @@ def test_products_in_fp8(m: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch
         )  # fmt: skip
         x, _ = launch_quantize(empty(m, k))
         launch_product(x, codes, scales, y, config=choose_product(DeviceLimits((9, 0), 132)))
+        launch_pipelined_product(
+            x, codes, scales, y, config=PipelinedConfig(unroll=2, programs=132),
+            scale_deviation=s, low=low, outer=b,
+        )  # fmt: skip
         launch_finish(y, low, s, b, s, 1.0)
         launch_rounding_side(
             y, y, low, Operands(codes, scale_deviation=s, lora_b=b), ProjectionOptions("triton"),
@@ -160,16 +171,16 @@ def test_products_in_fp8(m: int, k: int, n: int, monkeypatch: pytest.MonkeyPatch
         )  # fmt: skip
         fp8_transpose.launch_transpose(codes, scales)
     launched = {"_quantize_kernel", "_product_kernel", "_finish_kernel", "_rounding_side_kernel"}
-    assert_within(seen, {*launched, "_transpose_kernel"})
+    assert_within(seen, {*launched, "_pipelined_product_kernel", "_transpose_kernel"})
 
 
 def test_every_launcher_is_checked_here() -> None:
     """A kernel that comes new has to be launched above."""
     names = {module.__name__.rpartition(".")[2] for module in LAUNCHERS}
     assert names == {
-        "recorder", "cross_entropy", "dequantize", "exact_scale", "gemm", "input_side", "layout",
-        "low_rank", "outer_product", "output_side", "prepare", "reduce", "weight_side",
-        "library", "product", "quantize", "rounding_side", "transpose",
+        "recorder", "cross_entropy", "dequantize", "dequantize_groups", "exact_scale", "gemm",
+        "input_side", "layout", "low_rank", "outer_product", "output_side", "prepare", "reduce",
+        "weight_side", "library", "pipelined", "product", "quantize", "rounding_side", "transpose",
     }  # fmt: skip
 
 
