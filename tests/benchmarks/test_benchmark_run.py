@@ -26,7 +26,7 @@ def test_the_command_measures_prints_and_writes(
     assert run.main([*options, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "| prodial " in printed
-    assert "| 16,24,40 |" in printed
+    assert "| 16,24,40,16 |" in printed
     assert "time in M" in printed
     record = json.loads((tmp_path / "projector-only.json").read_text())
     names = {part: [] for part in ("table", "variants", "scaling")}
@@ -81,11 +81,11 @@ def test_a_run_that_is_cut_off_leaves_what_it_measured(
     options = ["--tiny", "--level", "projector", "--only", "prodial", "--output", str(tmp_path)]
     with pytest.raises(KeyboardInterrupt):
         run.main(options)
-    assert "| 16,24,40 |" in capsys.readouterr().out
+    assert "| 16,24,40,16 |" in capsys.readouterr().out
     record = json.loads((tmp_path / "projector-only.json").read_text())
     assert [row["part"] for row in record["rows"]] == ["table"] * 2 + ["variants"] * 2
     assert [name.split()[0] for name in record["dropped"]] == ["scaling", "breakdown"]
-    assert "| 16,24,40 |" in (tmp_path / "projector-only.md").read_text()
+    assert "| 16,24,40,16 |" in (tmp_path / "projector-only.md").read_text()
 
 
 @pytest.mark.parametrize(
