@@ -10,21 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from prodial_kernels.models.loading.load import ModelError, load_model
-from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training import FinetuneConfig, finetune
 from support.models import build
 from support.stored.checkpoints import PROJECTORS, pack, packed, write
-from support.tiny_model import byte_tokenizer, write_text, write_tiny_model
+from support.stored.trained_and_merged import check_training_and_merging, stored_layers
+from support.tiny_model import byte_tokenizer, write_tiny_model
 
 CPU = torch.device("cpu")
 
 
 def read(folder: Path, **options: Any) -> Any:
     return load_model(str(folder), device=CPU, dtype=torch.float32, **options).model
-
-
-def stored_layers(model: Any) -> dict[str, QuantizedLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors"])
@@ -42,16 +37,7 @@ def test_a_model_is_read_trained_on_and_merged(method: str, tmp_path: Path) -> N
         assert torch.equal(layer.weight, exact[f"{name}.weight"])
     if method == "awq":
         return
-    text = write_text(tmp_path / "text.txt")
-    config = FinetuneConfig(
-        model=str(folder), data=str(text), steps=2, batch_size=2, seq_len=32, eval_tokens=64,
-        output=str(tmp_path / "run"), device="cpu", warmup=0,
-    )  # fmt: skip
-    result = finetune(config, progress=False)
-    assert result.after["loss"] != result.before["loss"]
-    assert result.agreement.relative < 1e-4
-    merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
-    assert {t.dtype for n, t in merged.items() if n in exact} == {torch.float32}
+    check_training_and_merging(folder, tmp_path, exact)
 
 
 def test_experts_are_read_dense_and_stored_again(tmp_path: Path) -> None:

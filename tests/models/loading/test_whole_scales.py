@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prodial_kernels.models.loading.load import ModelError, load_model
-from prodial_kernels.quantization import QuantizedLinear
-from prodial_kernels.training import FinetuneConfig, finetune
 from support.models import build
 from support.stored.checkpoints import CONFIGS, pack_whole
-from support.tiny_model import byte_tokenizer, write_text, write_tiny_model
+from support.stored.trained_and_merged import check_training_and_merging, stored_layers
+from support.tiny_model import byte_tokenizer, write_tiny_model
 
 CPU = torch.device("cpu")
 
@@ -25,21 +24,12 @@ def test_a_model_is_read_trained_on_and_merged(method: str, tmp_path: Path) -> N
     folder = write_tiny_model(tmp_path / "model")
     exact = pack_whole(folder, method, ("in_proj.weight", "out_proj.weight"))
     model = load_model(str(folder), device=CPU, dtype=torch.float32).model
-    stored = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    stored = stored_layers(model)
     assert {f"{name}.weight" for name in stored} == exact.keys()
     for name, layer in stored.items():
         assert layer.FORMAT == "fp8"
         assert torch.equal(layer.weight, exact[f"{name}.weight"])
-    text = write_text(tmp_path / "text.txt")
-    config = FinetuneConfig(
-        model=str(folder), data=str(text), steps=2, batch_size=2, seq_len=32, eval_tokens=64,
-        output=str(tmp_path / "run"), device="cpu", warmup=0,
-    )  # fmt: skip
-    result = finetune(config, progress=False)
-    assert result.after["loss"] != result.before["loss"]
-    assert result.agreement.relative < 1e-4
-    merged = load_file(tmp_path / "run" / "merged" / "model.safetensors")
-    assert {t.dtype for n, t in merged.items() if n in exact} == {torch.float32}
+    check_training_and_merging(folder, tmp_path, exact)
 
 
 def test_experts_are_read_dense_and_stored_again(tmp_path: Path) -> None:
