@@ -85,12 +85,6 @@ def _target_line(rows: Rows, base: ProjectorRow, device: str) -> list[str]:
     limits, host_us = of_projector(device)
     limit = limits.get((*base.case.shape, base.r), Limits())
     best = best_rival(rows, base.at)
-    reached = [
-        name
-        for name, most in (("aim", limit.aim), ("must", limit.must))
-        if most is not None and base.ratio is not None and base.ratio <= most
-    ]
-    verdict = next(iter(reached), "!" if limit.must else "")
     beaten = best is None or base.ratio is None or base.ratio < (best.ratio or 0.0)
 
     def against_base(**changed: int) -> str:
@@ -100,12 +94,23 @@ def _target_line(rows: Rows, base: ProjectorRow, device: str) -> list[str]:
 
     return [
         ",".join(map(str, (*base.case.shape, base.r))), number(floor.both_us if floor else None, 1),
-        number(limit.must), number(limit.aim), number(base.ratio), verdict,
+        number(limit.must), number(limit.aim), number(base.ratio), _verdict(base.ratio, limit),
         f"{best.rival} {number(best.ratio)}" if best else "–", "" if beaten else "!",
         *(against_base(p=block_size(p, base.k)) for p in BLOCK_SIZES), against_base(r=4 * base.r),
         _limited(base.memory_ratio, limit.memory),
         _limited(base.host_us, host_us, 0),
     ]  # fmt: skip
+
+
+def _verdict(taken: float | None, limit: Limits) -> str:
+    """What of its targets a row reaches, or a mark; nothing where it has no floor or no target."""
+    if taken is None:
+        return ""
+    if limit.aim is not None and taken <= limit.aim:
+        return "aim"
+    if limit.must is None:
+        return ""
+    return "must" if taken <= limit.must else "!"
 
 
 def best_rival(rows: Rows, at: dict[str, Any]) -> ProjectorRow | None:

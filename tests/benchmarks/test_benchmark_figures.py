@@ -140,6 +140,9 @@ def test_targets_cover_the_table() -> None:
         "8192,2048,8192,64", "–", "1.22", "1.15", "1.23", "!",
     ]  # fmt: skip
     assert "351!" in line
+    rows[0].ratio = None
+    without_floor = tables.targets_table(rows, "NVIDIA H200").splitlines()[2]
+    assert [cell.strip() for cell in without_floor.split("|")][5:7] == ["–", ""]
 
 
 def test_variants_divide() -> None:
